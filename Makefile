@@ -1,0 +1,37 @@
+# Each target sets itself up on a fresh machine with Python >= 3.10 and a C++17 compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# 4.57 checks the names of the older transformers: make test VENV=.venv-tf4 TRANSFORMERS='==4.57.*'
+TRANSFORMERS ?=
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real digit images
+	$(BIN)/python -m examples.digit_sums --short
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+# torch first and pinned: nothing else may then pull another one.
+$(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy 'transformers$(TRANSFORMERS)'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint,examples,triton]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV) drift_kernels/*.so *.egg-info

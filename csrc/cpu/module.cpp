@@ -1,0 +1,169 @@
+// The cpu backend: OpenMP over chunks. Addresses come as integers, so no torch header is needed and one build serves
+// every torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cfenv>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace drift {
+namespace {
+
+DType parse_dtype(const std::optional<std::string>& name) {
+  if (!name) return DType::kNone;
+  if (*name == "float32") return DType::kFloat32;
+  if (*name == "bfloat16") return DType::kBFloat16;
+  if (*name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("unknown dtype " + *name);
+}
+
+std::vector<const InstructionSet*> supported() {
+  std::vector<const InstructionSet*> sets{&kBaseline};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) sets.push_back(&kAvx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    sets.push_back(&kAvx512);
+  }
+#endif
+  return sets;
+}
+
+const InstructionSet* selected = supported().back();
+
+void select_instruction_set(const std::string& name) {
+  for (const InstructionSet* set : supported()) {
+    if (set->name == name) {
+      selected = set;
+      return;
+    }
+  }
+  throw std::invalid_argument("this machine has no instruction set " + name);
+}
+
+// IEEE defaults (nearest, no flush to zero) for the calling thread, whatever torch.set_flush_denormal or the host
+// program chose.
+class FloatEnvironment {
+ public:
+  FloatEnvironment() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~FloatEnvironment() { std::fesetenv(&saved_); }
+
+ private:
+  std::fenv_t saved_;
+};
+
+// Calls body(row, chunk, begin, end) for every chunk of the table.
+template <class Body>
+void for_each_chunk(const Row* rows, int64_t count, int threads, Body body) {
+  const int64_t chunks = rows[count - 1].first_chunk + chunk_count(rows[count - 1].numel);
+  int64_t elements = 0;
+  for (int64_t t = 0; t < count; ++t) elements += rows[t].numel;
+  const bool parallel = threads > 1 && elements > 2 * kChunk;
+#pragma omp parallel num_threads(threads) if (parallel)
+  {
+    const FloatEnvironment environment;
+#pragma omp for schedule(dynamic)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      auto after = [](int64_t value, const Row& row) { return value < row.first_chunk; };
+      const int64_t tensor = std::upper_bound(rows, rows + count, chunk, after) - rows - 1;
+      const int64_t begin = (chunk - rows[tensor].first_chunk) * kChunk;
+      body(tensor, chunk, begin, std::min(begin + kChunk, rows[tensor].numel));
+    }
+  }
+}
+
+struct Launch {
+  const Row* rows;
+  int64_t count;
+  DTypes dtypes;
+  int threads;
+};
+
+void update(const Launch& launch, uint64_t coefficients) {
+  const UpdateKernel kernel = selected->update(launch.dtypes);
+  if (kernel == nullptr) throw std::invalid_argument("the cpu backend has no update kernel for these dtypes");
+  const auto* c = pointer<const Coefficients>(coefficients);
+  const py::gil_scoped_release release;
+  for_each_chunk(launch.rows, launch.count, launch.threads, [&](int64_t tensor, int64_t, int64_t begin, int64_t end) {
+    kernel(launch.rows[tensor], c[tensor], begin, end);
+  });
+}
+
+// Two stages: the chunks' sums into `partials`, then per tensor in the order of its chunks.
+void grad_stats(const Launch& launch, uint64_t partials, uint64_t out) {
+  const SumKernel kernel = selected->sum(launch.dtypes.grad, launch.dtypes.delta);
+  if (kernel == nullptr) throw std::invalid_argument("the cpu backend has no grad_stats kernel for these dtypes");
+  auto* partial = pointer<Sums>(partials);
+  auto* sums = pointer<Sums>(out);
+  const py::gil_scoped_release release;
+  for_each_chunk(launch.rows, launch.count, launch.threads,
+                 [&](int64_t tensor, int64_t chunk, int64_t begin, int64_t end) {
+                   partial[chunk] = kernel(launch.rows[tensor], begin, end);
+                 });
+  for (int64_t t = 0; t < launch.count; ++t) {
+    sums[t] = {0.0, 0.0};
+    const int64_t first = launch.rows[t].first_chunk;
+    for (int64_t chunk = first; chunk < first + chunk_count(launch.rows[t].numel); ++chunk) {
+      sums[t].grad_grad += partial[chunk].grad_grad;
+      sums[t].grad_delta += partial[chunk].grad_delta;
+    }
+  }
+}
+
+// Writes the delta; returns <expert, expert>, <expert, base>, <base, base> and <delta, delta>.
+std::tuple<double, double, double, double> subtract(uint64_t expert, uint64_t base, uint64_t origin, uint64_t delta,
+                                                    int64_t count, const std::string& weight_dtype,
+                                                    const std::string& delta_dtype) {
+  const SubtractKernel kernel = selected->subtract(parse_dtype(weight_dtype), parse_dtype(delta_dtype));
+  if (kernel == nullptr) throw std::invalid_argument("the cpu backend has no subtract kernel for these dtypes");
+  const py::gil_scoped_release release;
+  const FloatEnvironment environment;
+  const Products p = kernel(expert, base, origin, delta, count);
+  return {p.expert_expert, p.expert_base, p.base_base, p.delta_delta};
+}
+
+void sum_words(uint64_t words, int64_t rows, int64_t width, uint64_t row_sums, uint64_t columns) {
+  const py::gil_scoped_release release;
+  selected->words(pointer<const uint64_t>(words), rows, width, pointer<uint64_t>(row_sums), pointer<uint64_t>(columns));
+}
+
+}  // namespace
+}  // namespace drift
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace drift;
+  using Name = std::optional<std::string>;
+  m.attr("CHUNK") = kChunk;
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const InstructionSet* set : supported()) names.emplace_back(set->name);
+    return names;
+  });
+  m.def("select_instruction_set", &select_instruction_set);
+  py::class_<Launch>(m, "Launch")
+      .def(py::init([](uint64_t rows, int64_t count, const std::tuple<Name, Name, Name, Name>& dtypes, int threads) {
+             const auto& [param, grad, state, delta] = dtypes;
+             return Launch{pointer<const Row>(rows),
+                           count,
+                           {parse_dtype(param), parse_dtype(grad), parse_dtype(state), parse_dtype(delta)},
+                           threads};
+           }),
+           py::arg("rows"), py::arg("count"), py::arg("dtypes"), py::arg("threads"));
+  m.def("update", &update, py::arg("launch"), py::arg("coefficients"));
+  m.def("grad_stats", &grad_stats, py::arg("launch"), py::arg("partials"), py::arg("out"));
+  m.def("subtract", &subtract, py::arg("expert"), py::arg("base"), py::arg("origin"), py::arg("delta"),
+        py::arg("count"), py::arg("weight_dtype"), py::arg("delta_dtype"));
+  m.def("sum_words", &sum_words, py::arg("words"), py::arg("rows"), py::arg("width"), py::arg("row_sums"),
+        py::arg("columns"));
+}

@@ -1,0 +1,42 @@
+// The plain structs that cross from Python. drift_kernels/plan.py and drift_kernels/coefficients.py lay them out field
+// by field.
+#pragma once
+
+#include <cstdint>
+
+namespace drift {
+
+// Addresses and size of one tensor of a launch. `delta` is 0 where the launch has no prior.
+struct Row {
+  uint64_t param;
+  uint64_t grad;
+  uint64_t exp_avg;
+  uint64_t exp_avg_sq;
+  uint64_t delta;
+  int64_t numel;
+  int64_t first_chunk;  // chunks of the tensors before this one
+};
+static_assert(sizeof(Row) == 7 * 8, "plan.py fills seven 8-byte fields");
+
+// The scalars of one tensor's step. Computed in float64 and rounded once.
+struct Coefficients {
+  float grad_coef;
+  float delta_coef;
+  float delta_step;
+  float decay;
+  float beta1;
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float step_size;
+  float inv_sqrt_bc2;
+  float eps;
+};
+static_assert(sizeof(Coefficients) == 11 * 4, "coefficients.py fills eleven 4-byte fields");
+
+// A chunk is the unit of work of one thread (cpu) or block (gpu), and of the first stage of a reduction.
+constexpr int64_t kChunk = 16384;
+
+constexpr int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
+}  // namespace drift
