@@ -1,0 +1,74 @@
+"""The backends: two primitives over a Plan, for one kind of device each.
+
+A backend is a module with the three functions of `Backend`. `resolve` picks one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailableError
+from ..plan import Plan
+
+log = logging.getLogger("drift_kernels")
+
+NAMES = ("cpu", "triton", "reference")
+
+# What "auto" tries for a device type, in this order; any other device type takes the reference.
+AUTO = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+
+
+class Backend(Protocol):
+    __name__: str
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why the backend cannot run on `device`; None if it can."""
+
+    def grad_stats(self, plan: Plan, out: Tensor, *, with_delta: bool) -> None:
+        """Writes sum(g*g) and sum(g*delta) of each tensor to `out`, float64 [n, 2] on the plan's device.
+
+        Deterministic from run to run. Without a delta (none in the plan, or not `with_delta`) the second column is 0.
+        """
+
+    def update(self, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
+        """One pass: `reference.drift_adamw_` on every tensor, with row t of `coefficients` (float32 [n, 11] on the
+        plan's device, the fields of `Coefficients`) for tensor t."""
+
+
+def load(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError if no backend is called `name`."""
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, got {name!r}")
+
+
+@cache
+def resolve(name: str, device: torch.device) -> Backend:
+    """The backend for tensors on `device`.
+
+    Raises:
+        ValueError: no backend is called `name`.
+        BackendUnavailableError: it cannot run on `device`; the message says why. Only "auto" falls back, and logs
+        that once.
+    """
+    check_name(name)
+    candidates = AUTO.get(device.type, ("reference",)) if name == "auto" else (name,)
+    reasons: list[str] = []
+    for candidate in candidates:
+        backend = load(candidate)
+        reason = backend.unavailable(device)
+        if reason is None:
+            if reasons:
+                log.warning("backend 'auto' uses %r on %s: %s", candidate, device, "; ".join(reasons))
+            return backend
+        reasons.append(f"{candidate!r} is unavailable: {reason}")
+    raise BackendUnavailableError(f"no backend for tensors on {device}: {'; '.join(reasons)}")

@@ -1,0 +1,34 @@
+"""The cpu backend: csrc/cpu, compiled when the package is installed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import CHUNK, Plan
+
+_reason: str | None = None
+try:
+    from drift_kernels import _cpu
+except ImportError as error:
+    _reason = f"its compiled extension cannot be imported ({error}); reinstall drift_kernels with a C++17 compiler"
+else:
+    assert _cpu.CHUNK == CHUNK, "drift_kernels._cpu was built from other sources: reinstall drift_kernels"
+
+
+def unavailable(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, not on {device.type}"
+    return _reason
+
+
+def _launch(plan: Plan, with_delta: bool) -> _cpu.Launch:
+    return _cpu.Launch(plan.table.data_ptr(), len(plan), plan.dtype_names(with_delta), torch.get_num_threads())
+
+
+def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
+    _cpu.grad_stats(_launch(plan, with_delta), plan.partials.data_ptr(), out.data_ptr())
+
+
+def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
+    _cpu.update(_launch(plan, with_delta), coefficients.data_ptr())

@@ -1,0 +1,166 @@
+"""Everything one device needs for a step: the plans of its tensors and their rows of one coefficient table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Backend
+from .binding import BoundDelta
+from .coefficients import CoefficientTable, Hyperparameters
+from .plan import Plan, addresses
+
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter with a gradient, and what the step needs of it."""
+
+    index: int  # among all parameters of the optimizer
+    group: int
+    name: str
+    param: Tensor
+    grad_dtype: torch.dtype
+    state: dict[str, Any]
+    bound: BoundDelta | None
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """What tensors of one plan have in common."""
+        delta = None if self.bound is None else self.bound.delta.dtype
+        return str(self.param.dtype), str(self.grad_dtype), str(delta)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A plan, its rows of the coefficient table, and which of them belong to which param group."""
+
+    plan: Plan
+    rows: slice
+    indices: list[int]  # of its parameters, among all of the optimizer
+    group_rows: list[tuple[int, slice]]
+
+    def biased(self, groups: list[Hyperparameters], decoupled: bool) -> bool:
+        """Whether a delta is to be read: to bias a gradient, or (if asked) to move a param decoupled from it."""
+        return self.plan.deltas is not None and any(
+            groups[group].alpha != 0 and (decoupled or groups[group].scaling != "decoupled")
+            for group, _ in self.group_rows
+        )
+
+    def needs_stats(self, groups: list[Hyperparameters]) -> bool:
+        return self.plan.deltas is not None and any(groups[group].needs_stats for group, _ in self.group_rows)
+
+
+def _runs(slots: list[Slot], rows: slice, key: Callable[[Slot], Any]) -> Iterator[slice]:
+    """The slices of consecutive slots with equal keys, within `rows`."""
+    start = rows.start
+    for stop in range(start + 1, rows.stop + 1):
+        if stop == rows.stop or key(slots[stop]) != key(slots[start]):
+            yield slice(start, stop)
+            start = stop
+
+
+class DeviceBatch:
+    """The tensors of one device, in the order of their plans, then of their groups.
+
+    Args:
+        device: of the params, states and deltas.
+        slots: at least one.
+        steps_device: where the step counts live.
+        backend: one that runs on the device.
+    """
+
+    def __init__(self, device: torch.device, slots: list[Slot], steps_device: torch.device, backend: Backend) -> None:
+        self.backend = backend
+        self.slots = sorted(slots, key=lambda slot: (slot.dtypes, slot.group, slot.index))
+        self.launches = [
+            self._launch(rows) for rows in _runs(self.slots, slice(0, len(slots)), lambda slot: slot.dtypes)
+        ]
+        bounds = [slot.bound for slot in self.slots]
+        self.coefficients = CoefficientTable(
+            device,
+            self._share_steps(steps_device),
+            [0.0 if bound is None else bound.delta_norm for bound in bounds],
+            [0.0 if bound is None else bound.param_norm for bound in bounds],
+        )
+        self.biased_rows = torch.tensor([t for t, bound in enumerate(bounds) if bound is not None], device=device)
+        self._groups: dict[int, Hyperparameters] = {}
+        self._states = [slot.state for slot in self.slots]
+        self._held = {key: [state[key] for state in self._states] for key in ("step", *STATES)}
+        self._places = self._first_addresses()
+
+    def _launch(self, rows: slice) -> Launch:
+        slots = self.slots[rows]
+        deltas = [slot.bound.delta for slot in slots if slot.bound is not None]
+        plan = Plan(
+            [slot.param for slot in slots],
+            slots[0].grad_dtype,
+            [slot.state["exp_avg"] for slot in slots],
+            [slot.state["exp_avg_sq"] for slot in slots],
+            deltas or None,
+        )
+        group_rows = [(self.slots[r.start].group, r) for r in _runs(self.slots, rows, lambda slot: slot.group)]
+        return Launch(plan, rows, [slot.index for slot in slots], group_rows)
+
+    def _share_steps(self, device: torch.device) -> Tensor:
+        """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all."""
+        steps = torch.stack(
+            [torch.as_tensor(slot.state["step"], dtype=torch.float32, device=device) for slot in self.slots]
+        )
+        for slot, step in zip(self.slots, steps, strict=True):
+            slot.state["step"] = step
+        return steps
+
+    def owns_states(self) -> bool:
+        """Whether the parameters' states still are the tensors that the plans hold, in the same place.
+
+        Mapped in C, since it runs in every step; of the places it looks at each launch's first, since whoever moves
+        states (offloading) moves all.
+        """
+        try:
+            same = all(all(map(is_, map(itemgetter(key), self._states), held)) for key, held in self._held.items())
+        except KeyError:
+            return False
+        return same and self._first_addresses() == self._places
+
+    def _first_addresses(self) -> list[int]:
+        return addresses([t for launch in self.launches for t in (launch.plan.exp_avgs[0], launch.plan.exp_avg_sqs[0])])
+
+    def set_grads(self, grads: list[Tensor | None]) -> None:
+        """Takes this step's gradients, of all parameters. Changes nothing else."""
+        for launch in self.launches:
+            launch.plan.set_grads([grads[i] for i in launch.indices])  # type: ignore[misc]
+
+    def advance(self, groups: list[Hyperparameters]) -> None:
+        """Takes this step's hyperparameters, of all groups, and counts the step."""
+        for launch in self.launches:
+            for group, rows in launch.group_rows:
+                if self._groups.get(group) != groups[group]:
+                    self.coefficients.set_hyperparameters(rows, groups[group])
+        self._groups = dict(enumerate(groups))
+        self.coefficients.advance()
+
+    def bias(self, groups: list[Hyperparameters], all_stats: bool) -> Tensor:
+        """The prior's coefficients, float64 [n], after the gradient statistics that they need (or those of all)."""
+        any_stats = False
+        for launch in self.launches:
+            if all_stats or launch.needs_stats(groups):
+                out = self.coefficients.stats[launch.rows]
+                self.backend.grad_stats(launch.plan, out, with_delta=launch.biased(groups, decoupled=False))
+                any_stats = True
+        return self.coefficients.bias(any_stats)
+
+    def update(self, groups: list[Hyperparameters]) -> None:
+        for launch in self.launches:
+            table = self.coefficients.table[launch.rows]
+            self.backend.update(launch.plan, table, with_delta=launch.biased(groups, decoupled=True))
+
+    def release_grads(self) -> None:
+        for launch in self.launches:
+            launch.plan.release_grads()

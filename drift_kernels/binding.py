@@ -1,0 +1,69 @@
+"""Deltas for live parameters: bound by name, loaded when first needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import PriorMismatchError
+from .prior import Prior
+
+
+@dataclass(frozen=True)
+class BoundDelta:
+    """A delta on its parameter's device, with norm(delta) and norm(W) in float64."""
+
+    delta: Tensor
+    delta_norm: float
+    param_norm: float
+
+
+class PriorBinding:
+    """A prior matched to named parameters.
+
+    Names and shapes are checked by `check`, at once; data is loaded by `bound`, parameter by parameter, since FSDP2,
+    Accelerate and device moves replace parameters between the two.
+    """
+
+    def __init__(self, prior: Prior) -> None:
+        self.prior = prior
+        self._names: dict[str, str] = {}
+        self._checked: list[tuple[str, torch.Size]] = []
+        self._bound: dict[str, BoundDelta] = {}
+
+    def check(self, named_parameters: list[tuple[str, Tensor]]) -> None:
+        """Matches the parameters, unless they are those of the last time.
+
+        Raises:
+            PriorMismatchError: not one name matches, or a matched delta has another shape than its parameter.
+        """
+        shapes = [(name, param.shape) for name, param in named_parameters]
+        if shapes == self._checked:
+            return
+        coverage = self.prior.match(named_parameters)
+        if coverage.shape_mismatches:
+            name, prior_name, shape, prior_shape = coverage.shape_mismatches[0]
+            raise PriorMismatchError(
+                f"parameter {name!r} has shape {tuple(shape)}, but the prior's delta {prior_name!r} has shape "
+                f"{tuple(prior_shape)} ({len(coverage.shape_mismatches)} such parameters): it is of another model"
+            )
+        self._names = dict(coverage.matched)
+        self._checked = shapes
+
+    def bound(self, name: str, param: Tensor) -> BoundDelta | None:
+        """The delta of a parameter, on its device; None if the prior has none for it."""
+        if name not in self._names:
+            return None
+        found = self._bound.get(name)
+        if found is None:
+            info = self.prior.info(self._names[name])
+            param_norm = info.param_norm
+            if param_norm is None:
+                param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
+            delta = self.prior.load(self._names[name], param.device)
+            found = self._bound[name] = BoundDelta(delta, info.delta_norm, param_norm)
+        elif found.delta.device != param.device:
+            found = self._bound[name] = replace(found, delta=found.delta.to(param.device))
+        return found

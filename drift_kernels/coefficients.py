@@ -1,0 +1,184 @@
+"""The scalars of a step: scaling modes, clipping, bias corrections. The only place where they are written.
+
+A `CoefficientTable` holds one row per tensor, so tensors of different param groups, steps and scalings share a
+launch. All arithmetic is float64 on vectors of length n, on the device, never read by the host, and rounded once to
+the float32 table that the kernels read.
+
+With g the gradient of the descent direction (negated by `maximize`), delta the prior's delta and k the clip
+coefficient:
+
+    g'   = g - c*delta                                     the biased gradient
+    g"   = k*g'                                            what AdamW sees
+
+    absolute         c = alpha * r        r = 1, or norm(W)/norm(delta) with normalize_to_param
+    gradnorm         c = alpha * norm(g)/norm(delta)
+    adaptive_cosine  c = alpha * (1 + cos(g, delta))/2 * norm(g)/norm(delta)
+    decoupled        c = 0, and param moves by + lr*alpha*delta
+
+(arXiv 2510.15050, with the sign of its code: alpha > 0 pulls toward the expert; `decoupled` is this package's own.)
+The clip coefficient follows from the same sums, norm(g')^2 = norm(g)^2 - 2 c <g, delta> + c^2 norm(delta)^2, over all
+tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SCALINGS = ("absolute", "gradnorm", "adaptive_cosine", "decoupled")
+
+# torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; so do we.
+CLIP_EPSILON = 1e-6
+
+
+class Coefficients(NamedTuple):
+    """One row of the table, in the order of struct Coefficients in csrc/table.h. Each a float32 tensor of shape []."""
+
+    grad_coef: Tensor
+    delta_coef: Tensor
+    delta_step: Tensor
+    decay: Tensor
+    beta1: Tensor
+    one_minus_beta1: Tensor
+    beta2: Tensor
+    one_minus_beta2: Tensor
+    step_size: Tensor
+    inv_sqrt_bc2: Tensor
+    eps: Tensor
+
+
+FIELDS = {name: index for index, name in enumerate(Coefficients._fields)}
+
+
+class Hyperparameters(NamedTuple):
+    """What a param group says about its tensors' step. `alpha` is 0 without a prior."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    alpha: float
+    scaling: str
+    normalize_to_param: bool
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether the bias depends on the gradient's norm."""
+        return self.alpha != 0 and self.scaling in ("gradnorm", "adaptive_cosine")
+
+
+class _Row(NamedTuple):
+    """What the hyperparameters alone say about a tensor, in float64.
+
+    The prior's coefficient is c = constant + constant_norm*norm(W)/norm(delta)
+    + norm(g)/norm(delta) * (by_ratio + by_cosine*cos(g, delta)).
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    sign: float
+    constant: float
+    constant_norm: float
+    by_ratio: float
+    by_cosine: float
+
+    @classmethod
+    def of(cls, h: Hyperparameters) -> _Row:
+        absolute = h.alpha if h.scaling == "absolute" else 0.0
+        cosine = h.alpha / 2 if h.scaling == "adaptive_cosine" else 0.0
+        return cls(
+            lr=h.lr,
+            beta1=h.beta1,
+            beta2=h.beta2,
+            sign=-1.0 if h.maximize else 1.0,
+            constant=0.0 if h.normalize_to_param else absolute,
+            constant_norm=absolute if h.normalize_to_param else 0.0,
+            by_ratio=h.alpha if h.scaling == "gradnorm" else cosine,
+            by_cosine=cosine,
+        )
+
+
+class CoefficientTable:
+    """The coefficients of n tensors on one device.
+
+    Args:
+        device: where the kernels read the table.
+        steps: float32 [n], the number of steps each tensor has taken; advanced in place.
+        delta_norms: norm(delta) of each tensor; 0 where it has no delta.
+        param_norms: norm(W) of each tensor, for `normalize_to_param`; ignored where it has no delta.
+    """
+
+    def __init__(self, device: torch.device, steps: Tensor, delta_norms: list[float], param_norms: list[float]) -> None:
+        n = len(delta_norms)
+        self.steps = steps
+        self.table = torch.zeros(n, len(FIELDS), dtype=torch.float32, device=device)
+        self.stats = torch.zeros(n, 2, dtype=torch.float64, device=device)
+        self.prior_cosine: Tensor | None = None
+        self.prior_ratio: Tensor | None = None
+        self._delta_norm = torch.tensor(delta_norms, dtype=torch.float64, device=device)
+        self._inv_delta_norm = torch.where(self._delta_norm > 0, 1 / self._delta_norm, 0.0)
+        self._norm_ratio = torch.tensor(param_norms, dtype=torch.float64, device=device) * self._inv_delta_norm
+        self._rows = torch.zeros(n, len(_Row._fields), dtype=torch.float64, device=device)
+        self._of: Any = _Row._make(self._rows.unbind(1))  # its columns, by name: tensors of shape [n] for _Row's floats
+
+    def column(self, field: str) -> Tensor:
+        return self.table[:, FIELDS[field]]
+
+    def set_hyperparameters(self, rows: slice, h: Hyperparameters) -> None:
+        """Everything that depends on the hyperparameters alone, for these rows."""
+        fixed = {
+            "beta1": h.beta1,
+            "one_minus_beta1": 1 - h.beta1,
+            "beta2": h.beta2,
+            "one_minus_beta2": 1 - h.beta2,
+            "eps": h.eps,
+            "decay": 1 - h.lr * h.weight_decay,
+            "delta_step": h.lr * h.alpha if h.scaling == "decoupled" else 0.0,
+        }
+        self.table[rows] = torch.tensor([fixed.get(field, 0.0) for field in FIELDS])
+        self._rows[rows] = torch.tensor(_Row.of(h), dtype=torch.float64)
+
+    def advance(self) -> None:
+        """Counts one step more, and fills what depends on the count."""
+        self.steps += 1
+        step = self.steps.to(self._rows)
+        self.column("step_size").copy_(self._of.lr / (1 - self._of.beta1**step))
+        self.column("inv_sqrt_bc2").copy_(1 / (1 - self._of.beta2**step).sqrt())
+
+    def bias(self, with_stats: bool) -> Tensor:
+        """The prior's coefficients c, float64 [n]; from `stats` when they were computed.
+
+        A zero gradient, a zero delta, and a gradient whose norm is not finite take nothing from the gradient's norm:
+        the last so that a NaN or Inf stays in the elements where `torch.optim.AdamW` would have it.
+        """
+        constant = self._of.constant + self._of.constant_norm * self._norm_ratio
+        if not with_stats:
+            self.prior_cosine = self.prior_ratio = None
+            return constant
+        grad_norm = self.stats[:, 0].sqrt()
+        ratio = torch.where(grad_norm.isfinite(), grad_norm, 0.0) * self._inv_delta_norm
+        cosine = self._of.sign * self.stats[:, 1] / grad_norm * self._inv_delta_norm
+        cosine = cosine.nan_to_num(nan=0.0).clamp(-1.0, 1.0)
+        c = constant + ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
+        self.prior_cosine = cosine
+        self.prior_ratio = (c.abs() * self._delta_norm / grad_norm).nan_to_num(nan=0.0, posinf=torch.inf)
+        return c
+
+    def biased_norm_squared(self, c: Tensor) -> Tensor:
+        """norm(g')^2 over all tensors, float64 []."""
+        grad_grad, grad_delta = self.stats.unbind(1)
+        return (grad_grad - 2 * c * self._of.sign * grad_delta + (c * self._delta_norm) ** 2).sum()
+
+    def set_gradient_coefficients(self, c: Tensor, clip: Tensor | float) -> None:
+        self.column("grad_coef").copy_(self._of.sign * clip)
+        self.column("delta_coef").copy_(c * clip)
+
+
+def clip_coefficient(grad_norm: Tensor, max_grad_norm: float) -> Tensor:
+    """k = min(1, max_grad_norm/(norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_`; a NaN norm gives NaN."""
+    return (max_grad_norm / (grad_norm + CLIP_EPSILON)).clamp(max=1.0)

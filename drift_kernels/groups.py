@@ -1,0 +1,89 @@
+"""What a param group may hold: checked once, at the edge, before anything changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .coefficients import SCALINGS, Hyperparameters
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _number(group: dict[str, Any], key: str, index: int, low: float = -math.inf, high: float = math.inf) -> float:
+    """group[key] as a finite float in [low, high)."""
+    value = group[key]
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype.is_floating_point:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{key} must be a number, got {key}={value!r} (group {index})")
+    if not math.isfinite(value):
+        raise ValueError(f"{key} must be finite, got {key}={value} (group {index})")
+    if not low <= value < high:
+        bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g})"
+        raise ValueError(f"{key} must be {bounds}, got {key}={value} (group {index})")
+    return float(value)
+
+
+def hyperparameters(group: dict[str, Any], index: int) -> Hyperparameters:
+    """The hyperparameters of param group number `index`.
+
+    Raises:
+        TypeError: one has the wrong type.
+        ValueError: one is not finite or out of its range, or the scaling is unknown.
+    """
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got betas={betas!r} (group {index})")
+    named_betas = {"betas[0]": betas[0], "betas[1]": betas[1]}
+    scaling = group["prior_scaling"]
+    if scaling not in SCALINGS:
+        raise ValueError(f"prior_scaling must be one of {', '.join(SCALINGS)}, got {scaling!r} (group {index})")
+    if group.get("amsgrad"):
+        raise ValueError(f"amsgrad is not supported (group {index})")
+    return Hyperparameters(
+        lr=_number(group, "lr", index, low=0.0),
+        beta1=_number(named_betas, "betas[0]", index, low=0.0, high=1.0),
+        beta2=_number(named_betas, "betas[1]", index, low=0.0, high=1.0),
+        eps=_number(group, "eps", index, low=0.0),
+        weight_decay=_number(group, "weight_decay", index, low=0.0),
+        maximize=bool(group["maximize"]),
+        alpha=_number(group, "alpha", index),
+        scaling=scaling,
+        normalize_to_param=bool(group["normalize_to_param"]),
+    )
+
+
+def check_param(name: str, param: Tensor) -> None:
+    """Raises TypeError or ValueError, naming the parameter, for one that the kernels cannot update."""
+    if param.layout != torch.strided:
+        raise TypeError(f"parameter {name} is sparse ({param.layout}); only dense parameters are supported")
+    if param.dtype not in PARAM_DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
+        raise TypeError(f"parameter {name} has dtype {param.dtype}; expected one of {expected}")
+    if not param.is_contiguous():
+        raise ValueError(
+            f"parameter {name} is not contiguous (shape {tuple(param.shape)}, strides {param.stride()}); "
+            "make it so before the optimizer is built: param.data = param.data.contiguous()"
+        )
+
+
+def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+    """Raises TypeError or ValueError, naming the parameter, for a gradient that the kernels cannot read."""
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"the gradient of parameter {name} is sparse ({grad.layout}); only dense gradients are supported"
+        )
+    if grad.dtype not in (param.dtype, torch.float32):
+        raise TypeError(
+            f"the gradient of parameter {name} has dtype {grad.dtype}; expected {param.dtype} or torch.float32"
+        )
+    if grad.shape != param.shape or grad.device != param.device:
+        raise ValueError(
+            f"the gradient of parameter {name} is {tuple(grad.shape)} on {grad.device}, "
+            f"the parameter {tuple(param.shape)} on {param.device}"
+        )

@@ -1,0 +1,334 @@
+"""FusedDriftAdamW: torch.optim.AdamW with a prior, in one pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from . import backends
+from .batch import STATES, DeviceBatch, Slot
+from .binding import BoundDelta, PriorBinding
+from .coefficients import Hyperparameters, clip_coefficient
+from .errors import PriorError
+from .groups import STATE_DTYPES, check_grad, check_param, hyperparameters
+from .plan import addresses
+from .prior import Prior
+from .state import FINGERPRINT, check_state_dict, restore_states
+
+PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+def _as_prior(prior: PriorLike) -> Prior:
+    if isinstance(prior, Prior):
+        return prior
+    if isinstance(prior, Mapping):
+        return Prior.from_mapping(prior)
+    if isinstance(prior, (str, os.PathLike)):
+        return Prior.open(prior)
+    raise TypeError(f"prior must be a Prior, a path, or a mapping from names to deltas, got {type(prior).__name__}")
+
+
+class FusedDriftAdamW(Optimizer):
+    """AdamW with decoupled weight decay whose gradient is biased by a prior; without a prior, a fast drop-in for
+    `torch.optim.AdamW`.
+
+    One pass over memory reads param, grad, delta and the states and writes param and states; scalings that need the
+    gradient's norm, and clipping, add one read-only pass. Formulas: `coefficients.py` and `reference.py`; bits:
+    docs/numerics.md.
+
+    Args:
+        params: parameters, or groups of them, as `torch.optim.AdamW` takes; named ones (`model.named_parameters()`)
+            with a prior. Each contiguous, float32, bfloat16 or float16, its gradient of its own dtype or float32.
+        lr: learning rate, a float or a tensor of one element.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled; acts in float32, before the one rounding of the parameter.
+        prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name.
+        alpha: strength of the prior; positive pulls toward the expert. A schedule may change it (`AlphaScheduler`);
+            at 0 the step is plain AdamW.
+        prior_scaling: "absolute", "gradnorm", "adaptive_cosine" or "decoupled" (docs/method.md).
+        normalize_to_param: with "absolute", rescale each delta to norm(W): of the base checkpoint, or, for a mapping,
+            of the parameter when it is first stepped.
+        max_grad_norm: clip the biased gradient of all parameters together to this norm, inside the step; `math.inf`
+            only measures it. Leave None when the trainer clips.
+        state_dtype: of exp_avg and exp_avg_sq, float32 or bfloat16.
+        maximize: ascend the objective. The prior still pulls toward the expert.
+        capturable: keep the step counts on the parameters' device.
+        backend: "auto" or the name of one.
+
+    lr, betas, eps, weight_decay, alpha, prior_scaling, normalize_to_param and maximize are per param group and may
+    change between steps.
+
+    A NaN or Inf in a gradient behaves as in `torch.optim.AdamW`: it reaches that element's states and parameter. A
+    tensor whose gradient norm is not finite takes no bias that depends on the norm in that step; with
+    `max_grad_norm`, a NaN norm makes every element NaN, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter or a parameter of a wrong type, value, dtype or layout; named in the
+            message.
+        PriorError: a prior without names to bind by; a damaged prior (PriorFormatError); one that matches no parameter,
+            or matches by name but not by shape (PriorMismatchError).
+        BackendUnavailableError: a backend asked for by name cannot run here.
+    """
+
+    _batches: list[DeviceBatch]
+    _built_for: tuple[Any, ...] | None  # what the batches depend on, with the identities of the states' dicts
+    _built_states: list[int]
+    _grad_norm: Tensor | None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        prior: PriorLike | None = None,
+        alpha: float = 1.0,
+        prior_scaling: str = "adaptive_cosine",
+        normalize_to_param: bool = False,
+        max_grad_norm: float | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        maximize: bool = False,
+        capturable: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+        backends.check_name(backend)
+        self.state_dtype = state_dtype
+        self.max_grad_norm = max_grad_norm
+        self.backend = backend
+        self._binding = None if prior is None else PriorBinding(_as_prior(prior))
+        self._reset()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "alpha": alpha,
+            "prior_scaling": prior_scaling,
+            "normalize_to_param": normalize_to_param,
+            "maximize": maximize,
+            "capturable": capturable,
+            FINGERPRINT: self.prior_fingerprint,
+        }
+        super().__init__(params, defaults)
+        if backend != "auto":
+            for device in {p.device for p in self._params()}:
+                backends.resolve(backend, device)
+        if self._binding is not None:
+            self._binding.check(self._named_params())
+
+    # What the optimizer is made of
+
+    @property
+    def prior(self) -> Prior | None:
+        return None if self._binding is None else self._binding.prior
+
+    @property
+    def prior_fingerprint(self) -> str | None:
+        return None if self.prior is None else self.prior.fingerprint
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _named_params(self) -> list[tuple[str, Tensor]]:
+        """Every parameter with its name, or with its position where the groups have no names."""
+        return [
+            (names[i] if names else f"{i} of group {g}", p)
+            for g, group in enumerate(self.param_groups)
+            for names in [group.get("param_names")]
+            for i, p in enumerate(group["params"])
+        ]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `torch.optim.Optimizer`; the group is checked and left out if it is wrong."""
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        group = self.param_groups[index]
+        try:
+            hyperparameters(group, index)
+            names = group.get("param_names")
+            if self._binding is not None and names is None:
+                raise PriorError(
+                    "a prior is bound by parameter names, and these parameters have none: "
+                    f"pass model.named_parameters() (group {index})"
+                )
+            for i, param in enumerate(group["params"]):
+                check_param(names[i] if names else f"{i} of group {index}", param)
+        except Exception:
+            del self.param_groups[index]
+            raise
+        self._reset()
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates every parameter that has a gradient.
+
+        Everything is checked before anything changes. Returns the closure's loss, if there is one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [hyperparameters(group, index) for index, group in enumerate(self.param_groups)]
+        params = self._params()
+        grads = list(map(attrgetter("grad"), params))
+        self._set_grads(params, grads)
+        for batch in self._batches:
+            batch.advance(groups)
+        self._set_bias(groups)
+        for batch in self._batches:
+            batch.update(groups)
+            batch.release_grads()
+        return loss
+
+    def _set_bias(self, groups: list[Hyperparameters]) -> None:
+        """Gradient statistics, the prior's coefficients, and clipping, over all devices together."""
+        clipping = self.max_grad_norm is not None
+        biases = [(batch.coefficients, batch.bias(groups, all_stats=clipping)) for batch in self._batches]
+        self._grad_norm = None
+        clip: Tensor | None = None
+        if self.max_grad_norm is not None and biases:
+            squares = [coefficients.biased_norm_squared(c).to(biases[0][1].device) for coefficients, c in biases]
+            self._grad_norm = torch.stack(squares).sum().clamp(min=0).sqrt()
+            clip = clip_coefficient(self._grad_norm, self.max_grad_norm)
+        for coefficients, c in biases:
+            coefficients.set_gradient_coefficients(c, 1.0 if clip is None else clip.to(c.device))
+
+    def _set_grads(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        """Gives the plans their gradients, after building new ones if anything that they depend on has changed."""
+        # Addresses alone would not do: a parameter of no elements has none. The types tell which gradients are None.
+        dtypes = [g.dtype for g in grads if g is not None]
+        key = (list(map(id, params)), addresses(params), list(map(type, grads)), dtypes)
+        if (
+            key != self._built_for
+            or list(map(id, self.state.values())) != self._built_states
+            or not all(batch.owns_states() for batch in self._batches)
+        ):
+            self._batches = self._build(grads)
+            self._built_for = key
+            self._built_states = list(map(id, self.state.values()))
+        try:
+            for batch in self._batches:
+                batch.set_grads(grads)
+        except RuntimeError:  # a sparse gradient has no address
+            self._check(grads)
+            raise
+
+    def _reset(self) -> None:
+        """Forgets the plans; the next step builds them anew."""
+        self._batches = []
+        self._built_for = None
+        self._built_states = []
+        self._grad_norm = None
+
+    def _check(self, grads: list[Tensor | None]) -> None:
+        for (name, param), grad in zip(self._named_params(), grads, strict=True):
+            if grad is not None:
+                check_param(name, param)
+                check_grad(name, param, grad)
+
+    def _build(self, grads: list[Tensor | None]) -> list[DeviceBatch]:
+        """The batches of the parameters that have a gradient, after every check and before any change."""
+        named = self._named_params()
+        group_of = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
+        present = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+        self._check(grads)
+        resolved = {p.device: backends.resolve(self.backend, p.device) for _, p in (named[i] for i, _ in present)}
+        bounds: dict[int, BoundDelta | None] = {}
+        if self._binding is not None:
+            self._binding.check(named)
+            bounds = {i: self._binding.bound(*named[i]) for i, _ in present}
+
+        slots: dict[tuple[torch.device, torch.device], list[Slot]] = {}
+        for i, grad in present:
+            name, param = named[i]
+            steps_device = param.device if self.param_groups[group_of[i]]["capturable"] else torch.device("cpu")
+            slot = Slot(i, group_of[i], name, param, grad.dtype, self._state_of(param), bounds.get(i))
+            slots.setdefault((param.device, steps_device), []).append(slot)
+        return [
+            DeviceBatch(device, members, steps_device, resolved[device])
+            for (device, steps_device), members in slots.items()
+        ]
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        """The state of a parameter, zeros at its first step."""
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for key in STATES:
+                state[key] = torch.zeros(param.shape, dtype=self.state_dtype, device=param.device)
+        return state
+
+    # What the last step saw, as device tensors; reading one is the only thing that waits
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """float64 []: norm of the whole biased gradient, before clipping; None unless `max_grad_norm` is set."""
+        return self._grad_norm
+
+    @property
+    def prior_names(self) -> list[str]:
+        """The biased parameters of the last step, in the order of `prior_cosine` and `prior_ratio`."""
+        return [slot.name for batch in self._batches for slot in batch.slots if slot.bound is not None]
+
+    @property
+    def prior_cosine(self) -> Tensor | None:
+        """float64 [len(prior_names)]: cos(g, delta); None if the step needed no gradient statistics."""
+        return self._of_biased("prior_cosine")
+
+    @property
+    def prior_ratio(self) -> Tensor | None:
+        """float64 [len(prior_names)]: norm(c*delta)/norm(g); None if the step needed no gradient statistics."""
+        return self._of_biased("prior_ratio")
+
+    def _of_biased(self, attribute: str) -> Tensor | None:
+        vectors = [(getattr(batch.coefficients, attribute), batch.biased_rows) for batch in self._batches]
+        if not vectors or any(vector is None for vector, _ in vectors):
+            return None
+        return torch.cat([vector[rows].to(vectors[0][0].device) for vector, rows in vectors])
+
+    # Saving and loading
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Loads a state_dict of this class or of `torch.optim.AdamW`; states take this optimizer's `state_dtype`.
+
+        Hyperparameters that the state_dict does not have (torch's has no alpha) keep their present values.
+
+        Raises:
+            PriorMismatchError: it was saved under another prior than this optimizer's.
+            ValueError: its groups, parameters or states do not fit this optimizer's. Nothing has been changed.
+        """
+        checked = check_state_dict(state_dict, self.param_groups, self.prior_fingerprint)
+        # torch casts states to their parameter's dtype; this keeps what it was given, after the user's own hooks.
+        given: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: given.update(loaded))
+        try:
+            super().load_state_dict(checked)
+        finally:
+            hook.remove()
+        restore_states(self, given, self.state_dtype)
+        for group in self.param_groups:
+            group[FINGERPRINT] = self.prior_fingerprint
+        self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("state_dtype", "max_grad_norm", "backend", "_binding")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()

@@ -1,0 +1,76 @@
+"""Schedules of alpha, in the form of torch.optim.lr_scheduler.LambdaLR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+AlphaLambda = Callable[[int], float]
+
+
+def linear_anneal(total_steps: int) -> AlphaLambda:
+    """The factor that falls linearly from 1 at step 0 to 0 at step `total_steps`, and stays 0.
+
+    At 0 the step is that of plain AdamW: the prior is not read any more.
+    """
+    if total_steps <= 0:
+        raise ValueError(f"total_steps must be positive, got {total_steps}")
+    return lambda step: max(0.0, 1.0 - step / total_steps)
+
+
+class AlphaScheduler:
+    """Sets each param group's alpha to its initial alpha times a given function of the step.
+
+    Call `step()` after every `optimizer.step()`, as with a learning rate scheduler.
+
+    Args:
+        optimizer: a FusedDriftAdamW (any optimizer whose param groups have an `alpha`).
+        alpha_lambda: a function from the step to a factor, or one function per param group.
+        last_epoch: the last step taken; -1 starts afresh, anything else resumes and needs each group's `initial_alpha`.
+
+    Raises:
+        ValueError: the number of functions is not that of the param groups, or a group has no alpha.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, alpha_lambda: AlphaLambda | Sequence[AlphaLambda], last_epoch: int = -1
+    ) -> None:
+        groups = optimizer.param_groups
+        self.alpha_lambdas = [alpha_lambda] * len(groups) if callable(alpha_lambda) else list(alpha_lambda)
+        if len(self.alpha_lambdas) != len(groups):
+            raise ValueError(
+                f"expected {len(groups)} alpha_lambdas, one per param group, got {len(self.alpha_lambdas)}"
+            )
+        for index, group in enumerate(groups):
+            if "alpha" not in group:
+                raise ValueError(f"param group {index} has no alpha: AlphaScheduler is for FusedDriftAdamW")
+            if last_epoch == -1:
+                group.setdefault("initial_alpha", group["alpha"])
+            elif "initial_alpha" not in group:
+                raise ValueError(f"param group {index} has no initial_alpha: it is needed to resume at {last_epoch=}")
+        self.optimizer = optimizer
+        self.base_alphas = [group["initial_alpha"] for group in groups]
+        self.last_epoch = last_epoch
+        self.step()
+
+    def step(self) -> None:
+        """Moves to the next step and sets alpha for it."""
+        self.last_epoch += 1
+        for group, base, factor in zip(self.optimizer.param_groups, self.base_alphas, self.alpha_lambdas, strict=True):
+            group["alpha"] = base * factor(self.last_epoch)
+
+    def get_last_alpha(self) -> list[float]:
+        """The alpha of each param group, as last set."""
+        return [group["alpha"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and the initial alphas; the functions are the caller's to rebuild."""
+        return {"last_epoch": self.last_epoch, "base_alphas": list(self.base_alphas)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes: takes the position and the initial alphas, and sets alpha for it."""
+        self.base_alphas = list(state_dict["base_alphas"])
+        self.last_epoch = state_dict["last_epoch"] - 1
+        self.step()

@@ -1,0 +1,83 @@
+"""Optimizer states in and out of a state_dict, compatible both ways with torch.optim.AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, StateDict
+
+from .batch import STATES
+from .errors import PriorMismatchError
+
+# The param group key under which the prior's fingerprint travels in a state_dict (None without a prior).
+FINGERPRINT = "prior_fingerprint"
+
+
+def _params_by_saved_id(
+    param_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]
+) -> dict[Any, tuple[str, Tensor]]:
+    """What a state_dict's parameter ids mean here: the parameters in order, with their names."""
+    ids = [saved_id for group in saved_groups for saved_id in group["params"]]
+    named = [
+        (group["param_names"][i] if "param_names" in group else f"{i} of group {g}", param)
+        for g, group in enumerate(param_groups)
+        for i, param in enumerate(group["params"])
+    ]
+    return dict(zip(ids, named, strict=True))
+
+
+def check_state_dict(
+    state_dict: StateDict, param_groups: list[dict[str, Any]], fingerprint: str | None
+) -> dict[str, Any]:
+    """A shallow copy of `state_dict`, checked, whose groups take what they lack from `param_groups`.
+
+    Raises:
+        PriorMismatchError: it was saved under another prior.
+        ValueError: it does not fit the parameters, or is not of an AdamW without amsgrad.
+    """
+    saved_groups = state_dict["param_groups"]
+    sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (param_groups, saved_groups))
+    if sizes != saved_sizes:
+        raise ValueError(f"the state_dict has param groups of sizes {saved_sizes}, this optimizer of sizes {sizes}")
+    for index, saved in enumerate(saved_groups):
+        if saved.get(FINGERPRINT) not in (None, fingerprint):
+            raise PriorMismatchError(
+                f"the state_dict was saved under the prior {saved[FINGERPRINT][:12]}, this optimizer has "
+                f"{'none' if fingerprint is None else fingerprint[:12]} (group {index}); to go on with another prior "
+                f"on purpose, remove {FINGERPRINT!r} from its param groups"
+            )
+        if saved.get("amsgrad"):
+            raise ValueError(f"the state_dict was saved with amsgrad, which is not supported (group {index})")
+    params = _params_by_saved_id(param_groups, saved_groups)
+    for saved_id, state in state_dict["state"].items():
+        if saved_id not in params or not state:
+            continue
+        name, param = params[saved_id]
+        missing = {"step", *STATES} - set(state)
+        if missing:
+            raise ValueError(f"the state of parameter {name} lacks {', '.join(sorted(missing))}: not a state of AdamW")
+        for key in STATES:
+            if state[key].shape != param.shape:
+                raise ValueError(
+                    f"the state {key} of parameter {name} has shape {tuple(state[key].shape)}, "
+                    f"the parameter {tuple(param.shape)}"
+                )
+    groups = [
+        {**{key: value for key, value in group.items() if key != "params"}, **saved}
+        for group, saved in zip(param_groups, saved_groups, strict=True)
+    ]
+    return {**state_dict, "param_groups": groups}
+
+
+def restore_states(optimizer: Optimizer, state_dict: StateDict, dtype: torch.dtype) -> None:
+    """Sets the states from `state_dict` again, in `dtype` and memory of their own, after torch's loading cast them."""
+    for saved_id, (_, param) in _params_by_saved_id(optimizer.param_groups, state_dict["param_groups"]).items():
+        state = optimizer.state.get(param)
+        if not state:
+            continue
+        saved = state_dict["state"][saved_id]
+        state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).reshape(()).clone()
+        for key in STATES:
+            state[key] = torch.empty(param.shape, dtype=dtype, device=param.device).copy_(saved[key])
