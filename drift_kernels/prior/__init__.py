@@ -1,0 +1,8 @@
+"""Priors: building them from checkpoints, opening them, binding them to a model's parameters by name."""
+
+from .build import build_prior
+from .coverage import Coverage
+from .names import canonical_name
+from .prior import DeltaInfo, Prior
+
+__all__ = ["Coverage", "DeltaInfo", "Prior", "build_prior", "canonical_name"]

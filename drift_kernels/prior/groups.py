@@ -1,0 +1,47 @@
+"""Norms and cosines of a prior's deltas, added up over groups: a layer's attention, a layer's q_proj."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .prior import DeltaInfo, Prior
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Several deltas taken as one long vector. `ratio`: norm(delta)/norm(W), None where norm(W) is zero or unknown."""
+
+    tensors: int
+    delta_norm: float
+    param_norm: float
+    ratio: float | None
+    cosine: float | None
+
+
+def group_deltas(prior: Prior, key: Callable[[str], Key | None]) -> dict[Key, Group]:
+    """Group the deltas by `key(canonical name)`, leaving out those whose key is None; in the prior's order."""
+    members: dict[Key, list[DeltaInfo]] = {}
+    for name in prior.names:
+        if (group := key(name)) is not None:
+            members.setdefault(group, []).append(prior.info(name))
+    return {group: _add_up(infos) for group, infos in members.items()}
+
+
+def _add_up(infos: list[DeltaInfo]) -> Group:
+    """The cosine of a group is the mean of its tensors' cosines, each weighted by its norm(W)^2."""
+    delta_norm = math.hypot(*(info.delta_norm for info in infos))
+    param_norm = math.hypot(*(info.param_norm or 0.0 for info in infos))
+    weighted = [(info.cosine, (info.param_norm or 0.0) ** 2) for info in infos if info.cosine is not None]
+    weight = sum(square for _, square in weighted)
+    return Group(
+        tensors=len(infos),
+        delta_norm=delta_norm,
+        param_norm=param_norm,
+        ratio=delta_norm / param_norm if param_norm else None,
+        cosine=sum(cosine * square for cosine, square in weighted) / weight if weight else None,
+    )

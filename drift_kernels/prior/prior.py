@@ -1,0 +1,222 @@
+"""Prior: a set of deltas, found by canonical name, and what is known about each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatchError
+from .coverage import Coverage
+from .files import StoredTensor, byte_view, inspect_shards, read_json
+from .hub import local_folder
+from .names import canonical_name, natural_key
+from .norms import norm
+
+logger = logging.getLogger("drift_kernels")
+
+RECORD_NAME = "drift_prior.json"
+PRIOR_INDEX_NAME = "prior.safetensors.index.json"
+FORMAT, VERSION = "drift_prior", 1
+UNFINISHED_MARK = ".unfinished-"  # in the name of a folder that a build is still writing
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NORM_TOLERANCE = 1e-5
+_SAMPLED_ABOVE = 1 << 20  # elements; a larger delta in memory is fingerprinted by a sample
+_SAMPLE_BLOCKS, _SAMPLE_BLOCK = 16, 1 << 14
+
+
+@dataclass(frozen=True)
+class DeltaInfo:
+    """What a prior knows about one delta without reading it.
+
+    `delta_norm` is the norm of the delta as stored, `param_norm` the norm of the base's weight, and `cosine` the cosine
+    of the expert's weight and the base's; the last two are None for deltas that were given in memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    delta_norm: float
+    param_norm: float | None = None
+    cosine: float | None = None
+
+
+class Prior:
+    """A set of deltas. Made by `build_prior`, `Prior.open` or `Prior.from_mapping`, not by its constructor."""
+
+    def __init__(
+        self,
+        infos: Mapping[str, DeltaInfo],
+        deltas: Mapping[str, StoredTensor | Tensor],
+        fingerprint: str,
+        record: Mapping[str, Any],
+    ) -> None:
+        self.names = tuple(sorted(infos, key=natural_key))
+        self.fingerprint = fingerprint
+        self.record = record  # the contents of drift_prior.json; empty for deltas in memory
+        self._infos = infos
+        self._deltas = deltas
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Prior:
+        """Open a prior's folder, or a Hub id; reads metadata only.
+
+        Raises PriorFormatError when it is not a prior, is incomplete or damaged, or comes from a newer version.
+        """
+        try:
+            folder = local_folder(path, ("prior*", RECORD_NAME))
+            if UNFINISHED_MARK in folder.name or not (folder / RECORD_NAME).exists():
+                raise PriorFormatError(f"{folder}: not a prior: no {RECORD_NAME}, or its build was never finished")
+            record = read_json(folder / RECORD_NAME)
+            _, stored = inspect_shards(folder, PRIOR_INDEX_NAME)
+        except (FileNotFoundError, CheckpointError) as error:
+            raise PriorFormatError(str(error)) from error
+        infos = _read_infos(folder, record)
+        for name in infos.keys() ^ stored.keys():
+            raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {name}")
+        for name, info in infos.items():
+            if (stored[name].shape, stored[name].dtype) != (info.shape, info.dtype):
+                found = f"{stored[name].dtype} {list(stored[name].shape)}"
+                raise PriorFormatError(
+                    f"{folder}: {name} is recorded as {info.dtype} {list(info.shape)}, stored as {found}"
+                )
+        return cls(infos, stored, _fingerprint_of_record(record), record)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Tensor]) -> Prior:
+        """A prior of deltas in memory, keyed by canonical or by live parameter names.
+
+        float32 and bfloat16 deltas are kept as they are (and not copied), float16 and float64 become float32.
+        Raises PriorError for an empty mapping, two keys of one canonical name, and a delta that is not a floating
+        tensor or not finite.
+        """
+        keys: dict[str, str] = {}
+        for key in mapping:
+            name = canonical_name(key)
+            if name in keys:
+                raise PriorError(f"two deltas have the canonical name {name}: {keys[name]} and {key}")
+            keys[name] = key
+        if not keys:
+            raise PriorError("a prior needs at least one delta, got an empty mapping")
+        deltas = {name: _checked_delta(key, mapping[key]) for name, key in keys.items()}
+        infos = {}
+        for name, delta in deltas.items():
+            infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, norm(delta))
+            if not math.isfinite(infos[name].delta_norm):
+                raise PriorError(f"the delta of {keys[name]} holds NaN or Inf")
+        return cls(infos, deltas, _fingerprint_of_deltas(deltas), {})
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"Prior({len(self)} deltas, {self.numel:,} elements, fingerprint {self.fingerprint[:12]})"
+
+    @property
+    def numel(self) -> int:
+        """Elements of all deltas together."""
+        return sum(math.prod(info.shape) for info in self._infos.values())
+
+    def info(self, name: str) -> DeltaInfo:
+        """What is known about the delta of a canonical name. Raises KeyError when there is none."""
+        return self._infos[name]
+
+    def load(self, name: str, device: torch.device | str | None = None) -> Tensor:
+        """The delta of a canonical name: float32 or bfloat16, contiguous, in memory of its own.
+
+        Raises KeyError for an unknown name, and PriorFormatError when the stored bytes do not have the recorded norm.
+        """
+        delta = self._deltas[name]
+        if isinstance(delta, Tensor):
+            return delta.to(device or delta.device, copy=True, memory_format=torch.contiguous_format)
+        try:
+            loaded = delta.read()
+        except CheckpointError as error:
+            raise PriorFormatError(f"{name}: {error}") from error
+        found, recorded = norm(loaded), self._infos[name].delta_norm
+        if not math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
+            raise PriorFormatError(f"{delta.path}: {name} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}")
+        return loaded if device is None else loaded.to(device)
+
+    def coverage(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Coverage:
+        """How live parameters and deltas match by canonical name and shape; values are not looked at.
+
+        Raises PriorMismatchError when two parameters claim one delta.
+        """
+        name_map = self.record.get("name_map")
+        live = [(name, canonical_name(name, name_map), tuple(param.shape)) for name, param in named_parameters]
+        return Coverage.of(live, {name: info.shape for name, info in self._infos.items()})
+
+    def match(self, named_parameters: Iterable[tuple[str, Tensor]], strict: bool = False) -> Coverage:
+        """The coverage, for use: a partial one is logged as a warning.
+
+        Raises PriorMismatchError when nothing matches, when two parameters claim one delta and, if `strict`, when any
+        delta finds no parameter of its shape. Parameters without a delta (a vision tower's) are never an error.
+        """
+        coverage = self.coverage(named_parameters)
+        if not coverage.matched:
+            raise PriorMismatchError(f"no parameter matches the prior: {coverage.summary()}")
+        if strict and not coverage.complete:
+            raise PriorMismatchError(f"the prior matches only in part: {coverage.summary()}")
+        logger.log(logging.INFO if coverage.complete else logging.WARNING, "%s", coverage.summary())
+        return coverage
+
+
+def _read_infos(folder: Path, record: Mapping[str, Any]) -> dict[str, DeltaInfo]:
+    if record.get("format") != FORMAT or record.get("version") != VERSION:
+        found = f"format {record.get('format')!r}, version {record.get('version')!r}"
+        raise PriorFormatError(f"{folder / RECORD_NAME}: expected format {FORMAT!r}, version {VERSION}; found {found}")
+    try:
+        dtype = _DTYPES[record["dtype"]]
+        return {
+            name: DeltaInfo(tuple(row["shape"]), dtype, row["delta_norm"], row["param_norm"], row["cosine"])
+            for name, row in record["tensors"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PriorFormatError(f"{folder / RECORD_NAME}: lacks or garbles {error}") from error
+
+
+def _checked_delta(key: str, delta: Tensor) -> Tensor:
+    if not isinstance(delta, Tensor) or not delta.is_floating_point() or delta.layout != torch.strided:
+        kind = f"{delta.dtype} {delta.layout}" if isinstance(delta, Tensor) else type(delta).__name__
+        raise PriorError(f"the delta of {key} must be a dense floating tensor, got {kind}")
+    delta = delta.detach()
+    return delta if delta.dtype in _DTYPES.values() else delta.float()
+
+
+def _fingerprint_of_record(record: Mapping[str, Any]) -> str:
+    """Names, shapes, dtype and the content hashes of the sources: what determines every byte of the deltas.
+
+    The norms follow from these, and are left out because their last digits depend on the machine.
+    """
+    try:
+        content = {
+            "tensors": {name: row["shape"] for name, row in record["tensors"].items()},
+            "dtype": record["dtype"],
+            "sources": {role: source["sha256"] for role, source in record["sources"].items()},
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PriorFormatError(f"{RECORD_NAME}: lacks or garbles {error}") from error
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint_of_deltas(deltas: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(deltas):
+        delta = deltas[name]
+        digest.update(f"{name} {delta.dtype} {list(delta.shape)}\n".encode())
+        flat = delta.reshape(-1)
+        if flat.numel() > _SAMPLED_ABOVE:
+            starts = torch.linspace(0, flat.numel() - _SAMPLE_BLOCK, _SAMPLE_BLOCKS, dtype=torch.float64).long()
+            flat = torch.cat([flat[start : start + _SAMPLE_BLOCK] for start in starts.tolist()])
+        digest.update(byte_view(flat.cpu().contiguous()))
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""The arithmetic of a build: checkpoints in, pieces of deltas and their norms out, in flat memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import PriorError
+from .arithmetic import Products, checksum, dot, subtract
+from .files import Checkpoint
+from .norms import CHUNK
+from .pairing import Pair
+
+_WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of elements of one tensor. Beyond the common vocabulary (`paired` false) only the base has elements."""
+
+    pair: Pair
+    start: int
+    count: int
+    paired: bool
+
+    @property
+    def roles(self) -> Iterable[str]:
+        return self.pair.sources if self.paired else ("base",)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Memory for one piece in work, used over and over: the bytes as read, and the delta as stored."""
+
+    raw: dict[str, Tensor]
+    delta: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    delta: Tensor
+    products: Products
+    checksums: dict[str, bytes]  # of the bytes read, by role
+
+
+class DeltaStream:
+    """Reads, subtracts and measures pieces on a few threads, and hands them out in order.
+
+    `digests` hold, by role, a sha256 over the checksums of all bytes that were read: the same weights give the same
+    digest however they are sharded, and no accident to them gives it too.
+    """
+
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], dtype: torch.dtype) -> None:
+        self.digests = {role: hashlib.sha256() for role in checkpoints}
+        self._checkpoints = checkpoints
+        self._origin = "reference" if "reference" in checkpoints else "base"
+        self._workplaces = [
+            Workplace(
+                raw={role: torch.empty(CHUNK * 8, dtype=torch.uint8) for role in checkpoints},
+                delta=torch.empty(CHUNK, dtype=dtype),
+            )
+            for _ in range(_WORKERS + 1)
+        ]
+        self._products: dict[str, Products] = {}  # of the common part
+        self._base_squares: dict[str, float] = {}  # of the whole
+
+    def deltas(self, pairs: Iterable[Pair]) -> Iterator[Tensor]:
+        """The deltas of `pairs`, end to end, in 1-D pieces that are valid until the next is asked for.
+
+        Raises PriorError, naming the tensor, once a delta turns out to hold NaN or Inf.
+        """
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            in_work: deque[tuple[Piece, Future[Result]]] = deque()
+            for turn, piece in enumerate(pieces_of(pairs)):
+                if len(in_work) == len(self._workplaces):
+                    yield self._finish(*in_work.popleft())
+                workplace = self._workplaces[turn % len(self._workplaces)]
+                in_work.append((piece, pool.submit(self._work, piece, workplace)))
+            while in_work:
+                yield self._finish(*in_work.popleft())
+
+    def measure(self, pair: Pair) -> dict[str, float | None]:
+        """Norm of the stored delta, norm of the base's weight, cosine of expert and base over their common elements."""
+        products = self._products.get(pair.name, Products())
+        scale = math.sqrt(products.expert_expert * products.base_base)
+        return {
+            "delta_norm": math.sqrt(products.delta_delta),
+            "param_norm": math.sqrt(self._base_squares.get(pair.name, 0.0)),
+            "cosine": products.expert_base / scale if scale else None,
+        }
+
+    def _work(self, piece: Piece, workplace: Workplace) -> Result:
+        tensors, checksums = {}, {}
+        for role in piece.roles:
+            tensors[role] = self._read(role, piece, workplace.raw[role])
+            checksums[role] = checksum(tensors[role])
+        delta = workplace.delta[: piece.count]
+        if piece.paired:
+            products = subtract(tensors["expert"], tensors["base"], tensors[self._origin], delta)
+        else:
+            delta.zero_()
+            products = Products(base_base=dot(tensors["base"], tensors["base"]))
+        return Result(delta, products, checksums)
+
+    def _read(self, role: str, piece: Piece, raw: Tensor) -> Tensor:
+        source = piece.pair.sources[role]
+        assert isinstance(source.dtype, torch.dtype)
+        flat = raw[: piece.count * source.dtype.itemsize].view(source.dtype)
+        self._checkpoints[role].read_into(flat, source, piece.start)
+        return flat
+
+    def _finish(self, piece: Piece, future: Future[Result]) -> Tensor:
+        name, result = piece.pair.name, future.result()
+        base_square = result.products.base_base
+        if not math.isfinite(base_square + result.products.delta_delta):
+            raise PriorError(f"{name} holds NaN or Inf in the checkpoints, or overflows in the prior's dtype")
+        self._base_squares[name] = self._base_squares.get(name, 0.0) + base_square
+        if piece.paired:
+            self._products[name] = self._products.get(name, Products()).plus(result.products)
+        for role, value in result.checksums.items():
+            self.digests[role].update(value)
+        return result.delta
+
+
+def pieces_of(pairs: Iterable[Pair]) -> Iterator[Piece]:
+    """The tensors of `pairs`, cut to CHUNK elements and where their common part ends."""
+    for pair in pairs:
+        for begin, end, paired in ((0, pair.common, True), (pair.common, pair.numel, False)):
+            for start in range(begin, end, CHUNK):
+                yield Piece(pair, start, min(CHUNK, end - start), paired)
