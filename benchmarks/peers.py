@@ -1,0 +1,138 @@
+"""The rivals: what one uses today to step with AdamW, and to bias its gradients by a prior.
+
+torch keeps the states in the dtype of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contender import Contender, nothing
+from .problem import ADAMW, ALPHA, LR, Problem
+
+# Under the norms that the authors' code divides by.
+NORM_FLOOR = 1e-12
+
+
+def fused(problem: Problem) -> Contender:
+    """torch's fused AdamW without a prior: what every other contender is measured against."""
+    optimizer = _fused_adamw(problem.own_params())
+    return _contender("fused", "torch fused", problem, None, optimizer, optimizer.step)
+
+
+def foreach(problem: Problem) -> Contender:
+    """torch's foreach AdamW without a prior."""
+    optimizer = torch.optim.AdamW(problem.own_params(), **ADAMW, foreach=True)
+    return _contender("foreach", "torch foreach", problem, None, optimizer, optimizer.step)
+
+
+def foreach_bias(problem: Problem, scaling: str) -> Contender:
+    """The bias as someone who knows torch would write it, and torch's fused AdamW.
+
+    As few passes as torch's list operations allow, no temporaries of the model's size, and norm(delta) computed once.
+    It writes to the gradients, so it works on scratch copies.
+    """
+    params = problem.own_params(problem.scratch_grads)
+    optimizer = _fused_adamw(params)
+    biased = [i for i, delta in enumerate(problem.deltas) if delta is not None]
+    deltas = [problem.deltas[i] for i in biased]
+    grads = [problem.scratch_grads[i] for i in biased]
+    delta_norms = torch.stack(torch._foreach_norm(deltas, dtype=torch.float32))
+
+    def absolute() -> None:
+        torch._foreach_add_(grads, deltas, alpha=-ALPHA)
+        optimizer.step()
+
+    def by_norm() -> None:
+        grad_norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
+        coefs = ALPHA * grad_norms / delta_norms
+        if scaling == "adaptive_cosine":
+            dots = torch.stack([torch.dot(g.flatten(), d.flatten()) for g, d in zip(grads, deltas, strict=True)])
+            coefs = coefs * (1 + dots / (grad_norms * delta_norms)) / 2
+        torch._foreach_addcmul_(grads, deltas, coefs.to(problem.dtype).unbind(), value=-1)
+        optimizer.step()
+
+    def decoupled() -> None:
+        optimizer.step()
+        torch._foreach_add_([params[i] for i in biased], deltas, alpha=LR * ALPHA)
+
+    step = {"absolute": absolute, "gradnorm": by_norm, "adaptive_cosine": by_norm, "decoupled": decoupled}[scaling]
+    label = "foreach bias + torch fused"
+    return _contender("foreach_bias", label, problem, scaling, optimizer, step, problem.restore_scratch_grads)
+
+
+def hook(problem: Problem, scaling: str) -> Contender:
+    """The authors' hooks, and torch's fused AdamW.
+
+    The hooks are called on given gradients rather than by a backward: that spares them autograd's own cost.
+    """
+    params = problem.own_params()
+    optimizer = _fused_adamw(params)
+    hooks = [
+        (param, grad, authors_hook(delta.cpu(), ALPHA, scaling))
+        for param, grad, delta in zip(params, problem.grads, problem.deltas, strict=True)
+        if delta is not None
+    ]
+
+    def step() -> None:
+        for param, grad, bias in hooks:
+            param.grad = bias(grad)
+        optimizer.step()
+
+    return _contender("hook", "authors' hook + torch fused", problem, scaling, optimizer, step)
+
+
+def authors_hook(host_delta: Tensor, alpha: float, scaling: str) -> Callable[[Tensor], Tensor]:
+    """The tensor hook by which DRIFT's authors (arXiv 2510.15050) bias one gradient, re-created from its description.
+
+        absolute         g - alpha * delta
+        gradnorm         g - alpha * norm(g) * delta/norm(delta)
+        adaptive_cosine  g - alpha * (1 + cos(g, delta))/2 * norm(g) * delta/norm(delta)
+
+    The delta stays on the host in the dtype it is stored in, and is moved to the gradient's device in every backward;
+    both norms are taken anew each time, and every intermediate is a tensor of the gradient's size.
+    """
+
+    def hook(grad: Tensor) -> Tensor:
+        delta = host_delta.to(device=grad.device, dtype=grad.dtype)
+        if scaling == "absolute":
+            return grad - alpha * delta
+        grad_norm = grad.norm().clamp(min=NORM_FLOOR)
+        delta_norm = delta.norm().clamp(min=NORM_FLOOR)
+        strength: float | Tensor = alpha
+        if scaling == "adaptive_cosine":
+            cosine = ((grad * delta).sum() / (grad_norm * delta_norm)).clamp(-1, 1)
+            strength = alpha * (1 + cosine) / 2
+        return grad - strength * grad_norm * (delta / delta_norm)
+
+    return hook
+
+
+def _fused_adamw(params: list[Tensor]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(params, **ADAMW, fused=True)
+
+
+def _contender(
+    name: str,
+    label: str,
+    problem: Problem,
+    scaling: str | None,
+    optimizer: torch.optim.AdamW,
+    step: Callable[[], Any],
+    prepare: Callable[[], Any] = nothing,
+) -> Contender:
+    bytes_to_move = problem.bytes_to_move(scaling, problem.dtype)
+    return Contender(name, label, scaling, problem.dtype, bytes_to_move, step, optimizer, prepare)
+
+
+# Rivals by name: those that have no prior, and those that have one, with the scalings that they know.
+WITHOUT_PRIOR = {"fused": fused, "foreach": foreach}
+WITH_PRIOR = {"foreach_bias": foreach_bias, "hook": hook}
+SCALINGS = {
+    "foreach_bias": ("absolute", "gradnorm", "adaptive_cosine", "decoupled"),
+    "hook": ("absolute", "gradnorm", "adaptive_cosine"),
+}

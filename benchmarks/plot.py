@@ -1,0 +1,93 @@
+"""The rows of a step benchmark as bars: python -m benchmarks.plot ROWS.json PLOT.png"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .report import SHORT_DTYPES, Row, caption, number, section_title, title
+
+OURS, RIVAL, BASELINE = "#1f6f5c", "#c9ccd1", "#7d838c"
+INK, FAINT = "#222222", "#666666"
+CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # keeps lines out of text
+SECTION_GAP = 1.5  # in bars
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Time of each contender against torch's fused AdamW without a prior, as horizontal bars with their quartiles."""
+    rows = [row for row in rows if row["contender"] != "copy"]
+    places: list[float] = []
+    headings: list[tuple[float, str]] = []
+    bottom = 0.0
+    for scaling, section in groupby(rows, key=lambda row: row["scaling"]):
+        headings.append((bottom, section_title(scaling)))
+        count = len(list(section))
+        places += [bottom + 1 + i for i in range(count)]
+        bottom += count + SECTION_GAP
+
+    ratios = [row["ratio_to_fused"] for row in rows]
+    medians = [ratio["median"] for ratio in ratios]
+    below = [ratio["median"] - ratio["low"] for ratio in ratios]
+    above = [ratio["high"] - ratio["median"] for ratio in ratios]
+    widest = max(ratio["high"] for ratio in ratios)
+
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(10, 1.5 + 0.27 * bottom), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh(places, medians, color=[_color(row) for row in rows], height=0.78, zorder=2)
+        axes.errorbar(medians, places, xerr=[below, above], fmt="none", ecolor=INK, elinewidth=0.9, capsize=2, zorder=3)
+        axes.axvline(1, color=BASELINE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        for place, heading in headings:
+            axes.text(0, place, heading, va="center", style="italic", color=FAINT, bbox=CLEAR)
+        for place, row, ratio in zip(places, rows, ratios, strict=True):
+            weight = "bold" if row["ours"] else "normal"
+            after = ratio["high"] + 0.012 * widest
+            axes.text(after, place, _note(row), va="center", fontsize=8, fontweight=weight, bbox=CLEAR)
+        axes.set_yticks(places, [_label(row) for row in rows])
+        for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+            tick.set_fontweight("bold" if row["ours"] else "normal")
+
+        axes.set_xlim(0, 1.3 * widest)
+        axes.set_ylim(bottom - SECTION_GAP + 1, -0.6)
+        axes.set_xlabel("time of a step, torch's fused AdamW without a prior = 1 (bars: median, lines: quartiles)")
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color="#e6e6e6", zorder=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        figure.suptitle(textwrap.fill(title(rows[0]), 110), fontsize=10, fontweight="bold", x=0.01, ha="left")
+        figure.supxlabel(textwrap.fill(caption(rows[0]), 150), fontsize=7, color=FAINT, x=0.01, ha="left")
+        figure.savefig(path, dpi=150)
+
+
+def _color(row: Row) -> str:
+    if row["ours"]:
+        return OURS
+    return BASELINE if row["contender"] == "fused" else RIVAL
+
+
+def _label(row: Row) -> str:
+    return f"{row['label']}, {SHORT_DTYPES[row['states']]} states" if row["ours"] else row["label"]
+
+
+def _note(row: Row) -> str:
+    parts = [f"{row['ratio_to_fused']['median']:.2f}x", f"{number(row['ms']['median'])} ms"]
+    if row["gb_per_s"] is not None:
+        parts.append(f"{number(row['gb_per_s'])} GB/s")
+    return "   ".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.plot", description="Draws what benchmarks.step measured.")
+    parser.add_argument("rows", type=Path, help="what benchmarks.step wrote with --json")
+    parser.add_argument("plot", type=Path, help="the image to write")
+    args = parser.parse_args(argv)
+    draw(json.loads(args.rows.read_text()), args.plot)
+
+
+if __name__ == "__main__":
+    main()

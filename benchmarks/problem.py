@@ -1,0 +1,95 @@
+"""What a step works on: parameters, gradients and deltas, the same for every contender."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .shapes import NamedShape, covered
+
+LR, BETAS, EPS, WEIGHT_DECAY, ALPHA = 1e-6, (0.9, 0.999), 1e-8, 1e-2, 0.5
+ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Parameters by name, with a gradient each, and a delta each where the prior covers it (None elsewhere)."""
+
+    names: list[str]
+    params: list[Tensor]
+    grads: list[Tensor]
+    deltas: list[Tensor | None]
+
+    @classmethod
+    def random(
+        cls,
+        shapes: list[NamedShape],
+        modules: list[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
+    ) -> Problem:
+        """Normal numbers of the sizes that fine-tuning sees: weights 2e-2, gradients and deltas 1e-3."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(shape: tuple[int, ...], deviation: float) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(0, deviation, generator=generator)
+
+        return cls(
+            names=[name for name, _ in shapes],
+            params=[normal(shape, 2e-2) for _, shape in shapes],
+            grads=[normal(shape, 1e-3) for _, shape in shapes],
+            deltas=[normal(shape, 1e-3) if covered(name, modules) else None for name, shape in shapes],
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.params[0].dtype
+
+    @property
+    def numel(self) -> int:
+        return sum(p.numel() for p in self.params)
+
+    @property
+    def prior(self) -> dict[str, Tensor]:
+        return {name: delta for name, delta in zip(self.names, self.deltas, strict=True) if delta is not None}
+
+    @cached_property
+    def scratch_grads(self) -> list[Tensor]:
+        """Gradients for the contenders that overwrite them, shared by these; see `restore_scratch_grads`."""
+        return [grad.clone() for grad in self.grads]
+
+    def restore_scratch_grads(self) -> None:
+        for scratch, grad in zip(self.scratch_grads, self.grads, strict=True):
+            scratch.copy_(grad)
+
+    def own_params(self, grads: list[Tensor] | None = None) -> list[Tensor]:
+        """A copy of the parameters, with these gradients (`self.grads` if not given), which are not copied."""
+        own = [param.clone() for param in self.params]
+        for param, grad in zip(own, self.grads if grads is None else grads, strict=True):
+            param.grad = grad
+        return own
+
+    def bytes_to_move(self, scaling: str | None, state_dtype: torch.dtype) -> int:
+        """The bytes that a step cannot avoid moving between memory and processor, from the dtypes alone.
+
+        Every step reads param, grad and both states and writes param and states; under a prior it reads delta. A
+        coefficient that needs norm(g) takes another pass over the biased gradients, one that needs <g, delta> over
+        their deltas too (norm(delta) is a constant).
+        """
+        total = 0
+        for param, grad, delta in zip(self.params, self.grads, self.deltas, strict=True):
+            per_element = 2 * param.element_size() + grad.element_size() + 4 * state_dtype.itemsize
+            if scaling is not None and delta is not None:
+                per_element += delta.element_size()
+                per_element += grad.element_size() if scaling in ("gradnorm", "adaptive_cosine") else 0
+                per_element += delta.element_size() if scaling == "adaptive_cosine" else 0
+            total += per_element * param.numel()
+        return total

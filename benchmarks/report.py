@@ -1,0 +1,128 @@
+"""From timings to rows, and from rows to a table."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .contender import Contender
+from .measure import Spread, Timing
+
+Row = dict[str, Any]
+
+# Rivals that have a prior too: ours are compared with them in columns of their own.
+RIVALS = {"foreach_bias": "x foreach\n+ fused", "hook": "x hook\n+ fused"}
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def make_rows(contenders: list[Contender], timings: list[list[Timing]], common: Row) -> list[Row]:
+    """One row per contender: what it is, the median and quartiles of its times, and the same over rivals' medians.
+
+    `gb_per_s` is the bytes that the step must move over the median time, whatever the contender moves beyond them, so
+    it compares across contenders; it and `percent_of_copy` are None if no copy was measured. `common` is in every row.
+    """
+    spreads = {
+        (contender.name, contender.scaling, contender.state_dtype): Spread.of([timing.ms for timing in times])
+        for contender, times in zip(contenders, timings, strict=True)
+    }
+
+    def gb_per_s(contender: Contender, spread: Spread) -> float:
+        return contender.bytes / spread.median / 1e6
+
+    def ratio(spread: Spread, name: str, scaling: str | None) -> dict[str, float] | None:
+        medians = [s.median for (n, rival_scaling, _), s in spreads.items() if (n, rival_scaling) == (name, scaling)]
+        return Spread(*(ms / medians[0] for ms in spread))._asdict() if medians else None
+
+    copy = next((gb_per_s(c, s) for c, s in zip(contenders, spreads.values(), strict=True) if c.name == "copy"), None)
+    rows = []
+    for contender, spread, times in zip(contenders, spreads.values(), timings, strict=True):
+        row = {
+            "contender": contender.name,
+            "label": contender.label,
+            "ours": contender.ours,
+            "scaling": contender.scaling or "none",
+            "states": None if contender.state_dtype is None else str(contender.state_dtype).removeprefix("torch."),
+            "ms": spread._asdict(),
+            "min_ms": min(timing.ms for timing in times),
+            "host_ms": Spread.of([timing.host_ms for timing in times])._asdict(),
+            "bytes": contender.bytes,
+            "bytes_per_param": contender.bytes / common["params"],
+            "gb_per_s": None if copy is None else gb_per_s(contender, spread),
+            "percent_of_copy": None if copy is None else 100 * gb_per_s(contender, spread) / copy,
+            "ratio_to_fused": ratio(spread, "fused", None),
+        }
+        for rival in RIVALS:
+            row[f"ratio_to_{rival}"] = ratio(spread, rival, contender.scaling) if contender.ours else None
+        rows.append({**row, **common})
+    return rows
+
+
+def print_table(rows: list[Row], console: Console) -> None:
+    """The rows, section by section of the same scaling; ours in bold."""
+    first = rows[0]
+    on_gpu, with_rate = first["device_type"] == "cuda", first["gb_per_s"] is not None
+    rivals = {
+        f"ratio_to_{rival}": heading
+        for rival, heading in RIVALS.items()
+        if any(row[f"ratio_to_{rival}"] is not None for row in rows)
+    }
+    table = Table(box=box.SIMPLE_HEAD, title=title(first), caption=caption(first))
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("step", no_wrap=True)
+    table.add_column("states", no_wrap=True)
+    numbers = ["ms", "quartiles", "x torch\nfused", *rivals.values()]
+    numbers += ["bytes/\nparam", "GB/s", "of a\ncopy"] if with_rate else []
+    numbers += ["host ms"] if on_gpu else []
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+
+    for scaling, section in groupby(rows, key=lambda row: row["scaling"]):
+        table.add_section()
+        table.add_row(section_title(scaling), style="italic")
+        for row in section:
+            ms = row["ms"]
+            cells = [f"  {row['label']}", SHORT_DTYPES.get(row["states"], "")]
+            cells += [number(ms["median"]), f"{number(ms['low'])}-{number(ms['high'])}"]
+            for ratio in (row[key] for key in ("ratio_to_fused", *rivals)):
+                cells.append("" if ratio is None else f"{ratio['median']:.2f}")
+            if with_rate:
+                cells += [f"{row['bytes_per_param']:.1f}", number(row["gb_per_s"]), f"{row['percent_of_copy']:.0f}%"]
+            if on_gpu:
+                cells.append(number(row["host_ms"]["median"]))
+            table.add_row(*cells, style="bold" if row["ours"] else None)
+    console.print(table)
+
+
+def number(x: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{x:.{0 if x >= 100 else 1 if x >= 10 else 2}f}"
+
+
+def section_title(scaling: str) -> str:
+    return "without a prior" if scaling == "none" else f"prior, {scaling}"
+
+
+def title(row: Row) -> str:
+    """What was stepped."""
+    scale = "" if row["scale"] == 1 else f" with widths divided by {row['scale']:.3g}"
+    biased = "every one" if row["biased_params"] == row["params"] else f"{row['biased_params']:,}"
+    return (
+        f"One optimizer step: {row['model']}{scale}, {row['tensors']} tensors, {row['params']:,} {row['dtype']} "
+        f"parameters, {biased} under the prior"
+    )
+
+
+def caption(row: Row) -> str:
+    """Where, with what, and how often."""
+    commit = "no commit"
+    if row["commit"] is not None:
+        commit = f"commit {row['commit'][:10]}{' + changes' if row['dirty'] else ''}"
+    threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
+    return (
+        f"{row['device']}{threads}, load {row['load']}; torch {row['torch']}, triton {row['triton'] or 'none'}, "
+        f"Python {row['python']}; {commit}; median and quartiles of {row['reps']} interleaved repetitions"
+    )
