@@ -1,0 +1,60 @@
+"""Every number of the experiment: chosen once for all seeds, and the same for all arms but for an arm's own knobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: AdamW, a cosine learning rate after a short warm-up, gradients clipped by their global norm."""
+
+    steps: int
+    lr: float
+    batch_size: int = 16
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way from the multimodal model to a model that adds."""
+
+    name: str
+    tuned: bool = True
+    merge: float = 0.0  # how much of the task vector (expert - base) is added before the fine-tuning
+    scaling: str | None = None  # how the prior acts during the fine-tuning; None: there is no prior
+    alpha: float = 0.0
+    anneal: float | None = None  # alpha falls linearly to 0 over this part of the fine-tuning; None: it stays
+
+
+@dataclass(frozen=True)
+class Settings:
+    base: Stage = Stage(steps=300, lr=1e-3)
+    expert: Stage = Stage(steps=400, lr=1e-3)
+    reader: Stage = Stage(steps=500, lr=1e-3)
+    tuning: Stage = Stage(steps=200, lr=5e-4)
+    reader_examples: int = 4000
+    tuning_examples: int = 400
+    test_images: int = 500  # of scikit-learn's 1,797; no stage trains on them
+    test_examples: int = 400  # of held-out pairs, and as many of seen pairs
+
+    def total_steps(self, arms: Sequence[Arm]) -> int:
+        """Optimizer steps of one seed."""
+        tuned = sum(arm.tuned for arm in arms)
+        return self.base.steps + self.expert.steps + self.reader.steps + tuned * self.tuning.steps
+
+
+ARMS = (
+    Arm("no fine-tuning", tuned=False),
+    Arm("merge", tuned=False, merge=1.0),
+    Arm("SFT"),
+    Arm("merge, then SFT", merge=1.0),
+    Arm("gradnorm", scaling="gradnorm", alpha=1.0),
+    Arm("gradnorm, annealed", scaling="gradnorm", alpha=2.0, anneal=0.5),
+    Arm("adaptive_cosine", scaling="adaptive_cosine", alpha=1.0),
+    Arm("adaptive_cosine, annealed", scaling="adaptive_cosine", alpha=2.0, anneal=0.5),
+    Arm("decoupled, annealed", scaling="decoupled", alpha=60.0, anneal=0.5),
+)
