@@ -1,0 +1,87 @@
+"""What the Triton backend's launches become on NVIDIA GPUs that need not be there.
+
+    python tests/sass.py ARCH            prints JSON: one object for each kernel, compiled for sm_ARCH
+
+It is a program of its own because `triton.jit` gives kernels that compile only where TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from drift_kernels.backends import triton as backend
+from drift_kernels.plan import Plan
+
+# param, grad, states, delta
+DTYPES = [
+    ("bfloat16", "bfloat16", "float32", "bfloat16"),
+    ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+    ("float32", "float32", "float32", None),
+    ("float16", "float16", "float32", "bfloat16"),
+]
+
+# An instruction in cuobjdump's listing: address, predicate, opcode.
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+PTX_ARITHMETIC = re.compile(r"\b(?:add|sub|mul|fma|mad|div|sqrt)(?:\.\w+)*\.f32(?:x2)?\b")
+
+
+def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
+    """The kernels that the two primitives launch, as sources, and the options of their launches."""
+    found: dict[str, tuple[ASTSource, dict[str, Any]]] = {}
+
+    def record(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        values = inspect.signature(kernel.fn).bind(*args).arguments
+        constants = {param.name: values[param.name] for param in kernel.params if param.is_constexpr}
+        signature = {name: "constexpr" if name in constants else mangle_type(value) for name, value in values.items()}
+        dtypes = [str(value) for name, value in constants.items() if name.endswith("dtype")]
+        found[" ".join([kernel.__name__, *dtypes])] = ASTSource(kernel, signature, constants), options
+
+    JITFunction.run = record
+    for param, grad, state, delta in DTYPES:
+        tensors = {name: [torch.zeros(1, dtype=getattr(torch, name))] for name in (param, grad, state, delta) if name}
+        plan = Plan(tensors[param], tensors[grad][0].dtype, tensors[state], tensors[state], tensors.get(delta))
+        plan.set_grads(tensors[grad])
+        backend.grad_stats(plan, torch.empty(1, 2, dtype=torch.float64), with_delta=True)
+        backend.update(plan, torch.empty(1, 11), with_delta=True)
+    return found
+
+
+def disassembled(cubin: bytes) -> tuple[Counter[str], dict[str, int]]:
+    """How often each opcode occurs, and the registers and bytes of memory that a thread takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(path)]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+    return Counter(INSTRUCTION.findall(listing)), usage
+
+
+def compiled(arch: int, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    opcodes, usage = disassembled(binary.asm["cubin"])
+    return {
+        "threads": 32 * options["num_warps"],
+        "specialized": [p.name for p in source.fn.params if not p.is_constexpr and not p.do_not_specialize],
+        "usage": usage,
+        "sass": opcodes,
+        "ptx": Counter(PTX_ARITHMETIC.findall(binary.asm["ptx"])),
+    }
+
+
+if __name__ == "__main__":
+    json.dump({name: compiled(int(sys.argv[1]), *launch) for name, launch in launches().items()}, sys.stdout)

@@ -1,0 +1,181 @@
+"""drift-prior, from its arguments to its exit status and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import text_weights, write_checkpoint
+from matplotlib.image import imread
+
+from drift_kernels import Prior
+from drift_kernels.cli import main
+from drift_kernels.prior.groups import group_deltas
+from drift_kernels.prior.names import module_of
+from drift_kernels.prior.plot import projection_lines
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "expert", text_weights())
+    vision = {"vision_tower.encoder.layers.0.self_attn.q_proj.weight": torch.randn(3, 3)}
+    write_checkpoint(tmp_path / "base", text_weights(prefix="language_model.model.") | vision, shards=2)
+    return tmp_path
+
+
+def build(folder: Path, *options: str) -> int:
+    paths = ("--expert", folder / "expert", "--base", folder / "base", "--out", folder / "prior")
+    return main(["build", *map(str, paths), *options])
+
+
+def one_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def test_build_then_inspect_then_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(folder, "--modules", "attn,norm,embed", "--layers", "0,2", "--dtype", "fp32") == 0
+    prior = Prior.open(folder / "prior")
+    assert f"{len(prior)} deltas" in one_line(capsys.readouterr().out)
+    assert prior.record["modules"] == ["attn", "norm", "embed"]
+    assert prior.record["layers"] == [0, 2]
+    assert prior.info("norm.weight").dtype == torch.float32
+
+    assert main(["inspect", str(folder / "prior"), "--plot", str(folder / "plot.png")]) == 0
+    printed = capsys.readouterr().out
+    attention = group_deltas(prior, module_of)["attn"]
+    assert 1.2 < attention.ratio < 1.6, "two independent normal models are sqrt(2) apart"
+    assert "expert - base: expert expert, base base" in printed
+    rows = [line for line in printed.splitlines() if "attn" in line]
+    assert len(rows) == 2
+    assert " 5 " in rows[0], "four projections and a bias"
+    image = imread(folder / "plot.png")
+    assert image.shape[1] > 1000
+    assert image[..., :3].std() > 0.05
+
+    assert main(["check", str(folder / "prior"), "--model", str(folder / "base")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{len(prior)} of {len(prior)} deltas are bound" in printed
+    assert "16 parameters have no delta" in printed
+
+
+def test_check_of_a_model_that_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(folder) == 0
+    write_checkpoint(folder / "shallow", text_weights(layers=2))
+    capsys.readouterr()
+    assert main(["check", str(folder / "prior"), "--model", str(folder / "shallow")]) == 1
+    captured = capsys.readouterr()
+    assert "16 of 24 deltas are bound" in captured.out
+    assert "8 deltas have no parameter: layers.2." in captured.out
+    assert not captured.err
+
+
+def test_groups_add_up(folder: Path) -> None:
+    """Norms of a group are those of its tensors in a row; its cosine lies within 1% of theirs in a row."""
+    assert build(folder, "--dtype", "fp32") == 0
+    prior = Prior.open(folder / "prior")
+    group = group_deltas(prior, lambda name: module_of(name) if module_of(name) == "mlp" else None)["mlp"]
+    names = [name for name in prior.names if ".mlp." in name]
+    delta = torch.cat([prior.load(name).double().flatten() for name in names])
+    assert group.tensors == len(names) == 9
+    assert group.delta_norm == pytest.approx(delta.norm().item(), rel=1e-6)
+    assert group.param_norm == pytest.approx(sum(prior.info(name).param_norm ** 2 for name in names) ** 0.5)
+    assert group.ratio == pytest.approx(group.delta_norm / group.param_norm)
+    mean = sum(prior.info(name).cosine for name in names) / len(names)
+    assert group.cosine == pytest.approx(mean, abs=0.01)
+
+
+def test_lines_of_the_plot(folder: Path) -> None:
+    assert build(folder, "--modules", "attn,mlp,norm") == 0
+    prior = Prior.open(folder / "prior")
+    lines = projection_lines(prior)
+    assert {label for module, label in lines if module == "attn"} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert set(lines["mlp", "up_proj"]) == {0, 1, 2}
+    info = prior.info("layers.1.self_attn.q_proj.weight")
+    assert lines["attn", "q_proj"][1].ratio == pytest.approx(info.delta_norm / info.param_norm)
+
+
+def test_overwrite_regex_reference_and_name_map(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(folder) == 0
+    capsys.readouterr()
+    assert build(folder) == 1
+    assert "exists already" in one_line(capsys.readouterr().err)
+    options = ["--overwrite", "--modules", r"norm,re:(q|v)_proj\.\w{4,6}$", "--reference", str(folder / "expert")]
+    assert build(folder, *options, "--name-map", "trunk.=layers.", "--name-map", "tower.=") == 0
+    prior = Prior.open(folder / "prior")
+    assert prior.record["name_map"] == {"trunk.": "layers.", "tower.": ""}
+    assert prior.record["delta"] == "expert - reference"
+    assert all(prior.info(name).delta_norm == 0 for name in prior.names)
+    assert len(prior) == 3 * (1 + 2) + 1 + 3
+
+
+def test_warnings_reach_the_terminal_and_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(folder / "wide", text_weights(vocabulary=150))
+    paths = ("--expert", folder / "wide", "--base", folder / "base", "--out", folder / "prior")
+    assert main(["build", *map(str, paths), "--modules", "embed"]) == 0
+    assert "vocabularies differ" in capsys.readouterr().err
+    assert main(["inspect", str(folder / "prior")]) == 0
+    assert "warning: vocabularies differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "{}/expert"], "not a prior"),
+        (["inspect", "{}/nowhere"], "nowhere: no such folder"),
+        (["check", "{}/prior", "--model", "{}/nowhere"], "nowhere: no such folder"),
+        (["build", "--expert", "{}/nowhere", "--base", "{}/base", "--out", "{}/new"], "nowhere: no such folder"),
+        (["build", "--expert", "{}", "--base", "{}/base", "--out", "{}/new"], "expected model.safetensors or"),
+        (["inspect", "{}/prior", "--plot", "{}/prior/none/x.png"], "No such file"),
+    ],
+)
+def test_failures_print_one_line_and_return_1(
+    folder: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(folder) == 0
+    capsys.readouterr()
+    assert main([argument.format(folder) for argument in arguments]) == 1
+    assert words in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--layers", "3-1", "layers must be numbers and ranges"),
+        ("--modules", "attention", "modules must be among"),
+        ("--modules", "re:(", "not a regular expression"),
+        ("--dtype", "fp8", "invalid choice"),
+        ("--name-map", "trunk", "expected PREFIX=CANONICAL"),
+    ],
+)
+def test_usage_errors_exit_with_2(
+    folder: Path, option: str, value: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        build(folder, option, value)
+    assert exit_.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_hub_ids_are_downloaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {}
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+        asked[repo_id] = allow_patterns
+        if repo_id == "org/gone":
+            raise OSError("404 Client Error\nand more")
+        return str(folder / repo_id.removeprefix("org/"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert main(["build", "--expert", "org/expert", "--base", "org/base", "--out", str(folder / "prior")]) == 0
+    assert "*.safetensors" in asked["org/expert"]
+    assert main(["inspect", "org/prior"]) == 0
+    assert "drift_prior.json" in asked["org/prior"]
+    assert Prior.open("org/prior").record["sources"]["expert"]["name"] == "org/expert"
+    capsys.readouterr()
+    assert main(["inspect", "org/gone"]) == 1
+    assert "org/gone: no such folder, and not fetched from the Hub (OSError: 404" in one_line(capsys.readouterr().err)

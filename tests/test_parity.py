@@ -1,0 +1,215 @@
+"""Every backend against the reference: the same bits for params and states, given the same coefficients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import BF16, DEVICE, F16, F32, Problem, assert_same_bits, coefficients, run
+from torch import Tensor
+
+from drift_kernels import backends
+from drift_kernels.coefficients import Coefficients
+from drift_kernels.plan import CHUNK
+
+NUMELS = [0, 1, 63, 1000, CHUNK - 1, 65_537]
+
+DTYPES = [
+    (param, grad, state, delta)
+    for param in (F32, BF16, F16)
+    for grad in dict.fromkeys((param, F32))
+    for state in (F32, BF16)
+    for delta in (F32, BF16, None)
+]
+
+
+def dtype_id(dtypes: tuple[torch.dtype | None, ...]) -> str:
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def available() -> list[str]:
+    return [name for name in backends.NAMES if name != "reference" and backends.load(name).unavailable(DEVICE) is None]
+
+
+def test_the_compiled_and_the_triton_backend_are_under_test() -> None:
+    assert set(available()) >= ({"triton"} if DEVICE.type == "cuda" else {"cpu", "triton"})
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_update_is_the_reference_bit_for_bit(name: str, dtypes: tuple[torch.dtype | None, ...]) -> None:
+    numels = NUMELS if name != "triton" or DEVICE.type == "cuda" else [0, 1, 63, 1000, CHUNK + 17]
+    problem = Problem.random(numels, dtypes)
+    expected = run("reference", problem.clone(), steps=3)
+    assert_same_bits(run(name, problem, steps=3), expected)
+
+
+@pytest.mark.parametrize("name", available())
+def test_random_shapes(name: str) -> None:
+    for dtypes in ((BF16, BF16, F32, BF16), (F32, F32, F32, F32)):
+        numels = [int(n) for n in torch.randint(0, 3000, (40,))]
+        problem = Problem.random(numels, dtypes)
+        expected = run("reference", problem.clone(), steps=2)
+        assert_same_bits(run(name, problem, steps=2), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in available() if name == "cpu" or DEVICE.type == "cuda"])
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, BF16, BF16, BF16), (BF16, F32, F32, BF16), (F32, F32, F32, None)], ids=dtype_id
+)
+def test_several_million_elements(name: str, dtypes: tuple[torch.dtype | None, ...]) -> None:
+    problem = Problem.random([5_000_011, 3, 2_500_000], dtypes)
+    expected = run("reference", problem.clone(), steps=2)
+    assert_same_bits(run(name, problem, steps=2), expected)
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, F32, BF16), (F16, F16, BF16, F32), (F32, F32, F32, F32)], ids=dtype_id)
+def test_special_values(name: str, dtypes: tuple[torch.dtype | None, ...]) -> None:
+    """NaN, infinities, zeros of both signs, subnormals and the largest values, in every operand."""
+    special = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 6e-8, 6.1e-5, 65504.0, 65519.0, 3.3e38, -3.3e38]
+    values = torch.tensor(special, dtype=F32, device=DEVICE)
+    problem = Problem.random([4096], dtypes)
+    assert problem.deltas is not None
+    for tensors in (problem.params, problem.grads, problem.exp_avgs, problem.exp_avg_sqs, problem.deltas):
+        chosen = values[torch.randint(len(values), (4096,), device=DEVICE)]
+        keep = torch.rand(4096, device=DEVICE) < 0.5
+        tensors[0] = torch.where(keep, tensors[0], chosen.to(tensors[0].dtype))
+    problem.exp_avg_sqs = [t.abs() for t in problem.exp_avg_sqs]
+    expected = run("reference", problem.clone(), steps=2)
+    assert_same_bits(run(name, problem, steps=2), expected)
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
+def test_stores_round_as_torch_casts(name: str, dtype: torch.dtype, fraction: float) -> None:
+    """Every finite value of a narrow dtype plus a fraction of its ulp: below, on and above the tie."""
+    patterns = torch.arange(65_536, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = patterns[patterns.isfinite()]
+    ulp = (values.abs().view(torch.int16) ^ 1).view(dtype).float().sub(values.abs().float()).abs()
+    delta = torch.where(ulp.isfinite(), ulp, 0.0) * fraction * values.float().sign()
+    problem = Problem(
+        [values.clone()],
+        [values.new_zeros(len(values))],
+        [torch.zeros(len(values))],
+        [torch.ones(len(values))],
+        [delta],
+    )
+    problem = Problem(*([t.to(DEVICE) for t in tensors] for tensors in vars(problem).values()))
+    step = {"grad_coef": 1.0, "decay": 1.0, "delta_step": 1.0, "eps": 1.0}
+    row = torch.tensor([[step.get(field, 0.0) for field in Coefficients._fields]], device=DEVICE)
+    backends.load(name).update(problem.plan(), row, with_delta=True)
+    assert_same_bits(problem.params, [(values.float() + delta).to(dtype).to(DEVICE)])
+
+
+@pytest.mark.parametrize("name", available())
+def test_views_of_any_alignment(name: str) -> None:
+    flat = {dtype: torch.zeros(5000, dtype=dtype, device=DEVICE) for dtype in (BF16, F32)}
+
+    def place(t: Tensor, offset: int) -> Tensor:
+        return flat[t.dtype].clone()[offset : offset + t.numel()].copy_(t)
+
+    problem = Problem.random([1000, 777, 4001], (BF16, BF16, F32, BF16))
+    expected = run("reference", problem.clone(), steps=2)
+    assert problem.deltas is not None
+    moved = Problem(
+        [place(t, 1) for t in problem.params],
+        [place(t, 3) for t in problem.grads],
+        [place(t, 1) for t in problem.exp_avgs],
+        [place(t, 2) for t in problem.exp_avg_sqs],
+        [place(t, 7) for t in problem.deltas],
+    )
+    assert_same_bits(run(name, moved, steps=2), expected)
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_launch_may_leave_its_deltas_out(name: str) -> None:
+    problem = Problem.random([1000, 5], (BF16, BF16, F32, BF16))
+    without = problem.clone()
+    without.deltas = None
+    expected = run("reference", without, steps=2)
+    assert_same_bits(run(name, problem, steps=2, with_delta=False), expected)
+
+
+@pytest.mark.parametrize("name", available())
+def test_nothing_outside_the_tensors_is_written(name: str) -> None:
+    buffers = [torch.full((1200,), math.nan, dtype=dtype, device=DEVICE) for dtype in (BF16, F32, F32)]
+    middle = [buffer[100:1101] for buffer in buffers]
+    values = Problem.random([1001], (BF16, BF16, F32, BF16))
+    for view, value in zip(middle, (*values.params, *values.exp_avgs, *values.exp_avg_sqs), strict=True):
+        view.copy_(value)
+    problem = Problem(middle[:1], values.grads, middle[1:2], middle[2:], values.deltas)
+    run(name, problem, steps=1)
+    for buffer in buffers:
+        assert buffer[:100].isnan().all()
+        assert buffer[1101:].isnan().all()
+        assert buffer[100:1101].isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*available(), "reference"])
+@pytest.mark.parametrize("grad", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("delta", [F32, BF16, None], ids=str)
+def test_grad_stats(name: str, grad: torch.dtype, delta: torch.dtype | None) -> None:
+    """Against float64 sums: 1e-6 of the norms' product, and the same bits when repeated into a poisoned output."""
+    numels = [0, 1, 63, 1000, CHUNK + 1] + ([1_000_003] if name == "cpu" or DEVICE.type == "cuda" else [])
+    problem = Problem.random(numels, (grad, grad, F32, delta))
+    plan = problem.plan()
+    outs = [torch.full((len(plan), 2), math.nan, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    for out in outs:
+        plan.partials.fill_(math.nan)
+        backends.load(name).grad_stats(plan, out, with_delta=True)
+    assert torch.equal(*(out.view(torch.int64) for out in outs))
+
+    for t, g in enumerate(problem.grads):
+        g64 = g.double()
+        d64 = torch.zeros_like(g64) if problem.deltas is None else problem.deltas[t].double()
+        square, cross, delta_square = ((a * b).sum() for a, b in ((g64, g64), (g64, d64), (d64, d64)))
+        assert abs(outs[0][t, 0] - square) <= 1e-6 * square
+        assert abs(outs[0][t, 1] - cross) <= 1e-6 * (square * delta_square).sqrt()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="instruction sets are the cpu backend's")
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    from drift_kernels import _cpu
+
+    sets = _cpu.instruction_sets()
+    problem = Problem.random([1, 1000, 40_001], (BF16, BF16, BF16, BF16))
+    stats, outputs = [], []
+    try:
+        for name in sets:
+            _cpu.select_instruction_set(name)
+            copy = problem.clone()
+            out = torch.empty(3, 2, dtype=torch.float64)
+            backends.load("cpu").grad_stats(copy.plan(), out, with_delta=True)
+            stats.append(out)
+            outputs.append(run("cpu", copy, steps=2))
+    finally:
+        _cpu.select_instruction_set(sets[-1])
+    for out, result in zip(stats, outputs, strict=True):
+        assert torch.equal(out, stats[0])
+        assert_same_bits(result, outputs[0])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the threads are the cpu backend's")
+def test_neither_threads_nor_flushing_denormals_change_a_bit() -> None:
+    threads = torch.get_num_threads()
+    problem = Problem.random([100_001, 7], (F32, F32, F32, F32))
+    problem.params = [t * 1e-39 for t in problem.params]
+    problem.exp_avgs = [t * 1e-39 for t in problem.exp_avgs]
+    expected = run("reference", problem.clone(), steps=2)
+    try:
+        for count, flush in ((1, False), (3, True)):
+            torch.set_num_threads(count)
+            torch.set_flush_denormal(flush)
+            copy = problem.clone()
+            plan = copy.plan()
+            table = [coefficients(2, "absolute").table, coefficients(2, "decoupled").table]
+            for c in table:
+                backends.load("cpu").update(plan, c, with_delta=True)
+            torch.set_flush_denormal(False)
+            assert_same_bits(copy.outputs(), expected)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)

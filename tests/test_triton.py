@@ -1,0 +1,194 @@
+"""The triton backend: its machine code, for GPUs that need not be there, and what test_parity.py leaves to it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import BF16, DEVICE, F32, Problem, assert_same_bits, run
+
+from drift_kernels.backends import triton as backend
+from drift_kernels.plan import CHUNK
+
+triton = pytest.importorskip("triton")
+
+ARCHS = [80, 90, 100]
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "None": 0}
+
+# For each architecture, what tests/sass.py says of each kernel.
+Kernels = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def by_arch() -> dict[int, Kernels]:
+    """From processes where `triton.jit` compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    program = str(Path(__file__).with_name("sass.py"))
+    running = {
+        arch: subprocess.Popen([sys.executable, program, str(arch)], stdout=subprocess.PIPE, env=environment)
+        for arch in ARCHS
+    }
+    outputs = {arch: process.communicate()[0] for arch, process in running.items()}
+    assert all(process.returncode == 0 for process in running.values())
+    return {arch: json.loads(output) for arch, output in outputs.items()}
+
+
+@pytest.fixture(params=ARCHS)
+def arch(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture
+def kernels(by_arch: dict[int, Kernels], arch: int) -> Kernels:
+    return by_arch[arch]
+
+
+def opcodes(kernels: Kernels, kernel: str) -> Iterator[tuple[str, list[int], dict[str, int]]]:
+    """For each combination of dtypes: the kernel with them, their sizes, and how often each opcode occurs."""
+    for name, facts in kernels.items():
+        if name.startswith(kernel):
+            yield name, [SIZES[dtype] for dtype in name.split()[1:]], facts["sass"]
+
+
+def test_an_update_moves_16_bytes_at_a_time_or_one_element(kernels: Kernels) -> None:
+    """Eight elements a thread on the aligned path, in as few accesses as their bytes allow; four on the general one."""
+    for name, (param, grad, state, delta), sass in opcodes(kernels, "_update_chunk"):
+        read, written = [param, grad, state, state, delta], [param, state, state]
+        assert sass["LDG.E.128"] == sum(8 * size // 16 for size in read), name
+        assert sass.get("LDG.E.U16", 0) == 4 * read.count(2), name
+        stores = {opcode: count for opcode, count in sass.items() if opcode.startswith("STG")}
+        single = {"STG.E": 4 * written.count(4), "STG.E.U16": 4 * written.count(2)}
+        wide = {"STG.E.128": sum(8 * size // 16 for size in written)}
+        assert stores == {opcode: count for opcode, count in (wide | single).items() if count}, name
+
+
+def test_grad_stats_reads_16_bytes_at_a_time(kernels: Kernels) -> None:
+    """Sixteen elements a thread, or a multiple of them where the compiler unrolls the loop."""
+    for name, sizes, sass in opcodes(kernels, "_sum_chunk"):
+        wide = sass.get("LDG.E.128", 0)
+        assert wide > 0, name
+        assert wide % sum(sizes) == 0, name
+
+
+def test_nothing_spills_and_six_blocks_share_a_multiprocessor(kernels: Kernels) -> None:
+    for name, facts in kernels.items():
+        usage = facts["usage"]
+        assert usage["STACK"] == usage["LOCAL"] == 0, name
+        assert not [opcode for opcode in facts["sass"] if opcode.startswith(("LDL", "STL"))], name
+        assert usage["REG"] * facts["threads"] * 6 <= 65_536, f"{name}: {usage['REG']} registers"
+
+
+def test_every_operation_is_rounded_by_itself(arch: int, kernels: Kernels) -> None:
+    """The PTX asks for no fma, and the machine code has every multiplication and addition of it: none was contracted.
+
+    (There are FFMAs: divisions and square roots become sequences of them, whose FMULs and FADDs are all .FTZ.)
+    """
+    if reason := backend.unsuitable(arch):
+        pytest.skip(reason)
+
+    def scalars(counts: dict[str, int], *opcodes: str) -> int:
+        """How many operations, of which a packed one does two."""
+        return sum(counts.get(opcode, 0) * (2 if opcode.endswith(("x2", "L2", "D2")) else 1) for opcode in opcodes)
+
+    for name, facts in kernels.items():
+        sass, ptx = facts["sass"], facts["ptx"]
+        assert all(".rn.f32" in operation and not operation.startswith(("fma", "mad")) for operation in ptx), name
+        if name.startswith("_update_chunk"):
+            additions = scalars(ptx, "add.rn.f32", "add.rn.f32x2", "sub.rn.f32", "sub.rn.f32x2")
+            assert scalars(sass, "FADD", "FADD2") == additions, name
+            assert scalars(sass, "FMUL", "FMUL2") == scalars(ptx, "mul.rn.f32", "mul.rn.f32x2"), name
+            assert ptx["sqrt.rn.f32"] == ptx["div.rn.f32"] == 12, name  # eight and four elements
+        else:
+            assert not [opcode for opcode in sass if opcode.startswith("FFMA")], name
+
+
+def test_no_argument_makes_a_kernel_compile_again(kernels: Kernels) -> None:
+    assert not {name: facts["specialized"] for name, facts in kernels.items() if facts["specialized"]}
+
+
+# The parity tests run the kernels in Triton's interpreter where there is no GPU.
+runs = pytest.mark.skipif(backend.unavailable(DEVICE) is not None, reason=f"{backend.unavailable(DEVICE)}")
+
+
+@runs
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, F32, BF16), (F32, F32, F32, None)], ids=["delta", "no delta"])
+def test_sizes_around_blocks_and_chunks(dtypes: tuple[torch.dtype | None, ...]) -> None:
+    edges = (0, 1, backend.UPDATE_BLOCK // 2, backend.UPDATE_BLOCK, 3 * backend.UPDATE_BLOCK, CHUNK)
+    problem = Problem.random([n for edge in edges for n in (edge - 1, edge, edge + 1) if n >= 0], dtypes)
+    expected = run("reference", problem.clone(), steps=1)
+    assert_same_bits(run("triton", problem, steps=1), expected)
+
+
+@runs
+def test_each_tensor_of_a_plan_may_start_anywhere() -> None:
+    """In every row another operand is off the 16-byte grid; in the last none is."""
+    numel = backend.UPDATE_BLOCK + 100
+    problem = Problem.random([numel] * 6, (BF16, BF16, BF16, BF16))
+    expected = run("reference", problem.clone(), steps=2)
+    operands = [tensors for tensors in vars(problem).values() if tensors is not None]
+    for row, tensors in enumerate(operands):
+        for offset, t in enumerate(tensors):
+            moved = t.new_empty(numel + 1)[int(row == offset) :][:numel]
+            tensors[offset] = moved.copy_(t)
+    assert_same_bits(run("triton", problem, steps=2), expected)
+
+
+@runs
+def test_a_plan_of_empty_tensors() -> None:
+    problem = Problem.random([0, 0], (BF16, BF16, F32, BF16))
+    run("triton", problem, steps=1)
+    out = torch.full((2, 2), torch.nan, dtype=torch.float64, device=DEVICE)
+    backend.grad_stats(problem.plan(), out, with_delta=True)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@runs
+@pytest.mark.parametrize("offset", [0, 1])
+def test_sums_keep_their_bound_where_every_rounding_errs_alike(offset: int) -> None:
+    """Equal elements: the products, and the sums of a lane, are all rounded the same way."""
+    values = torch.rand(8, dtype=F32, device=DEVICE)
+    problem = Problem.random([CHUNK] * len(values), (F32, F32, F32, F32))
+    problem.grads = [value.repeat(CHUNK + offset)[offset:] for value in values]
+    problem.deltas = [torch.full_like(g, -0.7) for g in problem.grads]
+    out = torch.empty(len(values), 2, dtype=torch.float64, device=DEVICE)
+    backend.grad_stats(problem.plan(), out, with_delta=True)
+    delta = problem.deltas[0][0].double()
+    expected = CHUNK * torch.stack((values.double() ** 2, values.double() * delta), dim=1)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+
+
+def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert "mps" in str(backend.unavailable(torch.device("mps")))
+    monkeypatch.setattr(triton, "JITFunction", object)  # as if everything had been compiled
+    assert "TRITON_INTERPRET=1" in str(backend.unavailable(cpu))
+    monkeypatch.setattr(triton, "JITFunction", ())  # as if everything were interpreted
+    assert backend.unavailable(cpu) is None
+    assert "TRITON_INTERPRET is set" in str(backend.unavailable(cuda))
+
+
+def test_it_refuses_architectures_that_would_not_give_the_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "7.5" in str(backend.unsuitable(75))
+    for version, reason in (("3.6.0", "contracts"), ("3.9.0", "None")):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert backend.unsuitable(90) is None
+        assert reason in str(backend.unsuitable(100))
+
+
+def test_it_can_be_imported_where_triton_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location(f"{backend.__name__}_missing", backend.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert "Triton cannot be imported" in module.unavailable(torch.device("cuda"))
