@@ -2,10 +2,10 @@
 
     python -m benchmarks.build_prior [--gb 2] [--repeats 5] [--json FILE]
 
-Two synthetic checkpoints (bf16, sharded, the shapes of a small Llama) are made in a temporary folder. In turn they are
-copied with cp and built into a prior of all their tensors by `drift-prior build`, a process of its own. Both read from
-the page cache, and the build also brings its output to the disk; `cp` does not, so a copy with `sync` is shown too. The
-build's time holds the start of Python and torch, which is shown by itself.
+Two synthetic checkpoints (bf16, sharded, the shapes of a small Llama) are made in a temporary folder. In an order drawn
+anew each time, they are copied with cp and built into a prior of all their tensors by `drift-prior build`, a process of
+its own. Both read from the page cache, and the build also brings its output to the disk; `cp` does not, so a copy with
+`sync` is shown too. The build's time holds the start of Python and torch, which is shown by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -21,13 +21,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
+
+from .rows import row_metadata
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 2048, 5632, 512, 32003
 SHARD_BYTES = 500_000_000
@@ -108,27 +109,17 @@ def measure(folder: Path, total_bytes: int, repeats: int) -> dict[str, list[tupl
         "drift-prior build": [*build, "--modules", "attn,mlp,norm,embed", "--out", out],
     }
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    order = list(commands)
+    shuffle = random.Random(0).shuffle
     for _ in track(range(repeats), "measuring", console=Console(stderr=True)):
-        for name, command in commands.items():
+        shuffle(order)
+        for name in order:
             os.sync()
             (folder / "copy").mkdir()
-            results[name].append(run(command))
+            results[name].append(run(commands[name]))
             for leftover in (copy, out):
                 shutil.rmtree(leftover, ignore_errors=True)
     return results
-
-
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit,
-    }
 
 
 def main() -> None:
@@ -145,6 +136,7 @@ def main() -> None:
             for seed, role in enumerate(track(("expert", "base"), "making checkpoints", console=Console(stderr=True)))
         )
         results = measure(folder, total, arguments.repeats)
+    metadata = row_metadata()
     medians = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in results.items()}
     table = Table(title=f"two checkpoints, {total / 1e9:.2f} GB together; medians of {arguments.repeats}")
     table.add_column("command", no_wrap=True)
@@ -168,7 +160,7 @@ def main() -> None:
             f"{total / medians[command] / 1e9:.2f}",
             f"{row['peak_rss_mb']:.0f}",
         )
-        rows.append(row | machine())
+        rows.append(row | metadata)
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
