@@ -124,10 +124,9 @@ class CoefficientTable:
         self._inv_delta_norm = torch.where(self._delta_norm > 0, 1 / self._delta_norm, 0.0)
         self._norm_ratio = torch.tensor(param_norms, dtype=torch.float64, device=device) * self._inv_delta_norm
         self._rows = torch.zeros(n, len(_Row._fields), dtype=torch.float64, device=device)
-        self._of: Any = _Row._make(self._rows.unbind(1))  # its columns, by name: tensors of shape [n] for _Row's floats
-
-    def column(self, field: str) -> Tensor:
-        return self.table[:, FIELDS[field]]
+        # The columns of the two tables by name: tensors of shape [n].
+        self._of: Any = _Row._make(self._rows.unbind(1))
+        self._out = Coefficients._make(self.table.unbind(1))
 
     def set_hyperparameters(self, rows: slice, h: Hyperparameters) -> None:
         """Everything that depends on the hyperparameters alone, for these rows."""
@@ -147,8 +146,8 @@ class CoefficientTable:
         """Counts one step more, and fills what depends on the count."""
         self.steps += 1
         step = self.steps.to(self._rows)
-        self.column("step_size").copy_(self._of.lr / (1 - self._of.beta1**step))
-        self.column("inv_sqrt_bc2").copy_(1 / (1 - self._of.beta2**step).sqrt())
+        self._out.step_size.copy_(self._of.lr / (1 - self._of.beta1**step))
+        self._out.inv_sqrt_bc2.copy_(1 / (1 - self._of.beta2**step).sqrt())
 
     def bias(self, with_stats: bool) -> Tensor:
         """The prior's coefficients c, float64 [n]; from `stats` when they were computed.
@@ -175,8 +174,8 @@ class CoefficientTable:
         return (grad_grad - 2 * c * self._of.sign * grad_delta + (c * self._delta_norm) ** 2).sum()
 
     def set_gradient_coefficients(self, c: Tensor, clip: Tensor | float) -> None:
-        self.column("grad_coef").copy_(self._of.sign * clip)
-        self.column("delta_coef").copy_(c * clip)
+        self._out.grad_coef.copy_(self._of.sign * clip)
+        self._out.delta_coef.copy_(c * clip)
 
 
 def clip_coefficient(grad_norm: Tensor, max_grad_norm: float) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from operator import attrgetter
+from collections.abc import Callable, Collection, Mapping
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ def _as_prior(prior: PriorLike) -> Prior:
     if isinstance(prior, (str, os.PathLike)):
         return Prior.open(prior)
     raise TypeError(f"prior must be a Prior, a path, or a mapping from names to deltas, got {type(prior).__name__}")
+
+
+def _same(a: Collection[object], b: Collection[object]) -> bool:
+    """Whether two collections hold the same objects."""
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 class FusedDriftAdamW(Optimizer):
@@ -78,8 +84,9 @@ class FusedDriftAdamW(Optimizer):
     """
 
     _batches: list[DeviceBatch]
-    _built_for: tuple[Any, ...] | None  # what the batches depend on, with the identities of the states' dicts
-    _built_states: list[int]
+    _built_for: tuple[Any, ...] | None  # what the batches depend on, with the params and the states themselves
+    _built_params: list[Tensor]
+    _built_states: list[dict[str, Any]]
     _grad_norm: Tensor | None
 
     def __init__(
@@ -140,7 +147,7 @@ class FusedDriftAdamW(Optimizer):
         return None if self.prior is None else self.prior.fingerprint
 
     def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return list(chain.from_iterable([group["params"] for group in self.param_groups]))
 
     def _named_params(self) -> list[tuple[str, Tensor]]:
         """Every parameter with its name, or with its position where the groups have no names."""
@@ -210,17 +217,18 @@ class FusedDriftAdamW(Optimizer):
 
     def _set_grads(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """Gives the plans their gradients, after building new ones if anything that they depend on has changed."""
-        # Addresses alone would not do: a parameter of no elements has none. The types tell which gradients are None.
-        dtypes = [g.dtype for g in grads if g is not None]
-        key = (list(map(id, params)), addresses(params), list(map(type, grads)), dtypes)
+        # The types tell which gradients are None. All of this runs in every step, so it is mapped in C.
+        dtypes = [None if g is None else g.dtype for g in grads]
+        key = (addresses(params), list(map(type, grads)), dtypes)
         if (
             key != self._built_for
-            or list(map(id, self.state.values())) != self._built_states
+            or not _same(params, self._built_params)
+            or not _same(self.state.values(), self._built_states)
             or not all(batch.owns_states() for batch in self._batches)
         ):
             self._batches = self._build(grads)
-            self._built_for = key
-            self._built_states = list(map(id, self.state.values()))
+            self._built_for, self._built_params = key, params
+            self._built_states = list(self.state.values())
         try:
             for batch in self._batches:
                 batch.set_grads(grads)
@@ -232,6 +240,7 @@ class FusedDriftAdamW(Optimizer):
         """Forgets the plans; the next step builds them anew."""
         self._batches = []
         self._built_for = None
+        self._built_params = []
         self._built_states = []
         self._grad_norm = None
 

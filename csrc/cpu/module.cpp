@@ -73,10 +73,10 @@ void for_each_chunk(const Row* rows, int64_t count, int threads, Body body) {
 #pragma omp parallel num_threads(threads) if (parallel)
   {
     const FloatEnvironment environment;
-#pragma omp for schedule(dynamic)
+    int64_t tensor = 0;
+#pragma omp for schedule(monotonic : dynamic)  // a thread's chunks ascend, so its tensors do
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      auto after = [](int64_t value, const Row& row) { return value < row.first_chunk; };
-      const int64_t tensor = std::upper_bound(rows, rows + count, chunk, after) - rows - 1;
+      while (tensor + 1 < count && rows[tensor + 1].first_chunk <= chunk) ++tensor;
       const int64_t begin = (chunk - rows[tensor].first_chunk) * kChunk;
       body(tensor, chunk, begin, std::min(begin + kChunk, rows[tensor].numel));
     }
