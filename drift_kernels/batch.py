@@ -43,7 +43,7 @@ class Launch:
 
     plan: Plan
     rows: slice
-    indices: list[int]  # of its parameters, among all of the optimizer
+    of: Callable[[list[Any]], tuple[Any, ...]]  # from a list over all parameters of the optimizer, those of the launch
     group_rows: list[tuple[int, slice]]
 
     def biased(self, groups: list[Hyperparameters], decoupled: bool) -> bool:
@@ -106,7 +106,10 @@ class DeviceBatch:
             deltas or None,
         )
         group_rows = [(self.slots[r.start].group, r) for r in _runs(self.slots, rows, lambda slot: slot.group)]
-        return Launch(plan, rows, [slot.index for slot in slots], group_rows)
+        indices = [slot.index for slot in slots]
+        # itemgetter gives one thing, not a tuple of one, for one index.
+        of = itemgetter(*indices) if len(indices) > 1 else lambda everything: (everything[indices[0]],)
+        return Launch(plan, rows, of, group_rows)
 
     def _share_steps(self, device: torch.device) -> Tensor:
         """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all."""
@@ -135,7 +138,7 @@ class DeviceBatch:
     def set_grads(self, grads: list[Tensor | None]) -> None:
         """Takes this step's gradients, of all parameters. Changes nothing else."""
         for launch in self.launches:
-            launch.plan.set_grads([grads[i] for i in launch.indices])  # type: ignore[misc]
+            launch.plan.set_grads(launch.of(grads))
 
     def advance(self, groups: list[Hyperparameters]) -> None:
         """Takes this step's hyperparameters, of all groups, and counts the step."""

@@ -123,10 +123,12 @@ class CoefficientTable:
         self._delta_norm = torch.tensor(delta_norms, dtype=torch.float64, device=device)
         self._inv_delta_norm = torch.where(self._delta_norm > 0, 1 / self._delta_norm, 0.0)
         self._norm_ratio = torch.tensor(param_norms, dtype=torch.float64, device=device) * self._inv_delta_norm
-        self._rows = torch.zeros(n, len(_Row._fields), dtype=torch.float64, device=device)
-        # The columns of the two tables by name: tensors of shape [n].
-        self._of: Any = _Row._make(self._rows.unbind(1))
+        self._constant = torch.zeros(n, dtype=torch.float64, device=device)  # what of c needs no statistics
+        # The hyperparameters' table is laid out column by column, the kernels' row by row. Their columns, by name:
+        self._rows = torch.zeros(len(_Row._fields), n, dtype=torch.float64, device=device)
+        self._of: Any = _Row._make(self._rows)
         self._out = Coefficients._make(self.table.unbind(1))
+        self._betas = self._rows[_Row._fields.index("beta1") : _Row._fields.index("beta2") + 1]
 
     def set_hyperparameters(self, rows: slice, h: Hyperparameters) -> None:
         """Everything that depends on the hyperparameters alone, for these rows."""
@@ -140,14 +142,15 @@ class CoefficientTable:
             "delta_step": h.lr * h.alpha if h.scaling == "decoupled" else 0.0,
         }
         self.table[rows] = torch.tensor([fixed.get(field, 0.0) for field in FIELDS])
-        self._rows[rows] = torch.tensor(_Row.of(h), dtype=torch.float64)
+        self._rows[:, rows] = torch.tensor(_Row.of(h), dtype=torch.float64)[:, None]
+        self._constant = self._of.constant + self._of.constant_norm * self._norm_ratio
 
     def advance(self) -> None:
         """Counts one step more, and fills what depends on the count."""
         self.steps += 1
-        step = self.steps.to(self._rows)
-        self._out.step_size.copy_(self._of.lr / (1 - self._of.beta1**step))
-        self._out.inv_sqrt_bc2.copy_(1 / (1 - self._of.beta2**step).sqrt())
+        bc1, bc2 = (1 - self._betas ** self.steps.to(self._rows)).unbind()
+        torch.div(self._of.lr, bc1, out=self._out.step_size)
+        torch.rsqrt(bc2, out=self._out.inv_sqrt_bc2)
 
     def bias(self, with_stats: bool) -> Tensor:
         """The prior's coefficients c, float64 [n]; from `stats` when they were computed.
@@ -155,15 +158,14 @@ class CoefficientTable:
         A zero gradient, a zero delta, and a gradient whose norm is not finite take nothing from the gradient's norm:
         the last so that a NaN or Inf stays in the elements where `torch.optim.AdamW` would have it.
         """
-        constant = self._of.constant + self._of.constant_norm * self._norm_ratio
         if not with_stats:
             self.prior_cosine = self.prior_ratio = None
-            return constant
+            return self._constant
         grad_norm = self.stats[:, 0].sqrt()
         ratio = torch.where(grad_norm.isfinite(), grad_norm, 0.0) * self._inv_delta_norm
         cosine = self._of.sign * self.stats[:, 1] / grad_norm * self._inv_delta_norm
         cosine = cosine.nan_to_num(nan=0.0).clamp(-1.0, 1.0)
-        c = constant + ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
+        c = self._constant + ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
         self.prior_cosine = cosine
         self.prior_ratio = (c.abs() * self._delta_norm / grad_norm).nan_to_num(nan=0.0, posinf=torch.inf)
         return c
@@ -174,8 +176,9 @@ class CoefficientTable:
         return (grad_grad - 2 * c * self._of.sign * grad_delta + (c * self._delta_norm) ** 2).sum()
 
     def set_gradient_coefficients(self, c: Tensor, clip: Tensor | float) -> None:
-        self._out.grad_coef.copy_(self._of.sign * clip)
-        self._out.delta_coef.copy_(c * clip)
+        """The coefficients of the gradient and of the delta, from the prior's (`bias`) and the clip coefficient."""
+        torch.mul(self._of.sign, clip, out=self._out.grad_coef)
+        torch.mul(c, clip, out=self._out.delta_coef)
 
 
 def clip_coefficient(grad_norm: Tensor, max_grad_norm: float) -> Tensor:
