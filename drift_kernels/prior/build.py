@@ -101,7 +101,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 
 def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
-        raise PriorError(f"{target} exists already; ask for overwrite to replace it")
+        raise PriorError(f"{target} exists already; overwrite=True (--overwrite) replaces it")
     if target.exists() and not (target / RECORD_NAME).exists():
         raise PriorError(f"{target} exists and is not a prior, so it is not replaced")
 
