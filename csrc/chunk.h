@@ -33,9 +33,9 @@ struct Tensors {
   State* __restrict exp_avg_sq;
   const Delta* __restrict delta;
 
-  DRIFT_HD explicit Tensors(const Row& row)
+  DRIFT_HD Tensors(const Row& row, uint64_t grad_address)
       : param(pointer<Param>(row.param)),
-        grad(pointer<const Grad>(row.grad)),
+        grad(pointer<const Grad>(grad_address)),
         exp_avg(pointer<State>(row.exp_avg)),
         exp_avg_sq(pointer<State>(row.exp_avg_sq)),
         delta(pointer<const Delta>(row.delta)) {}
@@ -58,8 +58,9 @@ struct Tensors {
 };
 
 template <class Param, class Grad, class State, class Delta>
-DRIFT_HD void update_chunk(const Row& row, const Coefficients& coefficients, int64_t begin, int64_t end) {
-  const Tensors<Param, Grad, State, Delta> tensors(row);
+DRIFT_HD void update_chunk(const Row& row, uint64_t grad, const Coefficients& coefficients, int64_t begin,
+                           int64_t end) {
+  const Tensors<Param, Grad, State, Delta> tensors(row, grad);
   const Coefficients c = coefficients;
   DRIFT_INDEPENDENT
   for (int64_t i = begin; i < end; ++i) {
@@ -77,11 +78,11 @@ struct Sums {
 // sum(g*g) and sum(g*delta) of one chunk: float32 in kLanes columns over short blocks, the blocks in float64. The order
 // is fixed by the element's index alone, so the sums have the same bits on every instruction set.
 template <class Grad, class Delta>
-DRIFT_HD Sums sum_chunk(const Row& row, int64_t begin, int64_t end) {
+DRIFT_HD Sums sum_chunk(const Row& row, uint64_t grad_address, int64_t begin, int64_t end) {
   constexpr int kLanes = 32;
   constexpr int64_t kBlock = 64 * kLanes;
   constexpr bool kHasDelta = !std::is_same_v<Delta, NoDelta>;
-  const Grad* __restrict grad = pointer<const Grad>(row.grad);
+  const Grad* __restrict grad = pointer<const Grad>(grad_address);
   [[maybe_unused]] const Delta* __restrict delta = pointer<const Delta>(row.delta);
 
   Sums sums{0.0, 0.0};

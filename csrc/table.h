@@ -6,17 +6,17 @@
 
 namespace drift {
 
-// Addresses and size of one tensor of a launch. `delta` is 0 where the launch has no prior.
+// Addresses and size of one tensor of a launch: what stays from step to step. `delta` is 0 where the launch has no
+// prior. The gradients' addresses, which may change, are an array of their own.
 struct Row {
   uint64_t param;
-  uint64_t grad;
   uint64_t exp_avg;
   uint64_t exp_avg_sq;
   uint64_t delta;
   int64_t numel;
   int64_t first_chunk;  // chunks of the tensors before this one
 };
-static_assert(sizeof(Row) == 7 * 8, "plan.py fills seven 8-byte fields");
+static_assert(sizeof(Row) == 6 * 8, "plan.py fills six 8-byte fields");
 
 // The scalars of one tensor's step. Computed in float64 and rounded once.
 struct Coefficients {

@@ -2,7 +2,12 @@ CHUNK: int
 
 class Launch:
     def __init__(
-        self, rows: int, count: int, dtypes: tuple[str | None, str | None, str | None, str | None], threads: int
+        self,
+        rows: int,
+        grads: int,
+        count: int,
+        dtypes: tuple[str | None, str | None, str | None, str | None],
+        threads: int,
     ) -> None: ...
 
 def update(launch: Launch, coefficients: int) -> None: ...

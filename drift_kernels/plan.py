@@ -1,4 +1,4 @@
-"""A Plan is the tensors of one launch: their addresses, cached, those of the gradients refreshed when one changes."""
+"""A Plan is the tensors of one launch: their addresses, once, and those of the gradients, anew when one changes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 CHUNK = 16384
 
 # The columns of Plan.table: struct Row in csrc/table.h.
-ROW_FIELDS = ("param", "grad", "exp_avg", "exp_avg_sq", "delta", "numel", "first_chunk")
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, DELTA, NUMEL, FIRST_CHUNK = range(len(ROW_FIELDS))
+ROW_FIELDS = ("param", "exp_avg", "exp_avg_sq", "delta", "numel", "first_chunk")
+PARAM, EXP_AVG, EXP_AVG_SQ, DELTA, NUMEL, FIRST_CHUNK = range(len(ROW_FIELDS))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -70,6 +70,7 @@ class Plan:
             (DELTA, self.deltas or []),
         ):
             self.table[: len(tensors), column] = torch.tensor(addresses(tensors), dtype=torch.int64)
+        self.grad_table = torch.zeros(len(self.params), dtype=torch.int64)  # the gradients' addresses, on the host
         self._grad_addresses: list[int] = []
 
     def __len__(self) -> int:
@@ -83,16 +84,21 @@ class Plan:
         grad_addresses = addresses(self.grads)
         if grad_addresses != self._grad_addresses:
             self._grad_addresses = grad_addresses
-            self.table[:, GRAD] = torch.tensor(grad_addresses, dtype=torch.int64)
-            self.__dict__.pop("device_table", None)
+            self.grad_table = torch.tensor(grad_addresses, dtype=torch.int64)
+            self.__dict__.pop("device_grad_table", None)
 
     def release_grads(self) -> None:
         self.grads = []
 
     @cached_property
     def device_table(self) -> Tensor:
-        """`table` where the kernels can read it: itself on the CPU, otherwise a copy made when an address changed."""
-        return self.table.to(self.device, non_blocking=True)
+        """`table` where the kernels can read it: itself on the CPU, otherwise a copy."""
+        return self.table.to(self.device)
+
+    @cached_property
+    def device_grad_table(self) -> Tensor:
+        """`grad_table` likewise, copied again when an address changed."""
+        return self.grad_table.to(self.device, non_blocking=True)
 
     @cached_property
     def chunk_tensor(self) -> Tensor:

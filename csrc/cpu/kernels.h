@@ -1,20 +1,13 @@
 // The kernels of one instruction set. kernels_<isa>.cpp includes kernels_isa.inc once for each.
 #pragma once
 
-#include "../chunk.h"
+#include "../dtypes.h"
 #include "subtract.h"
 
 namespace drift {
 
-// Values of drift_kernels/plan.py's dtype names; kNone is the delta of a launch without a prior.
-enum class DType { kFloat32, kBFloat16, kFloat16, kNone };
-
-struct DTypes {
-  DType param, grad, state, delta;
-};
-
-using UpdateKernel = void (*)(const Row&, const Coefficients&, int64_t begin, int64_t end);
-using SumKernel = Sums (*)(const Row&, int64_t begin, int64_t end);
+using UpdateKernel = void (*)(const Row&, uint64_t grad, const Coefficients&, int64_t begin, int64_t end);
+using SumKernel = Sums (*)(const Row&, uint64_t grad, int64_t begin, int64_t end);
 
 using SubtractKernel = Products (*)(uint64_t expert, uint64_t base, uint64_t origin, uint64_t delta, int64_t count);
 using WordsKernel = void (*)(const uint64_t* words, int64_t rows, int64_t width, uint64_t* row_sums, uint64_t* columns);
@@ -23,7 +16,7 @@ using WordsKernel = void (*)(const uint64_t* words, int64_t rows, int64_t width,
 struct InstructionSet {
   const char* name;
   UpdateKernel (*update)(DTypes);
-  SumKernel (*sum)(DType grad, DType delta);
+  SumKernel (*sum)(DTypes);
   SubtractKernel (*subtract)(DType weight, DType delta);
   WordsKernel words;
 };

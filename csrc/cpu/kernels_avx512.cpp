@@ -4,7 +4,7 @@
 #else
 #define DRIFT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
 #endif
+#define DRIFT_SET kAvx512
+#define DRIFT_NAME "avx512"
 #include "kernels_isa.inc"
-
-const drift::InstructionSet drift::kAvx512{"avx512", select_update, select_sum, select_subtract, words};
 #endif

@@ -1,4 +1,4 @@
 #define DRIFT_TARGET
+#define DRIFT_SET kBaseline
+#define DRIFT_NAME "baseline"
 #include "kernels_isa.inc"
-
-const drift::InstructionSet drift::kBaseline{"baseline", select_update, select_sum, select_subtract, words};

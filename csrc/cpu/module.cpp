@@ -5,9 +5,6 @@
 
 #include <algorithm>
 #include <cfenv>
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -16,14 +13,6 @@ namespace py = pybind11;
 
 namespace drift {
 namespace {
-
-DType parse_dtype(const std::optional<std::string>& name) {
-  if (!name) return DType::kNone;
-  if (*name == "float32") return DType::kFloat32;
-  if (*name == "bfloat16") return DType::kBFloat16;
-  if (*name == "float16") return DType::kFloat16;
-  throw std::invalid_argument("unknown dtype " + *name);
-}
 
 std::vector<const InstructionSet*> supported() {
   std::vector<const InstructionSet*> sets{&kBaseline};
@@ -85,6 +74,7 @@ void for_each_chunk(const Row* rows, int64_t count, int threads, Body body) {
 
 struct Launch {
   const Row* rows;
+  const uint64_t* grads;
   int64_t count;
   DTypes dtypes;
   int threads;
@@ -96,20 +86,20 @@ void update(const Launch& launch, uint64_t coefficients) {
   const auto* c = pointer<const Coefficients>(coefficients);
   const py::gil_scoped_release release;
   for_each_chunk(launch.rows, launch.count, launch.threads, [&](int64_t tensor, int64_t, int64_t begin, int64_t end) {
-    kernel(launch.rows[tensor], c[tensor], begin, end);
+    kernel(launch.rows[tensor], launch.grads[tensor], c[tensor], begin, end);
   });
 }
 
 // Two stages: the chunks' sums into `partials`, then per tensor in the order of its chunks.
 void grad_stats(const Launch& launch, uint64_t partials, uint64_t out) {
-  const SumKernel kernel = selected->sum(launch.dtypes.grad, launch.dtypes.delta);
+  const SumKernel kernel = selected->sum(launch.dtypes);
   if (kernel == nullptr) throw std::invalid_argument("the cpu backend has no grad_stats kernel for these dtypes");
   auto* partial = pointer<Sums>(partials);
   auto* sums = pointer<Sums>(out);
   const py::gil_scoped_release release;
   for_each_chunk(launch.rows, launch.count, launch.threads,
                  [&](int64_t tensor, int64_t chunk, int64_t begin, int64_t end) {
-                   partial[chunk] = kernel(launch.rows[tensor], begin, end);
+                   partial[chunk] = kernel(launch.rows[tensor], launch.grads[tensor], begin, end);
                  });
   for (int64_t t = 0; t < launch.count; ++t) {
     sums[t] = {0.0, 0.0};
@@ -143,7 +133,6 @@ void sum_words(uint64_t words, int64_t rows, int64_t width, uint64_t row_sums, u
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace drift;
-  using Name = std::optional<std::string>;
   m.attr("CHUNK") = kChunk;
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
@@ -152,14 +141,11 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("select_instruction_set", &select_instruction_set);
   py::class_<Launch>(m, "Launch")
-      .def(py::init([](uint64_t rows, int64_t count, const std::tuple<Name, Name, Name, Name>& dtypes, int threads) {
-             const auto& [param, grad, state, delta] = dtypes;
-             return Launch{pointer<const Row>(rows),
-                           count,
-                           {parse_dtype(param), parse_dtype(grad), parse_dtype(state), parse_dtype(delta)},
+      .def(py::init([](uint64_t rows, uint64_t grads, int64_t count, const DTypeNames& dtypes, int threads) {
+             return Launch{pointer<const Row>(rows), pointer<const uint64_t>(grads), count, parse_dtypes(dtypes),
                            threads};
            }),
-           py::arg("rows"), py::arg("count"), py::arg("dtypes"), py::arg("threads"));
+           py::arg("rows"), py::arg("grads"), py::arg("count"), py::arg("dtypes"), py::arg("threads"));
   m.def("update", &update, py::arg("launch"), py::arg("coefficients"));
   m.def("grad_stats", &grad_stats, py::arg("launch"), py::arg("partials"), py::arg("out"));
   m.def("subtract", &subtract, py::arg("expert"), py::arg("base"), py::arg("origin"), py::arg("delta"),

@@ -23,7 +23,8 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _launch(plan: Plan, with_delta: bool) -> _cpu.Launch:
-    return _cpu.Launch(plan.table.data_ptr(), len(plan), plan.dtype_names(with_delta), torch.get_num_threads())
+    addresses = plan.table.data_ptr(), plan.grad_table.data_ptr()
+    return _cpu.Launch(*addresses, len(plan), plan.dtype_names(with_delta), torch.get_num_threads())
 
 
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:

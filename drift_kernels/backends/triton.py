@@ -52,7 +52,7 @@ def _jit(function):
 
 @_jit
 def _fields(table, row, count: tl.constexpr):
-    """A row as a tuple: the 7 fields of plan.ROW_FIELDS, or the 11 of coefficients.Coefficients."""
+    """A row as a tuple: the 6 fields of plan.ROW_FIELDS, or the 11 of coefficients.Coefficients."""
     fields = ()
     for field in tl.static_range(count):
         fields += (tl.load(table + row * count + field),)  # type: ignore[assignment]
@@ -158,6 +158,7 @@ def _update(
 @_jit
 def _update_chunk(
     table,
+    grads,
     chunk_tensor,
     coefficients,
     param_dtype: tl.constexpr,
@@ -168,7 +169,8 @@ def _update_chunk(
     block: tl.constexpr,
 ):
     tensor = tl.load(chunk_tensor + tl.program_id(0)).to(tl.int64)
-    param, grad, exp_avg, exp_avg_sq, delta, numel, first_chunk = _fields(table, tensor, 7)
+    param, exp_avg, exp_avg_sq, delta, numel, first_chunk = _fields(table, tensor, 6)
+    grad = tl.load(grads + tensor)
     c = _fields(coefficients, tensor, 11)
     together = param | grad | exp_avg | exp_avg_sq
     if delta_dtype is not None:
@@ -208,6 +210,7 @@ def _sums(
 @_jit
 def _sum_chunk(
     table,
+    grads,
     chunk_tensor,
     partials,
     grad_dtype: tl.constexpr,
@@ -218,7 +221,8 @@ def _sum_chunk(
     """The first stage of grad_stats: the sums of one chunk."""
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk_tensor + chunk).to(tl.int64)
-    _, grad, _, _, delta, numel, first_chunk = _fields(table, tensor, 7)
+    _, _, _, delta, numel, first_chunk = _fields(table, tensor, 6)
+    grad = tl.load(grads + tensor)
     together = grad
     if delta_dtype is not None:
         together |= delta
@@ -233,7 +237,7 @@ def _sum_chunk(
 def _sum_tensor(table, partials, out, chunk_size: tl.constexpr, block: tl.constexpr):
     """The second stage: the sums of one tensor, over its chunks in a fixed order."""
     tensor = tl.program_id(0).to(tl.int64)
-    _, _, _, _, _, numel, first_chunk = _fields(table, tensor, 7)
+    _, _, _, _, numel, first_chunk = _fields(table, tensor, 6)
     chunks = (numel + chunk_size - 1) // chunk_size
     pair = tl.arange(0, 2)
     sums = tl.zeros([block, 2], tl.float64)
@@ -285,17 +289,18 @@ def _dtypes(plan: Plan, with_delta: bool) -> list[Any]:
 
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
     _, grad_dtype, _, delta_dtype = _dtypes(plan, with_delta)
-    table, chunk_tensor, partials = plan.device_table, plan.chunk_tensor, plan.partials
+    table, partials = plan.device_table, plan.partials
     with _on(plan.device):
         if plan.chunk_count:
             sum_chunk = _sum_chunk[(plan.chunk_count,)]
-            sum_chunk(table, chunk_tensor, partials, grad_dtype, delta_dtype, CHUNK, STATS_BLOCK, **OPTIONS)
+            addresses = table, plan.device_grad_table, plan.chunk_tensor
+            sum_chunk(*addresses, partials, grad_dtype, delta_dtype, CHUNK, STATS_BLOCK, **OPTIONS)
         _sum_tensor[(len(plan),)](table, partials, out, CHUNK, TOTAL_BLOCK, **OPTIONS)
 
 
 def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
-    table, chunk_tensor, dtypes = plan.device_table, plan.chunk_tensor, _dtypes(plan, with_delta)
+    addresses, dtypes = (plan.device_table, plan.device_grad_table, plan.chunk_tensor), _dtypes(plan, with_delta)
     if plan.chunk_count:
         with _on(plan.device):
             update_chunk = _update_chunk[(plan.chunk_count,)]
-            update_chunk(table, chunk_tensor, coefficients, *dtypes, CHUNK, UPDATE_BLOCK, **OPTIONS)
+            update_chunk(*addresses, coefficients, *dtypes, CHUNK, UPDATE_BLOCK, **OPTIONS)
