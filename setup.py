@@ -1,8 +1,16 @@
-"""Builds the compiled backends with ninja. Nothing here imports torch: the extensions take raw addresses."""
+"""Builds the compiled backends with ninja. Nothing here imports torch: the extensions take raw addresses.
+
+CUDA is built where nvcc is found (CUDA_HOME, PATH). Environment variables:
+
+    DRIFT_KERNELS_CUDA=0 or 1      forbid it, or fail where it cannot be built
+    DRIFT_KERNELS_CUDA_ARCHS=80;90 the architectures to compile for, and PTX of the last (default: see CUDA_ARCHS)
+    CXX                            the C++ compiler
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,7 +30,14 @@ ROOT = Path(__file__).parent.resolve()
 CPU_FLAGS = (
     "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall"
 )
+# Division, square root and denormals are IEEE's by default.
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -fmad=false --threads 0"
+# Our cudart is ours alone: its symbols must not be taken for those of the one that torch has loaded.
+CUDA_LINK_FLAGS = "-shared -cudart static -Xlinker --exclude-libs=ALL"
 
+CUDA_ARCHS = ("80", "89", "90", "100", "120")  # of these, what nvcc knows
+
+HEADERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.[hi]*"))]
 CPU = Extension(
     "drift_kernels._cpu",
     sources=[
@@ -32,7 +47,13 @@ CPU = Extension(
         "csrc/cpu/kernels_baseline.cpp",
     ],
     optional=True,
-    depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.[hi]*"))],
+    depends=HEADERS,
+)
+CUDA = Extension(
+    "drift_kernels._cuda",
+    sources=["csrc/cuda/kernels.cu", "csrc/cuda/module.cpp"],
+    optional=os.environ.get("DRIFT_KERNELS_CUDA") != "1",
+    depends=HEADERS,
 )
 
 
@@ -43,43 +64,98 @@ def cxx_compiler() -> str | None:
     return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
+def nvcc() -> str | None:
+    """CUDA's compiler: of $CUDA_HOME, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
+
+
+def cuda_targets(compiler: str) -> list[str]:
+    """nvcc's -gencode flags: machine code for each architecture, and PTX of the last for those to come."""
+    chosen = re.findall(r"\w+", os.environ.get("DRIFT_KERNELS_CUDA_ARCHS", ""))
+    if not chosen:
+        listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        chosen = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed]
+    codes = {arch: [f"sm_{arch}"] for arch in chosen}
+    if chosen:
+        codes[chosen[-1]].append(f"compute_{chosen[-1]}")
+    return [f"-gencode=arch=compute_{arch},code=[{','.join(code)}]" for arch, code in codes.items()]
+
+
+class BuildError(Exception):
+    """Why an extension was not built."""
+
+
 class NinjaBuildExt(build_ext):
-    """build_ext through ninja: parallel, incremental, and optional where there is no compiler."""
+    """build_ext through ninja: parallel, incremental, and without an optional extension that cannot be built."""
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = cxx_compiler()
-        if compiler is None:
-            self.warn_pure_python("no C++ compiler was found (set CXX or install g++ or clang++)")
-            return
+        try:
+            self.build_with_ninja(ext)
+        except BuildError as error:
+            if not ext.optional:
+                raise
+            without, instead = WITHOUT[ext.name]
+            self.warn(f"drift_kernels is installed WITHOUT its compiled {without} backend: {error}. {instead}")
+
+    def build_with_ninja(self, ext: Extension) -> None:
         build_dir = Path(self.build_temp).resolve() / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         with (build_dir / "build.ninja").open("w") as file:
-            self.write_ninja(ninja_syntax.Writer(file, width=120), ext, compiler, target)
+            ninja = ninja_syntax.Writer(file, width=120)
+            self.write_cuda_rules(ninja) if ext is CUDA else self.write_cpu_rules(ninja)
+            objects = []
+            for source in ext.sources:
+                objects += ninja.build(f"{Path(source).stem}.o", "compile", str(ROOT / source))
+            ninja.build(str(target), "link", objects)
+            ninja.default(str(target))
         try:
             subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(build_dir)], check=True)
         except subprocess.CalledProcessError as error:
-            self.warn_pure_python(f"{compiler} failed with exit status {error.returncode}; its messages are above")
+            raise BuildError(
+                f"its compilation failed with exit status {error.returncode}; the compiler's messages are above"
+            ) from None
 
-    def write_ninja(self, ninja: ninja_syntax.Writer, ext: Extension, compiler: str, target: Path) -> None:
-        includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    def write_cpu_rules(self, ninja: ninja_syntax.Writer) -> None:
+        compiler = cxx_compiler()
+        if compiler is None:
+            raise BuildError("no C++ compiler was found (set CXX or install g++ or clang++)")
         ninja.variable("cxx", compiler)
-        ninja.variable("cflags", [CPU_FLAGS, *(f"-isystem {shlex.quote(path)}" for path in includes)])
+        ninja.variable("cflags", [CPU_FLAGS, *include_flags()])
         ninja.rule("compile", "$cxx $cflags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
         ninja.rule("link", f"$cxx -shared -fopenmp {undefined} $in -o $out")
-        objects = []
-        for source in ext.sources:
-            objects += ninja.build(f"{Path(source).stem}.o", "compile", str(ROOT / source))
-        ninja.build(str(target), "link", objects)
-        ninja.default(str(target))
 
-    def warn_pure_python(self, reason: str) -> None:
-        self.warn(
-            f"drift_kernels is installed WITHOUT its compiled cpu backend: {reason}. "
-            "CPU tensors will use the slower `reference` backend."
-        )
+    def write_cuda_rules(self, ninja: ninja_syntax.Writer) -> None:
+        compiler = nvcc()
+        if compiler is None:
+            raise BuildError("no nvcc was found (set CUDA_HOME, or put it on PATH)")
+        host = [f"-ccbin {shlex.quote(os.environ['CXX'])}"] if "CXX" in os.environ else []
+        ninja.variable("nvcc", [compiler, *host])
+        ninja.variable("cflags", [CUDA_FLAGS, *cuda_targets(compiler), *include_flags()])
+        ninja.rule("compile", "$nvcc $cflags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+        ninja.rule("link", f"$nvcc {CUDA_LINK_FLAGS} $in -o $out")
 
 
-setup(ext_modules=[CPU], cmdclass={"build_ext": NinjaBuildExt})
+WITHOUT = {
+    CPU.name: ("cpu", "CPU tensors will use the slower `reference` backend."),
+    CUDA.name: ("cuda", "CUDA tensors will use the `triton` backend where Triton is installed."),
+}
+
+
+def include_flags() -> list[str]:
+    paths = [pybind11.get_include(), sysconfig.get_path("include")]
+    return [f"-isystem {shlex.quote(path)}" for path in paths]
+
+
+def extensions() -> list[Extension]:
+    """CUDA where it is asked for, or may be and there is an nvcc."""
+    wanted = os.environ.get("DRIFT_KERNELS_CUDA", "1" if nvcc() else "0")
+    if wanted not in ("0", "1"):
+        raise SystemExit(f"DRIFT_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
+    return [CPU, CUDA] if wanted == "1" else [CPU]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt})

@@ -10,7 +10,7 @@
 #if defined(__clang__)
 #define DRIFT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__CUDACC__)
-#define DRIFT_INDEPENDENT
+#define DRIFT_INDEPENDENT  // the device does not vectorise
 #else
 #define DRIFT_INDEPENDENT _Pragma("GCC ivdep")
 #endif
@@ -24,7 +24,7 @@ DRIFT_HD T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
 
-// The tensors of one row under their types.
+// The tensors of one row under their types, from element `begin` on.
 template <class Param, class Grad, class State, class Delta>
 struct Tensors {
   Param* __restrict param;
@@ -33,12 +33,10 @@ struct Tensors {
   State* __restrict exp_avg_sq;
   const Delta* __restrict delta;
 
-  DRIFT_HD Tensors(const Row& row, uint64_t grad_address)
-      : param(pointer<Param>(row.param)),
-        grad(pointer<const Grad>(grad_address)),
-        exp_avg(pointer<State>(row.exp_avg)),
-        exp_avg_sq(pointer<State>(row.exp_avg_sq)),
-        delta(pointer<const Delta>(row.delta)) {}
+  static DRIFT_HD Tensors of(const Row& row, uint64_t grad, int64_t begin = 0) {
+    return {pointer<Param>(row.param) + begin, pointer<const Grad>(grad) + begin, pointer<State>(row.exp_avg) + begin,
+            pointer<State>(row.exp_avg_sq) + begin, pointer<const Delta>(row.delta) + begin};
+  }
 
   DRIFT_HD Element load(int64_t i) const { return {to_float(param[i]), to_float(exp_avg[i]), to_float(exp_avg_sq[i])}; }
 
@@ -60,7 +58,7 @@ struct Tensors {
 template <class Param, class Grad, class State, class Delta>
 DRIFT_HD void update_chunk(const Row& row, uint64_t grad, const Coefficients& coefficients, int64_t begin,
                            int64_t end) {
-  const Tensors<Param, Grad, State, Delta> tensors(row, grad);
+  const auto tensors = Tensors<Param, Grad, State, Delta>::of(row, grad);
   const Coefficients c = coefficients;
   DRIFT_INDEPENDENT
   for (int64_t i = begin; i < end; ++i) {

@@ -37,6 +37,6 @@ static_assert(sizeof(Coefficients) == 11 * 4, "coefficients.py fills eleven 4-by
 // A chunk is the unit of work of one thread (cpu) or block (gpu), and of the first stage of a reduction.
 constexpr int64_t kChunk = 16384;
 
-constexpr int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+DRIFT_HD constexpr int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
 }  // namespace drift

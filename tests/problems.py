@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
+import grid
 import torch
 from torch import Tensor
 
@@ -13,6 +15,10 @@ from drift_kernels.plan import Plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# Beside the package's own: the cuda backend's kernels, run on the host.
+GRID = "grid"
+sys.modules[f"{backends.__name__}.{GRID}"] = grid
 
 
 @dataclass

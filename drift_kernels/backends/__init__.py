@@ -18,10 +18,10 @@ from ..plan import Plan
 
 log = logging.getLogger("drift_kernels")
 
-NAMES = ("cpu", "triton", "reference")
+NAMES = ("cuda", "triton", "cpu", "reference")
 
 # What "auto" tries for a device type, in this order; any other device type takes the reference.
-AUTO = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 
 class Backend(Protocol):

@@ -1,0 +1,59 @@
+#include "kernels.h"
+
+namespace drift {
+namespace {
+
+// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 49 to 110 KB are in flight.
+template <class Param>
+constexpr int kUpdateBlocks = sizeof(Param) == 4 ? 2 : 3;
+constexpr int kSumBlocks = 4;
+
+template <class Param, class Grad, class State, class Delta>
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param>) update(const __grid_constant__ Launch launch) {
+  update_block<Param, Grad, State, Delta>(launch, blockIdx.x);
+}
+
+template <class Grad, class Delta>
+__global__ void __launch_bounds__(kThreads, kSumBlocks) sum(const __grid_constant__ Launch launch) {
+  __shared__ Sums sums[kThreads];
+  sum_block<Grad, Delta>(launch, blockIdx.x, sums);
+}
+
+__global__ void __launch_bounds__(kThreads) total(const Row* rows, const Sums* partials, Sums* out) {
+  __shared__ Sums sums[kThreads];
+  total_block(rows, partials, out, blockIdx.x, sums);
+}
+
+template <class T>
+using Unwrap = typename T::type;
+
+}  // namespace
+
+ChunkKernel update_kernel(DTypes dtypes) {
+  return select_update(dtypes, [](auto p, auto g, auto s, auto d) -> ChunkKernel {
+    return update<Unwrap<decltype(p)>, Unwrap<decltype(g)>, Unwrap<decltype(s)>, Unwrap<decltype(d)>>;
+  });
+}
+
+ChunkKernel sum_kernel(DTypes dtypes) {
+  return select_sum(dtypes, [](auto grad, auto delta) -> ChunkKernel {
+    return sum<Unwrap<decltype(grad)>, Unwrap<decltype(delta)>>;
+  });
+}
+
+cudaError_t launch_chunks(ChunkKernel kernel, const Launch& launch, int64_t chunks, cudaStream_t stream) {
+  kernel<<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(launch);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_totals(const Row* rows, const Sums* partials, Sums* out, int64_t count, cudaStream_t stream) {
+  total<<<static_cast<unsigned>(count), kThreads, 0, stream>>>(rows, partials, out);
+  return cudaGetLastError();
+}
+
+cudaError_t check_device() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, total);
+}
+
+}  // namespace drift

@@ -1,0 +1,85 @@
+// The cuda backend: launches on a stream. Addresses and streams come as integers, so no torch header is needed and one
+// build serves every torch; cudart is linked statically, so the module imports where there is no driver.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace py = pybind11;
+
+namespace drift {
+namespace {
+
+// An error becomes an exception that says which call failed, and is not left behind for the next call to trip over.
+void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+struct Target {
+  Plan plan;
+  DTypes dtypes;
+  int device;
+  cudaStream_t stream;
+};
+
+void launch_on(const Target& target, ChunkKernel kernel, const char* name, const Coefficients* coefficients,
+               Sums* partials) {
+  if (kernel == nullptr) throw std::invalid_argument(std::string("no ") + name + " kernel for these dtypes");
+  check(cudaSetDevice(target.device), "cudaSetDevice");
+  for_each_launch(target.plan, coefficients, partials, [&](const Launch& launch, int64_t chunks) {
+    check(launch_chunks(kernel, launch, chunks, target.stream), name);
+  });
+}
+
+void update(const Target& target, uint64_t coefficients) {
+  const py::gil_scoped_release release;  // a full launch queue blocks
+  launch_on(target, update_kernel(target.dtypes), "launching update", pointer<const Coefficients>(coefficients),
+            nullptr);
+}
+
+void grad_stats(const Target& target, uint64_t partials, uint64_t out) {
+  const py::gil_scoped_release release;
+  launch_on(target, sum_kernel(target.dtypes), "launching grad_stats", nullptr, pointer<Sums>(partials));
+  check(launch_totals(target.plan.device_rows, pointer<Sums>(partials), pointer<Sums>(out), target.plan.count,
+                      target.stream),
+        "launching the second stage of grad_stats");
+}
+
+// Why the device cannot run the kernels; None if it can.
+std::optional<std::string> unusable(int device) {
+  try {
+    int current;
+    check(cudaGetDevice(&current), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+    const cudaError_t error = check_device();
+    check(cudaSetDevice(current), "cudaSetDevice");
+    check(error, "loading the kernels");
+    return std::nullopt;
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+}
+
+}  // namespace
+}  // namespace drift
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace drift;
+  m.attr("CHUNK") = kChunk;
+  m.def("unusable", &unusable, py::arg("device"));
+  py::class_<Target>(m, "Target")
+      .def(py::init([](uint64_t rows, uint64_t device_rows, uint64_t chunk_rows, uint64_t grads, int64_t count,
+                       const DTypeNames& dtypes, int device, uint64_t stream) {
+             const Plan plan{pointer<const Row>(rows), pointer<const Row>(device_rows),
+                             pointer<const int32_t>(chunk_rows), pointer<const uint64_t>(grads), count};
+             return Target{plan, parse_dtypes(dtypes), device, pointer<CUstream_st>(stream)};
+           }),
+           py::arg("rows"), py::arg("device_rows"), py::arg("chunk_rows"), py::arg("grads"), py::arg("count"),
+           py::arg("dtypes"), py::arg("device"), py::arg("stream"));
+  m.def("update", &update, py::arg("target"), py::arg("coefficients"));
+  m.def("grad_stats", &grad_stats, py::arg("target"), py::arg("partials"), py::arg("out"));
+}

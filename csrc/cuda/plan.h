@@ -1,0 +1,40 @@
+// From a plan to launches: the host's side of block.h, without a call to CUDA, so that the tests can run it too.
+#pragma once
+
+#include <algorithm>
+
+#include "block.h"
+
+namespace drift {
+
+// What drift_kernels/plan.py holds of the tensors of one plan.
+struct Plan {
+  const Row* rows;            // on the host
+  const Row* device_rows;     // the same on the device
+  const int32_t* chunk_rows;  // on the device
+  const uint64_t* grads;      // on the host
+  int64_t count;
+};
+
+// Calls run(launch, chunks) for all rows, kMaxRows at a time, leaving out what has no element.
+template <class F>
+void for_each_launch(const Plan& plan, const Coefficients* coefficients, Sums* partials, F run) {
+  for (int64_t first = 0; first < plan.count; first += kMaxRows) {
+    const int64_t count = std::min(kMaxRows, plan.count - first);
+    const Row& last = plan.rows[first + count - 1];
+    const int64_t first_chunk = plan.rows[first].first_chunk;
+    const int64_t chunks = last.first_chunk + chunk_count(last.numel) - first_chunk;
+    if (chunks == 0) continue;
+    Launch launch;  // its unused addresses are left as they are
+    launch.rows = plan.device_rows;
+    launch.chunk_rows = plan.chunk_rows;
+    launch.coefficients = coefficients;
+    launch.partials = partials;
+    launch.first_row = first;
+    launch.first_chunk = first_chunk;
+    std::copy_n(plan.grads + first, count, launch.grads);
+    run(launch, chunks);
+  }
+}
+
+}  // namespace drift

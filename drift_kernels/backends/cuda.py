@@ -1,0 +1,52 @@
+"""The cuda backend: csrc/cuda, compiled when the package is installed where there is an nvcc."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import CHUNK, Plan
+
+_reason: str | None = None
+try:
+    from drift_kernels import _cuda
+except ImportError as error:
+    _reason = (
+        f"its compiled extension cannot be imported ({error}); install CUDA's compiler (nvcc, of CUDA 12.1 or newer; "
+        "on PATH or under CUDA_HOME), then reinstall drift_kernels with DRIFT_KERNELS_CUDA=1"
+    )
+else:
+    assert _cuda.CHUNK == CHUNK, "drift_kernels._cuda was built from other sources: reinstall drift_kernels"
+
+
+def unavailable(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it runs on NVIDIA GPUs, not on {'ROCm' if device.type == 'cuda' else device.type}"
+    return _reason or _cuda.unusable(_index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _target(plan: Plan, with_delta: bool) -> _cuda.Target:
+    return _cuda.Target(
+        plan.table.data_ptr(),
+        plan.device_table.data_ptr(),
+        plan.chunk_tensor.data_ptr(),
+        plan.grad_table.data_ptr(),
+        len(plan),
+        plan.dtype_names(with_delta),
+        _index(plan.device),
+        torch.cuda.current_stream(plan.device).cuda_stream,
+    )
+
+
+def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
+    with torch.cuda.device(plan.device):
+        _cuda.grad_stats(_target(plan, with_delta), plan.partials.data_ptr(), out.data_ptr())
+
+
+def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
+    with torch.cuda.device(plan.device):
+        _cuda.update(_target(plan, with_delta), coefficients.data_ptr())

@@ -1,0 +1,42 @@
+// The cuda backend's kernels on the host: every block of a grid, and every thread of a block, one after another.
+#include "../csrc/cuda/plan.h"
+#include "../csrc/dtypes.h"
+
+namespace drift {
+namespace {
+
+using UpdateBlock = void (*)(const Launch&, int64_t block);
+using SumBlock = void (*)(const Launch&, int64_t block, Sums*);
+
+template <class T>
+using Unwrap = typename T::type;
+
+DTypes parse(const char* const* names) {
+  const auto name = [&](int i) { return names[i] == nullptr ? DTypeName() : DTypeName(names[i]); };
+  return parse_dtypes({name(0), name(1), name(2), name(3)});
+}
+
+}  // namespace
+}  // namespace drift
+
+using namespace drift;
+
+extern "C" void update(const Plan* plan, const char* const* dtypes, const Coefficients* coefficients) {
+  const UpdateBlock body = select_update(parse(dtypes), [](auto p, auto g, auto s, auto d) -> UpdateBlock {
+    return update_block<Unwrap<decltype(p)>, Unwrap<decltype(g)>, Unwrap<decltype(s)>, Unwrap<decltype(d)>>;
+  });
+  for_each_launch(*plan, coefficients, nullptr, [&](const Launch& launch, int64_t chunks) {
+    for (int64_t block = 0; block < chunks; ++block) body(launch, block);
+  });
+}
+
+extern "C" void grad_stats(const Plan* plan, const char* const* dtypes, Sums* partials, Sums* out) {
+  const SumBlock body = select_sum(parse(dtypes), [](auto grad, auto delta) -> SumBlock {
+    return sum_block<Unwrap<decltype(grad)>, Unwrap<decltype(delta)>>;
+  });
+  Sums shared[kThreads];
+  for_each_launch(*plan, nullptr, partials, [&](const Launch& launch, int64_t chunks) {
+    for (int64_t block = 0; block < chunks; ++block) body(launch, block, shared);
+  });
+  for (int64_t block = 0; block < plan->count; ++block) total_block(plan->rows, partials, out, block, shared);
+}

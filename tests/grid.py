@@ -1,0 +1,56 @@
+"""A backend for tests: the cuda backend's kernels, compiled for the host and run thread by thread (grid.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from drift_kernels.plan import Plan
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+COMPILER = shutil.which("c++")
+
+# As the kernels are compiled, and a trap on a 16-byte access that is not aligned, as the device has it.
+FLAGS = "-std=c++17 -O1 -shared -fPIC -ffp-contract=off -fsanitize=alignment -fsanitize-undefined-trap-on-error"
+
+
+class _Plan(ctypes.Structure):
+    """struct Plan in csrc/cuda/plan.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("rows", "device_rows", "chunk_rows", "grads")] + [
+        ("count", ctypes.c_int64)
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "grid.so"
+        subprocess.run([str(COMPILER), *FLAGS.split(), str(SOURCE), "-o", str(target)], check=True)
+        return ctypes.CDLL(str(target))
+
+
+def _arguments(plan: Plan, with_delta: bool) -> tuple[object, object]:
+    rows, chunk_rows, grads = (t.data_ptr() for t in (plan.table, plan.chunk_tensor, plan.grad_table))
+    names = [name and name.encode() for name in plan.dtype_names(with_delta)]
+    return ctypes.byref(_Plan(rows, rows, chunk_rows, grads, len(plan))), (ctypes.c_char_p * 4)(*names)
+
+
+def unavailable(device: torch.device) -> str | None:
+    return "it runs on CPU tensors" if device.type != "cpu" else None if COMPILER else "there is no C++ compiler"
+
+
+def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (plan.partials, out))
+    _library().grad_stats(*_arguments(plan, with_delta), *pointers)
+
+
+def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
+    _library().update(*_arguments(plan, with_delta), ctypes.c_void_p(coefficients.data_ptr()))
