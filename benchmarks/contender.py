@@ -1,8 +1,8 @@
-"""What is timed: one way to do an optimizer step. Ours are here, their rivals in `peers.py`."""
+"""What is timed: one way to do an optimizer step. Ours are here, their rivals in `peers.py` and beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch.optim import Optimizer
 
 from drift_kernels import FusedDriftAdamW
 
-from .problem import ADAMW, ALPHA, Problem
+from .problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
 
 # The backends that can run on each type of device; each is a contender of its own name.
-BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# Enough for a copy's steady rate on any GPU; more would take memory from the contenders.
+MAX_COPY_BYTES = 2**32
 
 
 def nothing() -> None:
@@ -32,9 +35,11 @@ class Contender:
         scaling: how the prior acts; None for a step without a prior.
         state_dtype: of exp_avg and exp_avg_sq.
         bytes: what the step cannot avoid moving (`Problem.bytes_to_move`).
-        optimizer: has its parameters and states.
         step: what is timed.
+        optimizer: has its parameters and states.
         prepare: runs before each step, untimed: makes anew what a step overwrites.
+        clip: whether the step clips the gradients to MAX_GRAD_NORM.
+        deltas: those that it holds on to.
     """
 
     name: str
@@ -45,37 +50,66 @@ class Contender:
     step: Callable[[], object] = field(repr=False)
     optimizer: Optimizer | None = field(default=None, repr=False)
     prepare: Callable[[], object] = field(default=nothing, repr=False)
+    clip: bool = False
+    deltas: Sequence[Tensor] = field(default=(), repr=False)
 
     @property
     def ours(self) -> bool:
-        return any(self.name in names for names in BACKENDS.values())
+        return is_ours(self.name)
 
 
-def drift(problem: Problem, backend: str, scaling: str | None, state_dtype: torch.dtype) -> Contender:
+def is_ours(name: str) -> bool:
+    return any(name in names for names in BACKENDS.values())
+
+
+def drift(
+    problem: Problem, backend: str, scaling: str | None, state_dtype: torch.dtype, clip: bool = False
+) -> Contender:
     """FusedDriftAdamW on one backend.
 
     Raises BackendUnavailableError if the backend cannot run on the problem's device.
     """
     params = problem.own_params()
-    optimizer = drift_optimizer(problem, params, backend, scaling, state_dtype)
-    bytes_to_move = problem.bytes_to_move(scaling, state_dtype)
-    return Contender(backend, f"drift {backend}", scaling, state_dtype, bytes_to_move, optimizer.step, optimizer)
+    optimizer = drift_optimizer(problem, params, backend, scaling, state_dtype, clip)
+    bytes_to_move = problem.bytes_to_move(scaling, 2 * state_dtype.itemsize, clip)
+    deltas = [] if scaling is None else list(problem.prior.values())
+    return Contender(
+        backend,
+        f"drift {backend}",
+        scaling,
+        state_dtype,
+        bytes_to_move,
+        optimizer.step,
+        optimizer,
+        clip=clip,
+        deltas=deltas,
+    )
 
 
 def drift_optimizer(
-    problem: Problem, params: list[Tensor], backend: str, scaling: str | None, state_dtype: torch.dtype
+    problem: Problem,
+    params: list[Tensor],
+    backend: str,
+    scaling: str | None,
+    state_dtype: torch.dtype,
+    clip: bool = False,
 ) -> FusedDriftAdamW:
     """FusedDriftAdamW for these parameters, with the problem's prior unless `scaling` is None."""
-    bias: dict[str, Any] = {}
+    options: dict[str, Any] = {"max_grad_norm": MAX_GRAD_NORM if clip else None}
     if scaling is not None:
-        bias = {"prior": problem.prior, "prior_scaling": scaling, "alpha": ALPHA}
+        options |= {"prior": problem.loaded_prior, "prior_scaling": scaling, "alpha": ALPHA}
     named = list(zip(problem.names, params, strict=True))
-    return FusedDriftAdamW(named, **ADAMW, **bias, state_dtype=state_dtype, backend=backend)
+    return FusedDriftAdamW(named, **ADAMW, **options, state_dtype=state_dtype, backend=backend)
+
+
+def copy_bytes(numel: int, dtype: torch.dtype) -> int:
+    """As many bytes as torch's fused AdamW must move, with its states in the dtype of the parameters."""
+    return min(7 * dtype.itemsize * numel, MAX_COPY_BYTES)
 
 
 def copy(problem: Problem) -> Contender:
-    """A copy that moves as many bytes as torch's fused AdamW must: what the memory gives today."""
-    bytes_to_move = problem.bytes_to_move(None, problem.dtype)
-    source = torch.ones(bytes_to_move // 2, dtype=torch.uint8, device=problem.device)
+    """A copy that moves as many bytes as a step of torch's fused AdamW: what the memory gives today."""
+    size = copy_bytes(problem.numel, problem.dtype) // 2
+    source = torch.ones(size, dtype=torch.uint8, device=problem.device)
     target = torch.zeros_like(source)
-    return Contender("copy", "copy", None, None, 2 * source.numel(), lambda: target.copy_(source))
+    return Contender("copy", "copy", None, None, 2 * size, lambda: target.copy_(source))

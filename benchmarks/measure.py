@@ -6,19 +6,24 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from .contender import Contender
 
+# An upper bound of a GPU's clock, and of the time that a step may have for its launches.
+CYCLES_PER_MS = 2_500_000
+MAX_WAIT_MS = 20.0
+
 
 class Timing(NamedTuple):
-    """One step, in milliseconds: until the device had done it, and until `step()` returned."""
+    """One step, in milliseconds: its work on the device, and until `step()` returned."""
 
     ms: float
     host_ms: float
@@ -37,22 +42,40 @@ class Spread(NamedTuple):
         return cls(median, low, high)
 
 
-def time_step(step: Callable[[], object], device: torch.device) -> Timing:
-    """Times one call, by events on a GPU and by the clock elsewhere."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        ms = (time.perf_counter() - start) * 1e3
+def time_step(contender: Contender, device: torch.device, cache: Tensor | None) -> Timing:
+    """Times one step by the clock; on a GPU two steps, one by events and one by the clock of the host.
+
+    `cache` is written before the step that events time, so that no contender finds its tensors in the L2.
+    """
+    if cache is None:
+        ms = _host_ms(contender)
         return Timing(ms, ms)
-    torch.cuda.synchronize(device)
+    host_ms = _host_ms(contender, device)
+    contender.prepare()
+    # The device waits while the host launches, as it does behind a backward: what is timed is not the launching.
+    torch.cuda._sleep(int(CYCLES_PER_MS * min(2 * host_ms, MAX_WAIT_MS)))
+    cache.zero_()
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     before.record()
-    start = time.perf_counter()
-    step()
-    host_ms = (time.perf_counter() - start) * 1e3
+    contender.step()
     after.record()
     after.synchronize()
     return Timing(before.elapsed_time(after), host_ms)
+
+
+def _host_ms(contender: Contender, device: torch.device | None = None) -> float:
+    """Until `step()` returned; on a GPU with nothing queued before it."""
+    contender.prepare()
+    if device is not None:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    contender.step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def flush_bytes(device: torch.device) -> int:
+    """Enough to push everything else out of a GPU's L2; 0 for a CPU, whose caches the default sizes exceed."""
+    return 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def measure(
@@ -62,12 +85,13 @@ def measure(
     timings: list[list[Timing]] = [[] for _ in contenders]
     order = list(range(len(contenders)))
     shuffle = random.Random(seed).shuffle
+    size = flush_bytes(device)
+    cache = torch.empty(size, dtype=torch.uint8, device=device) if size else None
     with _no_garbage_collection():
         for rep in track(range(warmup + reps), "measuring", console=Console(stderr=True), transient=True):
             shuffle(order)
             for i in order:
-                contenders[i].prepare()
-                timing = time_step(contenders[i].step, device)
+                timing = time_step(contenders[i], device, cache)
                 if rep >= warmup:
                     timings[i].append(timing)
     return timings

@@ -1,6 +1,8 @@
 """The rivals: what one uses today to step with AdamW, and to bias its gradients by a prior.
 
-torch keeps the states in the dtype of the parameters.
+torch keeps the states in the dtype of the parameters. Where a step clips, it clips the biased gradients of all
+parameters together, as ours does, by `torch.nn.utils.clip_grad_norm_`. That overwrites gradients, so it works on
+scratch copies, made anew before each step.
 """
 
 from __future__ import annotations
@@ -11,33 +13,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import CompiledAdamW
 from .contender import Contender, nothing
-from .problem import ADAMW, ALPHA, LR, Problem
+from .problem import ADAMW, ALPHA, LR, MAX_GRAD_NORM, Problem
 
 # Under the norms that the authors' code divides by.
 NORM_FLOOR = 1e-12
 
 
-def fused(problem: Problem) -> Contender:
+def fused(problem: Problem, clip: bool = False) -> Contender:
     """torch's fused AdamW without a prior: what every other contender is measured against."""
-    optimizer = _fused_adamw(problem.own_params())
-    return _contender("fused", "torch fused", problem, None, optimizer, optimizer.step)
+    params = _own_params(problem, overwrites=clip)
+    optimizer = _fused_adamw(params)
+    step = after_clipping(params, optimizer.step) if clip else optimizer.step
+    return _contender("fused", "torch fused", problem, None, clip, optimizer, step, overwrites=clip)
 
 
-def foreach(problem: Problem) -> Contender:
+def foreach(problem: Problem, clip: bool = False) -> Contender:
     """torch's foreach AdamW without a prior."""
-    optimizer = torch.optim.AdamW(problem.own_params(), **ADAMW, foreach=True)
-    return _contender("foreach", "torch foreach", problem, None, optimizer, optimizer.step)
+    params = _own_params(problem, overwrites=clip)
+    optimizer = torch.optim.AdamW(params, **ADAMW, foreach=True)
+    step = after_clipping(params, optimizer.step) if clip else optimizer.step
+    return _contender("foreach", "torch foreach", problem, None, clip, optimizer, step, overwrites=clip)
 
 
-def foreach_bias(problem: Problem, scaling: str) -> Contender:
+def foreach_bias(problem: Problem, scaling: str, clip: bool = False) -> Contender:
     """The bias as someone who knows torch would write it, and torch's fused AdamW.
 
     As few passes as torch's list operations allow, no temporaries of the model's size, and norm(delta) computed once.
     It writes to the gradients, so it works on scratch copies.
     """
-    params = problem.own_params(problem.scratch_grads)
+    params = _own_params(problem, overwrites=True)
     optimizer = _fused_adamw(params)
+    adamw = after_clipping(params, optimizer.step) if clip else optimizer.step
     biased = [i for i, delta in enumerate(problem.deltas) if delta is not None]
     deltas = [problem.deltas[i] for i in biased]
     grads = [problem.scratch_grads[i] for i in biased]
@@ -45,7 +53,7 @@ def foreach_bias(problem: Problem, scaling: str) -> Contender:
 
     def absolute() -> None:
         torch._foreach_add_(grads, deltas, alpha=-ALPHA)
-        optimizer.step()
+        adamw()
 
     def by_norm() -> None:
         grad_norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
@@ -54,36 +62,38 @@ def foreach_bias(problem: Problem, scaling: str) -> Contender:
             dots = torch.stack([torch.dot(g.flatten(), d.flatten()) for g, d in zip(grads, deltas, strict=True)])
             coefs = coefs * (1 + dots / (grad_norms * delta_norms)) / 2
         torch._foreach_addcmul_(grads, deltas, coefs.to(problem.dtype).unbind(), value=-1)
-        optimizer.step()
+        adamw()
 
     def decoupled() -> None:
-        optimizer.step()
+        adamw()
         torch._foreach_add_([params[i] for i in biased], deltas, alpha=LR * ALPHA)
 
     step = {"absolute": absolute, "gradnorm": by_norm, "adaptive_cosine": by_norm, "decoupled": decoupled}[scaling]
     label = "foreach bias + torch fused"
-    return _contender("foreach_bias", label, problem, scaling, optimizer, step, problem.restore_scratch_grads)
+    return _contender("foreach_bias", label, problem, scaling, clip, optimizer, step, overwrites=True)
 
 
-def hook(problem: Problem, scaling: str) -> Contender:
+def hook(problem: Problem, scaling: str, clip: bool = False) -> Contender:
     """The authors' hooks, and torch's fused AdamW.
 
     The hooks are called on given gradients rather than by a backward: that spares them autograd's own cost.
     """
-    params = problem.own_params()
+    params = _own_params(problem, overwrites=clip)
     optimizer = _fused_adamw(params)
+    adamw = after_clipping(params, optimizer.step) if clip else optimizer.step
     hooks = [
-        (param, grad, authors_hook(delta.cpu(), ALPHA, scaling))
-        for param, grad, delta in zip(params, problem.grads, problem.deltas, strict=True)
+        (param, param.grad, authors_hook(delta, ALPHA, scaling))
+        for param, delta in zip(params, problem.host_deltas, strict=True)
         if delta is not None
     ]
 
     def step() -> None:
         for param, grad, bias in hooks:
             param.grad = bias(grad)
-        optimizer.step()
+        adamw()
 
-    return _contender("hook", "authors' hook + torch fused", problem, scaling, optimizer, step)
+    label = "authors' hook + torch fused"
+    return _contender("hook", label, problem, scaling, clip, optimizer, step, overwrites=clip)
 
 
 def authors_hook(host_delta: Tensor, alpha: float, scaling: str) -> Callable[[Tensor], Tensor]:
@@ -112,8 +122,27 @@ def authors_hook(host_delta: Tensor, alpha: float, scaling: str) -> Callable[[Te
     return hook
 
 
+def compiled(problem: Problem, scaling: str, clip: bool = False) -> Contender:
+    """The whole biased update as one function under `torch.compile`; clipping too is inside."""
+    params = _own_params(problem, overwrites=False)
+    optimizer = CompiledAdamW(params, problem.deltas, scaling, clip)
+    return _contender("compiled", "torch.compile, bias in it", problem, scaling, clip, optimizer, optimizer.step)
+
+
+def _own_params(problem: Problem, overwrites: bool) -> list[Tensor]:
+    return problem.own_params(problem.scratch_grads if overwrites else None)
+
+
 def _fused_adamw(params: list[Tensor]) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, **ADAMW, fused=True)
+
+
+def after_clipping(params: list[Tensor], step: Callable[[], Any]) -> Callable[[], None]:
+    def clip_and_step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+        step()
+
+    return clip_and_step
 
 
 def _contender(
@@ -121,18 +150,32 @@ def _contender(
     label: str,
     problem: Problem,
     scaling: str | None,
-    optimizer: torch.optim.AdamW,
+    clip: bool,
+    optimizer: torch.optim.Optimizer,
     step: Callable[[], Any],
-    prepare: Callable[[], Any] = nothing,
+    overwrites: bool = False,
 ) -> Contender:
-    bytes_to_move = problem.bytes_to_move(scaling, problem.dtype)
-    return Contender(name, label, scaling, problem.dtype, bytes_to_move, step, optimizer, prepare)
+    """With the states in the dtype of the parameters; `overwrites`: its gradients are the scratch ones."""
+    on_device = [] if scaling is None or name == "hook" else list(problem.prior.values())
+    return Contender(
+        name,
+        label,
+        scaling,
+        problem.dtype,
+        problem.bytes_to_move(scaling, 2 * problem.dtype.itemsize, clip),
+        step,
+        optimizer,
+        problem.restore_scratch_grads if overwrites else nothing,
+        clip,
+        on_device,
+    )
 
 
 # Rivals by name: those that have no prior, and those that have one, with the scalings that they know.
 WITHOUT_PRIOR = {"fused": fused, "foreach": foreach}
-WITH_PRIOR = {"foreach_bias": foreach_bias, "hook": hook}
+WITH_PRIOR = {"foreach_bias": foreach_bias, "hook": hook, "compiled": compiled}
 SCALINGS = {
     "foreach_bias": ("absolute", "gradnorm", "adaptive_cosine", "decoupled"),
     "hook": ("absolute", "gradnorm", "adaptive_cosine"),
+    "compiled": ("absolute", "gradnorm", "adaptive_cosine", "decoupled"),
 }

@@ -25,8 +25,8 @@ def draw(rows: list[Row], path: Path) -> None:
     places: list[float] = []
     headings: list[tuple[float, str]] = []
     bottom = 0.0
-    for scaling, section in groupby(rows, key=lambda row: row["scaling"]):
-        headings.append((bottom, section_title(scaling)))
+    for heading, section in groupby(rows, key=section_title):
+        headings.append((bottom, heading))
         count = len(list(section))
         places += [bottom + 1 + i for i in range(count)]
         bottom += count + SECTION_GAP

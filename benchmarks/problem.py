@@ -8,10 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from drift_kernels import Prior
+
 from .shapes import NamedShape, covered
 
 LR, BETAS, EPS, WEIGHT_DECAY, ALPHA = 1e-6, (0.9, 0.999), 1e-8, 1e-2, 0.5
 ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+MAX_GRAD_NORM = 1.0  # of a step that clips
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class Problem:
         return {name: delta for name, delta in zip(self.names, self.deltas, strict=True) if delta is not None}
 
     @cached_property
+    def loaded_prior(self) -> Prior:
+        """The deltas as a prior, hashed and checked once. Each optimizer that binds it has a copy of its own."""
+        return Prior.from_mapping(self.prior)
+
+    @cached_property
+    def host_deltas(self) -> list[Tensor | None]:
+        """The deltas in the host's pageable memory."""
+        return [None if delta is None else delta.cpu() for delta in self.deltas]
+
+    @cached_property
     def scratch_grads(self) -> list[Tensor]:
         """Gradients for the contenders that overwrite them, shared by these; see `restore_scratch_grads`."""
         return [grad.clone() for grad in self.grads]
@@ -77,19 +90,21 @@ class Problem:
             param.grad = grad
         return own
 
-    def bytes_to_move(self, scaling: str | None, state_dtype: torch.dtype) -> int:
+    def bytes_to_move(self, scaling: str | None, state_bytes: int, clip: bool = False) -> int:
         """The bytes that a step cannot avoid moving between memory and processor, from the dtypes alone.
 
-        Every step reads param, grad and both states and writes param and states; under a prior it reads delta. A
-        coefficient that needs norm(g) takes another pass over the biased gradients, one that needs <g, delta> over
-        their deltas too (norm(delta) is a constant).
+        Every step reads param, grad and the states (`state_bytes` an element, all states together) and writes param
+        and states; under a prior it reads delta. What depends on a norm takes another pass: over the biased gradients
+        for a coefficient with norm(g), over all gradients for clipping; and over the deltas too for <g, delta>, which
+        adaptive_cosine and the norm of a biased gradient need (norm(delta) is a constant).
         """
         total = 0
         for param, grad, delta in zip(self.params, self.grads, self.deltas, strict=True):
-            per_element = 2 * param.element_size() + grad.element_size() + 4 * state_dtype.itemsize
-            if scaling is not None and delta is not None:
-                per_element += delta.element_size()
-                per_element += grad.element_size() if scaling in ("gradnorm", "adaptive_cosine") else 0
-                per_element += delta.element_size() if scaling == "adaptive_cosine" else 0
+            bias = None if delta is None else scaling
+            per_element = 2 * param.element_size() + grad.element_size() + 2 * state_bytes
+            per_element += grad.element_size() if clip or bias in ("gradnorm", "adaptive_cosine") else 0
+            if delta is not None and bias is not None:
+                needs_dot = bias == "adaptive_cosine" or (clip and bias != "decoupled")
+                per_element += delta.element_size() * (2 if needs_dot else 1)
             total += per_element * param.numel()
         return total

@@ -16,47 +16,58 @@ Row = dict[str, Any]
 
 # Rivals that have a prior too: ours are compared with them in columns of their own.
 RIVALS = {"foreach_bias": "x foreach\n+ fused", "hook": "x hook\n+ fused"}
-SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "8-bit"}
 
 
-def make_rows(contenders: list[Contender], timings: list[list[Timing]], common: Row) -> list[Row]:
+def make_rows(
+    contenders: list[Contender],
+    timings: list[list[Timing]],
+    memory: list[tuple[int | None, int | None]],
+    common: Row,
+) -> list[Row]:
     """One row per contender: what it is, the median and quartiles of its times, and the same over rivals' medians.
+
+    A rival is one that clips if the contender does. `memory` is `state_bytes` and `peak_extra_bytes` of memory.py.
 
     `gb_per_s` is the bytes that the step must move over the median time, whatever the contender moves beyond them, so
     it compares across contenders; it and `percent_of_copy` are None if no copy was measured. `common` is in every row.
     """
-    spreads = {
-        (contender.name, contender.scaling, contender.state_dtype): Spread.of([timing.ms for timing in times])
-        for contender, times in zip(contenders, timings, strict=True)
-    }
+    spreads = [Spread.of([timing.ms for timing in times]) for times in timings]
 
     def gb_per_s(contender: Contender, spread: Spread) -> float:
         return contender.bytes / spread.median / 1e6
 
-    def ratio(spread: Spread, name: str, scaling: str | None) -> dict[str, float] | None:
-        medians = [s.median for (n, rival_scaling, _), s in spreads.items() if (n, rival_scaling) == (name, scaling)]
-        return Spread(*(ms / medians[0] for ms in spread))._asdict() if medians else None
+    def ratio(spread: Spread, name: str, scaling: str | None, clip: bool) -> dict[str, float] | None:
+        for rival, theirs in zip(contenders, spreads, strict=True):
+            if (rival.name, rival.scaling, rival.clip) == (name, scaling, clip):
+                return Spread(*(ms / theirs.median for ms in spread))._asdict()
+        return None
 
-    copy = next((gb_per_s(c, s) for c, s in zip(contenders, spreads.values(), strict=True) if c.name == "copy"), None)
+    copy = next((gb_per_s(c, s) for c, s in zip(contenders, spreads, strict=True) if c.name == "copy"), None)
+    copy_clip = min(contender.clip for contender in contenders if contender.name == "fused")
     rows = []
-    for contender, spread, times in zip(contenders, spreads.values(), timings, strict=True):
+    for contender, spread, times, (states, peak) in zip(contenders, spreads, timings, memory, strict=True):
+        clip = copy_clip if contender.name == "copy" else contender.clip
         row = {
             "contender": contender.name,
             "label": contender.label,
             "ours": contender.ours,
             "scaling": contender.scaling or "none",
+            "clip": contender.clip,
             "states": None if contender.state_dtype is None else str(contender.state_dtype).removeprefix("torch."),
             "ms": spread._asdict(),
             "min_ms": min(timing.ms for timing in times),
             "host_ms": Spread.of([timing.host_ms for timing in times])._asdict(),
             "bytes": contender.bytes,
             "bytes_per_param": contender.bytes / common["params"],
+            "state_bytes": states,
+            "peak_extra_bytes": peak,
             "gb_per_s": None if copy is None else gb_per_s(contender, spread),
             "percent_of_copy": None if copy is None else 100 * gb_per_s(contender, spread) / copy,
-            "ratio_to_fused": ratio(spread, "fused", None),
+            "ratio_to_fused": ratio(spread, "fused", None, clip),
         }
         for rival in RIVALS:
-            row[f"ratio_to_{rival}"] = ratio(spread, rival, contender.scaling) if contender.ours else None
+            row[f"ratio_to_{rival}"] = ratio(spread, rival, contender.scaling, clip) if contender.ours else None
         rows.append({**row, **common})
     return rows
 
@@ -76,13 +87,13 @@ def print_table(rows: list[Row], console: Console) -> None:
     table.add_column("states", no_wrap=True)
     numbers = ["ms", "quartiles", "x torch\nfused", *rivals.values()]
     numbers += ["bytes/\nparam", "GB/s", "of a\ncopy"] if with_rate else []
-    numbers += ["host ms"] if on_gpu else []
+    numbers += ["states,\nB/param", "peak,\nB/param", "host ms"] if on_gpu else []
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
 
-    for scaling, section in groupby(rows, key=lambda row: row["scaling"]):
+    for heading, section in groupby(rows, key=section_title):
         table.add_section()
-        table.add_row(section_title(scaling), style="italic")
+        table.add_row(heading, style="italic")
         for row in section:
             ms = row["ms"]
             cells = [f"  {row['label']}", SHORT_DTYPES.get(row["states"], "")]
@@ -92,6 +103,7 @@ def print_table(rows: list[Row], console: Console) -> None:
             if with_rate:
                 cells += [f"{row['bytes_per_param']:.1f}", number(row["gb_per_s"]), f"{row['percent_of_copy']:.0f}%"]
             if on_gpu:
+                cells += [_per_param(row, "state_bytes"), _per_param(row, "peak_extra_bytes")]
                 cells.append(number(row["host_ms"]["median"]))
             table.add_row(*cells, style="bold" if row["ours"] else None)
     console.print(table)
@@ -102,13 +114,20 @@ def number(x: float) -> str:
     return f"{x:.{0 if x >= 100 else 1 if x >= 10 else 2}f}"
 
 
-def section_title(scaling: str) -> str:
-    return "without a prior" if scaling == "none" else f"prior, {scaling}"
+def section_title(row: Row) -> str:
+    prior = "without a prior" if row["scaling"] == "none" else f"prior, {row['scaling']}"
+    return f"{prior}, clipping" if row.get("clip") else prior  # older rows have no clip, and no layers
+
+
+def _per_param(row: Row, key: str) -> str:
+    return "" if row[key] is None else f"{row[key] / row['params']:.1f}"
 
 
 def title(row: Row) -> str:
     """What was stepped."""
     scale = "" if row["scale"] == 1 else f" with widths divided by {row['scale']:.3g}"
+    if row.get("layers") is not None:
+        scale = f", the first {row['layers']} layers" if row["layers"] > 1 else ", the first layer"
     biased = "every one" if row["biased_params"] == row["params"] else f"{row['biased_params']:,}"
     return (
         f"One optimizer step: {row['model']}{scale}, {row['tensors']} tensors, {row['params']:,} {row['dtype']} "

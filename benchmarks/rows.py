@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def row_metadata(device: str | torch.device = "cpu") -> dict[str, Any]:
     """Device, versions, commit and load of this measurement, ready to be written as JSON.
 
-    `commit` is None outside a git checkout and before its first commit; `dirty` says whether tracked or new files
-    differ from it. `load` is the machine's one-minute load average when the function was called.
+    `commit` is None outside a git checkout and before its first commit, unless DRIFT_KERNELS_COMMIT names the one that
+    the files were copied from; `dirty` says whether tracked or new files differ from it. `load` is the machine's
+    one-minute load average when the function was called.
     """
     commit = _git("rev-parse", "--verify", "HEAD")
+    dirty = commit is None or bool(_git("status", "--porcelain"))
     return {
         "device": device_name(torch.device(device)),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -29,8 +31,8 @@ def row_metadata(device: str | torch.device = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": commit,
-        "dirty": commit is None or bool(_git("status", "--porcelain")),
+        "commit": commit or os.environ.get("DRIFT_KERNELS_COMMIT"),
+        "dirty": dirty,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NamedShape = tuple[str, tuple[int, ...]]
 
@@ -71,15 +71,16 @@ def numel(shapes: list[NamedShape]) -> int:
     return sum(math.prod(shape) for _, shape in shapes)
 
 
-def named_shapes(model: str, scale: float = 1.0) -> list[NamedShape]:
+def named_shapes(model: str, scale: float = 1.0, layers: int | None = None) -> list[NamedShape]:
     """Names and shapes of a model's parameters, every width and the vocabulary divided by `scale`.
 
-    The number of tensors stays, and so do their proportions, but for the rounding of widths to multiples of 4.
+    The number of tensors stays, and so do their proportions, but for the rounding of widths to multiples of 4. With
+    `layers`, only so many first layers of the text model and of the vision tower stay.
     """
     if model == TINY:
         return [(f"model.layers.{i}.self_attn.q_proj.weight", (TINY_NUMEL,)) for i in range(TINY_TENSORS)]
     config = MODELS[model]
-    return list(_parameters(config, scale))
+    return list(_parameters(config if layers is None else _first_layers(config, layers), scale))
 
 
 def fit(model: str, target: int) -> float:
@@ -98,6 +99,14 @@ def fit(model: str, target: int) -> float:
         else:
             high = middle
     return high
+
+
+def _first_layers(config: Model, layers: int) -> Model:
+    vision = config.vision
+    return Model(
+        text=replace(config.text, layers=min(layers, config.text.layers)),
+        vision=None if vision is None else replace(vision, layers=min(layers, vision.layers)),
+    )
 
 
 def _parameters(config: Model, scale: float) -> Iterator[NamedShape]:

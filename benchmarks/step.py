@@ -13,31 +13,45 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from drift_kernels import backends
-
-from . import peers, plot, shapes
-from .contender import BACKENDS, Contender, copy, drift
+from . import lineup, plot, roofline, shapes
+from .contender import BACKENDS, copy
+from .libraries import LIBRARIES
+from .lineup import SCALINGS
 from .measure import measure
+from .memory import peak_extra_bytes, state_bytes
 from .parity import ParityError, check_parity
+from .peers import WITH_PRIOR, WITHOUT_PRIOR
 from .problem import Problem
 from .report import make_rows, print_table
 from .rows import row_metadata
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SCALINGS = ("none", "absolute", "gradnorm", "adaptive_cosine", "decoupled")
 DEFAULT_PARAMS = {"cpu": 64_000_000, "cuda": 256_000_000}
 TABLE_WIDTH = 120
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    check_arguments(parser, args)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    chosen = chosen_backends(args.contenders, device)
+    our_backends = lineup.chosen_backends(args.contenders, device)
+    our_libraries = lineup.chosen_libraries(args.contenders, device, dtype)
     state_dtypes = [DTYPES[name] for name in dict.fromkeys(args.states or default_states(args.dtype))]
+    clips = [name == "yes" for name in dict.fromkeys(args.clip)]
+    entries = lineup.entries(
+        args.contenders, our_backends, our_libraries, args.scaling, clips, dtype, state_dtypes, device
+    )
+    scale = args.scale or 1.0
+    if args.scale is None and args.layers is None:
+        scale = shapes.fit(args.model, args.params or DEFAULT_PARAMS[device.type])
+    named_shapes = shapes.named_shapes(args.model, scale, args.layers)
+    with_copy = args.model != shapes.TINY
+    check_memory(parser, lineup.needed_bytes(named_shapes, args.modules, dtype, entries, with_copy, device), device)
     try:
-        for backend in chosen:
+        for backend in our_backends:
             for state_dtype in state_dtypes:
                 check_parity(backend, device, dtype, state_dtype)
     except ParityError as error:
@@ -45,16 +59,17 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
     metadata = row_metadata(device)
-    scale = args.scale or shapes.fit(args.model, args.params or DEFAULT_PARAMS[device.type])
-    problem = Problem.random(shapes.named_shapes(args.model, scale), args.modules, dtype, device)
-    contenders = make_contenders(problem, args.contenders, chosen, args.scaling, state_dtypes)
-    if args.model != shapes.TINY:
+    problem = Problem.random(named_shapes, args.modules, dtype, device)
+    contenders = [entry.make(problem) for entry in entries]
+    if with_copy:
         contenders.insert(0, copy(problem))
     timings = measure(contenders, device, args.reps)
+    memory = [(state_bytes(contender), peak_extra_bytes(contender, device)) for contender in contenders]
     common = {
         "benchmark": "step",
         "model": args.model,
         "scale": scale,
+        "layers": args.layers,
         "modules": ",".join(args.modules),
         "tensors": len(problem.params),
         "params": problem.numel,
@@ -65,16 +80,18 @@ def main(argv: list[str] | None = None) -> int:
         "reps": args.reps,
         **metadata,
     }
-    rows = make_rows(contenders, timings, common)
+    rows = make_rows(contenders, timings, memory, common)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.plot is not None:
         plot.draw(rows, args.plot)
+    if args.roofline is not None:
+        roofline.draw(rows, args.roofline)
     print_table(rows, Console(width=max(TABLE_WIDTH, Console().width)))
     return 0
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step",
         description="Times one step of FusedDriftAdamW against its rivals, interleaved in one process.",
@@ -95,6 +112,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="narrow the model to about this many parameters (default: 64M on a CPU, 256M on a GPU)",
     )
     size.add_argument("--scale", type=float, help="divide every width and the vocabulary by this")
+    size.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="keep the first N layers of the text model and of the vision tower, in full width",
+    )
     parser.add_argument(
         "--modules",
         nargs="+",
@@ -105,6 +128,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scaling", nargs="+", choices=SCALINGS, default=list(SCALINGS[:4]), help="default: all but decoupled"
     )
+    parser.add_argument(
+        "--clip",
+        nargs="+",
+        choices=("no", "yes"),
+        default=["no"],
+        help="whether a step clips the gradients to a norm of 1: ours inside, rivals before (default: no)",
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of params, grads and deltas")
     parser.add_argument(
         "--states", nargs="+", choices=("float32", "bfloat16"), help="of ours; default: float32, and torch's if another"
@@ -113,23 +143,40 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        choices=(*peers.WITHOUT_PRIOR, *peers.WITH_PRIOR, *ours),
-        help="default: all that the device can run, but the reference; torch fused always runs",
+        choices=(*WITHOUT_PRIOR, *WITH_PRIOR, *LIBRARIES, *ours),
+        help="default: all that the device can run, but the reference, and on a CPU `compiled`; "
+        "torch fused always runs",
     )
     parser.add_argument("--reps", type=int, default=20, help="repetitions of each contender (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows there")
-    args = parser.parse_args(argv)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows there, as bars")
+    parser.add_argument("--roofline", type=Path, metavar="FILE", help="draw them there as bytes against time")
+    return parser
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if args.reps < 2:
         parser.error("--reps must be at least 2, for a spread")
     if args.scale is not None and args.scale < 1:
         parser.error("--scale must be at least 1")
-    if args.model == shapes.TINY and (args.scale or args.params):
+    if args.layers is not None and args.layers < 1:
+        parser.error("--layers must be at least 1")
+    if args.model == shapes.TINY and (args.scale or args.params or args.layers):
         parser.error("the tiny list has one size")
-    return args
+    if args.model == shapes.TINY and args.roofline:
+        parser.error("--roofline: the tiny list moves next to nothing")
+
+
+def check_memory(parser: argparse.ArgumentParser, needed: int, device: torch.device) -> None:
+    free = lineup.free_bytes(device)
+    if free is not None and needed > free:
+        parser.error(
+            f"these contenders need about {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
+            "name fewer --contenders, --scaling or --states, or a smaller --params or --layers"
+        )
 
 
 def parse_count(text: str) -> int:
@@ -147,47 +194,6 @@ def parse_count(text: str) -> int:
 def default_states(dtype: str) -> list[str]:
     """Those of torch's optimizers, where ours can have them too, and float32."""
     return ["bfloat16", "float32"] if dtype == "bfloat16" else ["float32"]
-
-
-def chosen_backends(wanted: list[str] | None, device: torch.device) -> list[str]:
-    """Our backends among the wanted; by default those that the device can run, but for the reference, which is slow.
-
-    One that was asked for and cannot run raises BackendUnavailableError later, with the reason.
-    """
-    known = BACKENDS[device.type]
-    if wanted is not None:
-        return [name for name in known if name in wanted]
-    return [name for name in known if name != "reference" and is_available(name, device)]
-
-
-def is_available(backend: str, device: torch.device) -> bool:
-    """Whether the device can run a backend; says why where it cannot."""
-    reason = backends.load(backend).unavailable(device)
-    if reason is not None:
-        print(f"Left out: backend {backend!r}: {reason}", file=sys.stderr)
-    return reason is None
-
-
-def make_contenders(
-    problem: Problem,
-    wanted: list[str] | None,
-    our_backends: list[str],
-    scalings: list[str],
-    state_dtypes: list[torch.dtype],
-) -> list[Contender]:
-    """Scaling by scaling, the rivals first. torch's fused AdamW is always there: the others are measured against it."""
-    contenders = [
-        make(problem) for name, make in peers.WITHOUT_PRIOR.items() if wanted is None or name in {"fused", *wanted}
-    ]
-    for scaling in sorted(set(scalings), key=SCALINGS.index):
-        contenders += [
-            make(problem, scaling)
-            for name, make in peers.WITH_PRIOR.items()
-            if scaling in peers.SCALINGS[name] and (wanted is None or name in wanted)
-        ]
-        prior = None if scaling == "none" else scaling
-        contenders += [drift(problem, name, prior, dtype) for name in our_backends for dtype in state_dtypes]
-    return contenders
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""The step benchmark: its parameter lists, its rivals, its check before measuring, and one small run end to end."""
+"""The step benchmark: its parameter lists, its timing, its check before measuring, and small runs end to end."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks import contender, measure, peers, shapes, step
+from benchmarks import contender, lineup, measure, rows, shapes, step
 from benchmarks.parity import ParityError, check_parity
-from benchmarks.problem import ALPHA, Problem
+from benchmarks.problem import Problem
 from drift_kernels import backends
 
 CPU = torch.device("cpu")
@@ -23,15 +22,6 @@ SMALL = [
     ("model.layers.0.mlp.up_proj.weight", (1000, 3)),
     ("model.norm.weight", (17,)),
 ]
-HOOK_SCALINGS = peers.SCALINGS["hook"]
-
-
-def problem_at_zero() -> Problem:
-    """Parameters of zero, so that float32 shows every digit of an update."""
-    seed = int(torch.randint(2**31, ()))
-    problem = Problem.random(SMALL, ["attn", "mlp"], torch.float32, CPU, seed)
-    return replace(problem, params=[torch.zeros_like(param) for param in problem.params])
-
 
 # Parameter lists
 
@@ -90,6 +80,15 @@ def test_fit_refuses_what_no_scale_reaches() -> None:
         shapes.fit("qwen2.5-vl-7b", 1000)
 
 
+@pytest.mark.parametrize("model", shapes.MODELS)
+def test_the_first_layers_keep_their_names_and_full_width(model: str) -> None:
+    full, first = shapes.named_shapes(model), shapes.named_shapes(model, layers=3)
+    later = re.compile(r"(layers|blocks)\.([3-9]|\d\d)\.")
+    assert first == [(name, shape) for name, shape in full if not later.search(name)]
+    assert len(first) < len(full)
+    assert shapes.named_shapes(model, layers=1000) == full
+
+
 def test_a_prior_of_attn_and_mlp_covers_the_projections_of_the_language_model() -> None:
     covered = [name for name, _ in shapes.named_shapes("qwen2.5-vl-7b") if shapes.covered(name, ["attn", "mlp"])]
     assert len(covered) == 28 * (4 + 3 + 3)  # weights of attention, its biases, and weights of the MLP
@@ -100,105 +99,28 @@ def test_a_prior_of_attn_and_mlp_covers_the_projections_of_the_language_model() 
 
 
 @pytest.mark.parametrize(
-    ("scaling", "states", "per_param"),
+    ("scaling", "state_bytes", "per_param", "with_clipping"),
     [
-        (None, torch.bfloat16, 14),
-        ("absolute", torch.bfloat16, 16),
-        ("absolute", torch.float32, 24),
-        ("decoupled", torch.bfloat16, 16),
-        ("gradnorm", torch.bfloat16, 18),
-        ("adaptive_cosine", torch.float32, 28),
+        (None, 4, 14, 16),
+        (None, 2, 10, 12),
+        ("absolute", 4, 16, 20),
+        ("absolute", 8, 24, 28),
+        ("decoupled", 4, 16, 18),
+        ("gradnorm", 4, 18, 20),
+        ("adaptive_cosine", 8, 28, 28),
     ],
 )
-def test_bytes_to_move(scaling: str | None, states: torch.dtype, per_param: int) -> None:
+def test_bytes_to_move(scaling: str | None, state_bytes: int, per_param: int, with_clipping: int) -> None:
     problem = Problem.random(SMALL, ["all"], torch.bfloat16, CPU)
-    assert problem.bytes_to_move(scaling, states) == per_param * problem.numel
+    assert problem.bytes_to_move(scaling, state_bytes) == per_param * problem.numel
+    assert problem.bytes_to_move(scaling, state_bytes, clip=True) == with_clipping * problem.numel
 
 
 def test_tensors_without_a_delta_move_no_more_than_adamw_does() -> None:
     problem = Problem.random(SMALL, ["attn"], torch.bfloat16, CPU)
     biased = 63 * 17 + 63
-    assert problem.bytes_to_move("absolute", torch.bfloat16) == 14 * problem.numel + 2 * biased
-
-
-# Rivals
-
-
-def biased_by_the_paper(grad: Tensor, delta: Tensor, scaling: str) -> Tensor:
-    """The biased gradient as arXiv 2510.15050 has it, in float64."""
-    g, d = grad.double(), delta.double()
-    if scaling == "absolute":
-        return g - ALPHA * d
-    g_norm, d_norm = g.norm().clamp(min=1e-12), d.norm().clamp(min=1e-12)
-    cosine = ((g * d).sum() / (g_norm * d_norm)).clamp(-1, 1)
-    strength = ALPHA * (cosine + 1) / 2 if scaling == "adaptive_cosine" else ALPHA
-    return g - strength * g_norm * d / d_norm
-
-
-@pytest.mark.parametrize("scaling", HOOK_SCALINGS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_authors_hook_is_the_paper(scaling: str, dtype: torch.dtype, tolerance: float) -> None:
-    grad, delta = torch.randn(63, 17).to(dtype), torch.randn(63, 17).to(dtype)
-    biased = peers.authors_hook(delta, ALPHA, scaling)(grad)
-    expected = biased_by_the_paper(grad, delta, scaling)
-    assert biased.dtype == dtype
-    assert (biased.double() - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-@pytest.mark.parametrize("scaling", HOOK_SCALINGS)
-def test_authors_hook_gives_the_same_in_a_backward(scaling: str) -> None:
-    weight, grad, delta = torch.randn(7, 9, requires_grad=True), torch.randn(7, 9), torch.randn(7, 9)
-    biased = peers.authors_hook(delta, ALPHA, scaling)
-    weight.register_hook(biased)
-    (weight * grad).sum().backward()
-    assert torch.equal(weight.grad, biased(grad))
-
-
-@pytest.mark.parametrize("scaling", HOOK_SCALINGS)
-def test_authors_hook_bears_zeros(scaling: str) -> None:
-    zeros, some = torch.zeros(5), torch.randn(5)
-    assert torch.equal(peers.authors_hook(zeros, ALPHA, scaling)(some), some)
-    assert peers.authors_hook(some, ALPHA, scaling)(zeros).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("rival", "scaling"), [(rival, scaling) for rival, scalings in peers.SCALINGS.items() for scaling in scalings]
-)
-def test_a_rival_does_the_same_work_as_ours(rival: str, scaling: str) -> None:
-    problem = problem_at_zero()
-    theirs = peers.WITH_PRIOR[rival](problem, scaling)
-    ours = contender.drift(problem, BACKEND, scaling, torch.float32)
-    for _ in range(3):
-        for one in (theirs, ours):
-            one.prepare()
-            one.step()
-    for own, other in zip(parameters(ours), parameters(theirs), strict=True):
-        mine, expected = ours.optimizer.state[own], theirs.optimizer.state[other]
-        pairs = [(mine[key], expected[key]) for key in ("exp_avg", "exp_avg_sq")]
-        if (
-            scaling == "decoupled"
-        ):  # elsewhere exp_avg holds the bias, and a biased gradient near zero magnifies rounding
-            pairs.append((own, other))
-        for a, b in pairs:
-            assert (a - b).abs().max() <= 2e-5 * b.abs().max()
-
-
-def test_contenders_share_gradients_but_not_parameters() -> None:
-    problem = problem_at_zero()
-    grads = [grad.clone() for grad in problem.grads]
-    contenders = step.make_contenders(problem, None, [BACKEND], list(step.SCALINGS), [torch.float32])
-    first_params = [parameters(one)[0].data_ptr() for one in contenders]
-    assert len(set(first_params)) == len(contenders)
-    measure.measure(contenders, CPU, reps=2)
-    assert all(map(torch.equal, problem.grads, grads))
-    assert not any(map(torch.equal, problem.scratch_grads[:3], grads[:3]))
-    problem.restore_scratch_grads()
-    assert all(map(torch.equal, problem.scratch_grads, grads))
-
-
-def parameters(one: contender.Contender) -> list[Tensor]:
-    assert one.optimizer is not None
-    return one.optimizer.param_groups[0]["params"]
+    assert problem.bytes_to_move("absolute", 4) == 14 * problem.numel + 2 * biased
+    assert problem.bytes_to_move("gradnorm", 4, clip=True) == 16 * problem.numel + 4 * biased
 
 
 # Measuring
@@ -220,6 +142,39 @@ def test_every_contender_runs_once_in_each_repetition() -> None:
     assert [len(times) for times in timings] == [4, 4, 4]
 
 
+def test_a_gpu_step_is_timed_behind_a_flush_and_apart_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 7.0
+
+    class Cache:
+        def zero_(self) -> None:
+            calls.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"), raising=False)
+    one = contender.Contender(
+        "a", "a", None, None, 0, step=lambda: calls.append("step"), prepare=lambda: calls.append("prepare")
+    )
+    timing = measure.time_step(one, torch.device("cuda"), Cache())
+    host = ["prepare", "synchronize", "step"]
+    assert calls == [*host, "prepare", "sleep", "flush", "record", "step", "record", "wait"]
+    assert timing.ms == 7
+    assert 0 < timing.host_ms < 1000
+
+
 @pytest.mark.parametrize(("text", "count"), [("64M", 64_000_000), ("1.5b", 1_500_000_000), ("300k", 300_000), ("7", 7)])
 def test_counts(text: str, count: int) -> None:
     assert step.parse_count(text) == count
@@ -234,16 +189,29 @@ def test_bad_counts_are_refused(text: str) -> None:
 # End to end
 
 ROW_KEYS = {
-    *("benchmark", "contender", "label", "ours", "scaling", "states", "ms", "min_ms", "host_ms"),
-    *("bytes", "bytes_per_param", "gb_per_s", "percent_of_copy"),
+    *("benchmark", "contender", "label", "ours", "scaling", "clip", "states", "ms", "min_ms", "host_ms"),
+    *("bytes", "bytes_per_param", "state_bytes", "peak_extra_bytes", "gb_per_s", "percent_of_copy"),
     *("ratio_to_fused", "ratio_to_foreach_bias", "ratio_to_hook"),
-    *("model", "scale", "modules", "tensors", "params", "biased_params", "dtype", "device_type", "threads", "reps"),
+    *(
+        "model",
+        "scale",
+        "layers",
+        "modules",
+        "tensors",
+        "params",
+        "biased_params",
+        "dtype",
+        "device_type",
+        "threads",
+        "reps",
+    ),
     *("device", "cores", "load", "python", "torch", "triton", "commit", "dirty", "date"),
 }
 
 
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]
+    plots = [tmp_path / "plot.png", tmp_path / "roofline.png"]
+    output = ["--json", str(tmp_path / "rows.json"), "--plot", str(plots[0]), "--roofline", str(plots[1])]
     size = ["--model", "qwen2.5-0.5b", "--params", "100k", "--reps", "2"]
     wanted = ["--scaling", "none", "gradnorm", "--contenders", "foreach_bias", "hook", BACKEND]
     assert step.main([*size, *wanted, *output]) == 0
@@ -264,13 +232,14 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"]
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"]["median"] / 1e6)
         assert row["tensors"] == 290
+        assert row["peak_extra_bytes"] is None
     by_name = {(row["contender"], row["scaling"], row["states"]): row for row in rows}
     ours, rival = by_name[BACKEND, "gradnorm", "bfloat16"], by_name["hook", "gradnorm", "bfloat16"]
     assert by_name["fused", "none", "bfloat16"]["ratio_to_fused"]["median"] == 1
     assert by_name["copy", "none", None]["percent_of_copy"] == pytest.approx(100)
     assert ours["ratio_to_hook"]["median"] == pytest.approx(ours["ms"]["median"] / rival["ms"]["median"])
     assert rival["ratio_to_hook"] is None
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     table = capsys.readouterr().out
     assert "prior, gradnorm" in table
     assert "authors' hook + torch fused" in table
@@ -282,6 +251,55 @@ def test_the_tiny_list_measures_the_cost_per_tensor(tmp_path: Path) -> None:
     assert step.main([*arguments, "--json", str(rows_path)]) == 0
     rows = json.loads(rows_path.read_text())
     assert {(row["tensors"], row["params"], row["gb_per_s"]) for row in rows} == {(729, 729 * 8, None)}
+
+
+def test_clipping_is_a_contest_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows_path = tmp_path / "rows.json"
+    size = ["--model", "qwen2.5-0.5b", "--params", "100k", "--reps", "2", "--scaling", "absolute"]
+    wanted = ["--clip", "no", "yes", "--contenders", "foreach_bias", BACKEND, "--states", "float32"]
+    assert step.main([*size, *wanted, "--json", str(rows_path)]) == 0
+    rows = {(row["contender"], row["clip"]): row for row in json.loads(rows_path.read_text())}
+    assert list(rows) == [
+        *(("copy", False), ("fused", False), ("fused", True)),
+        *(("foreach_bias", False), (BACKEND, False), ("foreach_bias", True), (BACKEND, True)),
+    ]
+    for clip in (False, True):
+        ours = rows[BACKEND, clip]
+        for rival in ("fused", "foreach_bias"):
+            expected = ours["ms"]["median"] / rows[rival, clip]["ms"]["median"]
+            assert ours[f"ratio_to_{rival}"]["median"] == pytest.approx(expected)
+    assert rows[BACKEND, True]["bytes_per_param"] == rows[BACKEND, False]["bytes_per_param"] + 4
+    assert "prior, absolute, clipping" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--layers", "1", "--params", "1M"], ["--layers", "0"], ["--model", "tiny", "--layers", "1"], ["--clip", "maybe"]],
+)
+def test_sizes_that_contradict_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        step.main(arguments)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Problem, "random", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(lineup, "free_bytes", lambda device: 10**9)
+    with pytest.raises(SystemExit):
+        step.main(["--layers", "28", "--scaling", "absolute", "--contenders", BACKEND, "--states", "float32"])
+    # params, grads and deltas; fused with bfloat16, ours with float32 states and its deltas; the copy's 4 GiB
+    params = shapes.numel(shapes.named_shapes("qwen2.5-vl-7b", layers=28))
+    needed = (params * (3 * 2 + 6 + 12) + 2**32) / 1e9 + 8 * 0.545  # and one norm in float64
+    stated = float(re.search(r"need about ([\d.]+) GB, and cpu has 1.0 GB free", capsys.readouterr().err)[1])
+    assert stated == pytest.approx(needed, rel=0.1 if BACKEND == "reference" else 0.001)
+
+
+def test_a_copy_without_git_can_name_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_git", lambda *_: None)
+    assert (rows.row_metadata()["commit"], rows.row_metadata()["dirty"]) == (None, True)
+    monkeypatch.setenv("DRIFT_KERNELS_COMMIT", "d9819ec")
+    assert (rows.row_metadata()["commit"], rows.row_metadata()["dirty"]) == ("d9819ec", True)
 
 
 # No numbers while parity is red

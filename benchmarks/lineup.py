@@ -1,0 +1,169 @@
+"""Who runs: the contenders that were asked for and can run here, and the memory that they need together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from drift_kernels import backends
+
+from . import libraries, peers
+from .contender import BACKENDS, Contender, copy_bytes, drift, is_ours
+from .measure import flush_bytes
+from .problem import Problem
+from .shapes import NamedShape, covered, numel
+
+SCALINGS = ("none", "absolute", "gradnorm", "adaptive_cosine", "decoupled")
+
+# Run only when asked for: the reference is slow, and so is a C++ compiler over hundreds of tensors.
+ASKED_FOR = {"cpu": ("reference", "compiled"), "cuda": ("reference",)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender that is still to be made.
+
+    Attributes:
+        state_bytes: of one element, all states together.
+        make: gives it its parameters and states.
+    """
+
+    name: str
+    scaling: str | None
+    clip: bool
+    state_bytes: int
+    make: Callable[[Problem], Contender] = field(repr=False)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether it steps on the scratch gradients."""
+        return self.name == "foreach_bias" or (self.clip and self.name != "compiled" and not is_ours(self.name))
+
+
+def chosen_backends(wanted: list[str] | None, device: torch.device) -> list[str]:
+    """Our backends among the wanted; by default those that the device can run, but for the reference, which is slow.
+
+    One that was asked for and cannot run raises BackendUnavailableError later, with the reason.
+    """
+    known = BACKENDS[device.type]
+    if wanted is not None:
+        return [name for name in known if name in wanted]
+    usual = [name for name in known if name not in ASKED_FOR[device.type]]
+    return [name for name in usual if _said(f"backend {name!r}", backends.load(name).unavailable(device))]
+
+
+def chosen_libraries(wanted: list[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The libraries among the wanted that can step on the device; by default all, on a GPU."""
+    if wanted is None and device.type != "cuda":
+        return []
+    names = [name for name in libraries.LIBRARIES if wanted is None or name in wanted]
+    return [
+        name for name in names if _said(libraries.LIBRARIES[name].label, libraries.unavailable(name, device, dtype))
+    ]
+
+
+def _said(what: str, reason: str | None) -> bool:
+    """Whether there is no reason to leave something out; prints it if there is."""
+    if reason is not None:
+        print(f"Left out: {what}: {reason}", file=sys.stderr)
+    return reason is None
+
+
+def entries(
+    wanted: list[str] | None,
+    our_backends: list[str],
+    our_libraries: list[str],
+    scalings: list[str],
+    clips: list[bool],
+    dtype: torch.dtype,
+    state_dtypes: list[torch.dtype],
+    device: torch.device,
+) -> list[Entry]:
+    """Scaling by scaling, the rivals first. torch's fused AdamW is always there: the others are measured against it."""
+
+    def asked(name: str) -> bool:
+        return name not in ASKED_FOR[device.type] if wanted is None else name in wanted
+
+    as_torch = 2 * dtype.itemsize
+    found = []
+    for clip in clips:
+        for name, make in peers.WITHOUT_PRIOR.items():
+            if name == "fused" or asked(name):
+                found.append(Entry(name, None, clip, as_torch, partial(make, clip=clip)))
+        for name in our_libraries:
+            size = libraries.LIBRARIES[name].state_bytes(dtype)
+            found.append(Entry(name, None, clip, size, partial(libraries.make, name, clip=clip)))
+    for scaling in sorted(set(scalings), key=SCALINGS.index):
+        prior = None if scaling == "none" else scaling
+        for clip in clips:
+            for name, make_biased in peers.WITH_PRIOR.items():
+                if scaling in peers.SCALINGS[name] and asked(name):
+                    biased = partial(make_biased, scaling=scaling, clip=clip)
+                    found.append(Entry(name, prior, clip, as_torch, biased))
+            for name in our_backends:
+                for states in state_dtypes:
+                    ours = partial(drift, backend=name, scaling=prior, state_dtype=states, clip=clip)
+                    found.append(Entry(name, prior, clip, 2 * states.itemsize, ours))
+    return sorted(found, key=lambda entry: (SCALINGS.index(entry.scaling or "none"), entry.clip))
+
+
+def kept_bytes(
+    shapes: list[NamedShape], modules: list[str], dtype: torch.dtype, lineup: list[Entry], with_copy: bool
+) -> int:
+    """What all of them hold on the device between their steps, from the dtypes alone."""
+    elements = numel(shapes)
+    biased = numel([(name, shape) for name, shape in shapes if covered(name, modules)])
+    total = dtype.itemsize * (2 * elements + biased)
+    total += dtype.itemsize * elements if any(entry.overwrites for entry in lineup) else 0
+    total += copy_bytes(elements, dtype) if with_copy else 0
+    for entry in lineup:
+        total += (dtype.itemsize + entry.state_bytes) * elements
+        if entry.name == "hook":  # the gradients that it made
+            total += dtype.itemsize * biased
+        elif entry.scaling is not None and is_ours(entry.name):  # its copy of the deltas; a prior has no float16
+            total += (4 if dtype == torch.float16 else dtype.itemsize) * biased
+    return total
+
+
+def passing_bytes(shapes: list[NamedShape], dtype: torch.dtype, lineup: list[Entry], device: torch.device) -> int:
+    """The most that one of their steps allocates and frees again, roughly, and the buffer that flushes the cache."""
+    elements = numel(shapes)
+    largest = max(numel([named]) for named in shapes)
+    needs = {
+        "foreach": dtype.itemsize * elements,  # the root of exp_avg_sq
+        "compiled": 4 * elements,  # biased gradients, where norms come first
+        "hook": 4 * dtype.itemsize * largest,
+        "reference": 8 * 4 * largest,
+    }
+    binding = 8 * largest if any(entry.scaling and is_ours(entry.name) for entry in lineup) else 0  # norms in float64
+    return max(binding, *(needs.get(entry.name, 0) for entry in lineup)) + flush_bytes(device)
+
+
+def needed_bytes(
+    shapes: list[NamedShape],
+    modules: list[str],
+    dtype: torch.dtype,
+    lineup: list[Entry],
+    with_copy: bool,
+    device: torch.device,
+) -> int:
+    """The memory of the device that a run takes."""
+    return kept_bytes(shapes, modules, dtype, lineup, with_copy) + passing_bytes(shapes, dtype, lineup, device)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What the device, or the machine for the CPU, has left; None if it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key == "MemAvailable":
+                return 1024 * int(value.split()[0])
+    return None

@@ -1,0 +1,31 @@
+"""The plots of the step benchmark."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import plot, roofline
+
+
+def test_labels_are_spread_out_as_little_as_it_takes() -> None:
+    assert roofline.spread_out([0.2, 0.5], 0.1) == [0.2, 0.5]
+    assert roofline.spread_out([0.5, 0.5, 0.9], 0.1) == pytest.approx([0.45, 0.55, 0.9])
+    assert roofline.spread_out([0.0, 0.0], 0.1) == pytest.approx([0.05, 0.15])
+    crowded = roofline.spread_out([0.3] * 20, 0.1)
+    assert [b - a for a, b in itertools.pairwise(crowded)] == pytest.approx([0.05] * 19)
+    heights = sorted(torch.rand(37).tolist())
+    moved = roofline.spread_out(heights, 0.02)
+    assert all(b - a > 0.02 - 1e-9 for a, b in itertools.pairwise(moved))
+    assert 0 < moved[0] < moved[-1] < 1
+
+
+def test_rows_of_older_runs_can_be_drawn(tmp_path: Path) -> None:
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    plot.main([str(results / "step-cpu.json"), str(tmp_path / "bars.png")])
+    roofline.main([str(results / "step-cpu.json"), str(tmp_path / "roofline.png")])
+    with pytest.raises(ValueError, match="copy"):
+        roofline.main([str(results / "tiny-cpu.json"), str(tmp_path / "none.png")])
