@@ -6,13 +6,18 @@ READY := $(VENV)/.ready
 # 4.57 checks the names of the older transformers: make test VENV=.venv-tf4 TRANSFORMERS='==4.57.*'
 TRANSFORMERS ?=
 
-.PHONY: demo test lint format clean
+.PHONY: demo test gpu lint format clean
 
 demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real digit images
 	$(BIN)/python -m examples.digit_sums --short
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -q
+
+# With the python3 that is there, and what it has: such a machine often has no network.
+gpu:  ## make gpu OUT=folder: on a machine with a GPU, builds, tests and measures there; ends within 10 minutes
+	@test -n "$(OUT)" || { echo "usage: make gpu OUT=folder" >&2; exit 2; }
+	$(PYTHON) -m benchmarks.gpu "$(OUT)"
 
 lint: $(READY)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

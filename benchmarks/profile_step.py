@@ -1,0 +1,29 @@
+"""One step of gradnorm, both kernels in it, for ncu --profile-from-start off: python -m benchmarks.profile_step"""
+
+from __future__ import annotations
+
+import torch
+
+from .contender import drift
+from .problem import Problem
+from .shapes import fit, named_shapes
+
+MODEL, PARAMS, WARM_STEPS = "qwen2.5-vl-7b", 256_000_000, 2
+
+
+def main() -> None:
+    device = torch.device("cuda")
+    shapes = named_shapes(MODEL, fit(MODEL, PARAMS))
+    problem = Problem.random(shapes, ["all"], torch.bfloat16, device)
+    ours = drift(problem, "cuda", "gradnorm", torch.bfloat16)
+    for _ in range(WARM_STEPS):
+        ours.step()
+    torch.cuda.synchronize(device)
+    torch.cuda.profiler.start()
+    ours.step()
+    torch.cuda.synchronize(device)
+    torch.cuda.profiler.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A few steps over awkward tensors, for compute-sanitizer to watch: python -m benchmarks.sanitize
+
+Every scaling, with and without clipping, both state dtypes; sizes around the kernels' vectors and chunks, and tensors
+that begin off every alignment but their own. That the results are right is for the tests to say; here they must be
+finite and changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+
+import torch
+from torch import Tensor
+
+from drift_kernels import FusedDriftAdamW
+
+SIZES = [1, 3, 7, 8, 17, 63, 1000, 4099, 16385, 70001]
+SCALINGS = (None, "absolute", "gradnorm", "adaptive_cosine", "decoupled")
+STATES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEPS = 2
+
+
+def tensors(dtype: torch.dtype, device: torch.device, scale: float) -> list[Tensor]:
+    """One of each size, every other one a view that begins one element into its memory."""
+    bases = [scale * torch.randn(size + 1, device=device) for size in SIZES]
+    return [base.to(dtype)[i % 2 :][:size] for i, (base, size) in enumerate(zip(bases, SIZES, strict=True))]
+
+
+def step(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    scaling: str | None,
+    state_dtype: torch.dtype,
+    max_grad_norm: float | None,
+) -> None:
+    """Raises AssertionError if a parameter is not finite or has not changed."""
+    params = tensors(dtype, device, 1.0)
+    before = [param.clone() for param in params]
+    for param, grad in zip(params, tensors(dtype, device, 0.1), strict=True):
+        param.grad = grad
+    names = [f"layers.{i}.mlp.up_proj.weight" for i in range(len(params))]
+    prior = None
+    if scaling is not None:  # the last has no delta
+        prior = dict(zip(names[:-1], tensors(dtype, device, 0.05), strict=False))
+    optimizer = FusedDriftAdamW(
+        list(zip(names, params, strict=True)),
+        lr=0.1,
+        prior=prior,
+        alpha=0.5,  # at 1, gradnorm can cancel the gradient of one element
+        prior_scaling=scaling or "absolute",
+        state_dtype=state_dtype,
+        max_grad_norm=max_grad_norm,
+        backend=backend,
+    )
+    for _ in range(STEPS):
+        optimizer.step()
+    for name, param, old in zip(names, params, before, strict=True):
+        assert param.isfinite().all(), f"{name} is not finite"
+        assert (param != old).any(), f"{name} has not changed"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--backend", help="default: the one named like the device")
+    args = parser.parse_args(argv)
+    backend, device = args.backend or args.device, torch.device(args.device)
+    cases = list(itertools.product(DTYPES, SCALINGS, STATES, (None, 1.0)))
+    for case in cases:
+        step(backend, device, *case)
+    print(f"{len(cases)} cases of {STEPS} steps on backend {backend!r}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

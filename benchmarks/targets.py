@@ -1,0 +1,81 @@
+"""What a GPU run sets out to show, and what the rows say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+# Ours with the states that torch has, and a row of the run that holds matrices of the real size.
+OURS = {"contender": "cuda", "scaling": "absolute", "clip": False, "states": "bfloat16"}
+REAL_SIZE = {**OURS, "run": "7b"}
+
+
+def of_copy(row: Row) -> float | None:
+    return row["percent_of_copy"]
+
+
+def over(rival: str) -> Callable[[Row], float | None]:
+    """The median time over a rival's."""
+
+    def ratio(row: Row) -> float | None:
+        spread = row[f"ratio_to_{rival}"]
+        return None if spread is None else spread["median"]
+
+    return ratio
+
+
+def host_microseconds(row: Row) -> float | None:
+    return 1e3 * row["host_ms"]["median"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on a figure of one row: the row in which the keys of `where` have these values."""
+
+    name: str
+    where: dict[str, Any]
+    figure: Callable[[Row], float | None]
+    bound: float
+    unit: str = ""
+    at_least: bool = False
+
+    def measured(self, rows: list[Row]) -> float | None:
+        """The figure; None if no row has it."""
+        found = (row for row in rows if all(row[key] == value for key, value in self.where.items()))
+        return next((figure for figure in map(self.figure, found) if figure is not None), None)
+
+    def check(self, rows: list[Row]) -> dict[str, Any]:
+        """The target with what was measured, ready to be written as JSON; `met` is None if nothing was."""
+        value = self.measured(rows)
+        met = None
+        if value is not None:
+            met = value >= self.bound if self.at_least else value <= self.bound
+        wanted = f"{'at least' if self.at_least else 'at most'} {self.bound:g}{self.unit}"
+        return {"target": self.name, "wanted": wanted, "measured": value, "unit": self.unit, "met": met}
+
+
+TARGETS = [
+    Target(
+        "absolute, float32 states: rate, of a copy's",
+        {**REAL_SIZE, "states": "float32"},
+        of_copy,
+        90,
+        " %",
+        at_least=True,
+    ),
+    Target("absolute, bfloat16 states: rate, of a copy's", REAL_SIZE, of_copy, 90, " %", at_least=True),
+    Target("absolute: time over torch fused without a prior", REAL_SIZE, over("fused"), 1.0),
+    Target("absolute: time over _foreach_add_ + torch fused", REAL_SIZE, over("foreach_bias"), 0.70),
+    Target("absolute: time over the authors' hook", REAL_SIZE, over("hook"), 0.10),
+    Target("absolute: host time of 729 tensors", {**OURS, "run": "tiny"}, host_microseconds, 200, " us"),
+]
+
+
+def describe(checked: dict[str, Any]) -> str:
+    """A line of the summary."""
+    verdict = {True: "met", False: "MISSED", None: "not measured"}[checked["met"]]
+    value = "" if checked["measured"] is None else f"{checked['measured']:.3g}{checked['unit']}"
+    return f"{checked['target']:<50} {checked['wanted']:<16} {value:>10}  {verdict}"
