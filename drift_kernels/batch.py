@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
@@ -49,8 +50,7 @@ class Launch:
     def biased(self, groups: list[Hyperparameters], decoupled: bool) -> bool:
         """Whether a delta is to be read: to bias a gradient, or (if asked) to move a param decoupled from it."""
         return self.plan.deltas is not None and any(
-            groups[group].alpha != 0 and (decoupled or groups[group].scaling != "decoupled")
-            for group, _ in self.group_rows
+            groups[group].biases and (decoupled or groups[group].scaling != "decoupled") for group, _ in self.group_rows
         )
 
     def needs_stats(self, groups: list[Hyperparameters]) -> bool:
@@ -91,8 +91,6 @@ class DeviceBatch:
         )
         self.biased_rows = torch.tensor([t for t, bound in enumerate(bounds) if bound is not None], device=device)
         self._groups: dict[int, Hyperparameters] = {}
-        self._states = [slot.state for slot in self.slots]
-        self._held = {key: [state[key] for state in self._states] for key in ("step", *STATES)}
         self._places = self._first_addresses()
 
     def _launch(self, rows: slice) -> Launch:
@@ -120,17 +118,14 @@ class DeviceBatch:
             slot.state["step"] = step
         return steps
 
-    def owns_states(self) -> bool:
-        """Whether the parameters' states still are the tensors that the plans hold, in the same place.
+    def check_capture(self) -> None:
+        """Raises RuntimeError if a CUDA graph cannot hold this step."""
+        if not self.backend.CAPTURABLE:
+            raise RuntimeError(f"a CUDA graph cannot hold a step of {self.backend.__name__}: use backend='cuda'")
 
-        Mapped in C, since it runs in every step; of the places it looks at each launch's first, since whoever moves
-        states (offloading) moves all.
-        """
-        try:
-            same = all(all(map(is_, map(itemgetter(key), self._states), held)) for key, held in self._held.items())
-        except KeyError:
-            return False
-        return same and self._first_addresses() == self._places
+    def states_were_moved(self) -> bool:
+        """Looks at each launch's first, since whoever moves states (offloading) moves all."""
+        return self._first_addresses() != self._places
 
     def _first_addresses(self) -> list[int]:
         return addresses([t for launch in self.launches for t in (launch.plan.exp_avgs[0], launch.plan.exp_avg_sqs[0])])
@@ -144,8 +139,9 @@ class DeviceBatch:
         """Takes this step's hyperparameters, of all groups, and counts the step."""
         for launch in self.launches:
             for group, rows in launch.group_rows:
-                if self._groups.get(group) != groups[group]:
-                    self.coefficients.set_hyperparameters(rows, groups[group])
+                before = self._groups.get(group)
+                if groups[group].must_be_written(before):
+                    self.coefficients.set_hyperparameters(rows, groups[group], before)
         self._groups = dict(enumerate(groups))
         self.coefficients.advance()
 
@@ -167,3 +163,56 @@ class DeviceBatch:
     def release_grads(self) -> None:
         for launch in self.launches:
             launch.plan.release_grads()
+
+
+class BatchCache:
+    """The batches of the last step, for as long as they fit: nothing that they depend on has been replaced.
+
+    All of it is looked at in every step, so it is mapped in C.
+    """
+
+    batches: list[DeviceBatch]
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing fits any more."""
+        self.batches = []
+        self._params: list[Tensor] = []
+        self._key: tuple[Any, ...] = ()
+        self._contents: list[Any] = []
+
+    def fits(self, params: list[Tensor], grads: list[Tensor | None], states: Iterable[dict[str, Any]]) -> bool:
+        """Whether these are the parameters of the last step, where they were, with gradients of the same dtypes and
+        states of the same tensors."""
+        return (
+            len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+            and _key(params, grads) == self._key
+            and all(map(is_, _contents(states), self._contents))
+            and not any(batch.states_were_moved() for batch in self.batches)
+        )
+
+    def hold(
+        self,
+        batches: list[DeviceBatch],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        states: Iterable[dict[str, Any]],
+    ) -> None:
+        self.batches, self._params, self._key = batches, params, _key(params, grads)
+        self._contents = list(_contents(states))
+
+
+_END = object()
+
+
+def _key(params: list[Tensor], grads: list[Tensor | None]) -> tuple[Any, ...]:
+    """Where the parameters are, and of which type and dtype their gradients are, None for those that have none."""
+    return addresses(params), list(map(type, grads)), [None if g is None else g.dtype for g in grads]
+
+
+def _contents(states: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """All that the states hold, one after another, and a mark behind the last, which shows where one is shorter."""
+    return chain(chain.from_iterable(map(dict.values, states)), (_END,))

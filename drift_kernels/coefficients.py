@@ -53,54 +53,82 @@ FIELDS = {name: index for index, name in enumerate(Coefficients._fields)}
 
 
 class Hyperparameters(NamedTuple):
-    """What a param group says about its tensors' step. `alpha` is 0 without a prior."""
+    """What a param group says about its tensors' step. `alpha` is 0 without a prior.
 
-    lr: float
+    An lr or alpha that is a tensor, of one element and on the device, is read there and never by the host.
+    """
+
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
     maximize: bool
-    alpha: float
+    alpha: float | Tensor
     scaling: str
     normalize_to_param: bool
+
+    def must_be_written(self, before: Hyperparameters | None) -> bool:
+        """Whether the device may hold other values: those of `before`."""
+        return isinstance(self.lr, Tensor) or isinstance(self.alpha, Tensor) or self != before
+
+    @property
+    def biases(self) -> bool:
+        """Whether the prior may act, as far as the host can tell."""
+        return isinstance(self.alpha, Tensor) or self.alpha != 0
 
     @property
     def needs_stats(self) -> bool:
         """Whether the bias depends on the gradient's norm."""
-        return self.alpha != 0 and self.scaling in ("gradnorm", "adaptive_cosine")
+        return self.biases and self.scaling in ("gradnorm", "adaptive_cosine")
 
 
 class _Row(NamedTuple):
-    """What the hyperparameters alone say about a tensor, in float64.
+    """What the hyperparameters say about a tensor, in float64.
 
-    The prior's coefficient is c = constant + constant_norm*norm(W)/norm(delta)
-    + norm(g)/norm(delta) * (by_ratio + by_cosine*cos(g, delta)).
+    The prior's coefficient is c = alpha * (absolute + normalized*norm(W)/norm(delta)
+    + norm(g)/norm(delta) * (by_ratio + by_cosine*cos(g, delta))).
     """
 
-    lr: float
+    lr: float | Tensor
+    weight_decay: float
     beta1: float
     beta2: float
     sign: float
-    constant: float
-    constant_norm: float
+    alpha: float | Tensor
+    absolute: float
+    normalized: float
     by_ratio: float
     by_cosine: float
+    decoupled: float
 
     @classmethod
     def of(cls, h: Hyperparameters) -> _Row:
-        absolute = h.alpha if h.scaling == "absolute" else 0.0
-        cosine = h.alpha / 2 if h.scaling == "adaptive_cosine" else 0.0
+        absolute, cosine = h.scaling == "absolute", h.scaling == "adaptive_cosine"
         return cls(
             lr=h.lr,
+            weight_decay=h.weight_decay,
             beta1=h.beta1,
             beta2=h.beta2,
             sign=-1.0 if h.maximize else 1.0,
-            constant=0.0 if h.normalize_to_param else absolute,
-            constant_norm=absolute if h.normalize_to_param else 0.0,
-            by_ratio=h.alpha if h.scaling == "gradnorm" else cosine,
-            by_cosine=cosine,
+            alpha=h.alpha,
+            absolute=float(absolute and not h.normalize_to_param),
+            normalized=float(absolute and h.normalize_to_param),
+            by_ratio=1.0 if h.scaling == "gradnorm" else 0.5 * cosine,
+            by_cosine=0.5 * cosine,
+            decoupled=float(h.scaling == "decoupled"),
         )
+
+
+def _fixed(h: Hyperparameters) -> dict[str, float]:
+    """The kernels' coefficients that stay from step to step."""
+    return {
+        "beta1": h.beta1,
+        "one_minus_beta1": 1 - h.beta1,
+        "beta2": h.beta2,
+        "one_minus_beta2": 1 - h.beta2,
+        "eps": h.eps,
+    }
 
 
 class CoefficientTable:
@@ -123,30 +151,34 @@ class CoefficientTable:
         self._delta_norm = torch.tensor(delta_norms, dtype=torch.float64, device=device)
         self._inv_delta_norm = torch.where(self._delta_norm > 0, 1 / self._delta_norm, 0.0)
         self._norm_ratio = torch.tensor(param_norms, dtype=torch.float64, device=device) * self._inv_delta_norm
+        self._one = torch.ones((), dtype=torch.float64, device=device)
         self._constant = torch.zeros(n, dtype=torch.float64, device=device)  # what of c needs no statistics
         # The hyperparameters' table is laid out column by column, the kernels' row by row. Their columns, by name:
         self._rows = torch.zeros(len(_Row._fields), n, dtype=torch.float64, device=device)
         self._of: Any = _Row._make(self._rows)
         self._out = Coefficients._make(self.table.unbind(1))
         self._betas = self._rows[_Row._fields.index("beta1") : _Row._fields.index("beta2") + 1]
+        self._stale = True  # whether hyperparameters have been set since what follows from them was computed
 
-    def set_hyperparameters(self, rows: slice, h: Hyperparameters) -> None:
-        """Everything that depends on the hyperparameters alone, for these rows."""
-        fixed = {
-            "beta1": h.beta1,
-            "one_minus_beta1": 1 - h.beta1,
-            "beta2": h.beta2,
-            "one_minus_beta2": 1 - h.beta2,
-            "eps": h.eps,
-            "decay": 1 - h.lr * h.weight_decay,
-            "delta_step": h.lr * h.alpha if h.scaling == "decoupled" else 0.0,
-        }
-        self.table[rows] = torch.tensor([fixed.get(field, 0.0) for field in FIELDS])
-        self._rows[:, rows] = torch.tensor(_Row.of(h), dtype=torch.float64)[:, None]
-        self._constant = self._of.constant + self._of.constant_norm * self._norm_ratio
+    def set_hyperparameters(self, rows: slice, h: Hyperparameters, before: Hyperparameters | None = None) -> None:
+        """Writes the hyperparameters of these rows: those that differ from `before`, and those that are tensors.
+
+        One write for each, which a CUDA graph can hold: a tensor's is a copy on the device, a number's a fill.
+        """
+        held = {} if before is None else {**_Row.of(before)._asdict(), **_fixed(before)}
+        for columns, values in ((self._of, _Row.of(h)._asdict()), (self._out, _fixed(h))):
+            for name, value in values.items():
+                if isinstance(value, Tensor) or isinstance(held.get(name), Tensor) or held.get(name) != value:
+                    getattr(columns, name)[rows] = value
+        self._stale = True
 
     def advance(self) -> None:
-        """Counts one step more, and fills what depends on the count."""
+        """Counts one step more, and fills what depends on the count and on newly set hyperparameters."""
+        if self._stale:
+            torch.addcmul(self._one, self._of.lr, self._of.weight_decay, value=-1, out=self._out.decay)
+            torch.mul(self._of.lr * self._of.alpha, self._of.decoupled, out=self._out.delta_step)
+            self._constant = self._of.alpha * (self._of.absolute + self._of.normalized * self._norm_ratio)
+            self._stale = False
         self.steps += 1
         bc1, bc2 = (1 - self._betas ** self.steps.to(self._rows)).unbind()
         torch.div(self._of.lr, bc1, out=self._out.step_size)
@@ -165,7 +197,7 @@ class CoefficientTable:
         ratio = torch.where(grad_norm.isfinite(), grad_norm, 0.0) * self._inv_delta_norm
         cosine = self._of.sign * self.stats[:, 1] / grad_norm * self._inv_delta_norm
         cosine = cosine.nan_to_num(nan=0.0).clamp(-1.0, 1.0)
-        c = self._constant + ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
+        c = self._constant + self._of.alpha * ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
         self.prior_cosine = cosine
         self.prior_ratio = (c.abs() * self._delta_norm / grad_norm).nan_to_num(nan=0.0, posinf=torch.inf)
         return c

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -10,14 +11,19 @@ from torch import Tensor
 
 from .coefficients import SCALINGS, Hyperparameters
 
+logger = logging.getLogger("drift_kernels")
+
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+# The param group key under which the prior's fingerprint travels in a state_dict (None without a prior).
+FINGERPRINT = "prior_fingerprint"
 
 
 def _number(group: dict[str, Any], key: str, index: int, low: float = -math.inf, high: float = math.inf) -> float:
     """group[key] as a finite float in [low, high)."""
     value = group[key]
-    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype.is_floating_point:
+    if _is_scalar(value):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{key} must be a number, got {key}={value!r} (group {index})")
@@ -27,6 +33,24 @@ def _number(group: dict[str, Any], key: str, index: int, low: float = -math.inf,
         bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g})"
         raise ValueError(f"{key} must be {bounds}, got {key}={value} (group {index})")
     return float(value)
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.dtype.is_floating_point
+
+
+def _number_or_tensor(group: dict[str, Any], key: str, index: int, low: float = -math.inf) -> float | Tensor:
+    """group[key] as a finite number, or as the tensor that the device will read: of a capturable group, or on a GPU."""
+    value = group[key]
+    if not _is_scalar(value) or not (group["capturable"] or value.is_cuda):
+        return _number(group, key, index, low)
+    where = {param.device.type for param in group["params"][:1]}
+    if where - {value.device.type}:
+        raise ValueError(
+            f"{key} must be a number, or a tensor where its parameters are, got a tensor on {value.device} "
+            f"for parameters on {where.pop()} (group {index})"
+        )
+    return value.detach().reshape(())
 
 
 def hyperparameters(group: dict[str, Any], index: int) -> Hyperparameters:
@@ -46,16 +70,26 @@ def hyperparameters(group: dict[str, Any], index: int) -> Hyperparameters:
     if group.get("amsgrad"):
         raise ValueError(f"amsgrad is not supported (group {index})")
     return Hyperparameters(
-        lr=_number(group, "lr", index, low=0.0),
+        lr=_number_or_tensor(group, "lr", index, low=0.0),
         beta1=_number(named_betas, "betas[0]", index, low=0.0, high=1.0),
         beta2=_number(named_betas, "betas[1]", index, low=0.0, high=1.0),
         eps=_number(group, "eps", index, low=0.0),
         weight_decay=_number(group, "weight_decay", index, low=0.0),
         maximize=bool(group["maximize"]),
-        alpha=_number(group, "alpha", index),
+        alpha=_number_or_tensor(group, "alpha", index),
         scaling=scaling,
         normalize_to_param=bool(group["normalize_to_param"]),
     )
+
+
+def check_capture(group: dict[str, Any], index: int) -> None:
+    """Raises RuntimeError for a group whose step a CUDA graph cannot replay; warns of what each replay would keep."""
+    if not group["capturable"]:
+        raise RuntimeError(f"a step can be captured in a CUDA graph only with capturable=True (group {index})")
+    for key in ("lr", "alpha") if group[FINGERPRINT] else ("lr",):
+        if not isinstance(group[key], Tensor):
+            message = "every replay of the captured step keeps %s=%s: to change it, pass a tensor (group %d)"
+            logger.warning(message, key, group[key], index)
 
 
 def check_param(name: str, param: Tensor) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from . import backends
-from .batch import STATES, DeviceBatch, Slot
+from .batch import STATES, BatchCache, DeviceBatch, Slot
 from .binding import BoundDelta, PriorBinding
 from .coefficients import Hyperparameters, clip_coefficient
 from .errors import PriorError
-from .groups import STATE_DTYPES, check_grad, check_param, hyperparameters
-from .plan import addresses
+from .groups import FINGERPRINT, STATE_DTYPES, check_capture, check_grad, check_param, hyperparameters
 from .prior import Prior
-from .state import FINGERPRINT, check_state_dict, restore_states
+from .state import check_state_dict, restore_states
 
 PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -35,9 +34,9 @@ def _as_prior(prior: PriorLike) -> Prior:
     raise TypeError(f"prior must be a Prior, a path, or a mapping from names to deltas, got {type(prior).__name__}")
 
 
-def _same(a: Collection[object], b: Collection[object]) -> bool:
-    """Whether two collections hold the same objects."""
-    return len(a) == len(b) and all(map(is_, a, b))
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class FusedDriftAdamW(Optimizer):
@@ -51,7 +50,7 @@ class FusedDriftAdamW(Optimizer):
     Args:
         params: parameters, or groups of them, as `torch.optim.AdamW` takes; named ones (`model.named_parameters()`)
             with a prior. Each contiguous, float32, bfloat16 or float16, its gradient of its own dtype or float32.
-        lr: learning rate, a float or a tensor of one element.
+        lr: learning rate, a number or a tensor of one element.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled; acts in float32, before the one rounding of the parameter.
@@ -65,7 +64,9 @@ class FusedDriftAdamW(Optimizer):
             only measures it. Leave None when the trainer clips.
         state_dtype: of exp_avg and exp_avg_sq, float32 or bfloat16.
         maximize: ascend the objective. The prior still pulls toward the expert.
-        capturable: keep the step counts on the parameters' device.
+        capturable: a CUDA graph may hold the step. Step counts are kept on the parameters' device, and an lr or alpha
+            that is a tensor there is read in every replay (schedulers fill it in place); one that is a number stays
+            what it was at the capture. The first step must run before the capture.
         backend: "auto" or the name of one.
 
     lr, betas, eps, weight_decay, alpha, prior_scaling, normalize_to_param and maximize are per param group and may
@@ -83,10 +84,7 @@ class FusedDriftAdamW(Optimizer):
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
 
-    _batches: list[DeviceBatch]
-    _built_for: tuple[Any, ...] | None  # what the batches depend on, with the params and the states themselves
-    _built_params: list[Tensor]
-    _built_states: list[dict[str, Any]]
+    _cache: BatchCache
     _grad_norm: Tensor | None
 
     def __init__(
@@ -194,6 +192,11 @@ class FusedDriftAdamW(Optimizer):
         params = self._params()
         grads = list(map(attrgetter("grad"), params))
         self._set_grads(params, grads)
+        if _capturing():
+            for index, group in enumerate(self.param_groups):
+                check_capture(group, index)
+            for batch in self._batches:
+                batch.check_capture()
         for batch in self._batches:
             batch.advance(groups)
         self._set_bias(groups)
@@ -206,29 +209,21 @@ class FusedDriftAdamW(Optimizer):
         """Gradient statistics, the prior's coefficients, and clipping, over all devices together."""
         clipping = self.max_grad_norm is not None
         biases = [(batch.coefficients, batch.bias(groups, all_stats=clipping)) for batch in self._batches]
-        self._grad_norm = None
-        clip: Tensor | None = None
+        norm = clip = None
         if self.max_grad_norm is not None and biases:
             squares = [coefficients.biased_norm_squared(c).to(biases[0][1].device) for coefficients, c in biases]
-            self._grad_norm = torch.stack(squares).sum().clamp(min=0).sqrt()
-            clip = clip_coefficient(self._grad_norm, self.max_grad_norm)
+            norm = torch.stack(squares).sum().clamp(min=0).sqrt()
+            clip = clip_coefficient(norm, self.max_grad_norm)
+        self._grad_norm = norm
         for coefficients, c in biases:
             coefficients.set_gradient_coefficients(c, 1.0 if clip is None else clip.to(c.device))
 
     def _set_grads(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """Gives the plans their gradients, after building new ones if anything that they depend on has changed."""
-        # The types tell which gradients are None. All of this runs in every step, so it is mapped in C.
-        dtypes = [None if g is None else g.dtype for g in grads]
-        key = (addresses(params), list(map(type, grads)), dtypes)
-        if (
-            key != self._built_for
-            or not _same(params, self._built_params)
-            or not _same(self.state.values(), self._built_states)
-            or not all(batch.owns_states() for batch in self._batches)
-        ):
-            self._batches = self._build(grads)
-            self._built_for, self._built_params = key, params
-            self._built_states = list(self.state.values())
+        if not self._cache.fits(params, grads, self.state.values()):
+            if _capturing():
+                raise RuntimeError("the first step on new parameters, states or dtypes must run before it is captured")
+            self._cache.hold(self._build(grads), params, grads, self.state.values())
         try:
             for batch in self._batches:
                 batch.set_grads(grads)
@@ -238,11 +233,12 @@ class FusedDriftAdamW(Optimizer):
 
     def _reset(self) -> None:
         """Forgets the plans; the next step builds them anew."""
-        self._batches = []
-        self._built_for = None
-        self._built_params = []
-        self._built_states = []
+        self._cache = BatchCache()
         self._grad_norm = None
+
+    @property
+    def _batches(self) -> list[DeviceBatch]:
+        return self._cache.batches
 
     def _check(self, grads: list[Tensor | None]) -> None:
         for (name, param), grad in zip(self._named_params(), grads, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -84,7 +85,7 @@ class Plan:
         grad_addresses = addresses(self.grads)
         if grad_addresses != self._grad_addresses:
             self._grad_addresses = grad_addresses
-            self.grad_table = torch.tensor(grad_addresses, dtype=torch.int64)
+            self.grad_table = torch.frombuffer(array("q", grad_addresses), dtype=torch.int64)
             self.__dict__.pop("device_grad_table", None)
 
     def release_grads(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 AlphaLambda = Callable[[int], float]
@@ -23,7 +24,8 @@ def linear_anneal(total_steps: int) -> AlphaLambda:
 class AlphaScheduler:
     """Sets each param group's alpha to its initial alpha times a given function of the step.
 
-    Call `step()` after every `optimizer.step()`, as with a learning rate scheduler.
+    Call `step()` after every `optimizer.step()`, as with a learning rate scheduler. An alpha that is a tensor is filled
+    in place, as learning rate schedulers do with an lr that is one: a captured step sees it.
 
     Args:
         optimizer: a FusedDriftAdamW (any optimizer whose param groups have an `alpha`).
@@ -47,7 +49,7 @@ class AlphaScheduler:
             if "alpha" not in group:
                 raise ValueError(f"param group {index} has no alpha: AlphaScheduler is for FusedDriftAdamW")
             if last_epoch == -1:
-                group.setdefault("initial_alpha", group["alpha"])
+                group.setdefault("initial_alpha", float(group["alpha"]))
             elif "initial_alpha" not in group:
                 raise ValueError(f"param group {index} has no initial_alpha: it is needed to resume at {last_epoch=}")
         self.optimizer = optimizer
@@ -59,11 +61,15 @@ class AlphaScheduler:
         """Moves to the next step and sets alpha for it."""
         self.last_epoch += 1
         for group, base, factor in zip(self.optimizer.param_groups, self.base_alphas, self.alpha_lambdas, strict=True):
-            group["alpha"] = base * factor(self.last_epoch)
+            alpha = base * factor(self.last_epoch)
+            if isinstance(group["alpha"], Tensor):
+                group["alpha"].fill_(alpha)
+            else:
+                group["alpha"] = alpha
 
     def get_last_alpha(self) -> list[float]:
         """The alpha of each param group, as last set."""
-        return [group["alpha"] for group in self.optimizer.param_groups]
+        return [float(group["alpha"]) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the initial alphas; the functions are the caller's to rebuild."""

@@ -10,9 +10,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from .batch import STATES
 from .errors import PriorMismatchError
-
-# The param group key under which the prior's fingerprint travels in a state_dict (None without a prior).
-FINGERPRINT = "prior_fingerprint"
+from .groups import FINGERPRINT
 
 
 def _params_by_saved_id(

@@ -24,9 +24,9 @@ LAYERS = {
     "schedule": set(),
     "prior": {"errors", "_cpu"},
     "binding": {"errors", "prior"},
-    "backends": {"errors", "plan", "reference", "coefficients", "_cpu"},
+    "backends": {"errors", "plan", "reference", "coefficients", "_cpu", "_cuda"},
     "batch": {"backends", "binding", "coefficients", "plan"},
-    "state": {"batch", "errors"},
+    "state": {"batch", "errors", "groups"},
     "optimizer": {
         "backends", "batch", "binding", "coefficients", "errors", "groups", "plan", "prior", "state",
     },

@@ -1,6 +1,6 @@
 """The backends: two primitives over a Plan, for one kind of device each.
 
-A backend is a module with the three functions of `Backend`. `resolve` picks one.
+A backend is a module with the contents of `Backend`. `resolve` picks one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 
 class Backend(Protocol):
     __name__: str
+    CAPTURABLE: bool  # whether a CUDA graph can hold its launches
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why the backend cannot run on `device`; None if it can."""

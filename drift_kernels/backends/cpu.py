@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..plan import CHUNK, Plan
 
+CAPTURABLE = False
+
 _reason: str | None = None
 try:
     from drift_kernels import _cpu

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..plan import CHUNK, Plan
 
+CAPTURABLE = True  # new gradient addresses travel in the kernels' parameters
+
 _reason: str | None = None
 try:
     from drift_kernels import _cuda

@@ -9,6 +9,8 @@ from .. import reference
 from ..coefficients import Coefficients
 from ..plan import Plan
 
+CAPTURABLE = True
+
 
 def unavailable(device: torch.device) -> str | None:
     return None

@@ -30,6 +30,8 @@ except ImportError as error:
     triton = None
     _reason = f"Triton cannot be imported ({error})"
 
+CAPTURABLE = False  # new gradient addresses take a copy from the host
+
 # Eight elements a thread: 16 bytes of each bfloat16 tensor, 32 of each float32 one, requested before the first is used.
 UPDATE_BLOCK = 1024
 # Sixteen elements a thread, since only two tensors are read. A float32 lane adds up CHUNK / (STATS_BLOCK / 2) = 16
