@@ -17,6 +17,7 @@ OURS, RIVAL, BASELINE = "#1f6f5c", "#c9ccd1", "#7d838c"
 INK, FAINT = "#222222", "#666666"
 CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # keeps lines out of text
 SECTION_GAP = 1.5  # in bars
+LONGEST = 6.0  # times torch's fused AdamW
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -32,10 +33,11 @@ def draw(rows: list[Row], path: Path) -> None:
         bottom += count + SECTION_GAP
 
     ratios = [row["ratio_to_fused"] for row in rows]
-    medians = [ratio["median"] for ratio in ratios]
-    below = [ratio["median"] - ratio["low"] for ratio in ratios]
-    above = [ratio["high"] - ratio["median"] for ratio in ratios]
-    widest = max(ratio["high"] for ratio in ratios)
+    # Bars and quartiles beyond LONGEST are cut there, or one slow rival would leave nothing to see of the others.
+    widest = min(LONGEST, max(ratio["high"] for ratio in ratios))
+    medians = [min(ratio["median"], widest) for ratio in ratios]
+    below = [max(0.0, median - ratio["low"]) for median, ratio in zip(medians, ratios, strict=True)]
+    above = [min(ratio["high"], widest) - median for median, ratio in zip(medians, ratios, strict=True)]
 
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(10, 1.5 + 0.27 * bottom), layout="constrained")
@@ -47,7 +49,9 @@ def draw(rows: list[Row], path: Path) -> None:
             axes.text(0, place, heading, va="center", style="italic", color=FAINT, bbox=CLEAR)
         for place, row, ratio in zip(places, rows, ratios, strict=True):
             weight = "bold" if row["ours"] else "normal"
-            after = ratio["high"] + 0.012 * widest
+            if ratio["median"] > widest:
+                axes.text(0.97 * widest, place, "//", va="center", ha="right", color="white", fontweight="bold")
+            after = min(ratio["high"], widest) + 0.012 * widest
             axes.text(after, place, _note(row), va="center", fontsize=8, fontweight=weight, bbox=CLEAR)
         axes.set_yticks(places, [_label(row) for row in rows])
         for tick, row in zip(axes.get_yticklabels(), rows, strict=True):

@@ -27,7 +27,7 @@ from .rows import row_metadata
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_PARAMS = {"cpu": 64_000_000, "cuda": 256_000_000}
-TABLE_WIDTH = 120
+TABLE_WIDTH = {"cpu": 120, "cuda": 150}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         plot.draw(rows, args.plot)
     if args.roofline is not None:
         roofline.draw(rows, args.roofline)
-    print_table(rows, Console(width=max(TABLE_WIDTH, Console().width)))
+    print_table(rows, Console(width=max(TABLE_WIDTH[device.type], Console().width)))
     return 0
 
 

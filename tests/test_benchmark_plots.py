@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import plot, roofline
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def test_a_slow_rival_leaves_the_others_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    rows = json.loads((RESULTS / "step-cpu.json").read_text())
+    rows[-1]["ratio_to_fused"] = {"median": 61.2, "low": 59.0, "high": 70.0}
+    plot.draw(rows, tmp_path / "bars.png")
+    (axes,) = figures[0].axes
+    lengths = [bar.get_width() for bar in axes.patches]
+    expected = [min(row["ratio_to_fused"]["median"], plot.LONGEST) for row in rows if row["contender"] != "copy"]
+    assert lengths == pytest.approx(expected)
+    assert any(text.get_text().startswith("61.20x") for text in axes.texts)
 
 
 def test_labels_are_spread_out_as_little_as_it_takes() -> None:
@@ -24,8 +42,7 @@ def test_labels_are_spread_out_as_little_as_it_takes() -> None:
 
 
 def test_rows_of_older_runs_can_be_drawn(tmp_path: Path) -> None:
-    results = Path(__file__).parents[1] / "benchmarks" / "results"
-    plot.main([str(results / "step-cpu.json"), str(tmp_path / "bars.png")])
-    roofline.main([str(results / "step-cpu.json"), str(tmp_path / "roofline.png")])
+    plot.main([str(RESULTS / "step-cpu.json"), str(tmp_path / "bars.png")])
+    roofline.main([str(RESULTS / "step-cpu.json"), str(tmp_path / "roofline.png")])
     with pytest.raises(ValueError, match="copy"):
-        roofline.main([str(results / "tiny-cpu.json"), str(tmp_path / "none.png")])
+        roofline.main([str(RESULTS / "tiny-cpu.json"), str(tmp_path / "none.png")])
