@@ -92,7 +92,7 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
         return "it is measured on GPUs only"
     try:
         importlib.import_module(library.path.partition(".")[0])
-    except ImportError as error:
+    except Exception as error:  # an import may also fail on a shared library, or on another torch
         return first_line(error)
     return probe(library, device, dtype)
 

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from benchmarks import plot, roofline
 
-
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
