@@ -33,7 +33,7 @@ CPU_FLAGS = (
 # Division, square root and denormals are IEEE's by default.
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -fmad=false --threads 0"
 # Our cudart is ours alone: its symbols must not be taken for those of the one that torch has loaded.
-CUDA_LINK_FLAGS = "-shared -cudart static -Xlinker --exclude-libs=ALL"
+CUDA_LINK_FLAGS = "-shared --no-device-link -cudart static -Xlinker --exclude-libs=ALL"
 
 CUDA_ARCHS = ("80", "89", "90", "100", "120")  # of these, what nvcc knows
 

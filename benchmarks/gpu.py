@@ -24,7 +24,7 @@ from .targets import TARGETS, describe
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 480.0  # seconds
 PARITY = ("tests/test_parity.py",)
-TESTS = ("tests/test_optimizer.py", "tests/test_triton.py", "tests/test_cuda.py", "tests/test_state.py")
+TESTS = tuple(f"tests/test_{name}.py" for name in ("optimizer", "capturable", "triton", "cuda", "state"))
 LIBRARIES = ("bitsandbytes", "torchao", "optimi", "flashoptim", "apex", "transformer_engine")
 
 # Says what GPU there is, in a process of its own: this one stays without a context on it.

@@ -121,12 +121,12 @@ def kept_bytes(
     total = dtype.itemsize * (2 * elements + biased)
     total += dtype.itemsize * elements if any(entry.overwrites for entry in lineup) else 0
     total += copy_bytes(elements, dtype) if with_copy else 0
+    if dtype == torch.float16 and any(entry.scaling is not None and is_ours(entry.name) for entry in lineup):
+        total += 4 * biased  # a prior has no float16
     for entry in lineup:
         total += (dtype.itemsize + entry.state_bytes) * elements
         if entry.name == "hook":  # the gradients that it made
             total += dtype.itemsize * biased
-        elif entry.scaling is not None and is_ours(entry.name):  # its copy of the deltas; a prior has no float16
-            total += (4 if dtype == torch.float16 else dtype.itemsize) * biased
     return total
 
 

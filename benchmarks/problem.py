@@ -66,7 +66,7 @@ class Problem:
 
     @cached_property
     def loaded_prior(self) -> Prior:
-        """The deltas as a prior, hashed and checked once. Each optimizer that binds it has a copy of its own."""
+        """The deltas as a prior, hashed and checked once, and shared by the optimizers that bind it."""
         return Prior.from_mapping(self.prior)
 
     @cached_property

@@ -62,7 +62,7 @@ class PriorBinding:
             param_norm = info.param_norm
             if param_norm is None:
                 param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
-            delta = self.prior.load(self._names[name], param.device)
+            delta = self.prior.load(self._names[name], param.device, copy=False)
             found = self._bound[name] = BoundDelta(delta, info.delta_norm, param_norm)
         elif found.delta.device != param.device:
             found = self._bound[name] = replace(found, delta=found.delta.to(param.device))

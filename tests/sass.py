@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import disassembly
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -33,10 +32,6 @@ DTYPES = [
     ("float32", "float32", "float32", None),
     ("float16", "float16", "float32", "bfloat16"),
 ]
-
-# An instruction in cuobjdump's listing: address, predicate, opcode.
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-PTX_ARITHMETIC = re.compile(r"\b(?:add|sub|mul|fma|mad|div|sqrt)(?:\.\w+)*\.f32(?:x2)?\b")
 
 
 def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
@@ -60,26 +55,17 @@ def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
     return found
 
 
-def disassembled(cubin: bytes) -> tuple[Counter[str], dict[str, int]]:
-    """How often each opcode occurs, and the registers and bytes of memory that a thread takes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(path)]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
-    return Counter(INSTRUCTION.findall(listing)), usage
-
-
 def compiled(arch: int, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    opcodes, usage = disassembled(binary.asm["cubin"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        (facts,) = disassembly.kernels(path).values()
     return {
+        **facts,
         "threads": 32 * options["num_warps"],
         "specialized": [p.name for p in source.fn.params if not p.is_constexpr and not p.do_not_specialize],
-        "usage": usage,
-        "sass": opcodes,
-        "ptx": Counter(PTX_ARITHMETIC.findall(binary.asm["ptx"])),
+        "ptx": Counter(disassembly.PTX_ARITHMETIC.findall(binary.asm["ptx"])),
     }
 
 

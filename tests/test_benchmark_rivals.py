@@ -170,7 +170,8 @@ MEDIUM = [(f"model.layers.{i}.mlp.up_proj.weight", (257 + 64 * i, 301)) for i in
 def live_storages() -> dict[int, int]:
     """Bytes of every storage that a tensor of this process lives in, by address."""
     gc.collect()
-    storages = [obj.untyped_storage() for obj in gc.get_objects() if type(obj) is Tensor and obj.device == CPU]
+    tensors = [obj for obj in gc.get_objects() if type(obj) is Tensor and obj.device == CPU]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr()}
 
 

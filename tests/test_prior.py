@@ -80,6 +80,15 @@ def test_mapping_dtypes_and_memory(given: torch.dtype, kept: torch.dtype) -> Non
     torch.testing.assert_close(loaded, delta.to(kept), rtol=0, atol=0)
 
 
+def test_a_delta_in_memory_is_handed_out_itself_where_a_copy_is_not_asked_for() -> None:
+    deltas = {NORM: torch.randn(7), UP: torch.randn(7, 4).t()}
+    prior = Prior.from_mapping(deltas)
+    assert prior.load(NORM, "cpu", copy=False).data_ptr() == deltas[NORM].data_ptr()
+    assert prior.load(NORM, "cpu").data_ptr() != deltas[NORM].data_ptr()
+    assert prior.load(UP, copy=False).is_contiguous()
+    assert torch.equal(prior.load(UP, copy=False), deltas[UP])
+
+
 @pytest.mark.parametrize(
     ("mapping", "words"),
     [

@@ -95,7 +95,8 @@ class Prior:
     def from_mapping(cls, mapping: Mapping[str, Tensor]) -> Prior:
         """A prior of deltas in memory, keyed by canonical or by live parameter names.
 
-        float32 and bfloat16 deltas are kept as they are (and not copied), float16 and float64 become float32.
+        float32 and bfloat16 deltas are kept as they are and not copied, so they must not be written to; float16 and
+        float64 become float32.
         Raises PriorError for an empty mapping, two keys of one canonical name, and a delta that is not a floating
         tensor or not finite.
         """
@@ -130,14 +131,16 @@ class Prior:
         """What is known about the delta of a canonical name. Raises KeyError when there is none."""
         return self._infos[name]
 
-    def load(self, name: str, device: torch.device | str | None = None) -> Tensor:
+    def load(self, name: str, device: torch.device | str | None = None, *, copy: bool = True) -> Tensor:
         """The delta of a canonical name: float32 or bfloat16, contiguous, in memory of its own.
+
+        Without `copy`, a delta that was given in memory, contiguous and on the device already, is returned itself.
 
         Raises KeyError for an unknown name, and PriorFormatError when the stored bytes do not have the recorded norm.
         """
         delta = self._deltas[name]
         if isinstance(delta, Tensor):
-            return delta.to(device or delta.device, copy=True, memory_format=torch.contiguous_format)
+            return delta.to(device or delta.device, copy=copy).contiguous()
         try:
             loaded = delta.read()
         except CheckpointError as error:

@@ -1,0 +1,69 @@
+"""What cuobjdump says of compiled kernels: opcodes, registers, memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# An instruction in a listing: address, predicate, opcode.
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# Arithmetic of float32 in PTX; a packed operation does two.
+PTX_ARITHMETIC = re.compile(r"\b(?:add|sub|mul|fma|mad|div|sqrt)(?:\.\w+)*\.f32(?:x2)?\b")
+
+
+def cuobjdump() -> str | None:
+    """The program: on PATH, or the one in Triton's package."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    inside = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return str(inside) if inside.exists() else None
+
+
+def run(*arguments: object) -> str:
+    command = [str(cuobjdump()), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def kernels(path: Path, *options: str) -> dict[str, dict[str, Any]]:
+    """For each kernel in a cubin or an extension: how often each opcode occurs ("sass"), and what a thread takes."""
+    listing = run("-sass", *options, path)
+    usages = {
+        name: {key: int(count) for key, count in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+        for name, line in re.findall(r"Function (\S+):\n(.*)", run("-res-usage", *options, path))
+    }
+    bodies = re.split(r"^\s+Function : (\S+)$", listing, flags=re.MULTILINE)[1:]
+    return {
+        name: {"sass": Counter(INSTRUCTION.findall(body)), "usage": usages[name]}
+        for name, body in zip(bodies[::2], bodies[1::2], strict=True)
+    }
+
+
+def arithmetic(path: Path) -> dict[str, Counter[str]]:
+    """For each kernel in an extension, how often its PTX has each operation of float32 arithmetic."""
+    entries = re.split(r"\.entry (\w+)\(", run("-ptx", path))[1:]
+    return {name: Counter(PTX_ARITHMETIC.findall(body)) for name, body in zip(entries[::2], entries[1::2], strict=True)}
+
+
+def scalars(counts: Mapping[str, int], *opcodes: str) -> int:
+    """How many operations, of which a packed one does two."""
+    return sum(counts.get(opcode, 0) * (2 if opcode.endswith(("x2", "L2", "D2")) else 1) for opcode in opcodes)
+
+
+def assert_nothing_was_contracted(name: str, sass: Mapping[str, int], ptx: Mapping[str, int]) -> None:
+    """The PTX asks for no fma, and the machine code has every multiplication and addition of it.
+
+    (There are FFMAs: divisions and square roots become sequences of them, whose FMULs and FADDs are all .FTZ.)
+    """
+    assert all(".rn.f32" in operation and not operation.startswith(("fma", "mad")) for operation in ptx), name
+    additions = scalars(ptx, "add.rn.f32", "add.rn.f32x2", "sub.rn.f32", "sub.rn.f32x2")
+    assert scalars(sass, "FADD", "FADD2") == additions, name
+    assert scalars(sass, "FMUL", "FMUL2") == scalars(ptx, "mul.rn.f32", "mul.rn.f32x2"), name

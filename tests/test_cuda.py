@@ -1,0 +1,207 @@
+"""The cuda backend: its machine code, for GPUs that need not be there, and what test_parity.py leaves to it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import disassembly
+import pytest
+import torch
+from problems import BF16, DEVICE, F32, GRID, Problem, assert_same_bits, run
+
+from drift_kernels import backends
+from drift_kernels.backends import cuda as backend
+from drift_kernels.plan import CHUNK
+
+# What runs the kernels here: a GPU, or the host, thread by thread.
+NAME = "cuda" if DEVICE.type == "cuda" else GRID
+THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in csrc/cuda/block.h
+
+# For each architecture, by kernel, such as "update<bfloat16, bfloat16, float, NoDelta>".
+Kernels = dict[str, dict[str, Any]]
+SIZES = {"float": 4, "bfloat16": 2, "float16": 2, "NoDelta": 0}
+
+
+def demangled(names: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [re.sub(r"^void |drift::|\(anonymous namespace\)::|\(.*\)$", "", name) for name in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def extension() -> Path:
+    """What was built, for every architecture that it was built for."""
+    spec = importlib.util.find_spec("drift_kernels._cuda")
+    if spec is None or spec.origin is None:
+        pytest.skip("drift_kernels._cuda was not built: there is no nvcc")
+    for program in (disassembly.cuobjdump(), shutil.which("c++filt")):
+        if program is None:
+            pytest.skip("there is no cuobjdump or no c++filt")
+    return Path(spec.origin)
+
+
+@pytest.fixture(scope="module")
+def by_arch(extension: Path) -> dict[str, Kernels]:
+    found = {}
+    for arch in sorted(set(re.findall(r"\.(sm_\w+)\.cubin", disassembly.run("-lelf", extension)))):
+        kernels = disassembly.kernels(extension, "-arch", arch)
+        found[arch] = dict(zip(demangled(list(kernels)), kernels.values(), strict=True))
+    return found
+
+
+def each(by_arch: dict[str, Kernels], kernel: str) -> Iterator[tuple[str, list[int], Counter[str]]]:
+    """For each architecture and combination of dtypes: which it is, the sizes of the dtypes, the opcodes."""
+    for arch, kernels in by_arch.items():
+        for name, facts in kernels.items():
+            if name.startswith(kernel):
+                dtypes = name.partition("<")[2].rstrip(">").split(", ")
+                yield f"{arch} {name}", [SIZES[dtype] for dtype in dtypes], facts["sass"]
+
+
+def accesses(sass: Counter[str], kind: str) -> dict[str, int]:
+    """How often the streamed global accesses (evict first) of each width occur: {".128": 3, "": 4, ".U16": 8}."""
+    return {opcode.removeprefix(f"{kind}.E.EF"): n for opcode, n in sass.items() if opcode.startswith(f"{kind}.E.EF")}
+
+
+def test_it_was_built_for_what_people_have_and_for_what_will_come(
+    extension: Path, by_arch: dict[str, Kernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archs = [int(arch.removeprefix("sm_")) for arch in by_arch]
+    if DEVICE.type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        assert 10 * major + minor in archs
+    else:
+        assert set(archs) >= {80, 89, 90, 100, 120}
+    assert f"sm_{max(archs)}.ptx" in disassembly.run("-lptx", extension)
+
+
+def test_every_combination_of_dtypes_has_a_kernel(by_arch: dict[str, Kernels]) -> None:
+    for arch, kernels in by_arch.items():
+        kinds = Counter(name.partition("<")[0] for name in kernels)
+        assert kinds == {"update": 5 * 2 * 3, "sum": 3 * 3, "total": 1}, arch
+
+
+def test_an_update_moves_16_bytes_at_a_time_or_one_element(by_arch: dict[str, Kernels]) -> None:
+    """Eight elements a turn where tensors are aligned, in as few accesses as their bytes allow; four elsewhere."""
+    for name, (param, grad, state, delta), sass in each(by_arch, "update"):
+        for kind, sizes in (("LDG", [param, grad, state, state, delta]), ("STG", [param, state, state])):
+            expected = {
+                ".128": sum(TURN * size // 16 for size in sizes),
+                ".U16": TURN // 2 * sizes.count(2),
+                "": TURN // 2 * sizes.count(4),
+            }
+            assert accesses(sass, kind) == {width: n for width, n in expected.items() if n}, name
+
+
+def test_grad_stats_reads_16_bytes_at_a_time_or_one_element(by_arch: dict[str, Kernels]) -> None:
+    for name, sizes, sass in each(by_arch, "sum"):
+        expected = {".128": sum(sizes), ".U16": TURN * sizes.count(2), "": TURN * sizes.count(4)}
+        assert accesses(sass, "LDG") == {width: n for width, n in expected.items() if n}, name
+
+
+def test_nothing_spills_and_two_blocks_share_a_multiprocessor(by_arch: dict[str, Kernels]) -> None:
+    """Three for two-byte parameters, four for the sums: what is in flight together saturates the memory."""
+    for arch, kernels in by_arch.items():
+        for name, facts in kernels.items():
+            usage = facts["usage"]
+            assert usage["STACK"] == usage["LOCAL"] == 0, f"{arch} {name}"
+            assert not [opcode for opcode in facts["sass"] if opcode.startswith(("LDL", "STL"))], f"{arch} {name}"
+            blocks = 2 if name.startswith("update<float,") else 3 if name.startswith("update") else 4
+            assert usage["REG"] * THREADS * blocks <= 65_536, f"{arch} {name}: {usage['REG']} registers"
+
+
+def test_every_operation_is_rounded_by_itself(extension: Path, by_arch: dict[str, Kernels]) -> None:
+    ptx = disassembly.arithmetic(extension)
+    by_name = dict(zip(demangled(list(ptx)), ptx.values(), strict=True))
+    for kernels in by_arch.values():
+        for name, facts in kernels.items():
+            disassembly.assert_nothing_was_contracted(name, facts["sass"], by_name[name])
+    for name, counts in by_name.items():
+        roots = TURN + TURN // 2 if name.startswith("update") else 0
+        assert counts["sqrt.rn.f32"] == counts["div.rn.f32"] == roots, name
+
+
+def test_its_cudart_is_its_own(extension: Path) -> None:
+    """No symbol of it is visible, so that none is taken for one of torch's, and none is missing."""
+    symbols = subprocess.run(["nm", "-D", extension], capture_output=True, text=True, check=True).stdout
+    assert "PyInit__cuda" in symbols
+    assert not re.search(r"\bcuda[A-Z]\w+|libcudart", symbols)
+
+
+# The index arithmetic of the kernels, on whatever runs them
+
+runs = pytest.mark.skipif(backends.load(NAME).unavailable(DEVICE) is not None, reason="there is no C++ compiler")
+
+
+@runs
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, F32, BF16), (F32, F32, F32, None)], ids=["delta", "no delta"])
+def test_sizes_around_turns_and_chunks(dtypes: tuple[torch.dtype | None, ...]) -> None:
+    edges = (0, 1, TURN, THREADS, THREADS * TURN // 2, THREADS * TURN, CHUNK, 2 * CHUNK)
+    numels = sorted({n + more for n in edges for more in range(-1, TURN + 1) if n + more >= 0})
+    problem = Problem.random(numels, dtypes)
+    expected = run("reference", problem.clone(), steps=2)
+    assert_same_bits(run(NAME, problem, steps=2), expected)
+
+
+@runs
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, F32, BF16), (BF16, BF16, BF16, BF16), (F32, F32, BF16, F32)], ids=str)
+def test_views_into_flat_buffers(dtypes: tuple[torch.dtype | None, ...]) -> None:
+    """All operands off the 16-byte grid by as many elements, as in flat buffers, and then one of them by one more."""
+    numel = CHUNK + 1001
+    offsets = range(2 * TURN)
+    problem = Problem.random([numel] * 6 * len(offsets), dtypes)
+    expected = run("reference", problem.clone(), steps=1)
+    operands = [tensors for tensors in vars(problem).values() if tensors is not None]
+    for which, tensors in enumerate(operands):
+        for row, t in enumerate(tensors):
+            offset = row // 6 + (row % 6 == which)
+            tensors[row] = t.new_empty(numel + 2 * TURN + 1)[offset:][:numel].copy_(t)
+    assert_same_bits(run(NAME, problem, steps=1), expected)
+
+
+@runs
+def test_more_tensors_than_one_launch_takes() -> None:
+    """Three launches: the first full, the second of empty tensors alone, the third with what is left."""
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    numels = torch.randint(0, 40, (MAX_ROWS,), generator=generator).tolist() + [0] * MAX_ROWS + [5, 0, CHUNK + 3]
+    problem = Problem.random(numels, (BF16, BF16, F32, BF16))
+    copy = problem.clone()
+    expected = run("reference", problem.clone(), steps=1)
+    assert_same_bits(run(NAME, problem, steps=1), expected)
+
+    out, sums = (torch.full((len(numels), 2), torch.nan, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    backends.load(NAME).grad_stats(copy.plan(), out, with_delta=True)
+    backends.load("reference").grad_stats(copy.plan(), sums, with_delta=True)
+    torch.testing.assert_close(out, sums, rtol=1e-6, atol=1e-9)
+
+
+@runs
+@pytest.mark.parametrize("offset", [0, 1])
+def test_sums_keep_their_bound_where_every_rounding_errs_alike(offset: int) -> None:
+    """Equal elements: the products, and the sums of a lane, are all rounded the same way."""
+    values = torch.rand(8, dtype=F32, device=DEVICE)
+    problem = Problem.random([CHUNK] * len(values), (F32, F32, F32, F32))
+    problem.grads = [value.repeat(CHUNK + offset)[offset:] for value in values]
+    problem.deltas = [torch.full_like(g, -0.7) for g in problem.grads]
+    out = torch.empty(len(values), 2, dtype=torch.float64, device=DEVICE)
+    backends.load(NAME).grad_stats(problem.plan(), out, with_delta=True)
+    delta = problem.deltas[0][0].double()
+    expected = CHUNK * torch.stack((values.double() ** 2, values.double() * delta), dim=1)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+
+
+def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda:0")
+    assert "not on mps" in str(backend.unavailable(torch.device("mps")))
+    if DEVICE.type == "cpu" and backend._reason is None:
+        assert re.search(r"cuda\w+ failed: cudaError\w+: ", str(backend.unavailable(cuda))), "no driver, or no GPU"
+    monkeypatch.setattr(backend, "_reason", "its compiled extension cannot be imported")
+    assert "cannot be imported" in str(backend.unavailable(cuda))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in str(backend.unavailable(cuda))
