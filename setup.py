@@ -94,7 +94,7 @@ class NinjaBuildExt(build_ext):
             self.build_with_ninja(ext)
         except BuildError as error:
             if not ext.optional:
-                raise
+                raise BuildError(f"{ext.name} was asked for: {error}") from None
             without, instead = WITHOUT[ext.name]
             self.warn(f"drift_kernels is installed WITHOUT its compiled {without} backend: {error}. {instead}")
 

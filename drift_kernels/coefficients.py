@@ -158,6 +158,7 @@ class CoefficientTable:
         self._of: Any = _Row._make(self._rows)
         self._out = Coefficients._make(self.table.unbind(1))
         self._betas = self._rows[_Row._fields.index("beta1") : _Row._fields.index("beta2") + 1]
+        self._written: Tensor | None = None  # the prior's coefficients that the table has, unclipped
         self._stale = True  # whether hyperparameters have been set since what follows from them was computed
 
     def set_hyperparameters(self, rows: slice, h: Hyperparameters, before: Hyperparameters | None = None) -> None:
@@ -180,7 +181,8 @@ class CoefficientTable:
             self._constant = self._of.alpha * (self._of.absolute + self._of.normalized * self._norm_ratio)
             self._stale = False
         self.steps += 1
-        bc1, bc2 = (1 - self._betas ** self.steps.to(self._rows)).unbind()
+        steps = self.steps.to(self._rows.device, self._rows.dtype, non_blocking=True)  # blocking, it would wait
+        bc1, bc2 = (1 - self._betas**steps).unbind()
         torch.div(self._of.lr, bc1, out=self._out.step_size)
         torch.rsqrt(bc2, out=self._out.inv_sqrt_bc2)
 
@@ -207,10 +209,15 @@ class CoefficientTable:
         grad_grad, grad_delta = self.stats.unbind(1)
         return (grad_grad - 2 * c * self._of.sign * grad_delta + (c * self._delta_norm) ** 2).sum()
 
-    def set_gradient_coefficients(self, c: Tensor, clip: Tensor | float) -> None:
+    def set_gradient_coefficients(self, c: Tensor, clip: Tensor | None) -> None:
         """The coefficients of the gradient and of the delta, from the prior's (`bias`) and the clip coefficient."""
-        torch.mul(self._of.sign, clip, out=self._out.grad_coef)
-        torch.mul(c, clip, out=self._out.delta_coef)
+        if clip is not None:
+            torch.mul(self._of.sign, clip, out=self._out.grad_coef)
+            torch.mul(c, clip, out=self._out.delta_coef)
+        elif self._written is not c:
+            self._out.grad_coef.copy_(self._of.sign)
+            self._out.delta_coef.copy_(c)
+        self._written = c if clip is None else None
 
 
 def clip_coefficient(grad_norm: Tensor, max_grad_norm: float) -> Tensor:

@@ -216,7 +216,7 @@ class FusedDriftAdamW(Optimizer):
             clip = clip_coefficient(norm, self.max_grad_norm)
         self._grad_norm = norm
         for coefficients, c in biases:
-            coefficients.set_gradient_coefficients(c, 1.0 if clip is None else clip.to(c.device))
+            coefficients.set_gradient_coefficients(c, None if clip is None else clip.to(c.device))
 
     def _set_grads(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         """Gives the plans their gradients, after building new ones if anything that they depend on has changed."""

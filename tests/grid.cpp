@@ -21,12 +21,13 @@ DTypes parse(const char* const* names) {
 
 using namespace drift;
 
-extern "C" void update(const Plan* plan, const char* const* dtypes, const Coefficients* coefficients) {
+// From chunk `begin` of each launch on, so that the end of a huge tensor can be run alone.
+extern "C" void update(const Plan* plan, const char* const* dtypes, const Coefficients* coefficients, int64_t begin) {
   const UpdateBlock body = select_update(parse(dtypes), [](auto p, auto g, auto s, auto d) -> UpdateBlock {
     return update_block<Unwrap<decltype(p)>, Unwrap<decltype(g)>, Unwrap<decltype(s)>, Unwrap<decltype(d)>>;
   });
   for_each_launch(*plan, coefficients, nullptr, [&](const Launch& launch, int64_t chunks) {
-    for (int64_t block = 0; block < chunks; ++block) body(launch, block);
+    for (int64_t block = begin; block < chunks; ++block) body(launch, block);
   });
 }
 

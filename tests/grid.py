@@ -52,5 +52,6 @@ def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
     _library().grad_stats(*_arguments(plan, with_delta), *pointers)
 
 
-def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
-    _library().update(*_arguments(plan, with_delta), ctypes.c_void_p(coefficients.data_ptr()))
+def update(plan: Plan, coefficients: Tensor, *, with_delta: bool, first_chunk: int = 0) -> None:
+    begin = ctypes.c_int64(first_chunk)
+    _library().update(*_arguments(plan, with_delta), ctypes.c_void_p(coefficients.data_ptr()), begin)

@@ -72,7 +72,7 @@ def coefficients(n: int, scaling: str = "decoupled") -> CoefficientTable:
         table.set_hyperparameters(slice(row, row + 1), h)
     table.advance()
     c = torch.linspace(-1.0, 1.5, n, dtype=torch.float64, device=DEVICE)
-    table.set_gradient_coefficients(c, 0.37)
+    table.set_gradient_coefficients(c, torch.tensor(0.37, dtype=torch.float64, device=DEVICE))
     return table
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import disassembly
+import grid
 import pytest
 import torch
-from problems import BF16, DEVICE, F32, GRID, Problem, assert_same_bits, run
+from problems import BF16, DEVICE, F32, GRID, Problem, assert_same_bits, coefficients, run
 
 from drift_kernels import backends
 from drift_kernels.backends import cuda as backend
@@ -179,6 +180,20 @@ def test_more_tensors_than_one_launch_takes() -> None:
     backends.load(NAME).grad_stats(copy.plan(), out, with_delta=True)
     backends.load("reference").grad_stats(copy.plan(), sums, with_delta=True)
     torch.testing.assert_close(out, sums, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.skipif(NAME != GRID or grid.COMPILER is None, reason="the kernels run on the host")
+def test_the_end_of_a_tensor_of_more_than_2_to_the_31_elements() -> None:
+    """Of memory that is reserved, and of which only the last chunks are touched."""
+    numel, last = 2**31 + CHUNK + 77, 2 * CHUNK + 77
+    end = Problem.random([last], (BF16, BF16, BF16, BF16))
+    expected = run("reference", end.clone(), steps=1)
+    huge = [torch.empty(numel, dtype=BF16) for _ in vars(end)]
+    for tensor, (ours,) in zip(huge, vars(end).values(), strict=True):
+        tensor[-last:] = ours
+    problem = Problem(*([tensor] for tensor in huge))
+    grid.update(problem.plan(), coefficients(1, "absolute").table, with_delta=True, first_chunk=(numel - last) // CHUNK)
+    assert_same_bits([tensor[-last:] for tensor in problem.outputs()], expected)
 
 
 @runs

@@ -100,3 +100,13 @@ def test_without_a_compiler_it_installs_and_says_so(tmp_path: Path, reason: str)
     assert not has_extension(names)
     assert "WITHOUT its compiled cpu backend" in output
     assert reason in output
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [("1", "drift_kernels._cuda was asked for: "), ("yes", "DRIFT_KERNELS_CUDA must be 0 or 1, got 'yes'")],
+)
+def test_cuda_that_is_asked_for_and_cannot_be_built_is_an_error(tmp_path: Path, value: str, reason: str) -> None:
+    env = {**os.environ, "DRIFT_KERNELS_CUDA": value, "CXX": shutil.which("false") or "/bin/false"}
+    with pytest.raises(AssertionError, match=reason):
+        build_wheel(tmp_path, env)

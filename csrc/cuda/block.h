@@ -250,13 +250,12 @@ template <class Param, class Grad, class State, class Delta>
 DRIFT_HD void update_block(const Launch& launch, int64_t block) {
   const Chunk chunk = find_chunk(launch, block);
   const Coefficients c = launch.coefficients[chunk.row];
-  const auto tensors = Tensors<Param, Grad, State, Delta>::of(
-      launch.rows[chunk.row], launch.grads[chunk.row - launch.first_row], chunk.begin);
-  const Span span = cut<kUpdateTurn>(chunk.size, tensors.param, tensors.grad, tensors.exp_avg, tensors.exp_avg_sq,
-                                     tensors.delta);
-  each_thread([&](int thread) {
-    for_each_turn<kUpdateTurn>(span, thread, [&](auto at) { update_turn(at, tensors, c); });
-  });
+  const auto tensors = Tensors<Param, Grad, State, Delta>::of(launch.rows[chunk.row],
+                                                              launch.grads[chunk.row - launch.first_row], chunk.begin);
+  const Span span =
+      cut<kUpdateTurn>(chunk.size, tensors.param, tensors.grad, tensors.exp_avg, tensors.exp_avg_sq, tensors.delta);
+  each_thread(
+      [&](int thread) { for_each_turn<kUpdateTurn>(span, thread, [&](auto at) { update_turn(at, tensors, c); }); });
 }
 
 DRIFT_HD void add(Sums& sums, const Sums& more) {

@@ -3,7 +3,8 @@
 namespace drift {
 namespace {
 
-// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 49 to 110 KB are in flight.
+// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 49 to 110 KB are in
+// flight.
 template <class Param>
 constexpr int kUpdateBlocks = sizeof(Param) == 4 ? 2 : 3;
 constexpr int kSumBlocks = 4;
