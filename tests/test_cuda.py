@@ -211,6 +211,20 @@ def test_sums_keep_their_bound_where_every_rounding_errs_alike(offset: int) -> N
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
 
 
+def test_errors_name_the_call_or_the_missing_kernel(extension: Path) -> None:
+    from drift_kernels import _cuda
+
+    def target(*dtypes: str | None) -> _cuda.Target:
+        return _cuda.Target(0, 0, 0, 0, count=0, dtypes=dtypes, device=2**20, stream=0)
+
+    with pytest.raises(ValueError, match="the cuda backend has no update kernel for these dtypes"):
+        _cuda.update(target("float16", "bfloat16", "float32", None), 0)
+    with pytest.raises(ValueError, match="unknown dtype float64"):
+        target("float64", "float64", "float32", None)
+    with pytest.raises(RuntimeError, match=r"^cudaSetDevice failed: cudaError\w+: "):
+        _cuda.update(target("float32", "float32", "float32", None), 0)
+
+
 def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda:0")
     assert "not on mps" in str(backend.unavailable(torch.device("mps")))

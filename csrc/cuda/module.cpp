@@ -12,11 +12,10 @@ namespace drift {
 namespace {
 
 // An error becomes an exception that says which call failed, and is not left behind for the next call to trip over.
-void check(cudaError_t error, const char* call) {
+void check(cudaError_t error, const std::string& call) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorName(error) + ": " +
-                           cudaGetErrorString(error));
+  throw std::runtime_error(call + " failed: " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
 struct Target {
@@ -26,24 +25,23 @@ struct Target {
   cudaStream_t stream;
 };
 
-void launch_on(const Target& target, ChunkKernel kernel, const char* name, const Coefficients* coefficients,
+void launch_on(const Target& target, ChunkKernel kernel, const std::string& name, const Coefficients* coefficients,
                Sums* partials) {
-  if (kernel == nullptr) throw std::invalid_argument(std::string("no ") + name + " kernel for these dtypes");
+  if (kernel == nullptr) throw std::invalid_argument("the cuda backend has no " + name + " kernel for these dtypes");
   check(cudaSetDevice(target.device), "cudaSetDevice");
   for_each_launch(target.plan, coefficients, partials, [&](const Launch& launch, int64_t chunks) {
-    check(launch_chunks(kernel, launch, chunks, target.stream), name);
+    check(launch_chunks(kernel, launch, chunks, target.stream), "launching " + name);
   });
 }
 
 void update(const Target& target, uint64_t coefficients) {
   const py::gil_scoped_release release;  // a full launch queue blocks
-  launch_on(target, update_kernel(target.dtypes), "launching update", pointer<const Coefficients>(coefficients),
-            nullptr);
+  launch_on(target, update_kernel(target.dtypes), "update", pointer<const Coefficients>(coefficients), nullptr);
 }
 
 void grad_stats(const Target& target, uint64_t partials, uint64_t out) {
   const py::gil_scoped_release release;
-  launch_on(target, sum_kernel(target.dtypes), "launching grad_stats", nullptr, pointer<Sums>(partials));
+  launch_on(target, sum_kernel(target.dtypes), "grad_stats", nullptr, pointer<Sums>(partials));
   check(launch_totals(target.plan.device_rows, pointer<Sums>(partials), pointer<Sums>(out), target.plan.count,
                       target.stream),
         "launching the second stage of grad_stats");
