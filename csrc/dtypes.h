@@ -11,7 +11,7 @@
 namespace drift {
 
 // kNone is the delta of a launch without a prior.
-enum class DType { kFloat32, kBFloat16, kFloat16, kNone };
+enum class DType { kFloat32, kBFloat16, kFloat16, kStochastic, kMaster, kNone };
 
 struct DTypes {
   DType param, grad, state, delta;
@@ -22,6 +22,8 @@ inline DType parse_dtype(const std::optional<std::string>& name) {
   if (*name == "float32") return DType::kFloat32;
   if (*name == "bfloat16") return DType::kBFloat16;
   if (*name == "float16") return DType::kFloat16;
+  if (*name == "stochastic_bfloat16") return DType::kStochastic;
+  if (*name == "master_bfloat16") return DType::kMaster;
   throw std::invalid_argument("unknown dtype " + *name);
 }
 
@@ -49,8 +51,9 @@ auto for_weight(DType dtype, F f) -> decltype(f(Type<float>{})) {
   }
 }
 
+// What a prior is stored in.
 template <class F>
-auto for_state(DType dtype, F f) -> decltype(f(Type<float>{})) {
+auto for_delta(DType dtype, F f) -> decltype(f(Type<float>{})) {
   switch (dtype) {
     case DType::kFloat32: return f(Type<float>{});
     case DType::kBFloat16: return f(Type<bfloat16>{});
@@ -59,22 +62,55 @@ auto for_state(DType dtype, F f) -> decltype(f(Type<float>{})) {
 }
 
 template <class F>
-auto for_delta(DType dtype, F f) -> decltype(f(Type<float>{})) {
-  return dtype == DType::kNone ? f(Type<NoDelta>{}) : for_state(dtype, f);
+auto for_delta_or_none(DType dtype, F f) -> decltype(f(Type<float>{})) {
+  return dtype == DType::kNone ? f(Type<Nothing>{}) : for_delta(dtype, f);
+}
+
+template <class F>
+auto for_param(DType dtype, F f) -> decltype(f(Type<float>{})) {
+  switch (dtype) {
+    case DType::kStochastic: return f(Type<stochastic_bfloat16>{});
+    case DType::kMaster: return f(Type<master_bfloat16>{});
+    default: return for_weight(dtype, f);
+  }
+}
+
+// Where the parameter is rounded to nearest, so are its states, and at random likewise; beside a master either may be.
+template <class Param, class F>
+auto for_state(DType dtype, F f) -> decltype(f(Type<float>{})) {
+  if (dtype == DType::kFloat32) return f(Type<float>{});
+  if constexpr (!kStochastic<Param>) {
+    if (dtype == DType::kBFloat16) return f(Type<bfloat16>{});
+  }
+  if constexpr (kStochastic<Param> || std::is_same_v<Param, master_bfloat16>) {
+    if (dtype == DType::kStochastic) return f(Type<stochastic_bfloat16>{});
+  }
+  return nullptr;
+}
+
+// float32, or the type of the parameter in memory.
+template <class Param, class F>
+auto for_grad(DType dtype, F f) -> decltype(f(Type<float>{})) {
+  if (dtype == DType::kFloat32) return f(Type<float>{});
+  if constexpr (std::is_same_v<Param, float16>) {
+    if (dtype == DType::kFloat16) return f(Type<float16>{});
+  } else if constexpr (!std::is_same_v<Param, float>) {
+    if (dtype == DType::kBFloat16) return f(Type<bfloat16>{});
+  }
+  return nullptr;
 }
 
 // f(Type<Param>, Type<Grad>, Type<State>, Type<Delta>) gives the kernel of a combination; null where there is none.
 template <class F>
 auto select_update(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{}, Type<float>{}, Type<float>{})) {
   using Kernel = decltype(f(Type<float>{}, Type<float>{}, Type<float>{}, Type<float>{}));
-  return for_weight(dtypes.param, [&](auto param) -> Kernel {
-    const auto with_grad = [&](auto grad) -> Kernel {
-      return for_state(dtypes.state, [&](auto state) -> Kernel {
-        return for_delta(dtypes.delta, [&](auto delta) -> Kernel { return f(param, grad, state, delta); });
+  return for_param(dtypes.param, [&](auto param) -> Kernel {
+    using Param = typename decltype(param)::type;
+    return for_grad<Param>(dtypes.grad, [&](auto grad) -> Kernel {
+      return for_state<Param>(dtypes.state, [&](auto state) -> Kernel {
+        return for_delta_or_none(dtypes.delta, [&](auto delta) -> Kernel { return f(param, grad, state, delta); });
       });
-    };
-    if (dtypes.grad == DType::kFloat32) return with_grad(Type<float>{});
-    return dtypes.grad == dtypes.param ? with_grad(param) : nullptr;
+    });
   });
 }
 
@@ -83,7 +119,7 @@ template <class F>
 auto select_sum(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{})) {
   using Kernel = decltype(f(Type<float>{}, Type<float>{}));
   return for_weight(dtypes.grad, [&](auto grad) -> Kernel {
-    return for_delta(dtypes.delta, [&](auto delta) -> Kernel { return f(grad, delta); });
+    return for_delta_or_none(dtypes.delta, [&](auto delta) -> Kernel { return f(grad, delta); });
   });
 }
 

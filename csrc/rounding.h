@@ -1,5 +1,6 @@
-// Conversions between float32 and the storage types, for host and device. Rounding is to nearest, ties to even, in
-// integer arithmetic: the same bits from every compiler. A NaN becomes the canonical quiet NaN of the narrow type.
+// Conversions between float32 and the storage types, for host and device, in integer arithmetic: the same bits from
+// every compiler. Rounding is to nearest, ties to even, but for the two types that say otherwise. A NaN becomes the
+// canonical quiet NaN of the narrow type.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,16 @@ struct float16 {
   uint16_t bits;
 };
 
+// A bfloat16 that is rounded up or down at random, so that the mean is the value.
+struct stochastic_bfloat16 {
+  uint16_t bits;
+};
+
+// A bfloat16 that has the other half of a float32 beside it: the residual, what rounding left over.
+struct master_bfloat16 {
+  uint16_t bits;
+};
+
 DRIFT_HD float bits_to_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
@@ -36,6 +47,8 @@ DRIFT_HD uint32_t float_to_bits(float value) {
 DRIFT_HD float to_float(float x) { return x; }
 
 DRIFT_HD float to_float(bfloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+
+DRIFT_HD float to_float(stochastic_bfloat16 x) { return to_float(bfloat16{x.bits}); }
 
 DRIFT_HD float to_float(float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
@@ -73,6 +86,28 @@ DRIFT_HD float16 round_to<float16>(float x) {
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
   half |= (bits >> 16) & 0x8000u;
   return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7e00u : half)};
+}
+
+// With 16 random bits: the next bfloat16 away from zero with the probability of what is beyond the one toward it.
+DRIFT_HD stochastic_bfloat16 round_stochastically(float x, uint32_t random) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t rounded = (magnitude < 0x7f800000u ? bits + random : bits) >> 16;
+  return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7fc0u : rounded)};
+}
+
+// float32 as a bfloat16 and 16 more bits that say where in its neighbourhood: nothing is lost. To nearest, ties away from
+// zero: with ties to even the two halves next to an even value would be 2^16 + 1 residuals.
+DRIFT_HD void split(float x, master_bfloat16& nearest, int16_t& residual) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t kept = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
+  nearest.bits = static_cast<uint16_t>((kept + 0x8000u) >> 16);
+  residual = static_cast<int16_t>(kept);  // kept - nearest * 2^16
+}
+
+DRIFT_HD float join(master_bfloat16 nearest, int16_t residual) {
+  const uint32_t high = static_cast<uint32_t>(nearest.bits) << 16;
+  return bits_to_float(high + static_cast<uint32_t>(static_cast<int32_t>(residual)));
 }
 
 }  // namespace drift

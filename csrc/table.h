@@ -7,16 +7,19 @@
 namespace drift {
 
 // Addresses and size of one tensor of a launch: what stays from step to step. `delta` is 0 where the launch has no
-// prior. The gradients' addresses, which may change, are an array of their own.
+// prior, `residual` where it has no master weights. The gradients' addresses, which may change, are an array of their
+// own.
 struct Row {
   uint64_t param;
+  uint64_t residual;
   uint64_t exp_avg;
   uint64_t exp_avg_sq;
   uint64_t delta;
   int64_t numel;
   int64_t first_chunk;  // chunks of the tensors before this one
+  uint64_t random_key;  // of its stochastic rounding: seed + 2^32 * index among the optimizer's tensors
 };
-static_assert(sizeof(Row) == 6 * 8, "plan.py fills six 8-byte fields");
+static_assert(sizeof(Row) == 8 * 8, "plan.py fills eight 8-byte fields");
 
 // The scalars of one tensor's step. Computed in float64 and rounded once.
 struct Coefficients {
@@ -31,8 +34,9 @@ struct Coefficients {
   float step_size;
   float inv_sqrt_bc2;
   float eps;
+  float step;  // how many this one makes
 };
-static_assert(sizeof(Coefficients) == 11 * 4, "coefficients.py fills eleven 4-byte fields");
+static_assert(sizeof(Coefficients) == 12 * 4, "coefficients.py fills twelve 4-byte fields");
 
 // A chunk is the unit of work of one thread (cpu) or block (gpu), and of the first stage of a reduction.
 constexpr int64_t kChunk = 16384;

@@ -47,6 +47,7 @@ class Coefficients(NamedTuple):
     step_size: Tensor
     inv_sqrt_bc2: Tensor
     eps: Tensor
+    step: Tensor
 
 
 FIELDS = {name: index for index, name in enumerate(Coefficients._fields)}
@@ -185,6 +186,7 @@ class CoefficientTable:
         bc1, bc2 = (1 - self._betas**steps).unbind()
         torch.div(self._of.lr, bc1, out=self._out.step_size)
         torch.rsqrt(bc2, out=self._out.inv_sqrt_bc2)
+        self._out.step.copy_(steps)
 
     def bias(self, with_stats: bool) -> Tensor:
         """The prior's coefficients c, float64 [n]; from `stats` when they were computed.

@@ -13,8 +13,8 @@ from torch import Tensor
 CHUNK = 16384
 
 # The columns of Plan.table: struct Row in csrc/table.h.
-ROW_FIELDS = ("param", "exp_avg", "exp_avg_sq", "delta", "numel", "first_chunk")
-PARAM, EXP_AVG, EXP_AVG_SQ, DELTA, NUMEL, FIRST_CHUNK = range(len(ROW_FIELDS))
+ROW_FIELDS = ("param", "residual", "exp_avg", "exp_avg_sq", "delta", "numel", "first_chunk", "random_key")
+PARAM, RESIDUAL, EXP_AVG, EXP_AVG_SQ, DELTA, NUMEL, FIRST_CHUNK, RANDOM_KEY = range(len(ROW_FIELDS))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -36,6 +36,9 @@ class Plan:
         grad_dtype: dtype that every gradient will have.
         exp_avgs, exp_avg_sqs: n contiguous states of the params' shapes.
         deltas: n contiguous deltas of the params' shapes, or None for a launch without a prior.
+        residuals: n contiguous int16 tensors of the shapes of params that are bfloat16, for master weights, or None.
+        random_keys: n numbers, seed + 2^32 * the parameter's index, for stochastic rounding of what is bfloat16 (but a
+            param that has a master), or None.
     """
 
     def __init__(
@@ -45,12 +48,16 @@ class Plan:
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
         deltas: Sequence[Tensor] | None,
+        residuals: Sequence[Tensor] | None = None,
+        random_keys: Sequence[int] | None = None,
     ) -> None:
         self.params = list(params)
         self.grads: list[Tensor] = []
         self.exp_avgs = list(exp_avgs)
         self.exp_avg_sqs = list(exp_avg_sqs)
         self.deltas = None if deltas is None else list(deltas)
+        self.residuals = None if residuals is None else list(residuals)
+        self.random_keys = None if random_keys is None else list(random_keys)
         self.device = self.params[0].device
         self.param_dtype = self.params[0].dtype
         self.grad_dtype = grad_dtype
@@ -69,8 +76,11 @@ class Plan:
             (EXP_AVG, self.exp_avgs),
             (EXP_AVG_SQ, self.exp_avg_sqs),
             (DELTA, self.deltas or []),
+            (RESIDUAL, self.residuals or []),
         ):
             self.table[: len(tensors), column] = torch.tensor(addresses(tensors), dtype=torch.int64)
+        if self.random_keys is not None:
+            self.table[:, RANDOM_KEY] = torch.tensor(self.random_keys, dtype=torch.int64)
         self.grad_table = torch.zeros(len(self.params), dtype=torch.int64)  # the gradients' addresses, on the host
         self._grad_addresses: list[int] = []
 
@@ -113,6 +123,15 @@ class Plan:
         return torch.empty(self.chunk_count, 2, dtype=torch.float64, device=self.device)
 
     def dtype_names(self, with_delta: bool) -> tuple[str, str, str, str | None]:
-        """The names of the param, grad, state and delta dtypes; no delta where there is none or it is left out."""
+        """The kinds of param, grad, state and delta, which have the names of their dtypes; no delta where there is none
+        or it is left out.
+
+        But a bfloat16 with a residual is a `master_bfloat16`, one that is rounded at random a `stochastic_bfloat16`.
+        """
         delta = dtype_name(self.delta_dtype) if with_delta and self.delta_dtype is not None else None
-        return dtype_name(self.param_dtype), dtype_name(self.grad_dtype), dtype_name(self.state_dtype), delta
+        param = self._kind(self.param_dtype) if self.residuals is None else "master_bfloat16"
+        return param, dtype_name(self.grad_dtype), self._kind(self.state_dtype), delta
+
+    def _kind(self, dtype: torch.dtype) -> str:
+        at_random = self.random_keys is not None and dtype == torch.bfloat16
+        return f"stochastic_{dtype_name(dtype)}" if at_random else dtype_name(dtype)

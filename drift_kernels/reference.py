@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import Coefficients
+from .lossless import EXP_AVG, EXP_AVG_SQ, PARAM, join, random_bits, round_stochastically, split
 
 
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -29,7 +30,15 @@ def sqrt(x: Tensor) -> Tensor:
 
 
 def drift_adamw_(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, delta: Tensor | None, c: Coefficients
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    delta: Tensor | None,
+    c: Coefficients,
+    *,
+    residual: Tensor | None = None,
+    random_key: int | None = None,
 ) -> None:
     """One step of AdamW on the biased gradient, in place:
 
@@ -46,12 +55,15 @@ def drift_adamw_(
         exp_avg, exp_avg_sq: of param's shape; float32 or bfloat16. Overwritten.
         delta: of param's shape, float32 or bfloat16, or None. Only read.
         c: the step's scalars, each a float32 tensor of shape [] (see `coefficients.py` for their formulas).
+        residual: of param's shape, int16; with a bfloat16 param the two halves of a float32 master. Overwritten.
+        random_key: rounds what is bfloat16, but a param that has a residual, at random (`lossless.random_bits`).
 
     Non-finite elements behave as in `torch.optim.AdamW`: a NaN or Inf in the gradient reaches that element's states and
     param.
     """
+    p = param.float() if residual is None else join(param, residual)
     g = c.grad_coef * grad.float()
-    decayed = param.float() * c.decay
+    decayed = p * c.decay
     if delta is not None:
         delta = delta.float()
         g = g - c.delta_coef * delta
@@ -59,9 +71,17 @@ def drift_adamw_(
     m = c.beta1 * exp_avg.float() + c.one_minus_beta1 * g
     v = c.beta2 * exp_avg_sq.float() + c.one_minus_beta2 * (g * g)
     update = m / (sqrt(v) * c.inv_sqrt_bc2 + c.eps)
-    param.copy_(round_to(decayed - c.step_size * update, param.dtype))
-    exp_avg.copy_(round_to(m, exp_avg.dtype))
-    exp_avg_sq.copy_(round_to(v, exp_avg_sq.dtype))
+    p = decayed - c.step_size * update
+
+    for target, x, stream in ((param, p, PARAM), (exp_avg, m, EXP_AVG), (exp_avg_sq, v, EXP_AVG_SQ)):
+        if target is param and residual is not None:
+            for half, value in zip((param, residual), split(p), strict=True):
+                half.copy_(value)
+        elif random_key is not None and target.dtype == torch.bfloat16:
+            bits = random_bits(random_key, int(c.step), stream, x.numel(), x.device)
+            target.copy_(round_stochastically(x, bits.view(x.shape)))
+        else:
+            target.copy_(round_to(x, target.dtype))
 
 
 def grad_stats(grad: Tensor, delta: Tensor | None) -> Tensor:

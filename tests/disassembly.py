@@ -61,9 +61,10 @@ def scalars(counts: Mapping[str, int], *opcodes: str) -> int:
 def assert_nothing_was_contracted(name: str, sass: Mapping[str, int], ptx: Mapping[str, int]) -> None:
     """The PTX asks for no fma, and the machine code has every multiplication and addition of it.
 
-    (There are FFMAs: divisions and square roots become sequences of them, whose FMULs and FADDs are all .FTZ.)
+    (There are FFMAs: divisions and square roots become sequences of them, whose FMULs and FADDs are all .FTZ. On sm_100
+    some FADDs are moves.)
     """
     assert all(".rn.f32" in operation and not operation.startswith(("fma", "mad")) for operation in ptx), name
     additions = scalars(ptx, "add.rn.f32", "add.rn.f32x2", "sub.rn.f32", "sub.rn.f32x2")
-    assert scalars(sass, "FADD", "FADD2") == additions, name
+    assert scalars(sass, "FADD", "FADD2") >= additions, name
     assert scalars(sass, "FMUL", "FMUL2") == scalars(ptx, "mul.rn.f32", "mul.rn.f32x2"), name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import grid
 import torch
@@ -30,10 +31,19 @@ class Problem:
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     deltas: list[Tensor] | None
+    residuals: list[Tensor] | None = None
+    random_keys: list[int] | None = None
 
     @classmethod
-    def random(cls, numels: list[int], dtypes: tuple[torch.dtype | None, ...]) -> Problem:
+    def random(
+        cls,
+        numels: list[int],
+        dtypes: tuple[torch.dtype | None, ...],
+        master: bool = False,
+        stochastic: bool = False,
+    ) -> Problem:
         param, grad, state, delta = dtypes
+        keys = torch.randint(2**62, (len(numels),)).tolist()
 
         def tensors(dtype: torch.dtype, scale: float) -> list[Tensor]:
             return [(torch.randn(n, device=DEVICE) * scale).to(dtype) for n in numels]
@@ -44,22 +54,39 @@ class Problem:
             tensors(state, 0.01),
             [t.abs() for t in tensors(state, 1e-3)],
             None if delta is None else tensors(delta, 0.05),
+            [torch.randint(-(2**15), 2**15, (n,), dtype=torch.int16, device=DEVICE) for n in numels]
+            if master
+            else None,
+            keys if stochastic else None,
         )
 
     def clone(self) -> Problem:
-        def copies(tensors: list[Tensor]) -> list[Tensor]:
-            return [t.clone() for t in tensors]
+        return self.each(torch.clone)
 
-        deltas = None if self.deltas is None else copies(self.deltas)
-        return Problem(copies(self.params), copies(self.grads), copies(self.exp_avgs), copies(self.exp_avg_sqs), deltas)
+    def each(self, function: Callable[[Tensor], Tensor]) -> Problem:
+        """With every tensor replaced."""
+        lists = {name: tensors for name, tensors in vars(self).items() if name != "random_keys" and tensors is not None}
+        return replace(self, **{name: [function(t) for t in tensors] for name, tensors in lists.items()})
+
+    def operands(self) -> list[list[Tensor]]:
+        """The tensors, kind by kind."""
+        return [tensors for name, tensors in vars(self).items() if name != "random_keys" and tensors is not None]
 
     def plan(self) -> Plan:
-        plan = Plan(self.params, self.grads[0].dtype, self.exp_avgs, self.exp_avg_sqs, self.deltas)
+        plan = Plan(
+            self.params,
+            self.grads[0].dtype,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.deltas,
+            self.residuals,
+            self.random_keys,
+        )
         plan.set_grads(self.grads)
         return plan
 
     def outputs(self) -> list[Tensor]:
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs]
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *(self.residuals or [])]
 
 
 def coefficients(n: int, scaling: str = "decoupled") -> CoefficientTable:

@@ -23,14 +23,18 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from drift_kernels.backends import triton as backend
+from drift_kernels.coefficients import Coefficients
 from drift_kernels.plan import Plan
 
-# param, grad, states, delta
-DTYPES = [
-    ("bfloat16", "bfloat16", "float32", "bfloat16"),
-    ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
-    ("float32", "float32", "float32", None),
-    ("float16", "float16", "float32", "bfloat16"),
+# param, grad, states, delta; whether there is a master, and whether rounding is stochastic
+LAUNCHES = [
+    (("bfloat16", "bfloat16", "float32", "bfloat16"), False, False),
+    (("bfloat16", "bfloat16", "bfloat16", "bfloat16"), False, False),
+    (("float32", "float32", "float32", None), False, False),
+    (("float16", "float16", "float32", "bfloat16"), False, False),
+    (("bfloat16", "bfloat16", "bfloat16", "bfloat16"), False, True),
+    (("bfloat16", "bfloat16", "float32", "bfloat16"), True, False),
+    (("bfloat16", "bfloat16", "bfloat16", None), True, True),
 ]
 
 
@@ -43,15 +47,24 @@ def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
         constants = {param.name: values[param.name] for param in kernel.params if param.is_constexpr}
         signature = {name: "constexpr" if name in constants else mangle_type(value) for name, value in values.items()}
         dtypes = [str(value) for name, value in constants.items() if name.endswith("dtype")]
-        found[" ".join([kernel.__name__, *dtypes])] = ASTSource(kernel, signature, constants), options
+        modes = [name for name in ("master", "param_at_random", "state_at_random") if constants.get(name)]
+        found[" ".join([kernel.__name__, *dtypes, *modes])] = ASTSource(kernel, signature, constants), options
 
     JITFunction.run = record
-    for param, grad, state, delta in DTYPES:
+    for (param, grad, state, delta), master, stochastic in LAUNCHES:
         tensors = {name: [torch.zeros(1, dtype=getattr(torch, name))] for name in (param, grad, state, delta) if name}
-        plan = Plan(tensors[param], tensors[grad][0].dtype, tensors[state], tensors[state], tensors.get(delta))
+        plan = Plan(
+            tensors[param],
+            tensors[grad][0].dtype,
+            tensors[state],
+            tensors[state],
+            tensors.get(delta),
+            [torch.zeros(1, dtype=torch.int16)] if master else None,
+            [0] if stochastic else None,
+        )
         plan.set_grads(tensors[grad])
         backend.grad_stats(plan, torch.empty(1, 2, dtype=torch.float64), with_delta=True)
-        backend.update(plan, torch.empty(1, 11), with_delta=True)
+        backend.update(plan, torch.empty(1, len(Coefficients._fields)), with_delta=True)
     return found
 
 

@@ -25,9 +25,9 @@ from drift_kernels.plan import CHUNK
 NAME = "cuda" if DEVICE.type == "cuda" else GRID
 THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in csrc/cuda/block.h
 
-# For each architecture, by kernel, such as "update<bfloat16, bfloat16, float, NoDelta>".
+# For each architecture, by kernel, such as "update<bfloat16, bfloat16, float, Nothing>".
 Kernels = dict[str, dict[str, Any]]
-SIZES = {"float": 4, "bfloat16": 2, "float16": 2, "NoDelta": 0}
+SIZES = {"float": 4, "bfloat16": 2, "float16": 2, "stochastic_bfloat16": 2, "master_bfloat16": 2, "Nothing": 0}
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -85,13 +85,18 @@ def test_it_was_built_for_what_people_have_and_for_what_will_come(
 def test_every_combination_of_dtypes_has_a_kernel(by_arch: dict[str, Kernels]) -> None:
     for arch, kernels in by_arch.items():
         kinds = Counter(name.partition("<")[0] for name in kernels)
-        assert kinds == {"update": 5 * 2 * 3, "sum": 3 * 3, "total": 1}, arch
+        # A param rounded to nearest or at random has two types of states, a master three; all but float two of gradients.
+        assert kinds == {"update": (5 * 2 + 2 * 2 + 2 * 3) * 3, "sum": 3 * 3, "total": 1}, arch
 
 
 def test_an_update_moves_16_bytes_at_a_time_or_one_element(by_arch: dict[str, Kernels]) -> None:
     """Eight elements a turn where tensors are aligned, in as few accesses as their bytes allow; four elsewhere."""
     for name, (param, grad, state, delta), sass in each(by_arch, "update"):
-        for kind, sizes in (("LDG", [param, grad, state, state, delta]), ("STG", [param, state, state])):
+        residual = [2] if "master" in name else []
+        for kind, sizes in (
+            ("LDG", [param, grad, state, state, delta, *residual]),
+            ("STG", [param, state, state, *residual]),
+        ):
             expected = {
                 ".128": sum(TURN * size // 16 for size in sizes),
                 ".U16": TURN // 2 * sizes.count(2),
@@ -113,7 +118,8 @@ def test_nothing_spills_and_two_blocks_share_a_multiprocessor(by_arch: dict[str,
             usage = facts["usage"]
             assert usage["STACK"] == usage["LOCAL"] == 0, f"{arch} {name}"
             assert not [opcode for opcode in facts["sass"] if opcode.startswith(("LDL", "STL"))], f"{arch} {name}"
-            blocks = 2 if name.startswith("update<float,") else 3 if name.startswith("update") else 4
+            two = name.startswith("update<float,") or name.count("stochastic") > name.count("update<stochastic")
+            blocks = 2 if two else 3 if name.startswith("update") else 4
             assert usage["REG"] * THREADS * blocks <= 65_536, f"{arch} {name}: {usage['REG']} registers"
 
 
@@ -158,8 +164,7 @@ def test_views_into_flat_buffers(dtypes: tuple[torch.dtype | None, ...]) -> None
     offsets = range(2 * TURN)
     problem = Problem.random([numel] * 6 * len(offsets), dtypes)
     expected = run("reference", problem.clone(), steps=1)
-    operands = [tensors for tensors in vars(problem).values() if tensors is not None]
-    for which, tensors in enumerate(operands):
+    for which, tensors in enumerate(problem.operands()):
         for row, t in enumerate(tensors):
             offset = row // 6 + (row % 6 == which)
             tensors[row] = t.new_empty(numel + 2 * TURN + 1)[offset:][:numel].copy_(t)
@@ -188,8 +193,8 @@ def test_the_end_of_a_tensor_of_more_than_2_to_the_31_elements() -> None:
     numel, last = 2**31 + CHUNK + 77, 2 * CHUNK + 77
     end = Problem.random([last], (BF16, BF16, BF16, BF16))
     expected = run("reference", end.clone(), steps=1)
-    huge = [torch.empty(numel, dtype=BF16) for _ in vars(end)]
-    for tensor, (ours,) in zip(huge, vars(end).values(), strict=True):
+    huge = [torch.empty(numel, dtype=BF16) for _ in end.operands()]
+    for tensor, (ours,) in zip(huge, end.operands(), strict=True):
         tensor[-last:] = ours
     problem = Problem(*([tensor] for tensor in huge))
     grid.update(problem.plan(), coefficients(1, "absolute").table, with_delta=True, first_chunk=(numel - last) // CHUNK)

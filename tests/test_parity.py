@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, run
-from torch import Tensor
 
 from drift_kernels import backends
 from drift_kernels.coefficients import Coefficients
@@ -48,6 +47,23 @@ def test_update_is_the_reference_bit_for_bit(name: str, dtypes: tuple[torch.dtyp
 
 
 @pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("delta", [F32, BF16, None], ids=str)
+@pytest.mark.parametrize("grad", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("state", "master", "stochastic"),
+    [(F32, False, True), (BF16, False, True), (F32, True, False), (BF16, True, False), (BF16, True, True)],
+)
+def test_update_without_loss_is_the_reference_bit_for_bit(
+    name: str, state: torch.dtype, master: bool, stochastic: bool, grad: torch.dtype, delta: torch.dtype | None
+) -> None:
+    interpreted = name == "triton" and DEVICE.type == "cpu"
+    numels = [0, 1, 63, 1000, CHUNK + 17] if interpreted else NUMELS
+    problem = Problem.random(numels, (BF16, grad, state, delta), master, stochastic)
+    expected = run("reference", problem.clone(), steps=3)
+    assert_same_bits(run(name, problem, steps=3), expected)
+
+
+@pytest.mark.parametrize("name", available())
 def test_random_shapes(name: str) -> None:
     for dtypes in ((BF16, BF16, F32, BF16), (F32, F32, F32, F32)):
         numels = [int(n) for n in torch.randint(0, 3000, (40,))]
@@ -67,12 +83,21 @@ def test_several_million_elements(name: str, dtypes: tuple[torch.dtype | None, .
 
 
 @pytest.mark.parametrize("name", available())
-@pytest.mark.parametrize("dtypes", [(BF16, BF16, F32, BF16), (F16, F16, BF16, F32), (F32, F32, F32, F32)], ids=dtype_id)
-def test_special_values(name: str, dtypes: tuple[torch.dtype | None, ...]) -> None:
+@pytest.mark.parametrize(
+    ("dtypes", "modes"),
+    [
+        ((BF16, BF16, F32, BF16), {}),
+        ((F16, F16, BF16, F32), {}),
+        ((F32, F32, F32, F32), {}),
+        ((BF16, BF16, BF16, BF16), {"stochastic": True}),
+        ((BF16, BF16, F32, BF16), {"master": True}),
+    ],
+)
+def test_special_values(name: str, dtypes: tuple[torch.dtype | None, ...], modes: dict[str, bool]) -> None:
     """NaN, infinities, zeros of both signs, subnormals and the largest values, in every operand."""
     special = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 6e-8, 6.1e-5, 65504.0, 65519.0, 3.3e38, -3.3e38]
     values = torch.tensor(special, dtype=F32, device=DEVICE)
-    problem = Problem.random([4096], dtypes)
+    problem = Problem.random([4096], dtypes, **modes)
     assert problem.deltas is not None
     for tensors in (problem.params, problem.grads, problem.exp_avgs, problem.exp_avg_sqs, problem.deltas):
         chosen = values[torch.randint(len(values), (4096,), device=DEVICE)]
@@ -99,7 +124,7 @@ def test_stores_round_as_torch_casts(name: str, dtype: torch.dtype, fraction: fl
         [torch.ones(len(values))],
         [delta],
     )
-    problem = Problem(*([t.to(DEVICE) for t in tensors] for tensors in vars(problem).values()))
+    problem = problem.each(lambda t: t.to(DEVICE))
     step = {"grad_coef": 1.0, "decay": 1.0, "delta_step": 1.0, "eps": 1.0}
     row = torch.tensor([[step.get(field, 0.0) for field in Coefficients._fields]], device=DEVICE)
     backends.load(name).update(problem.plan(), row, with_delta=True)
@@ -107,23 +132,13 @@ def test_stores_round_as_torch_casts(name: str, dtype: torch.dtype, fraction: fl
 
 
 @pytest.mark.parametrize("name", available())
-def test_views_of_any_alignment(name: str) -> None:
-    flat = {dtype: torch.zeros(5000, dtype=dtype, device=DEVICE) for dtype in (BF16, F32)}
-
-    def place(t: Tensor, offset: int) -> Tensor:
-        return flat[t.dtype].clone()[offset : offset + t.numel()].copy_(t)
-
-    problem = Problem.random([1000, 777, 4001], (BF16, BF16, F32, BF16))
+@pytest.mark.parametrize("modes", [{}, {"stochastic": True}, {"master": True}], ids=str)
+def test_views_of_any_alignment(name: str, modes: dict[str, bool]) -> None:
+    problem = Problem.random([1000, 777, 4001], (BF16, BF16, F32, BF16), **modes)
     expected = run("reference", problem.clone(), steps=2)
-    assert problem.deltas is not None
-    moved = Problem(
-        [place(t, 1) for t in problem.params],
-        [place(t, 3) for t in problem.grads],
-        [place(t, 1) for t in problem.exp_avgs],
-        [place(t, 2) for t in problem.exp_avg_sqs],
-        [place(t, 7) for t in problem.deltas],
-    )
-    assert_same_bits(run(name, moved, steps=2), expected)
+    for offset, tensors in zip((1, 3, 1, 2, 7, 5), problem.operands(), strict=False):
+        tensors[:] = [t.new_zeros(t.numel() + 8)[offset:][: t.numel()].copy_(t) for t in tensors]
+    assert_same_bits(run(name, problem, steps=2), expected)
 
 
 @pytest.mark.parametrize("name", available())

@@ -57,13 +57,14 @@ def opcodes(kernels: Kernels, kernel: str) -> Iterator[tuple[str, list[int], dic
     """For each combination of dtypes: the kernel with them, their sizes, and how often each opcode occurs."""
     for name, facts in kernels.items():
         if name.startswith(kernel):
-            yield name, [SIZES[dtype] for dtype in name.split()[1:]], facts["sass"]
+            yield name, [SIZES[dtype] for dtype in name.split()[1:] if dtype in SIZES], facts["sass"]
 
 
 def test_an_update_moves_16_bytes_at_a_time_or_one_element(kernels: Kernels) -> None:
     """Eight elements a thread on the aligned path, in as few accesses as their bytes allow; four on the general one."""
     for name, (param, grad, state, delta), sass in opcodes(kernels, "_update_chunk"):
-        read, written = [param, grad, state, state, delta], [param, state, state]
+        residual = [2] if "master" in name else []
+        read, written = [param, grad, state, state, delta, *residual], [param, state, state, *residual]
         assert sass["LDG.E.128"] == sum(8 * size // 16 for size in read), name
         assert sass.get("LDG.E.U16", 0) == 4 * read.count(2), name
         stores = {opcode: count for opcode, count in sass.items() if opcode.startswith("STG")}
@@ -81,11 +82,13 @@ def test_grad_stats_reads_16_bytes_at_a_time(kernels: Kernels) -> None:
 
 
 def test_nothing_spills_and_six_blocks_share_a_multiprocessor(kernels: Kernels) -> None:
+    """Five of those that draw random bits."""
     for name, facts in kernels.items():
         usage = facts["usage"]
         assert usage["STACK"] == usage["LOCAL"] == 0, name
         assert not [opcode for opcode in facts["sass"] if opcode.startswith(("LDL", "STL"))], name
-        assert usage["REG"] * facts["threads"] * 6 <= 65_536, f"{name}: {usage['REG']} registers"
+        blocks = 5 if "at_random" in name else 6
+        assert usage["REG"] * facts["threads"] * blocks <= 65_536, f"{name}: {usage['REG']} registers"
 
 
 def test_every_operation_is_rounded_by_itself(arch: int, kernels: Kernels) -> None:
@@ -124,8 +127,7 @@ def test_each_tensor_of_a_plan_may_start_anywhere() -> None:
     numel = backend.UPDATE_BLOCK + 100
     problem = Problem.random([numel] * 6, (BF16, BF16, BF16, BF16))
     expected = run("reference", problem.clone(), steps=2)
-    operands = [tensors for tensors in vars(problem).values() if tensors is not None]
-    for row, tensors in enumerate(operands):
+    for row, tensors in enumerate(problem.operands()):
         for offset, t in enumerate(tensors):
             moved = t.new_empty(numel + 1)[int(row == offset) :][:numel]
             tensors[offset] = moved.copy_(t)

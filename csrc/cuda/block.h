@@ -108,6 +108,14 @@ struct Values {
   T values[kCount];
 };
 
+// A turn's random bits: of elements first .. first + 7, which one call of the generator serves, or one by one.
+template <class T, int kCount>
+struct Draws {
+  uint16_t bits[kStochastic<T> ? kCount : 1];
+
+  DRIFT_HD uint32_t operator[](int j) const { return kStochastic<T> ? bits[j] : 0; }
+};
+
 // A turn of the elements from `first` on, of tensors that are aligned to 16 bytes there.
 template <int kTurn>
 struct Wide {
@@ -117,7 +125,7 @@ struct Wide {
   template <class T>
   DRIFT_HD Values<T, kCount> load(const T* tensor) const {
     Values<T, kCount> turn{};
-    if constexpr (!std::is_same_v<T, NoDelta>) {
+    if constexpr (!std::is_same_v<T, Nothing>) {
       constexpr int kWords = sizeof turn / sizeof(Word);
       const auto* source = reinterpret_cast<const Word*>(tensor + first);
       Word words[kWords];
@@ -130,12 +138,27 @@ struct Wide {
 
   template <class T>
   DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
-    constexpr int kWords = sizeof turn / sizeof(Word);
-    auto* target = reinterpret_cast<Word*>(tensor + first);
-    Word words[kWords];
-    memcpy(words, &turn, sizeof turn);
-    DRIFT_UNROLL
-    for (int w = 0; w < kWords; ++w) write(target + w, words[w]);
+    if constexpr (!std::is_same_v<T, Nothing>) {
+      constexpr int kWords = sizeof turn / sizeof(Word);
+      auto* target = reinterpret_cast<Word*>(tensor + first);
+      Word words[kWords];
+      memcpy(words, &turn, sizeof turn);
+      DRIFT_UNROLL
+      for (int w = 0; w < kWords; ++w) write(target + w, words[w]);
+    }
+  }
+
+  // The chunk begins at element `begin` of its tensor; `first` is a multiple of eight.
+  template <class T>
+  DRIFT_HD Draws<T, kCount> draw(const RandomBits& random, Stream stream, int64_t begin) const {
+    Draws<T, kCount> draws{};
+    if constexpr (kStochastic<T>) {
+      static_assert(kCount == 8, "one call of the generator");
+      const Philox eight = random.eight(stream, (begin + first) / 8);
+      DRIFT_UNROLL
+      for (int j = 0; j < kCount; ++j) draws.bits[j] = static_cast<uint16_t>(RandomBits::half(eight, j));
+    }
+    return draws;
   }
 };
 
@@ -149,7 +172,7 @@ struct Striped {
   template <class T>
   DRIFT_HD Values<T, kCount> load(const T* tensor) const {
     Values<T, kCount> turn{};
-    if constexpr (!std::is_same_v<T, NoDelta>) {
+    if constexpr (!std::is_same_v<T, Nothing>) {
       DRIFT_UNROLL
       for (int j = 0; j < kCount; ++j) {
         if (first + j * kThreads < end) turn.values[j] = read(tensor + first + j * kThreads);
@@ -160,10 +183,24 @@ struct Striped {
 
   template <class T>
   DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
-    DRIFT_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      if (first + j * kThreads < end) write(tensor + first + j * kThreads, turn.values[j]);
+    if constexpr (!std::is_same_v<T, Nothing>) {
+      DRIFT_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        if (first + j * kThreads < end) write(tensor + first + j * kThreads, turn.values[j]);
+      }
     }
+  }
+
+  template <class T>
+  DRIFT_HD Draws<T, kCount> draw(const RandomBits& random, Stream stream, int64_t begin) const {
+    Draws<T, kCount> draws{};
+    if constexpr (kStochastic<T>) {
+      DRIFT_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        draws.bits[j] = static_cast<uint16_t>(random.one(stream, begin + first + j * kThreads));
+      }
+    }
+    return draws;
   }
 };
 
@@ -174,16 +211,19 @@ struct Span {
   int size;
 };
 
+// The period of the alignment of two-byte types, and twice that of float.
+constexpr int kPeriod = sizeof(Word) / 2;
+
 template <class T>
 DRIFT_HD bool aligned(const T* element) {
-  return std::is_same_v<T, NoDelta> || reinterpret_cast<uintptr_t>(element) % sizeof(Word) == 0;
+  return std::is_same_v<T, Nothing> || reinterpret_cast<uintptr_t>(element) % sizeof(Word) == 0;
 }
 
-// Wide accesses take all tensors to be aligned at the same element. Where that is not to be had, there is no body.
-template <int kTurn, class... T>
+// Wide accesses take all tensors to be aligned at the same of the first kHeads elements. Where that is not to be had,
+// there is no body.
+template <int kTurn, int kHeads, class... T>
 DRIFT_HD Span cut(int size, const T*... tensors) {
-  constexpr int kPeriod = sizeof(Word) / 2;  // of the alignment of two-byte types, and twice that of float
-  for (int head = 0; head < kPeriod && head < size; ++head) {
+  for (int head = 0; head < kHeads && head < size; ++head) {
     if ((aligned(tensors + head) && ...)) return {head, head + (size - head) / kTurn * kTurn, size};
   }
   return {0, 0, size};
@@ -224,23 +264,29 @@ DRIFT_HD Chunk find_chunk(const Launch& launch, int64_t block) {
 
 // Load, update, store, a turn at a time.
 template <class At, class Param, class Grad, class State, class Delta>
-DRIFT_HD void update_turn(At at, const Tensors<Param, Grad, State, Delta>& tensors, const Coefficients& c) {
+DRIFT_HD void update_turn(At at, const Tensors<Param, Grad, State, Delta>& tensors, const Coefficients& c,
+                          const RandomBits& random, int64_t begin) {
   auto param = at.load(tensors.param);
+  auto residual = at.load(tensors.residual);
   const auto grad = at.load(tensors.grad);
   auto exp_avg = at.load(tensors.exp_avg);
   auto exp_avg_sq = at.load(tensors.exp_avg_sq);
   const auto delta = at.load(tensors.delta);
+  const auto for_param = at.template draw<Param>(random, Stream::kParam, begin);
+  const auto for_exp_avg = at.template draw<State>(random, Stream::kExpAvg, begin);
+  const auto for_exp_avg_sq = at.template draw<State>(random, Stream::kExpAvgSq, begin);
 
-  const Tensors<Param, Grad, State, Delta> turn{param.values, grad.values, exp_avg.values, exp_avg_sq.values,
-                                                delta.values};
+  const Tensors<Param, Grad, State, Delta> turn{param.values,   residual.values,   grad.values,
+                                                exp_avg.values, exp_avg_sq.values, delta.values};
   DRIFT_UNROLL
   for (int j = 0; j < At::kCount; ++j) {
     Element e = turn.load(j);
     e = turn.update(e, j, c);
-    turn.store(j, e);
+    turn.store(j, e, {for_param[j], for_exp_avg[j], for_exp_avg_sq[j]});
   }
 
   at.store(tensors.param, param);
+  at.store(tensors.residual, residual);
   at.store(tensors.exp_avg, exp_avg);
   at.store(tensors.exp_avg_sq, exp_avg_sq);
 }
@@ -248,14 +294,19 @@ DRIFT_HD void update_turn(At at, const Tensors<Param, Grad, State, Delta>& tenso
 // update: reference.drift_adamw_ on the chunk of this block.
 template <class Param, class Grad, class State, class Delta>
 DRIFT_HD void update_block(const Launch& launch, int64_t block) {
+  // Random bits come for eight elements at once, the first of which has a multiple of eight for its index.
+  constexpr int kHeads = kStochastic<Param> || kStochastic<State> ? 1 : kPeriod;
   const Chunk chunk = find_chunk(launch, block);
+  const Row& row = launch.rows[chunk.row];
   const Coefficients c = launch.coefficients[chunk.row];
-  const auto tensors = Tensors<Param, Grad, State, Delta>::of(launch.rows[chunk.row],
-                                                              launch.grads[chunk.row - launch.first_row], chunk.begin);
-  const Span span =
-      cut<kUpdateTurn>(chunk.size, tensors.param, tensors.grad, tensors.exp_avg, tensors.exp_avg_sq, tensors.delta);
-  each_thread(
-      [&](int thread) { for_each_turn<kUpdateTurn>(span, thread, [&](auto at) { update_turn(at, tensors, c); }); });
+  const RandomBits random{row.random_key, static_cast<uint32_t>(c.step)};
+  const auto tensors =
+      Tensors<Param, Grad, State, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);
+  const Span span = cut<kUpdateTurn, kHeads>(chunk.size, tensors.param, tensors.residual, tensors.grad, tensors.exp_avg,
+                                             tensors.exp_avg_sq, tensors.delta);
+  each_thread([&](int thread) {
+    for_each_turn<kUpdateTurn>(span, thread, [&](auto at) { update_turn(at, tensors, c, random, chunk.begin); });
+  });
 }
 
 DRIFT_HD void add(Sums& sums, const Sums& more) {
@@ -276,11 +327,11 @@ DRIFT_HD void add_up(Sums* sums) {
 // all beyond them in float64. `sums` is shared by the block's threads.
 template <class Grad, class Delta>
 DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
-  constexpr bool kHasDelta = !std::is_same_v<Delta, NoDelta>;
+  constexpr bool kHasDelta = !std::is_same_v<Delta, Nothing>;
   const Chunk chunk = find_chunk(launch, block);
   const Grad* __restrict grad = pointer<const Grad>(launch.grads[chunk.row - launch.first_row]) + chunk.begin;
   const Delta* __restrict delta = pointer<const Delta>(launch.rows[chunk.row].delta) + chunk.begin;
-  const Span span = cut<kSumTurn>(chunk.size, grad, delta);
+  const Span span = cut<kSumTurn, kPeriod>(chunk.size, grad, delta);
   each_thread([&](int thread) {
     float grad_grad[kLanes] = {};
     float grad_delta[kLanes] = {};

@@ -5,12 +5,12 @@ namespace {
 
 // Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 49 to 110 KB are in
 // flight.
-template <class Param>
-constexpr int kUpdateBlocks = sizeof(Param) == 4 ? 2 : 3;
+template <class Param, class State>
+constexpr int kUpdateBlocks = sizeof(Param) == 4 || kStochastic<State> ? 2 : 3;
 constexpr int kSumBlocks = 4;
 
 template <class Param, class Grad, class State, class Delta>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param>) update(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, State>) update(const __grid_constant__ Launch launch) {
   update_block<Param, Grad, State, Delta>(launch, blockIdx.x);
 }
 

@@ -31,4 +31,6 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
             plan.exp_avg_sqs[t],
             plan.deltas[t] if with_delta and plan.deltas is not None else None,
             Coefficients(*row.unbind()),
+            residual=None if plan.residuals is None else plan.residuals[t],
+            random_key=None if plan.random_keys is None else plan.random_keys[t],
         )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import CHUNK, Plan
+from ..plan import CHUNK, Plan, dtype_name
 
 try:
     import triton
@@ -54,7 +54,7 @@ def _jit(function):
 
 @_jit
 def _fields(table, row, count: tl.constexpr):
-    """A row as a tuple: the 6 fields of plan.ROW_FIELDS, or the 11 of coefficients.Coefficients."""
+    """A row as a tuple: the 8 fields of plan.ROW_FIELDS, or the 12 of coefficients.Coefficients."""
     fields = ()
     for field in tl.static_range(count):
         fields += (tl.load(table + row * count + field),)  # type: ignore[assignment]
@@ -72,24 +72,58 @@ def _pointer(address, dtype: tl.constexpr, aligned: tl.constexpr):
 
 
 @_jit
+def _load_bits(pointer, index, end, aligned: tl.constexpr):
+    """Elements as stored. On the aligned path all of `index` is there, on the general path what is below `end`."""
+    return tl.load(pointer + index) if aligned else tl.load(pointer + index, mask=index < end, other=0)
+
+
+@_jit
 def _load(pointer, index, end, aligned: tl.constexpr):
-    """Elements as float32. On the aligned path all of `index` is there, on the general path what is below `end`."""
-    x = tl.load(pointer + index) if aligned else tl.load(pointer + index, mask=index < end, other=0)
+    """Elements as float32."""
+    x = _load_bits(pointer, index, end, aligned)
     if x.dtype == tl.uint16:
         x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 
 
 @_jit
-def _store(pointer, index, end, x, aligned: tl.constexpr):
-    """float32 `x` rounded to nearest, ties to even; a NaN becomes the canonical quiet NaN of a narrower dtype."""
+def _draw(key, step, stream: tl.constexpr, start, block: tl.constexpr):
+    """16 random bits for each of the elements start .. start + block, as lossless.random_bits has them; start is a
+    multiple of 8."""
+    calls = start // 8 + tl.arange(0, block // 8)
+    x0 = calls.to(tl.uint32)
+    x1 = (calls >> 32).to(tl.uint32) | (stream << 30)
+    x2 = tl.zeros_like(x0) + step
+    x3 = tl.zeros_like(x0)
+    key0, key1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(7):
+        a, b = tl.umulhi(x0, 0xD2511F53), tl.umulhi(x2, 0xCD9E8D57)
+        low_a, low_b = x0 * 0xD2511F53, x2 * 0xCD9E8D57
+        x0, x1, x2, x3 = b ^ x1 ^ key0, low_b, a ^ x3 ^ key1, low_a
+        key0, key1 = key0 + 0x9E3779B9, key1 + 0xBB67AE85
+    words = tl.permute(tl.join(tl.join(x0, x1), tl.join(x2, x3)), 0, 2, 1)
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block])
+
+
+@_jit
+def _store(pointer, index, end, x, random, aligned: tl.constexpr):
+    """float32 `x` rounded to nearest, ties to even, or by `random` bits; a NaN becomes the canonical quiet NaN of a
+    narrower dtype."""
     if pointer.dtype.element_ty == tl.uint16:
         bits = x.to(tl.uint32, bitcast=True)
-        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
-        x = (tl.where(x != x, 0x7FC00000, nearest) >> 16).to(tl.uint16)
+        if random is None:
+            rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        else:
+            rounded = tl.where((bits & 0x7FFFFFFF) < 0x7F800000, bits + random, bits)
+        x = (tl.where(x != x, 0x7FC00000, rounded) >> 16).to(tl.uint16)
     elif pointer.dtype.element_ty == tl.float16:
         nearest = x.to(tl.float16).to(tl.uint16, bitcast=True)
         x = tl.where(x != x, 0x7E00, nearest).to(tl.float16, bitcast=True)
+    _store_bits(pointer, index, end, x, aligned)
+
+
+@_jit
+def _store_bits(pointer, index, end, x, aligned: tl.constexpr):
     if aligned:
         tl.store(pointer + index, x)
     else:
@@ -110,12 +144,16 @@ def _span(numel, first_chunk, addresses, chunk_size: tl.constexpr, block: tl.con
 def _update(
     addresses,
     c,
+    random_key,
     begin,
     end,
     param_dtype: tl.constexpr,
     grad_dtype: tl.constexpr,
     state_dtype: tl.constexpr,
     delta_dtype: tl.constexpr,
+    master: tl.constexpr,
+    param_at_random: tl.constexpr,
+    state_at_random: tl.constexpr,
     block: tl.constexpr,
     aligned: tl.constexpr,
 ):
@@ -127,17 +165,23 @@ def _update(
     param      = param*decay [+ delta_step*delta] - step_size*(exp_avg/(sqrt(exp_avg_sq)*inv_sqrt_bc2 + eps))
     """
     grad_coef, delta_coef, delta_step, decay, beta1, one_minus_beta1 = c[:6]
-    beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps = c[6:]
+    beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, step = c[6:]
     param_pointer = _pointer(addresses[0], param_dtype, aligned)
     grad_pointer = _pointer(addresses[1], grad_dtype, aligned)
     exp_avg_pointer = _pointer(addresses[2], state_dtype, aligned)
     exp_avg_sq_pointer = _pointer(addresses[3], state_dtype, aligned)
     if delta_dtype is not None:
         delta_pointer = _pointer(addresses[4], delta_dtype, aligned)
+    if master:
+        residual_pointer = _pointer(addresses[5], tl.int16, aligned)
 
     for start in range(begin, end, block):
         i = start + tl.arange(0, block)
-        param = _load(param_pointer, i, end, aligned)
+        if master:
+            high, low = _load_bits(param_pointer, i, end, aligned), _load_bits(residual_pointer, i, end, aligned)
+            param = ((high.to(tl.int32) << 16) + low.to(tl.int32)).to(tl.float32, bitcast=True)
+        else:
+            param = _load(param_pointer, i, end, aligned)
         grad = _load(grad_pointer, i, end, aligned)
         exp_avg = _load(exp_avg_pointer, i, end, aligned)
         exp_avg_sq = _load(exp_avg_sq_pointer, i, end, aligned)
@@ -152,9 +196,17 @@ def _update(
         exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g)
         param = param - step_size * tl.div_rn(exp_avg, tl.sqrt_rn(exp_avg_sq) * inv_sqrt_bc2 + eps)
 
-        _store(param_pointer, i, end, param, aligned)
-        _store(exp_avg_pointer, i, end, exp_avg, aligned)
-        _store(exp_avg_sq_pointer, i, end, exp_avg_sq, aligned)
+        if master:
+            bits = tl.where(param != param, 0x7FC00000, param.to(tl.uint32, bitcast=True))
+            _store_bits(param_pointer, i, end, ((bits + 0x8000) >> 16).to(tl.uint16), aligned)
+            _store_bits(residual_pointer, i, end, bits.to(tl.uint16).to(tl.int16, bitcast=True), aligned)
+        else:
+            random = _draw(random_key, step.to(tl.uint32), 0, start, block) if param_at_random else None
+            _store(param_pointer, i, end, param, random, aligned)
+        random = _draw(random_key, step.to(tl.uint32), 1, start, block) if state_at_random else None
+        _store(exp_avg_pointer, i, end, exp_avg, random, aligned)
+        random = _draw(random_key, step.to(tl.uint32), 2, start, block) if state_at_random else None
+        _store(exp_avg_sq_pointer, i, end, exp_avg_sq, random, aligned)
 
 
 @_jit
@@ -167,20 +219,31 @@ def _update_chunk(
     grad_dtype: tl.constexpr,
     state_dtype: tl.constexpr,
     delta_dtype: tl.constexpr,
+    master: tl.constexpr,
+    param_at_random: tl.constexpr,
+    state_at_random: tl.constexpr,
     chunk_size: tl.constexpr,
     block: tl.constexpr,
 ):
     tensor = tl.load(chunk_tensor + tl.program_id(0)).to(tl.int64)
-    param, exp_avg, exp_avg_sq, delta, numel, first_chunk = _fields(table, tensor, 6)
+    param, residual, exp_avg, exp_avg_sq, delta, numel, first_chunk, key = _fields(table, tensor, 8)
     grad = tl.load(grads + tensor)
-    c = _fields(coefficients, tensor, 11)
+    c = _fields(coefficients, tensor, 12)
     together = param | grad | exp_avg | exp_avg_sq
     if delta_dtype is not None:
         together |= delta
+    if master:
+        together |= residual
     begin, middle, end = _span(numel, first_chunk, together, chunk_size, block)
-    addresses = (param, grad, exp_avg, exp_avg_sq, delta)
-    _update(addresses, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype, block, True)
-    _update(addresses, c, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype, block // 2, False)
+    addresses = (param, grad, exp_avg, exp_avg_sq, delta, residual)
+    _update(
+        *(addresses, c, key, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(master, param_at_random, state_at_random, block, True),
+    )
+    _update(
+        *(addresses, c, key, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(master, param_at_random, state_at_random, block // 2, False),
+    )
 
 
 @_jit
@@ -223,7 +286,7 @@ def _sum_chunk(
     """The first stage of grad_stats: the sums of one chunk."""
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk_tensor + chunk).to(tl.int64)
-    _, _, _, delta, numel, first_chunk = _fields(table, tensor, 6)
+    _, _, _, _, delta, numel, first_chunk, _ = _fields(table, tensor, 8)
     grad = tl.load(grads + tensor)
     together = grad
     if delta_dtype is not None:
@@ -239,7 +302,7 @@ def _sum_chunk(
 def _sum_tensor(table, partials, out, chunk_size: tl.constexpr, block: tl.constexpr):
     """The second stage: the sums of one tensor, over its chunks in a fixed order."""
     tensor = tl.program_id(0).to(tl.int64)
-    _, _, _, _, numel, first_chunk = _fields(table, tensor, 6)
+    _, _, _, _, _, numel, first_chunk, _ = _fields(table, tensor, 8)
     chunks = (numel + chunk_size - 1) // chunk_size
     pair = tl.arange(0, 2)
     sums = tl.zeros([block, 2], tl.float64)
@@ -286,7 +349,9 @@ def unsuitable(arch: int) -> str | None:
 
 def _dtypes(plan: Plan, with_delta: bool) -> list[Any]:
     """The dtypes of a plan, which have the same names in Triton."""
-    return [name and getattr(tl, name) for name in plan.dtype_names(with_delta)]
+    delta = plan.delta_dtype if with_delta else None
+    dtypes = (plan.param_dtype, plan.grad_dtype, plan.state_dtype, delta)
+    return [dtype and getattr(tl, dtype_name(dtype)) for dtype in dtypes]
 
 
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
@@ -304,5 +369,7 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     addresses, dtypes = (plan.device_table, plan.device_grad_table, plan.chunk_tensor), _dtypes(plan, with_delta)
     if plan.chunk_count:
         with _on(plan.device):
+            kinds = plan.dtype_names(with_delta)
+            modes = (kinds[0].startswith("master"), *(kind.startswith("stochastic") for kind in (kinds[0], kinds[2])))
             update_chunk = _update_chunk[(plan.chunk_count,)]
-            update_chunk(*addresses, coefficients, *dtypes, CHUNK, UPDATE_BLOCK, **OPTIONS)
+            update_chunk(*addresses, coefficients, *dtypes, *modes, CHUNK, UPDATE_BLOCK, **OPTIONS)

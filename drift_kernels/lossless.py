@@ -1,0 +1,69 @@
+"""bfloat16 without losing small updates: rounding at random, and masters of float32 in two halves. The specification.
+
+csrc/rounding.h and csrc/philox.h do the same element by element.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Streams of random bits: what is rounded has bits of its own.
+PARAM, EXP_AVG, EXP_AVG_SQ = range(3)
+
+_MASK = 0xFFFFFFFF
+_ROUNDS = 7
+
+
+def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), on 32-bit words in int64."""
+    x0, x1, x2, x3 = counter
+    key0, key1 = key
+    for _ in range(_ROUNDS):
+        a, b = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # modulo 2^64
+        x0, x1 = (b >> 32) & _MASK ^ x1 ^ key0, b & _MASK
+        x2, x3 = (a >> 32) & _MASK ^ x3 ^ key1, a & _MASK
+        key0, key1 = key0 + 0x9E3779B9 & _MASK, key1 + 0xBB67AE85 & _MASK
+    return [x0, x1, x2, x3]
+
+
+def random_bits(key: int, step: int, stream: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
+    """int64 [numel]: 16 random bits for each element of one tensor in one step.
+
+    They follow from the arguments alone, element by element: no matter which backend draws them, in which pieces.
+
+    Args:
+        key: seed + 2^32 * the tensor's index in the optimizer.
+        stream: PARAM, EXP_AVG or EXP_AVG_SQ.
+    """
+    block = torch.arange((numel + 7) // 8, device=device)  # one call of philox for eight elements
+    high = (block >> 32) | stream << 30
+    words = philox(
+        [block & _MASK, high, torch.full_like(block, step), torch.zeros_like(block)], (key & _MASK, key >> 32)
+    )
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=1).view(-1)[:numel]
+
+
+def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
+    """float32 `x` as bfloat16, rounded up or down by 16 `random` bits so that the mean is x. Inf stays, NaN becomes the
+    canonical quiet NaN."""
+    bits = x.view(torch.int32).to(torch.int64) & _MASK
+    high = torch.where(x.isfinite(), bits + random, bits) >> 16
+    return torch.where(x.isnan(), 0x7FC0, high).to(torch.int16).view(torch.bfloat16)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 `x` as the nearest bfloat16 (ties away from zero) and an int16 residual: nothing is lost.
+
+    With ties to even the neighbourhood of an even value would hold one residual too many. A NaN becomes the canonical
+    quiet NaN, with residual 0.
+    """
+    bits = torch.where(x.isnan(), 0x7FC00000, x.view(torch.int32).to(torch.int64))
+    nearest = (bits + 0x8000) >> 16
+    return nearest.to(torch.int16).view(torch.bfloat16), (bits - (nearest << 16)).to(torch.int16)
+
+
+def join(nearest: Tensor, residual: Tensor) -> Tensor:
+    """The float32 that `split` took apart."""
+    return ((nearest.view(torch.int16).to(torch.int32) << 16) + residual.to(torch.int32)).view(torch.float32)
