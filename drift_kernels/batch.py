@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from .backends import Backend
 from .binding import BoundDelta
 from .coefficients import CoefficientTable, Hyperparameters
 from .plan import Plan, addresses
-
-STATES = ("exp_avg", "exp_avg_sq")
+from .precision import RESIDUAL
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Slot:
     grad_dtype: torch.dtype
     state: dict[str, Any]
     bound: BoundDelta | None
+    random_key: int | None  # for stochastic rounding
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -102,6 +102,8 @@ class DeviceBatch:
             [slot.state["exp_avg"] for slot in slots],
             [slot.state["exp_avg_sq"] for slot in slots],
             deltas or None,
+            [slot.state[RESIDUAL] for slot in slots] if RESIDUAL in slots[0].state else None,
+            None if slots[0].random_key is None else [cast(int, slot.random_key) for slot in slots],
         )
         group_rows = [(self.slots[r.start].group, r) for r in _runs(self.slots, rows, lambda slot: slot.group)]
         indices = [slot.index for slot in slots]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 
 from .errors import PriorMismatchError
 from .prior import Prior
+
+PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,17 @@ class PriorBinding:
         self._names: dict[str, str] = {}
         self._checked: list[tuple[str, torch.Size]] = []
         self._bound: dict[str, BoundDelta] = {}
+
+    @classmethod
+    def of(cls, prior: PriorLike) -> PriorBinding:
+        """A binding of a prior, of the folder of one, or of a mapping from names to deltas."""
+        if isinstance(prior, Prior):
+            return cls(prior)
+        if isinstance(prior, Mapping):
+            return cls(Prior.from_mapping(prior))
+        if isinstance(prior, (str, os.PathLike)):
+            return cls(Prior.open(prior))
+        raise TypeError(f"prior must be a Prior, a path, or a mapping from names to deltas, got {type(prior).__name__}")
 
     def check(self, named_parameters: list[tuple[str, Tensor]]) -> None:
         """Matches the parameters, unless they are those of the last time.

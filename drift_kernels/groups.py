@@ -14,7 +14,9 @@ from .coefficients import SCALINGS, Hyperparameters
 logger = logging.getLogger("drift_kernels")
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+# The param group key of the seed of stochastic rounding, which a state_dict thus carries.
+SEED = "seed"
 
 # The param group key under which the prior's fingerprint travels in a state_dict (None without a prior).
 FINGERPRINT = "prior_fingerprint"
@@ -80,6 +82,15 @@ def hyperparameters(group: dict[str, Any], index: int) -> Hyperparameters:
         scaling=scaling,
         normalize_to_param=bool(group["normalize_to_param"]),
     )
+
+
+def check_seed(group: dict[str, Any], index: int) -> None:
+    """Raises TypeError or ValueError for a seed that is not an integer of 32 bits."""
+    seed = group[SEED]
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got seed={seed!r} (group {index})")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got seed={seed} (group {index})")
 
 
 def check_capture(group: dict[str, Any], index: int) -> None:

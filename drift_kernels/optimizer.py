@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -13,25 +12,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from . import backends
-from .batch import STATES, BatchCache, DeviceBatch, Slot
-from .binding import BoundDelta, PriorBinding
+from .batch import BatchCache, DeviceBatch, Slot
+from .binding import BoundDelta, PriorBinding, PriorLike
 from .coefficients import Hyperparameters, clip_coefficient
 from .errors import PriorError
-from .groups import FINGERPRINT, STATE_DTYPES, check_capture, check_grad, check_param, hyperparameters
+from .groups import FINGERPRINT, SEED, check_capture, check_grad, check_param, check_seed, hyperparameters
+from .lossless import join
+from .precision import RESIDUAL, Precision
 from .prior import Prior
 from .state import check_state_dict, restore_states
-
-PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor]
-
-
-def _as_prior(prior: PriorLike) -> Prior:
-    if isinstance(prior, Prior):
-        return prior
-    if isinstance(prior, Mapping):
-        return Prior.from_mapping(prior)
-    if isinstance(prior, (str, os.PathLike)):
-        return Prior.open(prior)
-    raise TypeError(f"prior must be a Prior, a path, or a mapping from names to deltas, got {type(prior).__name__}")
 
 
 def _capturing() -> bool:
@@ -63,6 +52,10 @@ class FusedDriftAdamW(Optimizer):
         max_grad_norm: clip the biased gradient of all parameters together to this norm, inside the step; `math.inf`
             only measures it. Leave None when the trainer clips.
         state_dtype: of exp_avg and exp_avg_sq, float32 or bfloat16.
+        rounding: "nearest", or "stochastic" for bfloat16 parameters (without masters) and states.
+        seed: of the stochastic rounding, in [0, 2^32); the state_dict carries it.
+        master_weights: a bfloat16 parameter and 16 bits more (the state `param_residual`) are a float32 that is updated
+            exactly as a float32 parameter would be; the parameter is its nearest bfloat16.
         maximize: ascend the objective. The prior still pulls toward the expert.
         capturable: a CUDA graph may hold the step. Step counts are kept on the parameters' device, and an lr or alpha
             that is a tensor there is read in every replay (schedulers fill it in place); one that is a number stays
@@ -101,19 +94,20 @@ class FusedDriftAdamW(Optimizer):
         normalize_to_param: bool = False,
         max_grad_norm: float | None = None,
         state_dtype: torch.dtype = torch.float32,
+        rounding: str = "nearest",
+        seed: int = 0,
+        master_weights: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         backend: str = "auto",
     ) -> None:
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         backends.check_name(backend)
-        self.state_dtype = state_dtype
+        self.precision = Precision.of(state_dtype, rounding, master_weights)
         self.max_grad_norm = max_grad_norm
         self.backend = backend
-        self._binding = None if prior is None else PriorBinding(_as_prior(prior))
+        self._binding = None if prior is None else PriorBinding.of(prior)
         self._reset()
         defaults = {
             "lr": lr,
@@ -125,6 +119,7 @@ class FusedDriftAdamW(Optimizer):
             "normalize_to_param": normalize_to_param,
             "maximize": maximize,
             "capturable": capturable,
+            SEED: seed,
             FINGERPRINT: self.prior_fingerprint,
         }
         super().__init__(params, defaults)
@@ -163,6 +158,7 @@ class FusedDriftAdamW(Optimizer):
         group = self.param_groups[index]
         try:
             hyperparameters(group, index)
+            check_seed(group, index)
             names = group.get("param_names")
             if self._binding is not None and names is None:
                 raise PriorError(
@@ -170,7 +166,9 @@ class FusedDriftAdamW(Optimizer):
                     f"pass model.named_parameters() (group {index})"
                 )
             for i, param in enumerate(group["params"]):
-                check_param(names[i] if names else f"{i} of group {index}", param)
+                name = names[i] if names else f"{i} of group {index}"
+                check_param(name, param)
+                self.precision.check_param(name, param)
         except Exception:
             del self.param_groups[index]
             raise
@@ -244,6 +242,7 @@ class FusedDriftAdamW(Optimizer):
         for (name, param), grad in zip(self._named_params(), grads, strict=True):
             if grad is not None:
                 check_param(name, param)
+                self.precision.check_param(name, param)
                 check_grad(name, param, grad)
 
     def _build(self, grads: list[Tensor | None]) -> list[DeviceBatch]:
@@ -262,7 +261,8 @@ class FusedDriftAdamW(Optimizer):
         for i, grad in present:
             name, param = named[i]
             steps_device = param.device if self.param_groups[group_of[i]]["capturable"] else torch.device("cpu")
-            slot = Slot(i, group_of[i], name, param, grad.dtype, self._state_of(param), bounds.get(i))
+            key = self.param_groups[group_of[i]][SEED] + (i << 32) if self.precision.stochastic else None
+            slot = Slot(i, group_of[i], name, param, grad.dtype, self._state_of(param), bounds.get(i), key)
             slots.setdefault((param.device, steps_device), []).append(slot)
         return [
             DeviceBatch(device, members, steps_device, resolved[device])
@@ -271,12 +271,30 @@ class FusedDriftAdamW(Optimizer):
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The state of a parameter, zeros at its first step."""
-        state = self.state[param]
+        state: dict[str, Any] = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for key in STATES:
-                state[key] = torch.zeros(param.shape, dtype=self.state_dtype, device=param.device)
+            state.update(self.precision.new_state(param))
         return state
+
+    # Master weights
+
+    def master_weight(self, param: Tensor) -> Tensor:
+        """The float32 master of a parameter, in memory of its own: of the parameter itself before the first step.
+
+        Raises ValueError without master weights, and KeyError for a parameter that is not this optimizer's.
+        """
+        if not self.precision.master_weights:
+            raise ValueError("there are no masters: the optimizer was built without master_weights=True")
+        if not any(param is own for own in self._params()):
+            raise KeyError("the parameter is not one of this optimizer's")
+        residual = self.state[param].get(RESIDUAL) if param in self.state else None
+        return param.detach().float() if residual is None else join(param.detach(), residual)
+
+    def refresh_masters(self) -> None:
+        """Makes the parameters as they are the masters: to be called after writing to parameters directly."""
+        for state in self.state.values():
+            if RESIDUAL in state:
+                state[RESIDUAL].zero_()
 
     # What the last step saw, as device tensors; reading one is the only thing that waits
 
@@ -317,7 +335,7 @@ class FusedDriftAdamW(Optimizer):
             PriorMismatchError: it was saved under another prior than this optimizer's.
             ValueError: its groups, parameters or states do not fit this optimizer's. Nothing has been changed.
         """
-        checked = check_state_dict(state_dict, self.param_groups, self.prior_fingerprint)
+        checked = check_state_dict(state_dict, self.param_groups, self.prior_fingerprint, self.precision)
         # torch casts states to their parameter's dtype; this keeps what it was given, after the user's own hooks.
         given: dict[str, Any] = {}
         hook = self.register_load_state_dict_pre_hook(lambda _, loaded: given.update(loaded))
@@ -325,13 +343,13 @@ class FusedDriftAdamW(Optimizer):
             super().load_state_dict(checked)
         finally:
             hook.remove()
-        restore_states(self, given, self.state_dtype)
+        restore_states(self, given, self.precision)
         for group in self.param_groups:
             group[FINGERPRINT] = self.prior_fingerprint
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("state_dtype", "max_grad_norm", "backend", "_binding")
+        kept = ("precision", "max_grad_norm", "backend", "_binding")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

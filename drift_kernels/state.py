@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from .batch import STATES
 from .errors import PriorMismatchError
 from .groups import FINGERPRINT
+from .precision import Precision
 
 
 def _params_by_saved_id(
@@ -27,7 +26,7 @@ def _params_by_saved_id(
 
 
 def check_state_dict(
-    state_dict: StateDict, param_groups: list[dict[str, Any]], fingerprint: str | None
+    state_dict: StateDict, param_groups: list[dict[str, Any]], fingerprint: str | None, precision: Precision
 ) -> dict[str, Any]:
     """A shallow copy of `state_dict`, checked, whose groups take what they lack from `param_groups`.
 
@@ -50,18 +49,8 @@ def check_state_dict(
             raise ValueError(f"the state_dict was saved with amsgrad, which is not supported (group {index})")
     params = _params_by_saved_id(param_groups, saved_groups)
     for saved_id, state in state_dict["state"].items():
-        if saved_id not in params or not state:
-            continue
-        name, param = params[saved_id]
-        missing = {"step", *STATES} - set(state)
-        if missing:
-            raise ValueError(f"the state of parameter {name} lacks {', '.join(sorted(missing))}: not a state of AdamW")
-        for key in STATES:
-            if state[key].shape != param.shape:
-                raise ValueError(
-                    f"the state {key} of parameter {name} has shape {tuple(state[key].shape)}, "
-                    f"the parameter {tuple(param.shape)}"
-                )
+        if saved_id in params and state:
+            precision.check_state(*params[saved_id], state)
     groups = [
         {**{key: value for key, value in group.items() if key != "params"}, **saved}
         for group, saved in zip(param_groups, saved_groups, strict=True)
@@ -69,13 +58,8 @@ def check_state_dict(
     return {**state_dict, "param_groups": groups}
 
 
-def restore_states(optimizer: Optimizer, state_dict: StateDict, dtype: torch.dtype) -> None:
-    """Sets the states from `state_dict` again, in `dtype` and memory of their own, after torch's loading cast them."""
+def restore_states(optimizer: Optimizer, state_dict: StateDict, precision: Precision) -> None:
+    """Sets the states from `state_dict` again, as `precision` holds them, after torch's loading cast them."""
     for saved_id, (_, param) in _params_by_saved_id(optimizer.param_groups, state_dict["param_groups"]).items():
-        state = optimizer.state.get(param)
-        if not state:
-            continue
-        saved = state_dict["state"][saved_id]
-        state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).reshape(()).clone()
-        for key in STATES:
-            state[key] = torch.empty(param.shape, dtype=dtype, device=param.device).copy_(saved[key])
+        if optimizer.state.get(param):
+            optimizer.state[param] = precision.restored_state(param, state_dict["state"][saved_id])

@@ -85,7 +85,7 @@ def test_it_was_built_for_what_people_have_and_for_what_will_come(
 def test_every_combination_of_dtypes_has_a_kernel(by_arch: dict[str, Kernels]) -> None:
     for arch, kernels in by_arch.items():
         kinds = Counter(name.partition("<")[0] for name in kernels)
-        # A param rounded to nearest or at random has two types of states, a master three; all but float two of gradients.
+        # Rounded to nearest or at random a param has two types of states, a master three; all but float two of grads.
         assert kinds == {"update": (5 * 2 + 2 * 2 + 2 * 3) * 3, "sum": 3 * 3, "total": 1}, arch
 
 

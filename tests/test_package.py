@@ -26,10 +26,11 @@ LAYERS = {
     "prior": {"errors", "_cpu"},
     "binding": {"errors", "prior"},
     "backends": {"errors", "plan", "reference", "coefficients", "_cpu", "_cuda"},
-    "batch": {"backends", "binding", "coefficients", "plan"},
-    "state": {"batch", "errors", "groups"},
+    "precision": set(),
+    "batch": {"backends", "binding", "coefficients", "plan", "precision"},
+    "state": {"errors", "groups", "precision"},
     "optimizer": {
-        "backends", "batch", "binding", "coefficients", "errors", "groups", "plan", "prior", "state",
+        "backends", "batch", "binding", "coefficients", "errors", "groups", "lossless", "precision", "prior", "state",
     },
     "cli": {"prior", "errors"},
 }  # fmt: skip
