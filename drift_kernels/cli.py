@@ -23,7 +23,7 @@ from .prior.names import MODULES, layer_of, module_of, parse_layers, select_name
 
 Result = TypeVar("Result")
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,11 +81,13 @@ def _inspect(arguments: argparse.Namespace, errors: Console) -> int:
     )
     for warning in prior.record["warnings"]:
         print(f"warning: {warning}")
-    table = Table("layer", "module")
-    for title in ("tensors", "norm(delta)", "norm(W)", "ratio", "cosine"):
+    groups = group_deltas(prior, lambda name: (layer_of(name), module_of(name)))
+    quantised = any(group.stored_cosine is not None for group in groups.values())
+    table = Table("layer", "module", show_edge=False, pad_edge=False)
+    for title in ("tensors", "norm(delta)", "norm(W)", "ratio", "cosine", *(["worst\nstored"] if quantised else [])):
         table.add_column(title, justify="right")
     previous: int | None = -1
-    for (layer, module), group in group_deltas(prior, lambda name: (layer_of(name), module_of(name))).items():
+    for (layer, module), group in groups.items():
         if layer != previous:
             table.add_section()
         table.add_row(
@@ -94,11 +96,14 @@ def _inspect(arguments: argparse.Namespace, errors: Console) -> int:
             str(group.tensors),
             f"{group.delta_norm:.4g}",
             f"{group.param_norm:.4g}",
-            "-" if group.ratio is None else f"{group.ratio:.4f}",
-            "-" if group.cosine is None else f"{group.cosine:.6f}",
+            _number(group.ratio, ".4f"),
+            _number(group.cosine, ".6f"),
+            *([_number(group.stored_cosine, ".6f")] if quantised else []),
         )
         previous = layer
     Console().print(table)
+    if quantised:
+        print("worst stored: the smallest cosine of a delta as stored and the exact one")
     if arguments.plot:
         from .prior.plot import plot_prior
 
@@ -114,6 +119,10 @@ def _check(arguments: argparse.Namespace, errors: Console) -> int:
     coverage = prior.coverage(parameters.items())
     print(coverage.summary())
     return 0 if coverage.complete else 1
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +142,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"some of {','.join(MODULES)}, and last re:REGEX over canonical names (default: attn,mlp)",
     )
     build.add_argument("--layers", type=_layers, help="layers of the base, such as 0-27 or 0-3,8 (default: all)")
-    build.add_argument("--dtype", choices=_DTYPES, default="bf16", help="how deltas are stored (default: bf16)")
+    build.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="bf16",
+        help="how deltas are stored; int8 and fp8 take half the memory of bf16 (default: bf16)",
+    )
     build.add_argument(
         "--name-map",
         type=_name_rule,

@@ -195,11 +195,12 @@ def test_checkpoints_that_do_not_fit(pair: Pair) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("role", ["expert", "base"])
-def test_nan_and_inf_name_the_tensor_and_leave_nothing(pair: Pair, role: str, value: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_nan_and_inf_name_the_tensor_and_leave_nothing(pair: Pair, role: str, value: float, dtype: torch.dtype) -> None:
     weights = getattr(pair, role)
     weights[next(name for name in weights if name.endswith(Q_PROJ))][-1, -1] = value
     with pytest.raises(PriorError, match=f"{Q_PROJ} holds NaN or Inf"):
-        pair.build()
+        pair.build(dtype=dtype)
     assert not pair.leftovers()
 
 
@@ -235,7 +236,7 @@ def test_threads_are_given_back_and_progress_is_reported(pair: Pair) -> None:
 
 
 def test_bad_options(pair: Pair) -> None:
-    with pytest.raises(ValueError, match=r"dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
+    with pytest.raises(ValueError, match=r"dtype must be one of torch.float32, .*float8_e4m3fn, got torch.float16"):
         pair.build(dtype=torch.float16)
     with pytest.raises(ValueError, match="modules must be among"):
         pair.build(modules=("attention",))
@@ -247,8 +248,8 @@ def test_a_folder_that_is_not_there(pair: Pair) -> None:
 
 
 KILLED_BUILD = """
-import os, pathlib, signal, sys
-folder, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
+import os, pathlib, signal, sys, torch
+folder, moment, dtype = pathlib.Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
 from drift_kernels import build_prior
 from drift_kernels.prior import build
 
@@ -265,17 +266,18 @@ if moment == "before the rename":
     pathlib.Path.rename = die
 print("building", flush=True)
 while True:
-    out = folder / moment / "prior"
-    build_prior(folder / "expert", folder / "base", out, overwrite=True, progress=progress, max_shard_bytes=50_000)
+    options = {"dtype": dtype, "overwrite": True, "progress": progress, "max_shard_bytes": 50_000}
+    build_prior(folder / "expert", folder / "base", folder / moment / "prior", **options)
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_killed_build_leaves_nothing_that_opens(pair: Pair) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_killed_build_leaves_nothing_that_opens(pair: Pair, dtype: str) -> None:
     pair.build()
     moments = ["start", "middle", "end", "before the record", "before the rename", "from outside"]
     command = [sys.executable, "-c", KILLED_BUILD, str(pair.folder)]
-    builds = {moment: subprocess.Popen([*command, moment], stdout=subprocess.PIPE) for moment in moments}
+    builds = {moment: subprocess.Popen([*command, moment, dtype], stdout=subprocess.PIPE) for moment in moments}
     assert builds["from outside"].stdout.readline()
     time.sleep(random.uniform(0, 0.05))
     builds["from outside"].kill()

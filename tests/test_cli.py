@@ -61,6 +61,33 @@ def test_build_then_inspect_then_check(folder: Path, capsys: pytest.CaptureFixtu
     assert "16 parameters have no delta" in printed
 
 
+@pytest.mark.parametrize(("option", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+def test_a_prior_in_eight_bits(
+    folder: Path, option: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(folder, "--dtype", option) == 0
+    prior = Prior.open(folder / "prior")
+    assert {prior.info(name).dtype for name in prior.names} == {dtype}
+    assert not any("scales" in name for name in prior.names)
+
+    capsys.readouterr()
+    assert main(["inspect", str(folder / "prior")]) == 0
+    printed = capsys.readouterr().out
+    assert prior.record["dtype"] in printed
+    worst = min(prior.info(f"layers.1.mlp.{p}_proj.weight").stored_cosine for p in ("gate", "up", "down"))
+    assert group_deltas(prior, lambda name: name.startswith("layers.1.mlp."))[True].stored_cosine == worst
+    assert [line.split()[-1] for line in printed.splitlines() if "mlp" in line][1] == f"{worst:.6f}"
+    assert "…" not in printed, "the table fits 80 columns"
+
+    assert main(["check", str(folder / "prior"), "--model", str(folder / "base")]) == 0
+    assert f"{len(prior)} of {len(prior)} deltas are bound" in capsys.readouterr().out
+
+    assert build(folder, "--overwrite") == 0
+    capsys.readouterr()
+    assert main(["inspect", str(folder / "prior")]) == 0
+    assert "worst" not in capsys.readouterr().out
+
+
 def test_check_of_a_model_that_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build(folder) == 0
     write_checkpoint(folder / "shallow", text_weights(layers=2))
@@ -146,7 +173,7 @@ def test_failures_print_one_line_and_return_1(
         ("--layers", "3-1", "layers must be numbers and ranges"),
         ("--modules", "attention", "modules must be among"),
         ("--modules", "re:(", "not a regular expression"),
-        ("--dtype", "fp8", "invalid choice"),
+        ("--dtype", "fp4", "invalid choice"),
         ("--name-map", "trunk", "expected PREFIX=CANONICAL"),
     ],
 )

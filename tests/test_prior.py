@@ -135,6 +135,18 @@ def test_open_and_load(folder: Path) -> None:
         prior.load("nothing")
 
 
+def test_a_prior_of_version_1_opens(folder: Path) -> None:
+    expected = Prior.open(folder)
+    record = json.loads((folder / "drift_prior.json").read_text())
+    for row in record["tensors"].values():
+        assert row.pop("stored_cosine") is None
+    edit_record(folder, version=1, tensors=record["tensors"])
+    prior = Prior.open(folder)
+    assert prior.fingerprint == expected.fingerprint
+    assert all(prior.info(name) == expected.info(name) for name in prior.names)
+    assert torch.equal(prior.load(UP), expected.load(UP))
+
+
 def test_a_prior_survives_copying_and_outlives_nothing_but_its_folder(folder: Path) -> None:
     prior = copy.deepcopy(Prior.open(folder))
     name = prior.names[0]
@@ -165,7 +177,7 @@ def test_what_is_not_a_prior_does_not_open(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 2}, "expected format 'drift_prior', version 1; found .* version 2"),
+        ({"version": 3}, "expected format 'drift_prior', version 1 to 2; found .* version 3"),
         ({"format": "other"}, "found format 'other'"),
         ({"dtype": "float8"}, "float8"),
         ({"dtype": "float32"}, "is recorded as torch.float32"),

@@ -4,5 +4,6 @@ from .build import build_prior
 from .coverage import Coverage
 from .names import canonical_name
 from .prior import DeltaInfo, Prior
+from .quantized import BLOCK, QuantizedDelta, quantize
 
-__all__ = ["Coverage", "DeltaInfo", "Prior", "build_prior", "canonical_name"]
+__all__ = ["BLOCK", "Coverage", "DeltaInfo", "Prior", "QuantizedDelta", "build_prior", "canonical_name", "quantize"]

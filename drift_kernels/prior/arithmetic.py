@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .files import byte_view
+from .quantized import QuantizedDelta, quantize
 
 try:
     from drift_kernels import _cpu
@@ -26,12 +27,14 @@ _CHECKSUM_ROW = 1024  # words
 
 
 class Products(NamedTuple):
-    """Inner products in float64. `delta_delta` is of the delta as stored."""
+    """Inner products in float64. `delta` is the delta as stored; `exact`, where it is quantised, the one in float32."""
 
     expert_expert: float = 0.0
     expert_base: float = 0.0
     base_base: float = 0.0
     delta_delta: float = 0.0
+    delta_exact: float = 0.0
+    exact_exact: float = 0.0
 
     def plus(self, other: Products) -> Products:
         return Products._make(a + b for a, b in zip(self, other, strict=True))
@@ -42,9 +45,21 @@ def subtract(expert: Tensor, base: Tensor, origin: Tensor, delta: Tensor) -> Pro
     if _compiled and expert.dtype == base.dtype == origin.dtype in _COMPILED_WEIGHTS:
         weight_dtype, delta_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (expert, delta))
         sources = expert.data_ptr(), base.data_ptr(), origin.data_ptr()
-        return Products._make(_cpu.subtract(*sources, delta.data_ptr(), delta.numel(), weight_dtype, delta_dtype))
+        return Products(*_cpu.subtract(*sources, delta.data_ptr(), delta.numel(), weight_dtype, delta_dtype))
     delta.copy_(expert.float() - origin.float())
     return Products(dot(expert, expert), dot(expert, base), dot(base, base), dot(delta, delta))
+
+
+def subtract_quantized(
+    expert: Tensor, base: Tensor, origin: Tensor, exact: Tensor, dtype: torch.dtype
+) -> tuple[QuantizedDelta, Products]:
+    """As `subtract`; exact = expert - origin, float32, and the delta is `exact` in codes of `dtype`."""
+    products = subtract(expert, base, origin, exact)
+    delta = quantize(exact, dtype)
+    expanded = delta.expand()
+    return delta, products._replace(
+        delta_delta=dot(expanded, expanded), delta_exact=dot(expanded, exact), exact_exact=products.delta_delta
+    )
 
 
 def dot(a: Tensor, b: Tensor) -> float:

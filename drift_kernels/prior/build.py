@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, PriorError
-from .files import Checkpoint, TensorFileWriter
+from .files import Checkpoint, Layout, TensorFileWriter, size_in_bytes
 from .hub import local_folder
 from .names import some
 from .pairing import Pair, pair_up
-from .prior import FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, UNFINISHED_MARK, VERSION, Prior
+from .prior import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, UNFINISHED_MARK, VERSION, Prior
+from .quantized import LARGEST_CODE, blocks_of, scales_name
 from .stream import DeltaStream
 
 logger = logging.getLogger("drift_kernels")
@@ -47,16 +48,17 @@ def build_prior(
 
     `expert`, `base` and `reference` are folders of safetensors checkpoints, or Hub ids. Tensors pair up by canonical
     name; `modules` are entries of "attn", "mlp", "norm", "embed", "head", or "re:REGEX" over canonical names; `layers`
-    are the base's layer numbers (default: all). Deltas are computed in float32 and stored as `dtype`, float32 or
-    bfloat16. `name_map` (prefix -> canonical prefix) adds families that the name table does not know, and is recorded
-    in the prior. Memory stays flat whatever the checkpoints' size.
+    are the base's layer numbers (default: all). Deltas are computed in float32 and stored as `dtype`: float32,
+    bfloat16, or int8 or float8_e4m3fn with a float32 scale for every 128 elements (quantized.py). `name_map` (prefix ->
+    canonical prefix) adds families that the name table does not know, and is recorded in the prior. Memory stays flat
+    whatever the checkpoints' size.
 
     The folder appears under its name when it is complete; an existing prior is replaced only if `overwrite`. Raises
     CheckpointError for damaged, incomplete or foreign checkpoints, PriorError for checkpoints that do not fit each
     other, a NaN or Inf, and an `out` in the way; ValueError for an unknown module or dtype.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
     target = Path(out).expanduser().absolute()
     _check_target(target, overwrite)
     if leftovers := [path.name for path in target.parent.glob(f"{target.name}{UNFINISHED_MARK}*")]:
@@ -66,6 +68,7 @@ def build_prior(
     with ExitStack() as stack:
         checkpoints = {role: stack.enter_context(open_checkpoint(source)) for role, source in chosen.items()}
         pairs, warnings = pair_up(checkpoints, modules, layers, name_map)
+        _check_names(pairs, dtype)
         for warning in warnings:
             logger.warning("%s", warning)
         with _folder_that_appears_complete(target, overwrite) as folder:
@@ -106,6 +109,13 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise PriorError(f"{target} exists and is not a prior, so it is not replaced")
 
 
+def _check_names(pairs: Iterable[Pair], dtype: torch.dtype) -> None:
+    names = {pair.name for pair in pairs}
+    for name in names if dtype in LARGEST_CODE else ():
+        if scales_name(name) in names:
+            raise PriorError(f"{scales_name(name)} is a tensor of the checkpoints, and where the scales of {name} go")
+
+
 @contextmanager
 def _folder_that_appears_complete(target: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `target` that takes its name when the block ends, and is removed when the block fails."""
@@ -144,13 +154,21 @@ def _plan_shards(pairs: Iterable[Pair], dtype: torch.dtype, max_bytes: int) -> l
     shards: list[list[Pair]] = []
     room = 0
     for pair in pairs:
-        nbytes = pair.numel * dtype.itemsize
-        if not shards or nbytes > room:
+        size = sum(map(size_in_bytes, _layout([pair], dtype).values()))
+        if not shards or size > room:
             shards.append([])
             room = max_bytes
         shards[-1].append(pair)
-        room -= nbytes
+        room -= size
     return shards
+
+
+def _layout(shard: Sequence[Pair], dtype: torch.dtype) -> Layout:
+    """What is stored of the deltas of a shard: scales, if there are any, come first and so lie aligned."""
+    deltas = {pair.name: (dtype, pair.shape) for pair in shard}
+    if dtype not in LARGEST_CODE:
+        return deltas
+    return {scales_name(pair.name): (torch.float32, (blocks_of(pair.numel),)) for pair in shard} | deltas
 
 
 def _write_shards(
@@ -158,23 +176,25 @@ def _write_shards(
 ) -> None:
     """The shards and their index; each shard is brought to the disk while the next is made."""
     total, done = sum(pair.numel for shard in shards for pair in shard), 0
-    weight_map = {}
+    total_size, weight_map = 0, {}
     with ExitStack() as files, ThreadPoolExecutor(max_workers=1) as disk:
         synced = []
         for number, shard in enumerate(shards, 1):
             name = f"prior-{number:05d}-of-{len(shards):05d}.safetensors"
-            layout = {pair.name: (dtype, pair.shape) for pair in shard}
+            layout = _layout(shard, dtype)
             writer = files.enter_context(TensorFileWriter(folder / name, layout))
-            for delta in stream.deltas(shard):
-                writer.write(delta)
-                done += delta.numel()
+            for piece, stored in stream.deltas(shard):
+                for tensor, flat in stored.items():
+                    writer.append(tensor, flat)
+                done += piece.count
                 if progress is not None:
                     progress(done, total)
             synced.append(disk.submit(writer.sync))
+            total_size += sum(map(size_in_bytes, layout.values()))
             weight_map.update(dict.fromkeys(layout, name))
         for future in synced:
             future.result()
-    index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     _write_json(folder / PRIOR_INDEX_NAME, index)
 
 

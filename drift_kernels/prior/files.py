@@ -43,6 +43,9 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
 _ALIGNMENT = 64
 
+TensorType = tuple[torch.dtype, tuple[int, ...]]
+Layout = Mapping[str, TensorType]
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -100,22 +103,28 @@ class TensorFile:
 
 
 class TensorFileWriter:
-    """Writes a .safetensors file front to back: the layout first, then every tensor's bytes in the layout's order."""
+    """Writes a .safetensors file: the layout first, then every tensor's bytes, each tensor front to back."""
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(self, path: Path, layout: Layout) -> None:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begins: dict[str, int] = {}
         end = 0
-        for name, (dtype, shape) in layout.items():
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        for name, tensor in layout.items():
+            begins[name], end = end, end + size_in_bytes(tensor)
+            dtype, shape = tensor
+            entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+        start = 8 + len(header)
         self._file = FileIO(path, "w")
-        self._write(memoryview(len(header).to_bytes(8, "little") + header))
+        self._next = {name: start + begin for name, begin in begins.items()}
+        self._write(memoryview(len(header).to_bytes(8, "little") + header), 0)
 
-    def write(self, flat: Tensor) -> None:
-        """Append the bytes of a 1-D, contiguous CPU tensor."""
-        self._write(byte_view(flat))
+    def append(self, name: str, flat: Tensor) -> None:
+        """Append the bytes of a 1-D, contiguous CPU tensor to those that the tensor `name` has already."""
+        view = byte_view(flat)
+        self._write(view, self._next[name])
+        self._next[name] += len(view)
 
     def sync(self) -> None:
         """Bring what was written to the disk."""
@@ -127,9 +136,10 @@ class TensorFileWriter:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _write(self, view: memoryview) -> None:
+    def _write(self, view: memoryview, offset: int) -> None:
         while view:
-            view = view[self._file.write(view) :]
+            count = os.pwrite(self._file.fileno(), view, offset)
+            view, offset = view[count:], offset + count
 
 
 class Checkpoint:
@@ -181,6 +191,12 @@ def inspect_shards(folder: Path, index_name: str) -> tuple[list[TensorFile], dic
         if name not in shards[shard].tensors:
             raise CheckpointError(f"{folder / shard}: lacks {name}, which {index_name} places there")
     return list(shards.values()), {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
+
+
+def size_in_bytes(tensor: TensorType) -> int:
+    """The bytes of a tensor of this dtype and shape."""
+    dtype, shape = tensor
+    return math.prod(shape) * dtype.itemsize
 
 
 def read_json(path: Path) -> dict[str, Any]:

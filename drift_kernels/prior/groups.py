@@ -14,13 +14,17 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Group:
-    """Several deltas taken as one long vector. `ratio`: norm(delta)/norm(W), None where norm(W) is zero or unknown."""
+    """Several deltas taken as one long vector.
+
+    `ratio` is norm(delta)/norm(W), None where norm(W) is zero or unknown; `stored_cosine` the smallest of its deltas'.
+    """
 
     tensors: int
     delta_norm: float
     param_norm: float
     ratio: float | None
     cosine: float | None
+    stored_cosine: float | None
 
 
 def group_deltas(prior: Prior, key: Callable[[str], Key | None]) -> dict[Key, Group]:
@@ -43,5 +47,6 @@ def _add_up(infos: list[DeltaInfo]) -> Group:
         delta_norm=delta_norm,
         param_norm=param_norm,
         ratio=delta_norm / param_norm if param_norm else None,
+        stored_cosine=min((info.stored_cosine for info in infos if info.stored_cosine is not None), default=None),
         cosine=sum(cosine * square for cosine, square in weighted) / weight if weight else None,
     )

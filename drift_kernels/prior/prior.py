@@ -21,15 +21,17 @@ from .files import StoredTensor, byte_view, inspect_shards, read_json
 from .hub import local_folder
 from .names import canonical_name, natural_key
 from .norms import norm
+from .quantized import LARGEST_CODE, QuantizedDelta, blocks_of, scales_name
 
 logger = logging.getLogger("drift_kernels")
 
 RECORD_NAME = "drift_prior.json"
 PRIOR_INDEX_NAME = "prior.safetensors.index.json"
-FORMAT, VERSION = "drift_prior", 1
+FORMAT, VERSION = "drift_prior", 2  # version 1 knew float32 and bfloat16 alone, and no stored_cosine
 UNFINISHED_MARK = ".unfinished-"  # in the name of a folder that a build is still writing
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, *LARGEST_CODE)}
+
 _NORM_TOLERANCE = 1e-5
 _SAMPLED_ABOVE = 1 << 20  # elements; a larger delta in memory is fingerprinted by a sample
 _SAMPLE_BLOCKS, _SAMPLE_BLOCK = 16, 1 << 14
@@ -39,8 +41,11 @@ _SAMPLE_BLOCKS, _SAMPLE_BLOCK = 16, 1 << 14
 class DeltaInfo:
     """What a prior knows about one delta without reading it.
 
-    `delta_norm` is the norm of the delta as stored, `param_norm` the norm of the base's weight, and `cosine` the cosine
-    of the expert's weight and the base's; the last two are None for deltas that were given in memory.
+    `dtype` is that of the delta as stored: float32, bfloat16, or that of its codes, int8 or float8_e4m3fn. `delta_norm`
+    is the norm of the delta as stored, `param_norm` the norm of the base's weight, and `cosine` the cosine of the
+    expert's weight and the base's; `stored_cosine` is the cosine of the delta as stored and the exact one. None stands
+    for a cosine with a vector of zeros. For deltas that were given in memory the last three are None, and
+    `stored_cosine` also for deltas stored in float32 or bfloat16.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +53,34 @@ class DeltaInfo:
     delta_norm: float
     param_norm: float | None = None
     cosine: float | None = None
+    stored_cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class StoredDelta:
+    """Where a delta lies: its values or codes, and the scales of codes."""
+
+    values: StoredTensor
+    scales: StoredTensor | None
+
+    @classmethod
+    def find(cls, folder: Path, name: str, info: DeltaInfo, stored: Mapping[str, StoredTensor]) -> StoredDelta:
+        """The delta of a name among the tensors of a prior. Raises PriorFormatError if they are not as recorded."""
+        expected = {name: (info.dtype, info.shape)}
+        if info.dtype in LARGEST_CODE:
+            expected[scales_name(name)] = torch.float32, (blocks_of(math.prod(info.shape)),)
+        for tensor, (dtype, shape) in expected.items():
+            if tensor not in stored:
+                raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {tensor}")
+            if (stored[tensor].dtype, stored[tensor].shape) != (dtype, shape):
+                found = f"{stored[tensor].dtype} {list(stored[tensor].shape)}"
+                raise PriorFormatError(f"{folder}: {tensor} is recorded as {dtype} {list(shape)}, stored as {found}")
+        return cls(stored[name], stored.get(scales_name(name)) if len(expected) > 1 else None)
+
+    def read(self) -> Tensor | QuantizedDelta:
+        """The whole delta. Raises CheckpointError when its file is gone or too short."""
+        values = self.values.read()
+        return values if self.scales is None else QuantizedDelta(values, self.scales.read())
 
 
 class Prior:
@@ -56,7 +89,7 @@ class Prior:
     def __init__(
         self,
         infos: Mapping[str, DeltaInfo],
-        deltas: Mapping[str, StoredTensor | Tensor],
+        deltas: Mapping[str, StoredDelta | Tensor | QuantizedDelta],
         fingerprint: str,
         record: Mapping[str, Any],
     ) -> None:
@@ -81,24 +114,20 @@ class Prior:
         except (FileNotFoundError, CheckpointError) as error:
             raise PriorFormatError(str(error)) from error
         infos = _read_infos(folder, record)
-        for name in infos.keys() ^ stored.keys():
+        deltas = {name: StoredDelta.find(folder, name, info, stored) for name, info in infos.items()}
+        scales = {scales_name(name) for name, delta in deltas.items() if delta.scales is not None}
+        for name in stored.keys() - deltas.keys() - scales:
             raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {name}")
-        for name, info in infos.items():
-            if (stored[name].shape, stored[name].dtype) != (info.shape, info.dtype):
-                found = f"{stored[name].dtype} {list(stored[name].shape)}"
-                raise PriorFormatError(
-                    f"{folder}: {name} is recorded as {info.dtype} {list(info.shape)}, stored as {found}"
-                )
-        return cls(infos, stored, _fingerprint_of_record(record), record)
+        return cls(infos, deltas, _fingerprint_of_record(record), record)
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Tensor]) -> Prior:
+    def from_mapping(cls, mapping: Mapping[str, Tensor | QuantizedDelta]) -> Prior:
         """A prior of deltas in memory, keyed by canonical or by live parameter names.
 
-        float32 and bfloat16 deltas are kept as they are and not copied, so they must not be written to; float16 and
-        float64 become float32.
+        float32, bfloat16 and quantised deltas are kept as they are and not copied, so they must not be written to;
+        tensors of other floating dtypes become float32.
         Raises PriorError for an empty mapping, two keys of one canonical name, and a delta that is not a floating
-        tensor or not finite.
+        tensor or a QuantizedDelta, or not finite.
         """
         keys: dict[str, str] = {}
         for key in mapping:
@@ -111,7 +140,7 @@ class Prior:
         deltas = {name: _checked_delta(key, mapping[key]) for name, key in keys.items()}
         infos = {}
         for name, delta in deltas.items():
-            infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, norm(delta))
+            infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, _norm_of(delta))
             if not math.isfinite(infos[name].delta_norm):
                 raise PriorError(f"the delta of {keys[name]} holds NaN or Inf")
         return cls(infos, deltas, _fingerprint_of_deltas(deltas), {})
@@ -132,22 +161,38 @@ class Prior:
         return self._infos[name]
 
     def load(self, name: str, device: torch.device | str | None = None, *, copy: bool = True) -> Tensor:
-        """The delta of a canonical name: float32 or bfloat16, contiguous, in memory of its own.
+        """The delta of a canonical name: float32 or bfloat16 (a quantised one expanded to float32), contiguous, in
+        memory of its own.
 
-        Without `copy`, a delta that was given in memory, contiguous and on the device already, is returned itself.
+        Without `copy`, a delta that was given in memory as a tensor, contiguous and on the device already, is returned
+        itself.
 
-        Raises KeyError for an unknown name, and PriorFormatError when the stored bytes do not have the recorded norm.
+        Raises KeyError for an unknown name, and PriorFormatError when the stored bytes do not have the recorded norm or
+        hold a scale that is negative or not finite.
         """
+        stored = self.load_stored(name, device, copy=copy)
+        return stored.expand() if isinstance(stored, QuantizedDelta) else stored
+
+    def load_stored(
+        self, name: str, device: torch.device | str | None = None, *, copy: bool = True
+    ) -> Tensor | QuantizedDelta:
+        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales."""
         delta = self._deltas[name]
         if isinstance(delta, Tensor):
             return delta.to(device or delta.device, copy=copy).contiguous()
+        if isinstance(delta, QuantizedDelta):
+            return delta.to(device or delta.device, copy=copy)
         try:
             loaded = delta.read()
-        except CheckpointError as error:
-            raise PriorFormatError(f"{name}: {error}") from error
-        found, recorded = norm(loaded), self._infos[name].delta_norm
+            if isinstance(loaded, QuantizedDelta):
+                loaded.check_scales()
+        except (CheckpointError, PriorError) as error:
+            raise PriorFormatError(f"{delta.values.path}: {name} is damaged: {error}") from error
+        found, recorded = _norm_of(loaded), self._infos[name].delta_norm
         if not math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
-            raise PriorFormatError(f"{delta.path}: {name} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}")
+            raise PriorFormatError(
+                f"{delta.values.path}: {name} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}"
+            )
         return loaded if device is None else loaded.to(device)
 
     def coverage(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Coverage:
@@ -175,25 +220,44 @@ class Prior:
 
 
 def _read_infos(folder: Path, record: Mapping[str, Any]) -> dict[str, DeltaInfo]:
-    if record.get("format") != FORMAT or record.get("version") != VERSION:
+    if record.get("format") != FORMAT or record.get("version") not in range(1, VERSION + 1):
         found = f"format {record.get('format')!r}, version {record.get('version')!r}"
-        raise PriorFormatError(f"{folder / RECORD_NAME}: expected format {FORMAT!r}, version {VERSION}; found {found}")
+        raise PriorFormatError(
+            f"{folder / RECORD_NAME}: expected format {FORMAT!r}, version 1 to {VERSION}; found {found}"
+        )
     try:
-        dtype = _DTYPES[record["dtype"]]
+        dtype = DTYPES[record["dtype"]]
         return {
-            name: DeltaInfo(tuple(row["shape"]), dtype, row["delta_norm"], row["param_norm"], row["cosine"])
+            name: DeltaInfo(
+                shape=tuple(row["shape"]),
+                dtype=dtype,
+                delta_norm=row["delta_norm"],
+                param_norm=row["param_norm"],
+                cosine=row["cosine"],
+                stored_cosine=row.get("stored_cosine"),
+            )
             for name, row in record["tensors"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise PriorFormatError(f"{folder / RECORD_NAME}: lacks or garbles {error}") from error
 
 
-def _checked_delta(key: str, delta: Tensor) -> Tensor:
+def _checked_delta(key: str, delta: Tensor | QuantizedDelta) -> Tensor | QuantizedDelta:
+    if isinstance(delta, QuantizedDelta):
+        try:
+            delta.check_scales()
+        except PriorError as error:
+            raise PriorError(f"the delta of {key}: {error}") from error
+        return delta
     if not isinstance(delta, Tensor) or not delta.is_floating_point() or delta.layout != torch.strided:
         kind = f"{delta.dtype} {delta.layout}" if isinstance(delta, Tensor) else type(delta).__name__
         raise PriorError(f"the delta of {key} must be a dense floating tensor, got {kind}")
     delta = delta.detach()
-    return delta if delta.dtype in _DTYPES.values() else delta.float()
+    return delta if delta.dtype in (torch.float32, torch.bfloat16) else delta.float()
+
+
+def _norm_of(delta: Tensor | QuantizedDelta) -> float:
+    return delta.norm() if isinstance(delta, QuantizedDelta) else norm(delta)
 
 
 def _fingerprint_of_record(record: Mapping[str, Any]) -> str:
@@ -212,14 +276,15 @@ def _fingerprint_of_record(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint_of_deltas(deltas: Mapping[str, Tensor]) -> str:
+def _fingerprint_of_deltas(deltas: Mapping[str, Tensor | QuantizedDelta]) -> str:
     digest = hashlib.sha256()
     for name in sorted(deltas):
         delta = deltas[name]
         digest.update(f"{name} {delta.dtype} {list(delta.shape)}\n".encode())
-        flat = delta.reshape(-1)
-        if flat.numel() > _SAMPLED_ABOVE:
-            starts = torch.linspace(0, flat.numel() - _SAMPLE_BLOCK, _SAMPLE_BLOCKS, dtype=torch.float64).long()
-            flat = torch.cat([flat[start : start + _SAMPLE_BLOCK] for start in starts.tolist()])
-        digest.update(byte_view(flat.cpu().contiguous()))
+        for tensor in (delta.codes, delta.scales) if isinstance(delta, QuantizedDelta) else (delta,):
+            flat = tensor.reshape(-1)
+            if flat.numel() > _SAMPLED_ABOVE:
+                starts = torch.linspace(0, flat.numel() - _SAMPLE_BLOCK, _SAMPLE_BLOCKS, dtype=torch.float64).long()
+                flat = torch.cat([flat[start : start + _SAMPLE_BLOCK] for start in starts.tolist()])
+            digest.update(byte_view(flat.cpu().contiguous()))
     return digest.hexdigest()

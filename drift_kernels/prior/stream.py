@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import PriorError
-from .arithmetic import Products, checksum, dot, subtract
+from .arithmetic import Products, checksum, dot, subtract, subtract_quantized
 from .files import Checkpoint
 from .norms import CHUNK
 from .pairing import Pair
+from .quantized import LARGEST_CODE, blocks_of, scales_name
 
 _WORKERS = min(4, os.cpu_count() or 1)
 
@@ -38,7 +39,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Memory for one piece in work, used over and over: the bytes as read, and the delta as stored."""
+    """Memory for one piece in work, used over and over: the bytes as read, and the delta, in float32 if it will be
+    quantised."""
 
     raw: dict[str, Tensor]
     delta: Tensor
@@ -46,7 +48,7 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Result:
-    delta: Tensor
+    stored: dict[str, Tensor]  # name in the prior's files -> 1-D
     products: Products
     checksums: dict[str, bytes]  # of the bytes read, by role
 
@@ -62,20 +64,22 @@ class DeltaStream:
         self.digests = {role: hashlib.sha256() for role in checkpoints}
         self._checkpoints = checkpoints
         self._origin = "reference" if "reference" in checkpoints else "base"
+        self._dtype = dtype
         self._workplaces = [
             Workplace(
                 raw={role: torch.empty(CHUNK * 8, dtype=torch.uint8) for role in checkpoints},
-                delta=torch.empty(CHUNK, dtype=dtype),
+                delta=torch.empty(CHUNK, dtype=torch.float32 if dtype in LARGEST_CODE else dtype),
             )
             for _ in range(_WORKERS + 1)
         ]
         self._products: dict[str, Products] = {}  # of the common part
         self._base_squares: dict[str, float] = {}  # of the whole
 
-    def deltas(self, pairs: Iterable[Pair]) -> Iterator[Tensor]:
-        """The deltas of `pairs`, end to end, in 1-D pieces that are valid until the next is asked for.
+    def deltas(self, pairs: Iterable[Pair]) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+        """The deltas of `pairs`, end to end, in pieces: what to append, 1-D, to which tensors of the prior's files.
 
-        Raises PriorError, naming the tensor, once a delta turns out to hold NaN or Inf.
+        A piece is valid until the next is asked for. Raises PriorError, naming the tensor, once a delta turns out to
+        hold NaN or Inf.
         """
         with ThreadPoolExecutor(_WORKERS) as pool:
             in_work: deque[tuple[Piece, Future[Result]]] = deque()
@@ -88,13 +92,14 @@ class DeltaStream:
                 yield self._finish(*in_work.popleft())
 
     def measure(self, pair: Pair) -> dict[str, float | None]:
-        """Norm of the stored delta, norm of the base's weight, cosine of expert and base over their common elements."""
+        """Norm of the stored delta, norm of the base's weight, cosine of expert and base over their common elements;
+        for a quantised delta, its cosine to the exact one."""
         products = self._products.get(pair.name, Products())
-        scale = math.sqrt(products.expert_expert * products.base_base)
         return {
             "delta_norm": math.sqrt(products.delta_delta),
             "param_norm": math.sqrt(self._base_squares.get(pair.name, 0.0)),
-            "cosine": products.expert_base / scale if scale else None,
+            "cosine": _cosine(products.expert_base, products.expert_expert, products.base_base),
+            "stored_cosine": _cosine(products.delta_exact, products.delta_delta, products.exact_exact),
         }
 
     def _work(self, piece: Piece, workplace: Workplace) -> Result:
@@ -104,11 +109,27 @@ class DeltaStream:
             checksums[role] = checksum(tensors[role])
         delta = workplace.delta[: piece.count]
         if piece.paired:
-            products = subtract(tensors["expert"], tensors["base"], tensors[self._origin], delta)
+            stored, products = self._difference(piece, tensors, delta)
         else:
-            delta.zero_()
-            products = Products(base_base=dot(tensors["base"], tensors["base"]))
-        return Result(delta, products, checksums)
+            stored, products = self._zeros(piece, delta), Products(base_base=dot(tensors["base"], tensors["base"]))
+        return Result(stored, products, checksums)
+
+    def _difference(
+        self, piece: Piece, tensors: Mapping[str, Tensor], delta: Tensor
+    ) -> tuple[dict[str, Tensor], Products]:
+        name, sources = piece.pair.name, (tensors["expert"], tensors["base"], tensors[self._origin])
+        if self._dtype not in LARGEST_CODE:
+            return {name: delta}, subtract(*sources, delta)
+        quantized, products = subtract_quantized(*sources, delta, self._dtype)
+        return {name: quantized.codes, scales_name(name): quantized.scales}, products
+
+    def _zeros(self, piece: Piece, delta: Tensor) -> dict[str, Tensor]:
+        """A quantised one has scales for the blocks that begin in it; the one before has that of a block they share."""
+        name, end = piece.pair.name, piece.start + piece.count
+        if self._dtype not in LARGEST_CODE:
+            return {name: delta.zero_()}
+        scales = torch.zeros(blocks_of(end) - blocks_of(piece.start))
+        return {name: torch.zeros(piece.count, dtype=self._dtype), scales_name(name): scales}
 
     def _read(self, role: str, piece: Piece, raw: Tensor) -> Tensor:
         source = piece.pair.sources[role]
@@ -117,7 +138,7 @@ class DeltaStream:
         self._checkpoints[role].read_into(flat, source, piece.start)
         return flat
 
-    def _finish(self, piece: Piece, future: Future[Result]) -> Tensor:
+    def _finish(self, piece: Piece, future: Future[Result]) -> tuple[Piece, dict[str, Tensor]]:
         name, result = piece.pair.name, future.result()
         base_square = result.products.base_base
         if not math.isfinite(base_square + result.products.delta_delta):
@@ -127,11 +148,19 @@ class DeltaStream:
             self._products[name] = self._products.get(name, Products()).plus(result.products)
         for role, value in result.checksums.items():
             self.digests[role].update(value)
-        return result.delta
+        return piece, result.stored
+
+
+def _cosine(product: float, square: float, other_square: float) -> float | None:
+    scale = math.sqrt(square * other_square)
+    return product / scale if scale else None
 
 
 def pieces_of(pairs: Iterable[Pair]) -> Iterator[Piece]:
-    """The tensors of `pairs`, cut to CHUNK elements and where their common part ends."""
+    """The tensors of `pairs`, cut to CHUNK elements and where their common part ends.
+
+    Where a common part ends within a block of a quantised delta, the rest of the block is zero and changes no scale.
+    """
     for pair in pairs:
         for begin, end, paired in ((0, pair.common, True), (pair.common, pair.numel, False)):
             for start in range(begin, end, CHUNK):

@@ -1,0 +1,115 @@
+"""Deltas in eight bits: codes in int8 or float8_e4m3fn, and a float32 scale for every block of 128 elements.
+
+delta[i] = float32(code[i]) * scale[i // BLOCK]      i: the flat index; one float32 multiplication
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import PriorError
+from .norms import CHUNK, norm
+
+BLOCK = 128  # elements; the last block of a tensor may be shorter
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a subnormal scale has too few bits to divide by
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedDelta:
+    """A delta in eight bits: `codes` of the delta's shape, int8 or float8_e4m3fn, contiguous; `scales` float32
+    [ceil(numel / BLOCK)], contiguous, on the same device.
+
+    Raises PriorError for codes and scales that do not fit each other; their values are looked at by `check_scales`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype not in LARGEST_CODE or not self.codes.is_contiguous():
+            raise PriorError(f"codes must be int8 or float8_e4m3fn and contiguous, got {_description(self.codes)}")
+        expected = (blocks_of(self.codes.numel()),)
+        fitting = self.scales.dtype == torch.float32 and self.scales.shape == expected and self.scales.is_contiguous()
+        if not fitting or self.scales.device != self.codes.device:
+            raise PriorError(
+                f"the scales do not fit the codes: expected contiguous torch.float32 {list(expected)} on "
+                f"{self.codes.device}, got {_description(self.scales)} on {self.scales.device}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codes.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def to(self, device: torch.device | str, *, copy: bool = False) -> QuantizedDelta:
+        """The same on `device`; itself when it is there already, unless `copy`."""
+        return QuantizedDelta(self.codes.to(device, copy=copy), self.scales.to(device, copy=copy))
+
+    def expand(self) -> Tensor:
+        """The delta: float32, of the codes' shape, in memory of its own."""
+        flat = self.codes.reshape(-1).to(torch.float32, copy=True)
+        whole = flat.numel() // BLOCK * BLOCK
+        flat[:whole].view(-1, BLOCK).mul_(self.scales[: whole // BLOCK, None])
+        flat[whole:].mul_(self.scales[whole // BLOCK :])
+        return flat.view(self.shape)
+
+    def norm(self) -> float:
+        """norm(delta), expanding CHUNK elements at a time."""
+        codes = self.codes.reshape(-1).split(CHUNK)
+        scales = self.scales.split(CHUNK // BLOCK)
+        return math.hypot(*(norm(QuantizedDelta(*piece).expand()) for piece in zip(codes, scales, strict=True)))
+
+    def check_scales(self) -> None:
+        """Raises PriorError when a scale is negative, NaN or Inf."""
+        if not bool(((self.scales >= 0) & self.scales.isfinite()).all()):
+            raise PriorError("scales must be finite and not negative")
+
+
+def quantize(delta: Tensor, dtype: torch.dtype) -> QuantizedDelta:
+    """A delta in codes of `dtype`, torch.int8 or torch.float8_e4m3fn, on its device.
+
+    The scale of a block is absmax/127 (int8) or absmax/448 (float8_e4m3fn), and a code is delta/scale, both in float32;
+    codes are rounded to nearest, ties to even. A block of zeros, or of values so small that its scale would be
+    subnormal, has scale 0 and codes 0. A NaN or Inf makes its block's scale NaN or Inf. Raises ValueError for another
+    dtype.
+    """
+    if dtype not in LARGEST_CODE:
+        raise ValueError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
+    numel = delta.numel()
+    blocks = torch.zeros(blocks_of(numel), BLOCK, device=delta.device)
+    blocks.view(-1)[:numel] = delta.detach().reshape(-1)
+    scales = blocks.abs().amax(1) / LARGEST_CODE[dtype]
+    scales.masked_fill_(scales < _SMALLEST_SCALE, 0)
+    divisors = scales.masked_fill(scales == 0, math.inf)
+    blocks.div_(divisors[:, None]).add_(0.0)  # + 0 turns -0 into 0
+    if dtype == torch.int8:
+        blocks.round_()
+    return QuantizedDelta(blocks.view(-1)[:numel].to(dtype).view(delta.shape), scales)
+
+
+def blocks_of(numel: int) -> int:
+    """How many blocks, and so scales, a tensor of `numel` elements has."""
+    return -(-numel // BLOCK)
+
+
+def scales_name(name: str) -> str:
+    """Where the scales of the delta `name` are stored."""
+    return f"{name}.scales"
+
+
+def _description(tensor: Tensor) -> str:
+    layout = "" if tensor.is_contiguous() else "non-contiguous "
+    return f"{layout}{tensor.dtype} {list(tensor.shape)}"
