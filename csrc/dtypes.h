@@ -6,12 +6,12 @@
 #include <string>
 #include <tuple>
 
-#include "chunk.h"
+#include "tensors.h"
 
 namespace drift {
 
 // kNone is the delta of a launch without a prior.
-enum class DType { kFloat32, kBFloat16, kFloat16, kStochastic, kMaster, kNone };
+enum class DType { kFloat32, kBFloat16, kFloat16, kStochastic, kMaster, kInt8, kFloat8, kNone };
 
 struct DTypes {
   DType param, grad, state, delta;
@@ -22,6 +22,8 @@ inline DType parse_dtype(const std::optional<std::string>& name) {
   if (*name == "float32") return DType::kFloat32;
   if (*name == "bfloat16") return DType::kBFloat16;
   if (*name == "float16") return DType::kFloat16;
+  if (*name == "int8") return DType::kInt8;
+  if (*name == "float8_e4m3fn") return DType::kFloat8;
   if (*name == "stochastic_bfloat16") return DType::kStochastic;
   if (*name == "master_bfloat16") return DType::kMaster;
   throw std::invalid_argument("unknown dtype " + *name);
@@ -61,10 +63,19 @@ auto for_delta(DType dtype, F f) -> decltype(f(Type<float>{})) {
   }
 }
 
-template <class F>
+template <bool kCodes, class F>
 auto for_delta_or_none(DType dtype, F f) -> decltype(f(Type<float>{})) {
-  return dtype == DType::kNone ? f(Type<Nothing>{}) : for_delta(dtype, f);
+  if (dtype == DType::kNone) return f(Type<Nothing>{});
+  if constexpr (kCodes) {
+    if (dtype == DType::kInt8) return f(Type<int8_code>{});
+    if (dtype == DType::kFloat8) return f(Type<fp8_code>{});
+  }
+  return for_delta(dtype, f);
 }
+
+template <class T>
+constexpr bool kIsBfloat16 =
+    std::is_same_v<T, bfloat16> || std::is_same_v<T, stochastic_bfloat16> || std::is_same_v<T, master_bfloat16>;
 
 template <class F>
 auto for_param(DType dtype, F f) -> decltype(f(Type<float>{})) {
@@ -76,9 +87,13 @@ auto for_param(DType dtype, F f) -> decltype(f(Type<float>{})) {
 }
 
 // Where the parameter is rounded to nearest, so are its states, and at random likewise; beside a master either may be.
+// States of one byte, like deltas of one byte, are not beside float16; nor are those deltas beside float.
 template <class Param, class F>
 auto for_state(DType dtype, F f) -> decltype(f(Type<float>{})) {
   if (dtype == DType::kFloat32) return f(Type<float>{});
+  if constexpr (!std::is_same_v<Param, float16>) {
+    if (dtype == DType::kInt8) return f(Type<int8_state>{});
+  }
   if constexpr (!kStochastic<Param>) {
     if (dtype == DType::kBFloat16) return f(Type<bfloat16>{});
   }
@@ -108,7 +123,8 @@ auto select_update(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{
     using Param = typename decltype(param)::type;
     return for_grad<Param>(dtypes.grad, [&](auto grad) -> Kernel {
       return for_state<Param>(dtypes.state, [&](auto state) -> Kernel {
-        return for_delta_or_none(dtypes.delta, [&](auto delta) -> Kernel { return f(param, grad, state, delta); });
+        return for_delta_or_none<kIsBfloat16<Param>>(
+            dtypes.delta, [&](auto delta) -> Kernel { return f(param, grad, state, delta); });
       });
     });
   });
@@ -119,7 +135,8 @@ template <class F>
 auto select_sum(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{})) {
   using Kernel = decltype(f(Type<float>{}, Type<float>{}));
   return for_weight(dtypes.grad, [&](auto grad) -> Kernel {
-    return for_delta_or_none(dtypes.delta, [&](auto delta) -> Kernel { return f(grad, delta); });
+    constexpr bool kCodes = !std::is_same_v<decltype(grad), Type<float16>>;
+    return for_delta_or_none<kCodes>(dtypes.delta, [&](auto delta) -> Kernel { return f(grad, delta); });
   });
 }
 

@@ -96,8 +96,8 @@ DRIFT_HD stochastic_bfloat16 round_stochastically(float x, uint32_t random) {
   return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7fc0u : rounded)};
 }
 
-// float32 as a bfloat16 and 16 more bits that say where in its neighbourhood: nothing is lost. To nearest, ties away from
-// zero: with ties to even the two halves next to an even value would be 2^16 + 1 residuals.
+// float32 as a bfloat16 and 16 more bits that say where in its neighbourhood: nothing is lost. To nearest, ties away
+// from zero: with ties to even the two halves next to an even value would be 2^16 + 1 residuals.
 DRIFT_HD void split(float x, master_bfloat16& nearest, int16_t& residual) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t kept = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;

@@ -6,20 +6,22 @@
 
 namespace drift {
 
-// Addresses and size of one tensor of a launch: what stays from step to step. `delta` is 0 where the launch has no
-// prior, `residual` where it has no master weights. The gradients' addresses, which may change, are an array of their
-// own.
+// Addresses and size of one tensor of a launch: what stays from step to step. An address is 0 where the launch does not
+// have it: a delta, a residual, scales. The gradients' addresses, which may change, are an array of their own.
 struct Row {
   uint64_t param;
   uint64_t residual;
   uint64_t exp_avg;
+  uint64_t exp_avg_scale;
   uint64_t exp_avg_sq;
+  uint64_t exp_avg_sq_scale;
   uint64_t delta;
+  uint64_t delta_scale;
   int64_t numel;
   int64_t first_chunk;  // chunks of the tensors before this one
   uint64_t random_key;  // of its stochastic rounding: seed + 2^32 * index among the optimizer's tensors
 };
-static_assert(sizeof(Row) == 8 * 8, "plan.py fills eight 8-byte fields");
+static_assert(sizeof(Row) == 11 * 8, "plan.py fills eleven 8-byte fields");
 
 // The scalars of one tensor's step. Computed in float64 and rounded once.
 struct Coefficients {

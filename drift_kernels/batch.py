@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch import Tensor
 from .backends import Backend
 from .binding import BoundDelta
 from .coefficients import CoefficientTable, Hyperparameters
-from .plan import Plan, addresses
-from .precision import RESIDUAL
+from .plan import Operands, Plan, addresses
+from .precision import OPERAND_STATES
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,17 @@ class Slot:
     random_key: int | None  # for stochastic rounding
 
     @property
+    def operands(self) -> Operands:
+        tensors: dict[str, Any] = {name: self.state.get(key) for name, key in OPERAND_STATES.items()}
+        if self.bound is not None:
+            tensors |= {"delta": self.bound.delta, "delta_scale": self.bound.delta_scale}
+        return Operands(self.param, **tensors, random_key=self.random_key)
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """What tensors of one plan have in common."""
         delta = None if self.bound is None else self.bound.delta.dtype
-        return str(self.param.dtype), str(self.grad_dtype), str(delta)
+        return str(self.param.dtype), str(self.grad_dtype), str(self.state["exp_avg"].dtype), str(delta)
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,12 @@ class Launch:
 
     def biased(self, groups: list[Hyperparameters], decoupled: bool) -> bool:
         """Whether a delta is to be read: to bias a gradient, or (if asked) to move a param decoupled from it."""
-        return self.plan.deltas is not None and any(
+        return self.plan.has_deltas and any(
             groups[group].biases and (decoupled or groups[group].scaling != "decoupled") for group, _ in self.group_rows
         )
 
     def needs_stats(self, groups: list[Hyperparameters]) -> bool:
-        return self.plan.deltas is not None and any(groups[group].needs_stats for group, _ in self.group_rows)
+        return self.plan.has_deltas and any(groups[group].needs_stats for group, _ in self.group_rows)
 
 
 def _runs(slots: list[Slot], rows: slice, key: Callable[[Slot], Any]) -> Iterator[slice]:
@@ -95,16 +102,7 @@ class DeviceBatch:
 
     def _launch(self, rows: slice) -> Launch:
         slots = self.slots[rows]
-        deltas = [slot.bound.delta for slot in slots if slot.bound is not None]
-        plan = Plan(
-            [slot.param for slot in slots],
-            slots[0].grad_dtype,
-            [slot.state["exp_avg"] for slot in slots],
-            [slot.state["exp_avg_sq"] for slot in slots],
-            deltas or None,
-            [slot.state[RESIDUAL] for slot in slots] if RESIDUAL in slots[0].state else None,
-            None if slots[0].random_key is None else [cast(int, slot.random_key) for slot in slots],
-        )
+        plan = Plan([slot.operands for slot in slots], slots[0].grad_dtype)
         group_rows = [(self.slots[r.start].group, r) for r in _runs(self.slots, rows, lambda slot: slot.group)]
         indices = [slot.index for slot in slots]
         # itemgetter gives one thing, not a tuple of one, for one index.
@@ -130,7 +128,9 @@ class DeviceBatch:
         return self._first_addresses() != self._places
 
     def _first_addresses(self) -> list[int]:
-        return addresses([t for launch in self.launches for t in (launch.plan.exp_avgs[0], launch.plan.exp_avg_sqs[0])])
+        return addresses(
+            [t for launch in self.launches for o in launch.plan.operands[:1] for t in (o.exp_avg, o.exp_avg_sq)]
+        )
 
     def set_grads(self, grads: list[Tensor | None]) -> None:
         """Takes this step's gradients, of all parameters. Changes nothing else."""

@@ -17,11 +17,16 @@ PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class BoundDelta:
-    """A delta on its parameter's device, with norm(delta) and norm(W) in float64."""
+    """A delta on its parameter's device, of a small prior its codes and scales; norm(delta) and norm(W) in float64."""
 
     delta: Tensor
+    delta_scale: Tensor | None
     delta_norm: float
     param_norm: float
+
+    def to(self, device: torch.device) -> BoundDelta:
+        scale = None if self.delta_scale is None else self.delta_scale.to(device)
+        return replace(self, delta=self.delta.to(device), delta_scale=scale)
 
 
 class PriorBinding:
@@ -77,8 +82,9 @@ class PriorBinding:
             param_norm = info.param_norm
             if param_norm is None:
                 param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
-            delta = self.prior.load(self._names[name], param.device, copy=False)
-            found = self._bound[name] = BoundDelta(delta, info.delta_norm, param_norm)
+            stored = self.prior.load_stored(self._names[name], param.device, copy=False)
+            delta, scale = (stored, None) if isinstance(stored, Tensor) else (stored.codes, stored.scales)
+            found = self._bound[name] = BoundDelta(delta, scale, info.delta_norm, param_norm)
         elif found.delta.device != param.device:
-            found = self._bound[name] = replace(found, delta=found.delta.to(param.device))
+            found = self._bound[name] = found.to(param.device)
         return found

@@ -18,7 +18,7 @@ from .coefficients import Hyperparameters, clip_coefficient
 from .errors import PriorError
 from .groups import FINGERPRINT, SEED, check_capture, check_grad, check_param, check_seed, hyperparameters
 from .lossless import join
-from .precision import RESIDUAL, Precision
+from .precision import RESIDUAL, Precision, float32_state
 from .prior import Prior
 from .state import check_state_dict, restore_states
 
@@ -51,7 +51,8 @@ class FusedDriftAdamW(Optimizer):
             of the parameter when it is first stepped.
         max_grad_norm: clip the biased gradient of all parameters together to this norm, inside the step; `math.inf`
             only measures it. Leave None when the trainer clips.
-        state_dtype: of exp_avg and exp_avg_sq, float32 or bfloat16.
+        state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8: codes of one byte with a scale for each 128
+            elements (`codes.py`), for parameters of 4096 elements or more.
         rounding: "nearest", or "stochastic" for bfloat16 parameters (without masters) and states.
         seed: of the stochastic rounding, in [0, 2^32); the state_dict carries it.
         master_weights: a bfloat16 parameter and 16 bits more (the state `param_residual`) are a float32 that is updated
@@ -93,7 +94,7 @@ class FusedDriftAdamW(Optimizer):
         prior_scaling: str = "adaptive_cosine",
         normalize_to_param: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | str = torch.float32,
         rounding: str = "nearest",
         seed: int = 0,
         master_weights: bool = False,
@@ -326,6 +327,16 @@ class FusedDriftAdamW(Optimizer):
 
     # Saving and loading
 
+    def state_dict(self, *, dtype: torch.dtype | None = None) -> StateDict:
+        """As `torch.optim.Optimizer.state_dict`; with dtype=torch.float32, exp_avg and exp_avg_sq are float32 whatever
+        they are held as: for a `torch.optim.AdamW`, or for other precision."""
+        if dtype not in (None, torch.float32):
+            raise ValueError(f"dtype must be torch.float32 or None, got {dtype}")
+        saved = super().state_dict()
+        if dtype is not None:
+            saved["state"] = {i: float32_state(state) for i, state in saved["state"].items()}
+        return saved
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state_dict of this class or of `torch.optim.AdamW`; states take this optimizer's `state_dtype`.
 
@@ -335,7 +346,7 @@ class FusedDriftAdamW(Optimizer):
             PriorMismatchError: it was saved under another prior than this optimizer's.
             ValueError: its groups, parameters or states do not fit this optimizer's. Nothing has been changed.
         """
-        checked = check_state_dict(state_dict, self.param_groups, self.prior_fingerprint, self.precision)
+        checked = check_state_dict(state_dict, self.param_groups, self.prior_fingerprint)
         # torch casts states to their parameter's dtype; this keeps what it was given, after the user's own hooks.
         given: dict[str, Any] = {}
         hook = self.register_load_state_dict_pre_hook(lambda _, loaded: given.update(loaded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -12,9 +13,19 @@ from torch import Tensor
 # Elements of a chunk, the unit of work and of a reduction's first stage (kChunk in csrc/table.h).
 CHUNK = 16384
 
-# The columns of Plan.table: struct Row in csrc/table.h.
-ROW_FIELDS = ("param", "residual", "exp_avg", "exp_avg_sq", "delta", "numel", "first_chunk", "random_key")
-PARAM, RESIDUAL, EXP_AVG, EXP_AVG_SQ, DELTA, NUMEL, FIRST_CHUNK, RANDOM_KEY = range(len(ROW_FIELDS))
+# The columns of Plan.table: struct Row in csrc/table.h. The first eight are addresses, of operands of these names.
+ADDRESSES = (
+    "param",
+    "residual",
+    "exp_avg",
+    "exp_avg_scale",
+    "exp_avg_sq",
+    "exp_avg_sq_scale",
+    "delta",
+    "delta_scale",
+)
+ROW_FIELDS = (*ADDRESSES, "numel", "first_chunk", "random_key")
+NUMEL, FIRST_CHUNK, RANDOM_KEY = range(len(ADDRESSES), len(ROW_FIELDS))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -25,67 +36,68 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of one parameter but its gradient, contiguous; None for those that it does not have.
+
+    Attributes:
+        exp_avg, exp_avg_sq: of param's shape, float32, bfloat16, or int8 and uint8 codes (`codes.py`).
+        exp_avg_scale, exp_avg_sq_scale: float32 [blocks], beside codes.
+        delta: of param's shape, float32, bfloat16, or int8 or float8_e4m3fn codes of a small prior.
+        delta_scale: float32 [blocks], beside codes.
+        residual: int16 of param's shape, the other half of a master (`lossless.py`).
+        random_key: seed + 2^32 * the parameter's index, for stochastic rounding of what is bfloat16, but a param that
+            has a master.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    delta: Tensor | None = None
+    residual: Tensor | None = None
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
+    delta_scale: Tensor | None = None
+    random_key: int | None = None
+
+
 class Plan:
     """The tensors of one launch, all of one device and one combination of dtypes.
 
-    The plan refers to params, states and deltas for its lifetime, and to gradients only between `set_grads` and
-    `release_grads`, so that `zero_grad(set_to_none=True)` frees them.
+    The plan refers to its operands for its lifetime, and to gradients only between `set_grads` and `release_grads`, so
+    that `zero_grad(set_to_none=True)` frees them.
 
     Args:
-        params: n contiguous tensors.
+        operands: of n parameters; what the first has, all have.
         grad_dtype: dtype that every gradient will have.
-        exp_avgs, exp_avg_sqs: n contiguous states of the params' shapes.
-        deltas: n contiguous deltas of the params' shapes, or None for a launch without a prior.
-        residuals: n contiguous int16 tensors of the shapes of params that are bfloat16, for master weights, or None.
-        random_keys: n numbers, seed + 2^32 * the parameter's index, for stochastic rounding of what is bfloat16 (but a
-            param that has a master), or None.
     """
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grad_dtype: torch.dtype,
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        deltas: Sequence[Tensor] | None,
-        residuals: Sequence[Tensor] | None = None,
-        random_keys: Sequence[int] | None = None,
-    ) -> None:
-        self.params = list(params)
+    def __init__(self, operands: Sequence[Operands], grad_dtype: torch.dtype) -> None:
+        self.operands = list(operands)
         self.grads: list[Tensor] = []
-        self.exp_avgs = list(exp_avgs)
-        self.exp_avg_sqs = list(exp_avg_sqs)
-        self.deltas = None if deltas is None else list(deltas)
-        self.residuals = None if residuals is None else list(residuals)
-        self.random_keys = None if random_keys is None else list(random_keys)
-        self.device = self.params[0].device
-        self.param_dtype = self.params[0].dtype
         self.grad_dtype = grad_dtype
-        self.state_dtype = self.exp_avgs[0].dtype
-        self.delta_dtype = None if self.deltas is None else self.deltas[0].dtype
+        first = self.operands[0]
+        self.device = first.param.device
+        self.has_deltas = first.delta is not None
 
-        numels = torch.tensor([p.numel() for p in self.params], dtype=torch.int64)
+        numels = torch.tensor([o.param.numel() for o in self.operands], dtype=torch.int64)
         chunks = (numels + (CHUNK - 1)) // CHUNK
         self.chunk_count = int(chunks.sum())
         self._chunks = chunks
-        self.table = torch.zeros(len(self.params), len(ROW_FIELDS), dtype=torch.int64)  # on the host
+        self.table = torch.zeros(len(self.operands), len(ROW_FIELDS), dtype=torch.int64)  # on the host
         self.table[:, NUMEL] = numels
         self.table[:, FIRST_CHUNK] = chunks.cumsum(0) - chunks
-        for column, tensors in (
-            (PARAM, self.params),
-            (EXP_AVG, self.exp_avgs),
-            (EXP_AVG_SQ, self.exp_avg_sqs),
-            (DELTA, self.deltas or []),
-            (RESIDUAL, self.residuals or []),
-        ):
-            self.table[: len(tensors), column] = torch.tensor(addresses(tensors), dtype=torch.int64)
-        if self.random_keys is not None:
-            self.table[:, RANDOM_KEY] = torch.tensor(self.random_keys, dtype=torch.int64)
-        self.grad_table = torch.zeros(len(self.params), dtype=torch.int64)  # the gradients' addresses, on the host
+        for column, name in enumerate(ADDRESSES):
+            if getattr(first, name) is not None:
+                tensors = [getattr(o, name) for o in self.operands]
+                self.table[:, column] = torch.tensor(addresses(tensors), dtype=torch.int64)
+        if first.random_key is not None:
+            self.table[:, RANDOM_KEY] = torch.tensor([o.random_key for o in self.operands], dtype=torch.int64)
+        self.grad_table = torch.zeros(len(self.operands), dtype=torch.int64)  # the gradients' addresses, on the host
         self._grad_addresses: list[int] = []
 
     def __len__(self) -> int:
-        return len(self.params)
+        return len(self.operands)
 
     def set_grads(self, grads: Sequence[Tensor]) -> None:
         """Takes this step's gradients (a non-contiguous one is copied) and refreshes their addresses if one changed."""
@@ -128,10 +140,11 @@ class Plan:
 
         But a bfloat16 with a residual is a `master_bfloat16`, one that is rounded at random a `stochastic_bfloat16`.
         """
-        delta = dtype_name(self.delta_dtype) if with_delta and self.delta_dtype is not None else None
-        param = self._kind(self.param_dtype) if self.residuals is None else "master_bfloat16"
-        return param, dtype_name(self.grad_dtype), self._kind(self.state_dtype), delta
+        first = self.operands[0]
+        delta = dtype_name(first.delta.dtype) if with_delta and first.delta is not None else None
+        param = self._kind(first.param.dtype) if first.residual is None else "master_bfloat16"
+        return param, dtype_name(self.grad_dtype), self._kind(first.exp_avg.dtype), delta
 
     def _kind(self, dtype: torch.dtype) -> str:
-        at_random = self.random_keys is not None and dtype == torch.bfloat16
+        at_random = self.operands[0].random_key is not None and dtype == torch.bfloat16
         return f"stochastic_{dtype_name(dtype)}" if at_random else dtype_name(dtype)

@@ -1,4 +1,4 @@
-"""How parameters and states are held: dtypes, rounding, masters; and the states that this takes."""
+"""How parameters and states are held: dtypes, codes, rounding, masters; and the states that this takes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import codes
+
 logger = logging.getLogger("drift_kernels")
 
 STATES = ("exp_avg", "exp_avg_sq")
+SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 RESIDUAL = "param_residual"
 
-STATE_DTYPES = (torch.float32, torch.bfloat16)
+# Operands of a plan, and the states that they are.
+OPERAND_STATES = {**{key: key for key in (*STATES, *SCALES.values())}, "residual": RESIDUAL}
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+CODES = {"exp_avg": codes.MOMENT, "exp_avg_sq": codes.VARIANCE}
+WORTH_CODES = 4096  # elements; smaller tensors have float32 states instead of codes
 ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -24,7 +32,7 @@ class Precision:
     """What the constructor says of it.
 
     Attributes:
-        state_dtype: of exp_avg and exp_avg_sq, float32 or bfloat16.
+        state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8 for codes (`codes.py`).
         stochastic: whether what is bfloat16 is rounded at random, but a parameter that has a master.
         master_weights: whether a bfloat16 parameter has a residual, which makes it a float32.
     """
@@ -34,55 +42,91 @@ class Precision:
     master_weights: bool
 
     @classmethod
-    def of(cls, state_dtype: torch.dtype, rounding: str, master_weights: bool) -> Precision:
+    def of(cls, state_dtype: torch.dtype | str, rounding: str, master_weights: bool) -> Precision:
         """Raises ValueError for a dtype or a rounding that there is not; warns of states that lose their updates."""
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype}")
+        dtype = getattr(torch, state_dtype, None) if isinstance(state_dtype, str) else state_dtype
+        if dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or torch.int8, got {state_dtype}")
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-        if state_dtype == torch.bfloat16 and rounding == "nearest":
+        if dtype == torch.bfloat16 and rounding == "nearest":
             logger.warning(
                 "bfloat16 states rounded to nearest lose small updates (exp_avg_sq cannot decay at beta2 = 0.999): "
                 "rounding='stochastic' keeps them"
             )
-        return cls(state_dtype, rounding == "stochastic", bool(master_weights))
+        return cls(dtype, rounding == "stochastic", bool(master_weights))
 
     def check_param(self, name: str, param: Tensor) -> None:
-        """Raises TypeError, naming the parameter, for one that is not bfloat16 and cannot be held so."""
+        """Raises TypeError, naming the parameter, for one of a dtype that cannot be held so."""
         asked = "master_weights=True" if self.master_weights else "rounding='stochastic'" if self.stochastic else None
         if asked is not None and param.dtype != torch.bfloat16:
             raise TypeError(f"{asked} is for bfloat16 parameters, and parameter {name} has dtype {param.dtype}")
+        if self.state_dtype == torch.int8 and param.dtype == torch.float16:
+            raise TypeError(f"int8 states are for bfloat16 and float32 parameters, and parameter {name} is float16")
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """Zeros: the state before the first step. A master begins as its parameter."""
         state = {"step": torch.zeros((), dtype=torch.float32)}
-        for key, dtype in self._tensors().items():
-            state[key] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        coded = self.state_dtype == torch.int8 and param.numel() >= WORTH_CODES
+        uncoded = torch.float32 if self.state_dtype == torch.int8 else self.state_dtype
+        for key in STATES:
+            state[key] = torch.zeros(param.shape, dtype=CODES[key] if coded else uncoded, device=param.device)
+            if coded:
+                state[SCALES[key]] = torch.zeros(codes.blocks(param.numel()), device=param.device)
+        if self.master_weights:
+            state[RESIDUAL] = torch.zeros(param.shape, dtype=torch.int16, device=param.device)
         return state
-
-    def check_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming the parameter, for a saved state that does not fit it."""
-        missing = {"step", *STATES} - set(saved)
-        if missing:
-            raise ValueError(f"the state of parameter {name} lacks {', '.join(sorted(missing))}: not a state of AdamW")
-        for key in (*STATES, RESIDUAL):
-            if key in saved and saved[key].shape != param.shape:
-                raise ValueError(
-                    f"the state {key} of parameter {name} has shape {tuple(saved[key].shape)}, "
-                    f"the parameter {tuple(param.shape)}"
-                )
-        if RESIDUAL in saved and saved[RESIDUAL].dtype != torch.int16:
-            raise ValueError(f"the state {RESIDUAL} of parameter {name} has dtype {saved[RESIDUAL].dtype}, not int16")
 
     def restored_state(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
         """A saved state as this precision holds it, in memory of its own. A master that was not saved begins anew."""
         state = self.new_state(param)
         state["step"].copy_(torch.as_tensor(saved["step"]).reshape(()))
-        for key in self._tensors():
-            if key in saved:
+        for key, scale in SCALES.items():
+            if scale in state and scale in saved:
                 state[key].copy_(saved[key])
+                state[scale].copy_(saved[scale])
+            elif scale in state:
+                for half, value in zip(
+                    (state[key], state[scale]), codes.encode(saved[key].float(), CODES[key]), strict=True
+                ):
+                    half.copy_(value)
+            else:
+                state[key].copy_(uncoded(key, saved))
+        if RESIDUAL in state and RESIDUAL in saved:
+            state[RESIDUAL].copy_(saved[RESIDUAL])
         return state
 
-    def _tensors(self) -> dict[str, torch.dtype]:
-        states = dict.fromkeys(STATES, self.state_dtype)
-        return {**states, RESIDUAL: torch.int16} if self.master_weights else states
+
+def uncoded(key: str, state: Mapping[str, Any]) -> Tensor:
+    """exp_avg or exp_avg_sq of a state as floating numbers."""
+    return codes.decode(state[key], state[SCALES[key]]) if SCALES[key] in state else state[key]
+
+
+def float32_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with its codes or bfloat16 numbers as float32, as `torch.optim.AdamW` has it for float32 parameters."""
+    others = {key: value for key, value in state.items() if key not in (*STATES, *SCALES.values())}
+    return {**others, **{key: uncoded(key, state).float() for key in STATES if key in state}}
+
+
+def check_state(name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the parameter, for a saved state that does not fit it."""
+    missing = {"step", *STATES} - set(saved)
+    if missing:
+        raise ValueError(f"the state of parameter {name} lacks {', '.join(sorted(missing))}: not a state of AdamW")
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = dict.fromkeys(STATES, (param.shape, None))
+    for key, scale in SCALES.items():
+        if scale in saved or not saved[key].dtype.is_floating_point:
+            wanted[key] = param.shape, CODES[key]
+            wanted[scale] = (codes.blocks(param.numel()),), torch.float32
+    if RESIDUAL in saved:
+        wanted[RESIDUAL] = param.shape, torch.int16
+    for key, (shape, dtype) in wanted.items():
+        found = saved.get(key)
+        if found is None:
+            raise ValueError(f"the state of parameter {name} has codes without {key}")
+        if tuple(found.shape) != tuple(shape):
+            raise ValueError(
+                f"the state {key} of parameter {name} has shape {tuple(found.shape)}, expected {tuple(shape)}"
+            )
+        if dtype is not None and found.dtype != dtype:
+            raise ValueError(f"the state {key} of parameter {name} has dtype {found.dtype}, expected {dtype}")

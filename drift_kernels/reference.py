@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import codes
 from .coefficients import Coefficients
 from .lossless import EXP_AVG, EXP_AVG_SQ, PARAM, join, random_bits, round_stochastically, split
+from .plan import Operands
 
 
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -29,17 +31,7 @@ def sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def drift_adamw_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    delta: Tensor | None,
-    c: Coefficients,
-    *,
-    residual: Tensor | None = None,
-    random_key: int | None = None,
-) -> None:
+def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delta: bool = True) -> None:
     """One step of AdamW on the biased gradient, in place:
 
         g          = grad_coef*grad [- delta_coef*delta]
@@ -47,41 +39,60 @@ def drift_adamw_(
         exp_avg_sq = beta2*exp_avg_sq + one_minus_beta2*(g*g)
         param      = param*decay [+ delta_step*delta] - step_size*(exp_avg/(sqrt(exp_avg_sq)*inv_sqrt_bc2 + eps))
 
-    where the terms in brackets are evaluated if and only if there is a delta.
+    where the terms in brackets are evaluated if and only if there is a delta (and it is asked for). Everything is read
+    as float32, from codes and scales, from the two halves of a master; and rounded once, when it is stored.
 
     Args:
-        param: any shape; float32, bfloat16 or float16. Overwritten.
+        operands: param (any shape; float32, bfloat16 or float16), states and residual are overwritten, delta only read.
         grad: of param's shape; param's dtype or float32. Only read.
-        exp_avg, exp_avg_sq: of param's shape; float32 or bfloat16. Overwritten.
-        delta: of param's shape, float32 or bfloat16, or None. Only read.
         c: the step's scalars, each a float32 tensor of shape [] (see `coefficients.py` for their formulas).
-        residual: of param's shape, int16; with a bfloat16 param the two halves of a float32 master. Overwritten.
-        random_key: rounds what is bfloat16, but a param that has a residual, at random (`lossless.random_bits`).
 
     Non-finite elements behave as in `torch.optim.AdamW`: a NaN or Inf in the gradient reaches that element's states and
-    param.
+    param (and with states of one byte, a step later, its block).
     """
-    p = param.float() if residual is None else join(param, residual)
+    o = operands
+    p = o.param.float() if o.residual is None else join(o.param, o.residual)
     g = c.grad_coef * grad.float()
     decayed = p * c.decay
+    delta = read_delta(o) if with_delta else None
     if delta is not None:
-        delta = delta.float()
         g = g - c.delta_coef * delta
         decayed = decayed + c.delta_step * delta
-    m = c.beta1 * exp_avg.float() + c.one_minus_beta1 * g
-    v = c.beta2 * exp_avg_sq.float() + c.one_minus_beta2 * (g * g)
+    m = c.beta1 * _read(o.exp_avg, o.exp_avg_scale) + c.one_minus_beta1 * g
+    v = c.beta2 * _read(o.exp_avg_sq, o.exp_avg_sq_scale) + c.one_minus_beta2 * (g * g)
     update = m / (sqrt(v) * c.inv_sqrt_bc2 + c.eps)
     p = decayed - c.step_size * update
 
-    for target, x, stream in ((param, p, PARAM), (exp_avg, m, EXP_AVG), (exp_avg_sq, v, EXP_AVG_SQ)):
-        if target is param and residual is not None:
-            for half, value in zip((param, residual), split(p), strict=True):
-                half.copy_(value)
-        elif random_key is not None and target.dtype == torch.bfloat16:
-            bits = random_bits(random_key, int(c.step), stream, x.numel(), x.device)
-            target.copy_(round_stochastically(x, bits.view(x.shape)))
-        else:
-            target.copy_(round_to(x, target.dtype))
+    if o.residual is None:
+        _write(o.param, None, p, o.random_key, int(c.step), PARAM)
+    else:
+        for half, value in zip((o.param, o.residual), split(p), strict=True):
+            half.copy_(value)
+    _write(o.exp_avg, o.exp_avg_scale, m, o.random_key, int(c.step), EXP_AVG)
+    _write(o.exp_avg_sq, o.exp_avg_sq_scale, v, o.random_key, int(c.step), EXP_AVG_SQ)
+
+
+def read_delta(operands: Operands) -> Tensor | None:
+    """The delta in float32; of a small prior, each code times the scale of its block."""
+    delta, scale = operands.delta, operands.delta_scale
+    if delta is None:
+        return None
+    return delta.float() if scale is None else delta.float() * codes.spread(scale, delta)
+
+
+def _read(state: Tensor, scale: Tensor | None) -> Tensor:
+    return state.float() if scale is None else codes.decode(state, scale)
+
+
+def _write(target: Tensor, scale: Tensor | None, x: Tensor, random_key: int | None, step: int, stream: int) -> None:
+    if scale is not None:
+        for half, value in zip((target, scale), codes.encode(x, target.dtype), strict=True):
+            half.copy_(value)
+    elif random_key is not None and target.dtype == torch.bfloat16:
+        bits = random_bits(random_key, step, stream, x.numel(), x.device)
+        target.copy_(round_stochastically(x, bits.view(x.shape)))
+    else:
+        target.copy_(round_to(x, target.dtype))
 
 
 def grad_stats(grad: Tensor, delta: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from .errors import PriorMismatchError
 from .groups import FINGERPRINT
-from .precision import Precision
+from .precision import Precision, check_state
 
 
 def _params_by_saved_id(
@@ -26,7 +26,7 @@ def _params_by_saved_id(
 
 
 def check_state_dict(
-    state_dict: StateDict, param_groups: list[dict[str, Any]], fingerprint: str | None, precision: Precision
+    state_dict: StateDict, param_groups: list[dict[str, Any]], fingerprint: str | None
 ) -> dict[str, Any]:
     """A shallow copy of `state_dict`, checked, whose groups take what they lack from `param_groups`.
 
@@ -50,7 +50,7 @@ def check_state_dict(
     params = _params_by_saved_id(param_groups, saved_groups)
     for saved_id, state in state_dict["state"].items():
         if saved_id in params and state:
-            precision.check_state(*params[saved_id], state)
+            check_state(*params[saved_id], state)
     groups = [
         {**{key: value for key, value in group.items() if key != "params"}, **saved}
         for group, saved in zip(param_groups, saved_groups, strict=True)

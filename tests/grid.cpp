@@ -6,6 +6,13 @@ namespace drift {
 namespace {
 
 using UpdateBlock = void (*)(const Launch&, int64_t block);
+
+template <class Param, class Grad, class State, class Delta>
+void run_update(const Launch& launch, int64_t block) {
+  static Tile<State> tile;
+  update_block<Param, Grad, State, Delta>(launch, block, &tile);
+}
+
 using SumBlock = void (*)(const Launch&, int64_t block, Sums*);
 
 template <class T>
@@ -24,7 +31,7 @@ using namespace drift;
 // From chunk `begin` of each launch on, so that the end of a huge tensor can be run alone.
 extern "C" void update(const Plan* plan, const char* const* dtypes, const Coefficients* coefficients, int64_t begin) {
   const UpdateBlock body = select_update(parse(dtypes), [](auto p, auto g, auto s, auto d) -> UpdateBlock {
-    return update_block<Unwrap<decltype(p)>, Unwrap<decltype(g)>, Unwrap<decltype(s)>, Unwrap<decltype(d)>>;
+    return run_update<Unwrap<decltype(p)>, Unwrap<decltype(g)>, Unwrap<decltype(s)>, Unwrap<decltype(d)>>;
   });
   for_each_launch(*plan, coefficients, nullptr, [&](const Launch& launch, int64_t chunks) {
     for (int64_t block = begin; block < chunks; ++block) body(launch, block);

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grid
 import torch
 from torch import Tensor
 
-from drift_kernels import backends
+from drift_kernels import backends, codes
 from drift_kernels.coefficients import CoefficientTable, Hyperparameters
-from drift_kernels.plan import Plan
+from drift_kernels.plan import ADDRESSES, Operands, Plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,15 +25,10 @@ sys.modules[f"{backends.__name__}.{GRID}"] = grid
 
 @dataclass
 class Problem:
-    """Params, gradients, states and deltas; `clone` gives the same values elsewhere."""
+    """Operands and gradients of several parameters; `clone` gives the same values elsewhere."""
 
-    params: list[Tensor]
+    operands: list[Operands]
     grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    deltas: list[Tensor] | None
-    residuals: list[Tensor] | None = None
-    random_keys: list[int] | None = None
 
     @classmethod
     def random(
@@ -42,51 +38,58 @@ class Problem:
         master: bool = False,
         stochastic: bool = False,
     ) -> Problem:
+        """`dtypes`: of param, grad, states and delta. int8 states are codes, as are int8 and float8 deltas."""
         param, grad, state, delta = dtypes
-        keys = torch.randint(2**62, (len(numels),)).tolist()
 
-        def tensors(dtype: torch.dtype, scale: float) -> list[Tensor]:
-            return [(torch.randn(n, device=DEVICE) * scale).to(dtype) for n in numels]
+        def normal(n: int, dtype: torch.dtype, scale: float) -> Tensor:
+            return (torch.randn(n, device=DEVICE) * scale).to(dtype)
 
-        return cls(
-            tensors(param, 1.0),
-            tensors(grad, 0.1),
-            tensors(state, 0.01),
-            [t.abs() for t in tensors(state, 1e-3)],
-            None if delta is None else tensors(delta, 0.05),
-            [torch.randint(-(2**15), 2**15, (n,), dtype=torch.int16, device=DEVICE) for n in numels]
-            if master
-            else None,
-            keys if stochastic else None,
-        )
+        def operands(n: int) -> Operands:
+            extra: dict[str, Any] = {}
+            states = normal(n, F32, 0.01), normal(n, F32, 1e-3).abs()
+            if state == torch.int8:
+                coded = [codes.encode(*pair) for pair in zip(states, (codes.MOMENT, codes.VARIANCE), strict=True)]
+                states = coded[0][0], coded[1][0]
+                extra |= {"exp_avg_scale": coded[0][1], "exp_avg_sq_scale": coded[1][1]}
+            else:
+                states = states[0].to(state), states[1].to(state)
+            if delta in (torch.int8, torch.float8_e4m3fn):
+                bytes_ = torch.randint(-127, 127, (n,), dtype=torch.int8, device=DEVICE)
+                bytes_ = torch.where(bytes_ & 0x7F == 0x7F, 0, bytes_)  # no NaN in float8
+                scale = torch.rand(codes.blocks(n), device=DEVICE) * 1e-3
+                extra |= {"delta": bytes_.view(delta), "delta_scale": scale}
+            elif delta is not None:
+                extra["delta"] = normal(n, delta, 0.05)
+            if master:
+                extra["residual"] = torch.randint(-(2**15), 2**15, (n,), dtype=torch.int16, device=DEVICE)
+            if stochastic:
+                extra["random_key"] = int(torch.randint(2**62, ()))
+            return Operands(normal(n, param, 1.0), *states, **extra)
+
+        return cls([operands(n) for n in numels], [normal(n, grad, 0.1) for n in numels])
 
     def clone(self) -> Problem:
         return self.each(torch.clone)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Problem:
         """With every tensor replaced."""
-        lists = {name: tensors for name, tensors in vars(self).items() if name != "random_keys" and tensors is not None}
-        return replace(self, **{name: [function(t) for t in tensors] for name, tensors in lists.items()})
-
-    def operands(self) -> list[list[Tensor]]:
-        """The tensors, kind by kind."""
-        return [tensors for name, tensors in vars(self).items() if name != "random_keys" and tensors is not None]
+        return Problem(
+            [replace(o, **{name: function(t) for name, t in tensors_of(o).items()}) for o in self.operands],
+            [function(g) for g in self.grads],
+        )
 
     def plan(self) -> Plan:
-        plan = Plan(
-            self.params,
-            self.grads[0].dtype,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.deltas,
-            self.residuals,
-            self.random_keys,
-        )
+        plan = Plan(self.operands, self.grads[0].dtype)
         plan.set_grads(self.grads)
         return plan
 
     def outputs(self) -> list[Tensor]:
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *(self.residuals or [])]
+        written = {name for name in ADDRESSES if not name.startswith("delta")}
+        return [t for o in self.operands for name, t in tensors_of(o).items() if name in written]
+
+
+def tensors_of(operands: Operands) -> dict[str, Tensor]:
+    return {name: t for name in ADDRESSES if (t := getattr(operands, name)) is not None}
 
 
 def coefficients(n: int, scaling: str = "decoupled") -> CoefficientTable:
@@ -106,7 +109,7 @@ def coefficients(n: int, scaling: str = "decoupled") -> CoefficientTable:
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
     """Bit for bit; a float32 NaN may be any NaN (its payload is the processor's choice)."""
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        view = torch.int32 if a.dtype == F32 else torch.int16
+        view = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
         same = a.view(view) == e.view(view)
         if a.dtype == F32:
             same |= a.isnan() & e.isnan()

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 from drift_kernels.backends import triton as backend
 from drift_kernels.coefficients import Coefficients
-from drift_kernels.plan import Plan
+from drift_kernels.plan import Operands, Plan
 
 # param, grad, states, delta; whether there is a master, and whether rounding is stochastic
 LAUNCHES = [
@@ -35,6 +35,8 @@ LAUNCHES = [
     (("bfloat16", "bfloat16", "bfloat16", "bfloat16"), False, True),
     (("bfloat16", "bfloat16", "float32", "bfloat16"), True, False),
     (("bfloat16", "bfloat16", "bfloat16", None), True, True),
+    (("bfloat16", "bfloat16", "int8", "int8"), False, True),
+    (("bfloat16", "bfloat16", "int8", "float8_e4m3fn"), True, False),
 ]
 
 
@@ -51,18 +53,14 @@ def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
         found[" ".join([kernel.__name__, *dtypes, *modes])] = ASTSource(kernel, signature, constants), options
 
     JITFunction.run = record
-    for (param, grad, state, delta), master, stochastic in LAUNCHES:
-        tensors = {name: [torch.zeros(1, dtype=getattr(torch, name))] for name in (param, grad, state, delta) if name}
-        plan = Plan(
-            tensors[param],
-            tensors[grad][0].dtype,
-            tensors[state],
-            tensors[state],
-            tensors.get(delta),
-            [torch.zeros(1, dtype=torch.int16)] if master else None,
-            [0] if stochastic else None,
-        )
-        plan.set_grads(tensors[grad])
+    for dtypes, master, stochastic in LAUNCHES:
+        param, grad, state, delta = (name and torch.zeros(1, dtype=getattr(torch, name)) for name in dtypes)
+        residual = torch.zeros(1, dtype=torch.int16) if master else None
+        scale = torch.zeros(1)
+        key = 0 if stochastic else None
+        operands = Operands(param, state, state, delta, residual, scale, scale, scale, key)
+        plan = Plan([operands], grad.dtype)
+        plan.set_grads([grad])
         backend.grad_stats(plan, torch.empty(1, 2, dtype=torch.float64), with_delta=True)
         backend.update(plan, torch.empty(1, len(Coefficients._fields)), with_delta=True)
     return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import disassembly
 import grid
 import pytest
 import torch
-from problems import BF16, DEVICE, F32, GRID, Problem, assert_same_bits, coefficients, run
+from problems import BF16, DEVICE, F32, GRID, Problem, assert_same_bits, coefficients, run, tensors_of
 
 from drift_kernels import backends
 from drift_kernels.backends import cuda as backend
@@ -27,7 +29,17 @@ THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in 
 
 # For each architecture, by kernel, such as "update<bfloat16, bfloat16, float, Nothing>".
 Kernels = dict[str, dict[str, Any]]
-SIZES = {"float": 4, "bfloat16": 2, "float16": 2, "stochastic_bfloat16": 2, "master_bfloat16": 2, "Nothing": 0}
+SIZES = {
+    "float": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "stochastic_bfloat16": 2,
+    "master_bfloat16": 2,
+    "int8_state": 1,
+    "int8_code": 1,
+    "fp8_code": 1,
+    "Nothing": 0,
+}
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -85,42 +97,58 @@ def test_it_was_built_for_what_people_have_and_for_what_will_come(
 def test_every_combination_of_dtypes_has_a_kernel(by_arch: dict[str, Kernels]) -> None:
     for arch, kernels in by_arch.items():
         kinds = Counter(name.partition("<")[0] for name in kernels)
-        # Rounded to nearest or at random a param has two types of states, a master three; all but float two of grads.
-        assert kinds == {"update": (5 * 2 + 2 * 2 + 2 * 3) * 3, "sum": 3 * 3, "total": 1}, arch
+        # By the types of (gradients, states, deltas): float; float16; bfloat16 to nearest and at random; masters.
+        updates = 1 * 3 * 3 + 2 * 2 * 3 + 2 * (2 * 3 * 5) + 2 * 4 * 5
+        assert kinds == {"update": updates, "sum": 2 * 5 + 3, "total": 1}, arch
+
+
+def expected_accesses(sizes: list[int], turn: int, single: int) -> dict[str, int]:
+    """Of a turn in wide accesses, of 16 bytes or of all of it; and of `single` elements one by one."""
+    widths = {16: ".128", 8: ".64", 4: "", 2: ".U16", 1: ".U8"}
+    expected: Counter[str] = Counter()
+    for size in filter(None, sizes):
+        wide = min(16, size * turn)
+        expected[widths[wide]] += size * turn // wide
+        expected[widths[size]] += single
+    return dict(expected)
 
 
 def test_an_update_moves_16_bytes_at_a_time_or_one_element(by_arch: dict[str, Kernels]) -> None:
-    """Eight elements a turn where tensors are aligned, in as few accesses as their bytes allow; four elsewhere."""
+    """Eight elements a turn where tensors are aligned, in as few accesses as their bytes allow; four elsewhere. (Where
+    there are codes, also their scales; and eight elsewhere where the states are codes.)"""
     for name, (param, grad, state, delta), sass in each(by_arch, "update"):
         residual = [2] if "master" in name else []
         for kind, sizes in (
             ("LDG", [param, grad, state, state, delta, *residual]),
             ("STG", [param, state, state, *residual]),
         ):
-            expected = {
-                ".128": sum(TURN * size // 16 for size in sizes),
-                ".U16": TURN // 2 * sizes.count(2),
-                "": TURN // 2 * sizes.count(4),
-            }
-            assert accesses(sass, kind) == {width: n for width, n in expected.items() if n}, name
+            found = accesses(sass, kind)
+            expected = expected_accesses(sizes, TURN, TURN if state == 1 else TURN // 2)
+            if 1 in (state, delta):
+                scales = found.pop("", 0) - expected.pop("", 0)
+                assert scales >= (kind == "LDG" or state == 1), name
+            assert found == expected, name
 
 
 def test_grad_stats_reads_16_bytes_at_a_time_or_one_element(by_arch: dict[str, Kernels]) -> None:
     for name, sizes, sass in each(by_arch, "sum"):
-        expected = {".128": sum(sizes), ".U16": TURN * sizes.count(2), "": TURN * sizes.count(4)}
-        assert accesses(sass, "LDG") == {width: n for width, n in expected.items() if n}, name
+        found, expected = accesses(sass, "LDG"), expected_accesses(sizes, 2 * TURN, TURN)
+        if 1 in sizes:
+            assert found.pop("", 0) > expected.pop("", 0), f"{name} reads no scales"
+        assert found == expected, name
 
 
 def test_nothing_spills_and_two_blocks_share_a_multiprocessor(by_arch: dict[str, Kernels]) -> None:
-    """Three for two-byte parameters, four for the sums: what is in flight together saturates the memory."""
+    """Three of what rounds two-byte parameters to nearest, four of the sums."""
     for arch, kernels in by_arch.items():
         for name, facts in kernels.items():
             usage = facts["usage"]
             assert usage["STACK"] == usage["LOCAL"] == 0, f"{arch} {name}"
             assert not [opcode for opcode in facts["sass"] if opcode.startswith(("LDL", "STL"))], f"{arch} {name}"
-            two = name.startswith("update<float,") or name.count("stochastic") > name.count("update<stochastic")
-            blocks = 2 if two else 3 if name.startswith("update") else 4
+            plain = name.startswith(("update<bfloat16", "update<float16")) and "int8_state" not in name
+            blocks = 3 if plain else 2 if name.startswith("update") else 4
             assert usage["REG"] * THREADS * blocks <= 65_536, f"{arch} {name}: {usage['REG']} registers"
+            assert usage["SHARED"] * blocks <= 100 * 1024, f"{arch} {name}: {usage['SHARED']} bytes shared"
 
 
 def test_every_operation_is_rounded_by_itself(extension: Path, by_arch: dict[str, Kernels]) -> None:
@@ -130,8 +158,13 @@ def test_every_operation_is_rounded_by_itself(extension: Path, by_arch: dict[str
         for name, facts in kernels.items():
             disassembly.assert_nothing_was_contracted(name, facts["sass"], by_name[name])
     for name, counts in by_name.items():
-        roots = TURN + TURN // 2 if name.startswith("update") else 0
-        assert counts["sqrt.rn.f32"] == counts["div.rn.f32"] == roots, name
+        roots = 0
+        if name.startswith("update"):  # one of each an element, and in codes two and three more
+            roots = 2 * TURN if "int8_state" in name else TURN + TURN // 2
+        if "int8_state" not in name:
+            assert counts["sqrt.rn.f32"] == counts["div.rn.f32"] == roots, name
+        else:
+            assert counts["sqrt.rn.f32"] == 3 * roots, name
 
 
 def test_its_cudart_is_its_own(extension: Path) -> None:
@@ -164,11 +197,18 @@ def test_views_into_flat_buffers(dtypes: tuple[torch.dtype | None, ...]) -> None
     offsets = range(2 * TURN)
     problem = Problem.random([numel] * 6 * len(offsets), dtypes)
     expected = run("reference", problem.clone(), steps=1)
-    for which, tensors in enumerate(problem.operands()):
-        for row, t in enumerate(tensors):
-            offset = row // 6 + (row % 6 == which)
-            tensors[row] = t.new_empty(numel + 2 * TURN + 1)[offset:][:numel].copy_(t)
-    assert_same_bits(run(NAME, problem, steps=1), expected)
+    kinds = len(tensors_of(problem.operands[0])) + 1
+    place = itertools.count()
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        row, which = divmod(next(place), kinds - 1)  # `each` goes through a row's operands, then through the gradients
+        if row >= len(problem.operands):
+            row, which = next(grads), kinds - 1
+        offset = row // 6 + (row % 6 == which)
+        return t.new_empty(numel + 2 * TURN + 1)[offset:][:numel].copy_(t)
+
+    grads = itertools.count()
+    assert_same_bits(run(NAME, problem.each(moved), steps=1), expected)
 
 
 @runs
@@ -193,10 +233,14 @@ def test_the_end_of_a_tensor_of_more_than_2_to_the_31_elements() -> None:
     numel, last = 2**31 + CHUNK + 77, 2 * CHUNK + 77
     end = Problem.random([last], (BF16, BF16, BF16, BF16))
     expected = run("reference", end.clone(), steps=1)
-    huge = [torch.empty(numel, dtype=BF16) for _ in end.operands()]
-    for tensor, (ours,) in zip(huge, end.operands(), strict=True):
-        tensor[-last:] = ours
-    problem = Problem(*([tensor] for tensor in huge))
+    huge = iter([torch.empty(numel, dtype=BF16) for _ in range(5)])
+
+    def ending(t: torch.Tensor) -> torch.Tensor:
+        tensor = next(huge)
+        tensor[-last:] = t
+        return tensor
+
+    problem = end.each(ending)
     grid.update(problem.plan(), coefficients(1, "absolute").table, with_delta=True, first_chunk=(numel - last) // CHUNK)
     assert_same_bits([tensor[-last:] for tensor in problem.outputs()], expected)
 
@@ -208,10 +252,12 @@ def test_sums_keep_their_bound_where_every_rounding_errs_alike(offset: int) -> N
     values = torch.rand(8, dtype=F32, device=DEVICE)
     problem = Problem.random([CHUNK] * len(values), (F32, F32, F32, F32))
     problem.grads = [value.repeat(CHUNK + offset)[offset:] for value in values]
-    problem.deltas = [torch.full_like(g, -0.7) for g in problem.grads]
+    problem.operands = [
+        replace(o, delta=torch.full_like(g, -0.7)) for o, g in zip(*vars(problem).values(), strict=True)
+    ]
     out = torch.empty(len(values), 2, dtype=torch.float64, device=DEVICE)
     backends.load(NAME).grad_stats(problem.plan(), out, with_delta=True)
-    delta = problem.deltas[0][0].double()
+    delta = torch.tensor(-0.7, device=DEVICE).double()
     expected = CHUNK * torch.stack((values.double() ** 2, values.double() * delta), dim=1)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
 

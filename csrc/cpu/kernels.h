@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../dtypes.h"
+#include "chunk.h"
 #include "subtract.h"
 
 namespace drift {

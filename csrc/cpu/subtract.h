@@ -1,7 +1,7 @@
 // The arithmetic of building a prior: one piece of a delta and the inner products that describe it, in one pass.
 #pragma once
 
-#include "../chunk.h"
+#include "chunk.h"
 
 namespace drift {
 

@@ -4,21 +4,11 @@
 // bit for bit.
 #pragma once
 
-#include "../chunk.h"
-
-#if defined(__CUDACC__)
-#define DRIFT_UNROLL _Pragma("unroll")
-#define DRIFT_KEEP_ROLLED _Pragma("unroll 1")  // a turn is what is in flight: more of them would only take registers
-#else
-#define DRIFT_UNROLL
-#define DRIFT_KEEP_ROLLED
-#endif
+#include "access.h"
 
 namespace drift {
 
-constexpr int kThreads = 256;
-
-// Elements of a thread's turn, all requested before the first is used: what is in flight. An update asks for 80 to 160
+// Elements of a thread's turn, all requested before the first is used: what is in flight. An update asks for 40 to 160
 // bytes at once, the sums for 32 to 128.
 constexpr int kUpdateTurn = 8;
 constexpr int kSumTurn = 16;
@@ -55,194 +45,6 @@ DRIFT_HD void each_thread(F f) {
 #endif
 }
 
-// 16 bytes: the widest access.
-struct __attribute__((aligned(16), may_alias)) Word {
-  uint32_t bits[4];
-};
-
-#if defined(__CUDACC__)
-template <int kBytes>
-struct Raw;
-template <>
-struct Raw<2> {
-  using type = unsigned short;
-};
-template <>
-struct Raw<4> {
-  using type = unsigned int;
-};
-template <>
-struct Raw<16> {
-  using type = uint4;
-};
-#endif
-
-// One access to a tensor. On the device it says that the address, which came as a number, is in global memory, and that
-// the line will not be needed again.
-template <class T>
-DRIFT_HD T read(const T* address) {
-#if defined(__CUDA_ARCH__)
-  const auto raw = __ldcs(reinterpret_cast<const typename Raw<sizeof(T)>::type*>(address));
-  T value;
-  memcpy(&value, &raw, sizeof value);
-  return value;
-#else
-  return *address;
-#endif
-}
-
-template <class T>
-DRIFT_HD void write(T* address, T value) {
-#if defined(__CUDA_ARCH__)
-  typename Raw<sizeof(T)>::type raw;
-  memcpy(&raw, &value, sizeof raw);
-  __stcs(reinterpret_cast<typename Raw<sizeof(T)>::type*>(address), raw);
-#else
-  *address = value;
-#endif
-}
-
-// What a thread holds of one tensor in one turn. All of a turn is requested before the first of it is used.
-template <class T, int kCount>
-struct Values {
-  T values[kCount];
-};
-
-// A turn's random bits: of elements first .. first + 7, which one call of the generator serves, or one by one.
-template <class T, int kCount>
-struct Draws {
-  uint16_t bits[kStochastic<T> ? kCount : 1];
-
-  DRIFT_HD uint32_t operator[](int j) const { return kStochastic<T> ? bits[j] : 0; }
-};
-
-// A turn of the elements from `first` on, of tensors that are aligned to 16 bytes there.
-template <int kTurn>
-struct Wide {
-  static constexpr int kCount = kTurn;
-  int first;
-
-  template <class T>
-  DRIFT_HD Values<T, kCount> load(const T* tensor) const {
-    Values<T, kCount> turn{};
-    if constexpr (!std::is_same_v<T, Nothing>) {
-      constexpr int kWords = sizeof turn / sizeof(Word);
-      const auto* source = reinterpret_cast<const Word*>(tensor + first);
-      Word words[kWords];
-      DRIFT_UNROLL
-      for (int w = 0; w < kWords; ++w) words[w] = read(source + w);
-      memcpy(&turn, words, sizeof turn);
-    }
-    return turn;
-  }
-
-  template <class T>
-  DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
-    if constexpr (!std::is_same_v<T, Nothing>) {
-      constexpr int kWords = sizeof turn / sizeof(Word);
-      auto* target = reinterpret_cast<Word*>(tensor + first);
-      Word words[kWords];
-      memcpy(words, &turn, sizeof turn);
-      DRIFT_UNROLL
-      for (int w = 0; w < kWords; ++w) write(target + w, words[w]);
-    }
-  }
-
-  // The chunk begins at element `begin` of its tensor; `first` is a multiple of eight.
-  template <class T>
-  DRIFT_HD Draws<T, kCount> draw(const RandomBits& random, Stream stream, int64_t begin) const {
-    Draws<T, kCount> draws{};
-    if constexpr (kStochastic<T>) {
-      static_assert(kCount == 8, "one call of the generator");
-      const Philox eight = random.eight(stream, (begin + first) / 8);
-      DRIFT_UNROLL
-      for (int j = 0; j < kCount; ++j) draws.bits[j] = static_cast<uint16_t>(RandomBits::half(eight, j));
-    }
-    return draws;
-  }
-};
-
-// A turn of the elements first, first + kThreads, ..., below end: element by element, a warp's side by side.
-template <int kTurn>
-struct Striped {
-  static constexpr int kCount = kTurn;
-  int first;
-  int end;
-
-  template <class T>
-  DRIFT_HD Values<T, kCount> load(const T* tensor) const {
-    Values<T, kCount> turn{};
-    if constexpr (!std::is_same_v<T, Nothing>) {
-      DRIFT_UNROLL
-      for (int j = 0; j < kCount; ++j) {
-        if (first + j * kThreads < end) turn.values[j] = read(tensor + first + j * kThreads);
-      }
-    }
-    return turn;
-  }
-
-  template <class T>
-  DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
-    if constexpr (!std::is_same_v<T, Nothing>) {
-      DRIFT_UNROLL
-      for (int j = 0; j < kCount; ++j) {
-        if (first + j * kThreads < end) write(tensor + first + j * kThreads, turn.values[j]);
-      }
-    }
-  }
-
-  template <class T>
-  DRIFT_HD Draws<T, kCount> draw(const RandomBits& random, Stream stream, int64_t begin) const {
-    Draws<T, kCount> draws{};
-    if constexpr (kStochastic<T>) {
-      DRIFT_UNROLL
-      for (int j = 0; j < kCount; ++j) {
-        draws.bits[j] = static_cast<uint16_t>(random.one(stream, begin + first + j * kThreads));
-      }
-    }
-    return draws;
-  }
-};
-
-// A chunk's elements 0 .. size, cut where wide accesses begin (`body`) and end (`tail`).
-struct Span {
-  int body;
-  int tail;
-  int size;
-};
-
-// The period of the alignment of two-byte types, and twice that of float.
-constexpr int kPeriod = sizeof(Word) / 2;
-
-template <class T>
-DRIFT_HD bool aligned(const T* element) {
-  return std::is_same_v<T, Nothing> || reinterpret_cast<uintptr_t>(element) % sizeof(Word) == 0;
-}
-
-// Wide accesses take all tensors to be aligned at the same of the first kHeads elements. Where that is not to be had,
-// there is no body.
-template <int kTurn, int kHeads, class... T>
-DRIFT_HD Span cut(int size, const T*... tensors) {
-  for (int head = 0; head < kHeads && head < size; ++head) {
-    if ((aligned(tensors + head) && ...)) return {head, head + (size - head) / kTurn * kTurn, size};
-  }
-  return {0, 0, size};
-}
-
-// A thread's turns: turn(Wide) over the body, turn(Striped), of half the size, over what is before and after it.
-template <int kTurn, class F>
-DRIFT_HD void for_each_turn(const Span& span, int thread, F turn) {
-  DRIFT_KEEP_ROLLED
-  for (int first = span.body + thread * kTurn; first < span.tail; first += kThreads * kTurn) turn(Wide<kTurn>{first});
-  DRIFT_KEEP_ROLLED
-  for (int side = 0; side < 2; ++side) {
-    const int begin = side == 0 ? 0 : span.tail;
-    const int end = side == 0 ? span.body : span.size;
-    DRIFT_KEEP_ROLLED
-    for (int first = begin + thread; first < end; first += kThreads * kTurn / 2) turn(Striped<kTurn / 2>{first, end});
-  }
-}
-
 struct Chunk {
   int64_t index;
   int32_t row;
@@ -262,51 +64,132 @@ DRIFT_HD Chunk find_chunk(const Launch& launch, int64_t block) {
   return chunk;
 }
 
-// Load, update, store, a turn at a time.
+template <class State, int kCount>
+struct States {
+  Values<Decoded<ExpAvg<State>>, kCount> exp_avg;
+  Values<Decoded<ExpAvgSq<State>>, kCount> exp_avg_sq;
+};
+
+// Load, update and store a turn, but for the states, which are returned.
 template <class At, class Param, class Grad, class State, class Delta>
-DRIFT_HD void update_turn(At at, const Tensors<Param, Grad, State, Delta>& tensors, const Coefficients& c,
-                          const RandomBits& random, int64_t begin) {
-  auto param = at.load(tensors.param);
-  auto residual = at.load(tensors.residual);
-  const auto grad = at.load(tensors.grad);
-  auto exp_avg = at.load(tensors.exp_avg);
-  auto exp_avg_sq = at.load(tensors.exp_avg_sq);
-  const auto delta = at.load(tensors.delta);
+DRIFT_HD States<State, At::kCount> update_turn(At at, const Stored<Param, Grad, State, Delta>& stored,
+                                               const Coefficients& c, const RandomBits& random, int64_t begin) {
+  auto param = at.load(stored.param);
+  auto residual = at.load(stored.residual);
+  const auto grad = at.load(stored.grad);
+  States<State, At::kCount> states{load_decoded(at, stored.exp_avg, stored.exp_avg_scale),
+                                   load_decoded(at, stored.exp_avg_sq, stored.exp_avg_sq_scale)};
+  const auto delta = load_decoded(at, stored.delta, stored.delta_scale);
   const auto for_param = at.template draw<Param>(random, Stream::kParam, begin);
   const auto for_exp_avg = at.template draw<State>(random, Stream::kExpAvg, begin);
   const auto for_exp_avg_sq = at.template draw<State>(random, Stream::kExpAvgSq, begin);
 
-  const Tensors<Param, Grad, State, Delta> turn{param.values,   residual.values,   grad.values,
-                                                exp_avg.values, exp_avg_sq.values, delta.values};
+  const Tensors<Param, Grad, Decoded<ExpAvg<State>>, Decoded<Delta>> turn{
+      param.values, residual.values, grad.values, states.exp_avg.values, states.exp_avg_sq.values, delta.values};
   DRIFT_UNROLL
   for (int j = 0; j < At::kCount; ++j) {
     Element e = turn.load(j);
     e = turn.update(e, j, c);
     turn.store(j, e, {for_param[j], for_exp_avg[j], for_exp_avg_sq[j]});
   }
-
-  at.store(tensors.param, param);
-  at.store(tensors.residual, residual);
-  at.store(tensors.exp_avg, exp_avg);
-  at.store(tensors.exp_avg_sq, exp_avg_sq);
+  at.store(stored.param, param);
+  at.store(stored.residual, residual);
+  return states;
 }
 
-// update: reference.drift_adamw_ on the chunk of this block.
+// What threads share where states are codes, whose scales follow from 128 elements: a turn's states of each thread, and
+// the bits of the largest magnitudes among them.
+template <class State>
+struct Tile {};
+
+template <>
+struct Tile<int8_state> {
+  States<int8_state, kUpdateTurn> states[kThreads];
+  uint32_t exp_avg[kThreads];
+  uint32_t exp_avg_sq[kThreads];
+};
+
+DRIFT_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+template <int kCount>
+DRIFT_HD uint32_t largest(const Values<float, kCount>& turn) {
+  uint32_t bits = 0;
+  DRIFT_UNROLL
+  for (int j = 0; j < kCount; ++j) bits = larger(bits, magnitude_bits(turn.values[j]));
+  return bits;
+}
+
+// A thread's codes, under the scale of the threads of its block of 128 elements, the first of which stores it.
+template <class T, class At>
+DRIFT_HD void store_codes(At at, T* tensor, float* scale, const Values<float, At::kCount>& values,
+                          const uint32_t* largest_of, int thread) {
+  constexpr int kGroup = kScaleBlock / At::kCount;
+  const int begin = thread / kGroup * kGroup;
+  uint32_t bits = 0;
+  for (int member = begin; member < begin + kGroup; ++member) bits = larger(bits, largest_of[member]);
+  const float shared = scale_of<T>(bits);
+  Values<T, At::kCount> codes;
+  DRIFT_UNROLL
+  for (int j = 0; j < At::kCount; ++j) codes.values[j] = encode<T>(values.values[j], shared);
+  at.store(tensor, codes);
+  if (thread == begin) write(scale + at.first / kScaleBlock, shared);
+}
+
+// Where states are codes: tiles of a turn for each thread, side by side.
+template <class Param, class Grad, class Delta>
+DRIFT_HD void update_tiles(const Stored<Param, Grad, int8_state, Delta>& stored, const Span& span,
+                           const Coefficients& c, const RandomBits& random, int64_t begin, Tile<int8_state>* tile) {
+  const auto at_turn = [&](int first, auto work) {
+    if (first + kUpdateTurn <= span.tail) {
+      work(Wide<kUpdateTurn>{{first}});
+    } else if (first < span.size) {
+      work(Narrow<kUpdateTurn>{{first}, span.size});
+    }
+  };
+  DRIFT_KEEP_ROLLED
+  for (int start = 0; start < span.size; start += kThreads * kUpdateTurn) {
+    each_thread([&](int thread) {
+      auto& states = tile->states[thread];
+      states = {};
+      at_turn(start + thread * kUpdateTurn, [&](auto at) { states = update_turn(at, stored, c, random, begin); });
+      tile->exp_avg[thread] = largest(states.exp_avg);
+      tile->exp_avg_sq[thread] = largest(states.exp_avg_sq);
+    });
+    each_thread([&](int thread) {
+      const auto& states = tile->states[thread];
+      at_turn(start + thread * kUpdateTurn, [&](auto at) {
+        store_codes(at, stored.exp_avg, stored.exp_avg_scale, states.exp_avg, tile->exp_avg, thread);
+        store_codes(at, stored.exp_avg_sq, stored.exp_avg_sq_scale, states.exp_avg_sq, tile->exp_avg_sq, thread);
+      });
+    });
+  }
+}
+
+// update: reference.drift_adamw_ on the chunk of this block. `tile` is shared by the block's threads.
 template <class Param, class Grad, class State, class Delta>
-DRIFT_HD void update_block(const Launch& launch, int64_t block) {
-  // Random bits come for eight elements at once, the first of which has a multiple of eight for its index.
-  constexpr int kHeads = kStochastic<Param> || kStochastic<State> ? 1 : kPeriod;
+DRIFT_HD void update_block(const Launch& launch, int64_t block, [[maybe_unused]] Tile<State>* tile) {
+  constexpr bool kIsInt8 = std::is_same_v<State, int8_state>;
+  // Random bits and scales are those of whole turns that begin at a multiple of their size.
+  constexpr int kHeads = kStochastic<Param> || kStochastic<State> || kIsInt8 || kCoded<Delta> ? 1 : kPeriod;
   const Chunk chunk = find_chunk(launch, block);
   const Row& row = launch.rows[chunk.row];
   const Coefficients c = launch.coefficients[chunk.row];
   const RandomBits random{row.random_key, static_cast<uint32_t>(c.step)};
-  const auto tensors =
-      Tensors<Param, Grad, State, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);
-  const Span span = cut<kUpdateTurn, kHeads>(chunk.size, tensors.param, tensors.residual, tensors.grad, tensors.exp_avg,
-                                             tensors.exp_avg_sq, tensors.delta);
-  each_thread([&](int thread) {
-    for_each_turn<kUpdateTurn>(span, thread, [&](auto at) { update_turn(at, tensors, c, random, chunk.begin); });
-  });
+  const auto stored =
+      Stored<Param, Grad, State, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);
+  const Span span = cut<kUpdateTurn, kHeads>(chunk.size, stored.param, stored.residual, stored.grad, stored.exp_avg,
+                                             stored.exp_avg_sq, stored.delta);
+  if constexpr (kIsInt8) {
+    update_tiles(stored, span, c, random, chunk.begin, tile);
+  } else {
+    each_thread([&](int thread) {
+      for_each_turn<kUpdateTurn>(span, thread, [&](auto at) {
+        const auto states = update_turn(at, stored, c, random, chunk.begin);
+        at.store(stored.exp_avg, states.exp_avg);
+        at.store(stored.exp_avg_sq, states.exp_avg_sq);
+      });
+    });
+  }
 }
 
 DRIFT_HD void add(Sums& sums, const Sums& more) {
@@ -330,14 +213,16 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
   constexpr bool kHasDelta = !std::is_same_v<Delta, Nothing>;
   const Chunk chunk = find_chunk(launch, block);
   const Grad* __restrict grad = pointer<const Grad>(launch.grads[chunk.row - launch.first_row]) + chunk.begin;
-  const Delta* __restrict delta = pointer<const Delta>(launch.rows[chunk.row].delta) + chunk.begin;
-  const Span span = cut<kSumTurn, kPeriod>(chunk.size, grad, delta);
+  const Row& row = launch.rows[chunk.row];
+  const Delta* __restrict delta = pointer<const Delta>(row.delta) + chunk.begin;
+  const float* delta_scale = pointer<const float>(row.delta_scale) + chunk.begin / kScaleBlock;
+  const Span span = cut<kSumTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, grad, delta);
   each_thread([&](int thread) {
     float grad_grad[kLanes] = {};
     float grad_delta[kLanes] = {};
     for_each_turn<kSumTurn>(span, thread, [&](auto at) {
       const auto g = at.load(grad);
-      const auto d = at.load(delta);
+      const auto d = load_decoded(at, delta, delta_scale);
       DRIFT_UNROLL
       for (int j = 0; j < at.kCount; ++j) {
         const float x = to_float(g.values[j]);

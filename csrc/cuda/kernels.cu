@@ -3,15 +3,16 @@
 namespace drift {
 namespace {
 
-// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 49 to 110 KB are in
-// flight.
+// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 41 to 110 KB are in flight.
 template <class Param, class State>
-constexpr int kUpdateBlocks = sizeof(Param) == 4 || kStochastic<State> ? 2 : 3;
+constexpr int kUpdateBlocks =
+    (std::is_same_v<Param, bfloat16> || std::is_same_v<Param, float16>) && !std::is_same_v<State, int8_state> ? 3 : 2;
 constexpr int kSumBlocks = 4;
 
 template <class Param, class Grad, class State, class Delta>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, State>) update(const __grid_constant__ Launch launch) {
-  update_block<Param, Grad, State, Delta>(launch, blockIdx.x);
+  __shared__ Tile<State> tile;
+  update_block<Param, Grad, State, Delta>(launch, blockIdx.x, &tile);
 }
 
 template <class Grad, class Delta>

@@ -17,20 +17,10 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
-    for t, grad in enumerate(plan.grads):
-        delta = plan.deltas[t] if with_delta and plan.deltas is not None else None
-        out[t] = reference.grad_stats(grad, delta)
+    for t, (operands, grad) in enumerate(zip(plan.operands, plan.grads, strict=True)):
+        out[t] = reference.grad_stats(grad, reference.read_delta(operands) if with_delta else None)
 
 
 def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
-    for t, row in enumerate(coefficients):
-        reference.drift_adamw_(
-            plan.params[t],
-            plan.grads[t],
-            plan.exp_avgs[t],
-            plan.exp_avg_sqs[t],
-            plan.deltas[t] if with_delta and plan.deltas is not None else None,
-            Coefficients(*row.unbind()),
-            residual=None if plan.residuals is None else plan.residuals[t],
-            random_key=None if plan.random_keys is None else plan.random_keys[t],
-        )
+    for operands, grad, row in zip(plan.operands, plan.grads, coefficients, strict=True):
+        reference.drift_adamw_(operands, grad, Coefficients(*row.unbind()), with_delta=with_delta)

@@ -1,0 +1,289 @@
+// How a thread reaches its elements: a turn at a time, in accesses as wide as the tensors' alignment allows. For the
+// device, and for the host where the tests run it.
+#pragma once
+
+#include "../tensors.h"
+
+#if defined(__CUDACC__)
+#define DRIFT_UNROLL _Pragma("unroll")
+#define DRIFT_KEEP_ROLLED _Pragma("unroll 1")  // a turn is what is in flight: more of them would only take registers
+#else
+#define DRIFT_UNROLL
+#define DRIFT_KEEP_ROLLED
+#endif
+
+namespace drift {
+
+constexpr int kThreads = 256;
+
+// What is read or written at once.
+template <int kBytes>
+struct __attribute__((aligned(kBytes), may_alias)) Word {
+  uint32_t bits[kBytes / 4];
+};
+
+#if defined(__CUDACC__)
+template <int kBytes>
+struct Raw;
+template <>
+struct Raw<1> {
+  using type = unsigned char;
+};
+template <>
+struct Raw<2> {
+  using type = unsigned short;
+};
+template <>
+struct Raw<4> {
+  using type = unsigned int;
+};
+template <>
+struct Raw<8> {
+  using type = uint2;
+};
+template <>
+struct Raw<16> {
+  using type = uint4;
+};
+#endif
+
+// One access to a tensor. On the device it says that the address, which came as a number, is in global memory, and that
+// the line will not be needed again.
+template <class T>
+DRIFT_HD T read(const T* address) {
+#if defined(__CUDA_ARCH__)
+  const auto raw = __ldcs(reinterpret_cast<const typename Raw<sizeof(T)>::type*>(address));
+  T value;
+  memcpy(&value, &raw, sizeof value);
+  return value;
+#else
+  return *address;
+#endif
+}
+
+template <class T>
+DRIFT_HD void write(T* address, T value) {
+#if defined(__CUDA_ARCH__)
+  typename Raw<sizeof(T)>::type raw;
+  memcpy(&raw, &value, sizeof raw);
+  __stcs(reinterpret_cast<typename Raw<sizeof(T)>::type*>(address), raw);
+#else
+  *address = value;
+#endif
+}
+
+// What a thread holds of one tensor in one turn. All of a turn is requested before the first of it is used.
+template <class T, int kCount>
+struct Values {
+  T values[kCount];
+};
+
+template <class T, int kCount>
+struct Draws {
+  uint16_t bits[kStochastic<T> ? kCount : 1];
+
+  DRIFT_HD uint32_t operator[](int j) const { return kStochastic<T> ? bits[j] : 0; }
+};
+
+// A turn of kCount elements side by side. Where there are random bits or scales, `first` is a multiple of kCount.
+template <int kTurn>
+struct SideBySide {
+  static constexpr int kCount = kTurn;
+  int first;
+
+  // The chunk begins at element `begin` of its tensor.
+  template <class T>
+  DRIFT_HD Draws<T, kCount> draw(const RandomBits& random, Stream stream, int64_t begin) const {
+    Draws<T, kCount> draws{};
+    if constexpr (kStochastic<T>) {
+      static_assert(kCount == 8, "one call of the generator");
+      const Philox eight = random.eight(stream, (begin + first) / 8);
+      DRIFT_UNROLL
+      for (int j = 0; j < kCount; ++j) draws.bits[j] = static_cast<uint16_t>(RandomBits::half(eight, j));
+    }
+    return draws;
+  }
+
+  DRIFT_HD Values<float, kCount> scales(const float* scale) const {
+    static_assert(kScaleBlock % kCount == 0, "a turn has one scale");
+    const float shared = read(scale + first / kScaleBlock);
+    Values<float, kCount> all;
+    DRIFT_UNROLL
+    for (int j = 0; j < kCount; ++j) all.values[j] = shared;
+    return all;
+  }
+};
+
+// In wide accesses: of tensors that are aligned at `first`.
+template <int kTurn>
+struct Wide : SideBySide<kTurn> {
+  using SideBySide<kTurn>::kCount;
+  using SideBySide<kTurn>::first;
+
+  template <class T>
+  static constexpr int kBytes = sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16;
+
+  template <class T>
+  DRIFT_HD Values<T, kCount> load(const T* tensor) const {
+    Values<T, kCount> turn{};
+    if constexpr (!std::is_same_v<T, Nothing>) {
+      constexpr int kWords = sizeof turn / kBytes<T>;
+      const auto* source = reinterpret_cast<const Word<kBytes<T>>*>(tensor + first);
+      Word<kBytes<T>> words[kWords];
+      DRIFT_UNROLL
+      for (int w = 0; w < kWords; ++w) words[w] = read(source + w);
+      memcpy(&turn, words, sizeof turn);
+    }
+    return turn;
+  }
+
+  template <class T>
+  DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
+    if constexpr (!std::is_same_v<T, Nothing>) {
+      constexpr int kWords = sizeof turn / kBytes<T>;
+      auto* target = reinterpret_cast<Word<kBytes<T>>*>(tensor + first);
+      Word<kBytes<T>> words[kWords];
+      memcpy(words, &turn, sizeof turn);
+      DRIFT_UNROLL
+      for (int w = 0; w < kWords; ++w) write(target + w, words[w]);
+    }
+  }
+};
+
+// Element by element, below `end`.
+template <class T, int kCount, class At>
+DRIFT_HD Values<T, kCount> load_each(const At& at, const T* tensor) {
+  Values<T, kCount> turn{};
+  if constexpr (!std::is_same_v<T, Nothing>) {
+    DRIFT_UNROLL
+    for (int j = 0; j < kCount; ++j) {
+      if (at.index(j) < at.end) turn.values[j] = read(tensor + at.index(j));
+    }
+  }
+  return turn;
+}
+
+template <class T, int kCount, class At>
+DRIFT_HD void store_each(const At& at, T* tensor, const Values<T, kCount>& turn) {
+  if constexpr (!std::is_same_v<T, Nothing>) {
+    DRIFT_UNROLL
+    for (int j = 0; j < kCount; ++j) {
+      if (at.index(j) < at.end) write(tensor + at.index(j), turn.values[j]);
+    }
+  }
+}
+
+template <int kTurn>
+struct Narrow : SideBySide<kTurn> {
+  using SideBySide<kTurn>::kCount;
+  int end;
+
+  DRIFT_HD int index(int j) const { return this->first + j; }
+
+  template <class T>
+  DRIFT_HD Values<T, kCount> load(const T* tensor) const {
+    return load_each<T, kCount>(*this, tensor);
+  }
+
+  template <class T>
+  DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
+    store_each(*this, tensor, turn);
+  }
+};
+
+// Elements first, first + kThreads, ...: a warp's are side by side.
+template <int kTurn>
+struct Striped {
+  static constexpr int kCount = kTurn;
+  int first;
+  int end;
+
+  DRIFT_HD int index(int j) const { return first + j * kThreads; }
+
+  template <class T>
+  DRIFT_HD Values<T, kCount> load(const T* tensor) const {
+    return load_each<T, kCount>(*this, tensor);
+  }
+
+  template <class T>
+  DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
+    store_each(*this, tensor, turn);
+  }
+
+  template <class T>
+  DRIFT_HD Draws<T, kCount> draw(const RandomBits& random, Stream stream, int64_t begin) const {
+    Draws<T, kCount> draws{};
+    if constexpr (kStochastic<T>) {
+      DRIFT_UNROLL
+      for (int j = 0; j < kCount; ++j) draws.bits[j] = static_cast<uint16_t>(random.one(stream, begin + index(j)));
+    }
+    return draws;
+  }
+
+  DRIFT_HD Values<float, kCount> scales(const float* scale) const {
+    Values<float, kCount> all{};
+    DRIFT_UNROLL
+    for (int j = 0; j < kCount; ++j) {
+      if (index(j) < end) all.values[j] = read(scale + index(j) / kScaleBlock);
+    }
+    return all;
+  }
+};
+
+// As load, but codes become floats.
+template <class At, class T>
+DRIFT_HD Values<Decoded<T>, At::kCount> load_decoded(At at, const T* tensor, [[maybe_unused]] const float* scale) {
+  const auto stored = at.load(tensor);
+  if constexpr (kCoded<T>) {
+    const auto scales = at.scales(scale);
+    Values<float, At::kCount> decoded;
+    DRIFT_UNROLL
+    for (int j = 0; j < At::kCount; ++j) decoded.values[j] = decode(stored.values[j], scales.values[j]);
+    return decoded;
+  } else {
+    return stored;
+  }
+}
+
+// A chunk's elements 0 .. size, cut where wide accesses begin (`body`) and end (`tail`).
+struct Span {
+  int body;
+  int tail;
+  int size;
+};
+
+// The period of the alignment of two-byte types, and twice that of float.
+constexpr int kPeriod = 8;
+
+template <int kTurn, class T>
+DRIFT_HD bool aligned(const T* element) {
+  return std::is_same_v<T, Nothing> || reinterpret_cast<uintptr_t>(element) % Wide<kTurn>::template kBytes<T> == 0;
+}
+
+// Wide accesses take all tensors to be aligned at the same of the first kHeads elements. Where that is not to be had,
+// there is no body.
+template <int kTurn, int kHeads, class... T>
+DRIFT_HD Span cut(int size, const T*... tensors) {
+  for (int head = 0; head < kHeads && head < size; ++head) {
+    if ((aligned<kTurn>(tensors + head) && ...)) return {head, head + (size - head) / kTurn * kTurn, size};
+  }
+  return {0, 0, size};
+}
+
+// A thread's turns: turn(Wide) over the body, turn(Striped), of half the size, over what is before and after it.
+template <int kTurn, class F>
+DRIFT_HD void for_each_turn(const Span& span, int thread, F turn) {
+  DRIFT_KEEP_ROLLED
+  for (int first = span.body + thread * kTurn; first < span.tail; first += kThreads * kTurn) {
+    turn(Wide<kTurn>{{first}});
+  }
+  DRIFT_KEEP_ROLLED
+  for (int side = 0; side < 2; ++side) {
+    const int begin = side == 0 ? 0 : span.tail;
+    const int end = side == 0 ? span.body : span.size;
+    DRIFT_KEEP_ROLLED
+    for (int first = begin + thread; first < end; first += kThreads * kTurn / 2) turn(Striped<kTurn / 2>{first, end});
+  }
+}
+
+}  // namespace drift

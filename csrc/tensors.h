@@ -1,0 +1,132 @@
+// What the kernels of every device have in common: the tensors of a row, and an element's load, update, store.
+#pragma once
+
+#include <type_traits>
+
+#include "adamw.h"
+#include "codes.h"
+#include "philox.h"
+
+namespace drift {
+
+struct Nothing {};  // stands for the type of a tensor that a launch does not have: a delta, a residual
+
+template <class Param>
+using Residual = std::conditional_t<std::is_same_v<Param, master_bfloat16>, int16_t, Nothing>;
+
+// States of one byte: the two have codes of their own.
+struct int8_state {};
+
+template <class State>
+using ExpAvg = std::conditional_t<std::is_same_v<State, int8_state>, moment_code, State>;
+
+template <class State>
+using ExpAvgSq = std::conditional_t<std::is_same_v<State, int8_state>, variance_code, State>;
+
+template <class T>
+constexpr bool kStochastic = std::is_same_v<T, stochastic_bfloat16>;
+
+template <class T>
+DRIFT_HD T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+// An element's random bits, of which its tensors use what they need.
+struct Draw {
+  uint32_t param;
+  uint32_t exp_avg;
+  uint32_t exp_avg_sq;
+};
+
+// The tensors of one row as stored, from element `begin` on, which is a multiple of kScaleBlock.
+template <class Param, class Grad, class State, class Delta>
+struct Stored {
+  Param* __restrict param;
+  Residual<Param>* __restrict residual;
+  const Grad* __restrict grad;
+  ExpAvg<State>* __restrict exp_avg;
+  float* __restrict exp_avg_scale;
+  ExpAvgSq<State>* __restrict exp_avg_sq;
+  float* __restrict exp_avg_sq_scale;
+  const Delta* __restrict delta;
+  const float* __restrict delta_scale;
+
+  static DRIFT_HD Stored of(const Row& row, uint64_t grad, int64_t begin) {
+    const int64_t block = begin / kScaleBlock;
+    return {pointer<Param>(row.param) + begin,
+            pointer<Residual<Param>>(row.residual) + begin,
+            pointer<const Grad>(grad) + begin,
+            pointer<ExpAvg<State>>(row.exp_avg) + begin,
+            pointer<float>(row.exp_avg_scale) + block,
+            pointer<ExpAvgSq<State>>(row.exp_avg_sq) + begin,
+            pointer<float>(row.exp_avg_sq_scale) + block,
+            pointer<const Delta>(row.delta) + begin,
+            pointer<const float>(row.delta_scale) + block};
+  }
+};
+
+// Elements to work on: of tensors, or of what was loaded and decoded from them.
+template <class Param, class Grad, class State, class Delta>
+struct Tensors {
+  Param* __restrict param;
+  Residual<Param>* __restrict residual;
+  const Grad* __restrict grad;
+  State* __restrict exp_avg;
+  State* __restrict exp_avg_sq;
+  const Delta* __restrict delta;
+
+  DRIFT_HD Element load(int64_t i) const { return {load_param(i), to_float(exp_avg[i]), to_float(exp_avg_sq[i])}; }
+
+  DRIFT_HD Element update(Element e, int64_t i, const Coefficients& c) const {
+    if constexpr (std::is_same_v<Delta, Nothing>) {
+      return adamw_update(e, to_float(grad[i]), c);
+    } else {
+      return adamw_update(e, to_float(grad[i]), to_float(delta[i]), c);
+    }
+  }
+
+  DRIFT_HD void store(int64_t i, Element e, Draw draw) const {
+    if constexpr (std::is_same_v<Param, master_bfloat16>) {
+      split(e.param, param[i], residual[i]);
+    } else {
+      param[i] = rounded<Param>(e.param, draw.param);
+    }
+    exp_avg[i] = rounded<State>(e.exp_avg, draw.exp_avg);
+    exp_avg_sq[i] = rounded<State>(e.exp_avg_sq, draw.exp_avg_sq);
+  }
+
+ private:
+  DRIFT_HD float load_param(int64_t i) const {
+    if constexpr (std::is_same_v<Param, master_bfloat16>) {
+      return join(param[i], residual[i]);
+    } else {
+      return to_float(param[i]);
+    }
+  }
+
+  template <class T>
+  static DRIFT_HD T rounded(float x, [[maybe_unused]] uint32_t random) {
+    if constexpr (kStochastic<T>) {
+      return round_stochastically(x, random);
+    } else {
+      return round_to<T>(x);
+    }
+  }
+};
+
+// An element as a float, whatever it is stored as; only a code has a scale.
+template <class T>
+DRIFT_HD float value(T x, [[maybe_unused]] float scale) {
+  if constexpr (kCoded<T>) {
+    return decode(x, scale);
+  } else {
+    return to_float(x);
+  }
+}
+
+struct Sums {
+  double grad_grad;
+  double grad_delta;
+};
+
+}  // namespace drift
