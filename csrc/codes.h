@@ -71,19 +71,20 @@ DRIFT_HD float scale_of(uint32_t largest) {
 
 DRIFT_HD uint32_t magnitude_bits(float x) { return float_to_bits(x) & 0x7fffffffu; }
 
-// The nearest code (ties to even) on the scale of square roots; for anything but zero, not the code of zero where that
-// would divide by it.
+// What to divide the block's magnitudes by: the scale, or infinity where there is none (0) or it is NaN.
+DRIFT_HD float divisor_of(float scale) { return scale > 0.0f ? scale : bits_to_float(0x7f800000u); }
+
+// The nearest code (ties to even) on the scale of square roots; for a variance that is not zero, not the code of zero,
+// by whose root the update would be divided.
 template <class T>
-DRIFT_HD T encode(float x, float scale) {
-  const float root = sqrtf(bits_to_float(magnitude_bits(x)) / scale);
+DRIFT_HD T encode(float x, float divisor) {
+  const float root = sqrtf(bits_to_float(magnitude_bits(x)) / divisor);
   const float nearest = (root + 0x1.8p23f) - 0x1.8p23f;
-  const float limited = nearest < kLargestCode<T> ? nearest : kLargestCode<T>;
-  int32_t code = static_cast<int32_t>(scale > 0.0f ? limited : 0.0f);
+  const int32_t code = static_cast<int32_t>(nearest < kLargestCode<T> ? nearest : kLargestCode<T>);
   if constexpr (std::is_same_v<T, moment_code>) {
     return {static_cast<int8_t>(x < 0.0f ? -code : code)};
   } else {
-    code = code == 0 && x > 0.0f && scale > 0.0f ? 1 : code;
-    return {static_cast<uint8_t>(code)};
+    return {static_cast<uint8_t>((code == 0) & (x > 0.0f) ? 1 : code)};
   }
 }
 

@@ -40,9 +40,11 @@ def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = largest / float(largest_code**2)
     scale = torch.where((largest != 0) & (scale == 0), torch.full_like(scale, 2.0**-149), scale)
     scale = torch.where(largest.isfinite(), scale, torch.nan)
-    of_each = spread(scale, x)
-    root = (x.abs() / of_each).double().sqrt().float()  # exactly the rounded float32 root (reference.sqrt)
-    codes = torch.where(of_each > 0, root.round().clamp(max=largest_code), 0.0)
+    divisor = spread(torch.where(scale > 0, scale, torch.inf), x)
+    nearest = (
+        (x.abs() / divisor).double().sqrt().float().round()
+    )  # the root is the rounded float32 one (reference.sqrt)
+    code = torch.where(nearest < largest_code, nearest, float(largest_code))
     if dtype == VARIANCE:
-        codes = torch.where((codes == 0) & (x > 0) & (of_each > 0), 1.0, codes)
-    return torch.where(x < 0, -codes, codes).to(dtype), scale
+        code = torch.where((code == 0) & (x > 0), 1.0, code)
+    return torch.where(x < 0, -code, code).to(dtype), scale

@@ -98,6 +98,7 @@ def test_several_million_elements(name: str, dtypes: tuple[torch.dtype | None, .
         ((F32, F32, F32, F32), {}),
         ((BF16, BF16, BF16, BF16), {"stochastic": True}),
         ((BF16, BF16, F32, BF16), {"master": True}),
+        ((BF16, BF16, INT8, INT8), {"stochastic": True}),
     ],
 )
 def test_special_values(name: str, dtypes: tuple[torch.dtype | None, ...], modes: dict[str, bool]) -> None:
@@ -107,9 +108,10 @@ def test_special_values(name: str, dtypes: tuple[torch.dtype | None, ...], modes
     problem = Problem.random([4096], dtypes, **modes)
     special_operands = [t for t in (*tensors_of(problem.operands[0]).values(), *problem.grads) if t.is_floating_point()]
     for tensor in special_operands:
-        chosen = values[torch.randint(len(values), (4096,), device=DEVICE)]
-        tensor.copy_(torch.where(torch.rand(4096, device=DEVICE) < 0.5, tensor, chosen.to(tensor.dtype)))
-    problem.operands[0].exp_avg_sq.abs_()
+        chosen = values[torch.randint(len(values), tensor.shape, device=DEVICE)].to(tensor.dtype)
+        tensor.copy_(torch.where(torch.rand(tensor.shape, device=DEVICE) < 0.5, tensor, chosen))
+    if problem.operands[0].exp_avg_scale is None:
+        problem.operands[0].exp_avg_sq.abs_()
     expected = run("reference", problem.clone(), steps=2)
     assert_same_bits(run(name, problem, steps=2), expected)
 

@@ -53,7 +53,7 @@ class RandomBlock {
   }
 
  private:
-  union {
+  alignas(64) union {
     uint32_t words[kStochastic<T> ? kPrepared / 2 : 1];
     uint16_t halves[kStochastic<T> ? kPrepared : 1];
   } bits_;
@@ -89,14 +89,15 @@ class Worked {
         }
         const float block_scale = scale_of<T>(largest);
         scale[begin / kScaleBlock] = block_scale;
+        const float divisor = divisor_of(block_scale);
         DRIFT_INDEPENDENT
-        for (int64_t i = begin; i < end; ++i) tensor[i] = encode<T>(values_[i], block_scale);
+        for (int64_t i = begin; i < end; ++i) tensor[i] = encode<T>(values_[i], divisor);
       }
     }
   }
 
  private:
-  float values_[kCoded<T> ? kPrepared : 1];
+  alignas(64) float values_[kCoded<T> ? kPrepared : 1];
 };
 
 template <class Param, class Grad, class State, class Delta>

@@ -130,7 +130,7 @@ DRIFT_HD void store_codes(At at, T* tensor, float* scale, const Values<float, At
   const float shared = scale_of<T>(bits);
   Values<T, At::kCount> codes;
   DRIFT_UNROLL
-  for (int j = 0; j < At::kCount; ++j) codes.values[j] = encode<T>(values.values[j], shared);
+  for (int j = 0; j < At::kCount; ++j) codes.values[j] = encode<T>(values.values[j], divisor_of(shared));
   at.store(tensor, codes);
   if (thread == begin) write(scale + at.first / kScaleBlock, shared);
 }

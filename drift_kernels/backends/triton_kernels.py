@@ -103,15 +103,15 @@ def _store_codes(pointer, scales, start, index, end, x, largest_code: tl.constex
     smallest = tl.full([count], 1, tl.uint32).to(tl.float32, bitcast=True)
     scale = tl.where((largest != 0) & (scale == 0), smallest, scale)
     scale = tl.where(largest >= 0x7F800000, float("nan"), scale)
-    each = tl.reshape(tl.broadcast_to(scale[:, None], [count, 128]), [count * 128])
+    divisor = tl.where(scale > 0, scale, float("inf"))
+    each = tl.reshape(tl.broadcast_to(divisor[:, None], [count, 128]), [count * 128])
     root = tl.sqrt_rn(tl.div_rn(tl.abs(x), each))
     nearest = (root + 12582912.0) - 12582912.0
-    limited = tl.where(nearest < largest_code, nearest, largest_code)
-    code = tl.where(each > 0, limited, 0.0).to(tl.int32)
+    code = tl.where(nearest < largest_code, nearest, largest_code).to(tl.int32)
     if largest_code == 127:
         code = tl.where(x < 0, -code, code)
     else:
-        code = tl.where((code == 0) & (x > 0) & (each > 0), 1, code)
+        code = tl.where((code == 0) & (x > 0), 1, code)
     _store_bits(pointer, index, end, code.to(pointer.dtype.element_ty), aligned)
     block = start // 128 + tl.arange(0, count)
     tl.store(scales.to(tl.pointer_type(tl.float32)) + block, scale, mask=block * 128 < end)
