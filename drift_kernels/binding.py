@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .errors import PriorMismatchError
-from .prior import Prior
+from .prior import Prior, QuantizedDelta
 
-PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor]
+PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor | QuantizedDelta]
 
 
 @dataclass(frozen=True)
 class BoundDelta:
-    """A delta on its parameter's device, of a small prior its codes and scales; norm(delta) and norm(W) in float64."""
+    """A delta where the kernels read it, of a small prior its codes and scales; norm(delta) and norm(W) in float64."""
 
     delta: Tensor
     delta_scale: Tensor | None
@@ -36,22 +36,26 @@ class PriorBinding:
     Accelerate and device moves replace parameters between the two.
     """
 
-    def __init__(self, prior: Prior) -> None:
+    def __init__(self, prior: Prior, on_host: bool = False) -> None:
         self.prior = prior
+        self._on_host = on_host  # whether deltas stay in pinned host memory
         self._names: dict[str, str] = {}
         self._checked: list[tuple[str, torch.Size]] = []
         self._bound: dict[str, BoundDelta] = {}
 
     @classmethod
-    def of(cls, prior: PriorLike) -> PriorBinding:
-        """A binding of a prior, of the folder of one, or of a mapping from names to deltas."""
-        if isinstance(prior, Prior):
-            return cls(prior)
+    def of(cls, prior: PriorLike, device: str | torch.device | None) -> PriorBinding:
+        """A binding of a prior, of the folder of one, or of a mapping from names to deltas; `device`: "cpu" or None."""
+        if device is not None and torch.device(device).type != "cpu":
+            raise ValueError(f"prior_device must be 'cpu', or None for that of each parameter, got {device}")
         if isinstance(prior, Mapping):
-            return cls(Prior.from_mapping(prior))
-        if isinstance(prior, (str, os.PathLike)):
-            return cls(Prior.open(prior))
-        raise TypeError(f"prior must be a Prior, a path, or a mapping from names to deltas, got {type(prior).__name__}")
+            prior = Prior.from_mapping(prior)
+        elif isinstance(prior, (str, os.PathLike)):
+            prior = Prior.open(prior)
+        if not isinstance(prior, Prior):
+            found = type(prior).__name__
+            raise TypeError(f"prior must be a Prior, a path, or a mapping from names to deltas, got {found}")
+        return cls(prior, on_host=device is not None)
 
     def check(self, named_parameters: list[tuple[str, Tensor]]) -> None:
         """Matches the parameters, unless they are those of the last time.
@@ -76,15 +80,20 @@ class PriorBinding:
         """The delta of a parameter, on its device; None if the prior has none for it."""
         if name not in self._names:
             return None
+        device = torch.device("cpu") if self._on_host else param.device
         found = self._bound.get(name)
         if found is None:
             info = self.prior.info(self._names[name])
             param_norm = info.param_norm
             if param_norm is None:
                 param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
-            stored = self.prior.load_stored(self._names[name], param.device, copy=False)
+            # Kernels read codes beside bfloat16 parameters.
+            load = self.prior.load_stored if param.dtype == torch.bfloat16 else self.prior.load
+            stored = load(self._names[name], device, copy=False)
             delta, scale = (stored, None) if isinstance(stored, Tensor) else (stored.codes, stored.scales)
+            if self._on_host and param.is_cuda:
+                delta, scale = delta.pin_memory(), None if scale is None else scale.pin_memory()
             found = self._bound[name] = BoundDelta(delta, scale, info.delta_norm, param_norm)
-        elif found.delta.device != param.device:
-            found = self._bound[name] = found.to(param.device)
+        elif found.delta.device != device:
+            found = self._bound[name] = found.to(device)
         return found

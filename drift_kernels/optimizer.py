@@ -17,6 +17,7 @@ from .binding import BoundDelta, PriorBinding, PriorLike
 from .coefficients import Hyperparameters, clip_coefficient
 from .errors import PriorError
 from .groups import FINGERPRINT, SEED, check_capture, check_grad, check_param, check_seed, hyperparameters
+from .inspection import Inspection
 from .lossless import join
 from .precision import RESIDUAL, Precision, float32_state
 from .prior import Prior
@@ -28,7 +29,7 @@ def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-class FusedDriftAdamW(Optimizer):
+class FusedDriftAdamW(Inspection, Optimizer):
     """AdamW with decoupled weight decay whose gradient is biased by a prior; without a prior, a fast drop-in for
     `torch.optim.AdamW`.
 
@@ -49,6 +50,8 @@ class FusedDriftAdamW(Optimizer):
         prior_scaling: "absolute", "gradnorm", "adaptive_cosine" or "decoupled" (docs/method.md).
         normalize_to_param: with "absolute", rescale each delta to norm(W): of the base checkpoint, or, for a mapping,
             of the parameter when it is first stepped.
+        prior_device: "cpu" leaves the deltas of CUDA parameters in pinned host memory, where the kernels read them in
+            every step; None moves each to its parameter's device.
         max_grad_norm: clip the biased gradient of all parameters together to this norm, inside the step; `math.inf`
             only measures it. Leave None when the trainer clips.
         state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8: codes of one byte with a scale for each 128
@@ -78,9 +81,6 @@ class FusedDriftAdamW(Optimizer):
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
 
-    _cache: BatchCache
-    _grad_norm: Tensor | None
-
     def __init__(
         self,
         params: ParamsT,
@@ -93,6 +93,7 @@ class FusedDriftAdamW(Optimizer):
         alpha: float = 1.0,
         prior_scaling: str = "adaptive_cosine",
         normalize_to_param: bool = False,
+        prior_device: str | torch.device | None = None,
         max_grad_norm: float | None = None,
         state_dtype: torch.dtype | str = torch.float32,
         rounding: str = "nearest",
@@ -108,7 +109,7 @@ class FusedDriftAdamW(Optimizer):
         self.precision = Precision.of(state_dtype, rounding, master_weights)
         self.max_grad_norm = max_grad_norm
         self.backend = backend
-        self._binding = None if prior is None else PriorBinding.of(prior)
+        self._binding = None if prior is None else PriorBinding.of(prior, prior_device)
         self._reset()
         defaults = {
             "lr": lr,
@@ -235,10 +236,6 @@ class FusedDriftAdamW(Optimizer):
         self._cache = BatchCache()
         self._grad_norm = None
 
-    @property
-    def _batches(self) -> list[DeviceBatch]:
-        return self._cache.batches
-
     def _check(self, grads: list[Tensor | None]) -> None:
         for (name, param), grad in zip(self._named_params(), grads, strict=True):
             if grad is not None:
@@ -296,34 +293,6 @@ class FusedDriftAdamW(Optimizer):
         for state in self.state.values():
             if RESIDUAL in state:
                 state[RESIDUAL].zero_()
-
-    # What the last step saw, as device tensors; reading one is the only thing that waits
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """float64 []: norm of the whole biased gradient, before clipping; None unless `max_grad_norm` is set."""
-        return self._grad_norm
-
-    @property
-    def prior_names(self) -> list[str]:
-        """The biased parameters of the last step, in the order of `prior_cosine` and `prior_ratio`."""
-        return [slot.name for batch in self._batches for slot in batch.slots if slot.bound is not None]
-
-    @property
-    def prior_cosine(self) -> Tensor | None:
-        """float64 [len(prior_names)]: cos(g, delta); None if the step needed no gradient statistics."""
-        return self._of_biased("prior_cosine")
-
-    @property
-    def prior_ratio(self) -> Tensor | None:
-        """float64 [len(prior_names)]: norm(c*delta)/norm(g); None if the step needed no gradient statistics."""
-        return self._of_biased("prior_ratio")
-
-    def _of_biased(self, attribute: str) -> Tensor | None:
-        vectors = [(getattr(batch.coefficients, attribute), batch.biased_rows) for batch in self._batches]
-        if not vectors or any(vector is None for vector, _ in vectors):
-            return None
-        return torch.cat([vector[rows].to(vectors[0][0].device) for vector, rows in vectors])
 
     # Saving and loading
 

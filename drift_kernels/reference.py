@@ -73,11 +73,11 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
 
 
 def read_delta(operands: Operands) -> Tensor | None:
-    """The delta in float32; of a small prior, each code times the scale of its block."""
-    delta, scale = operands.delta, operands.delta_scale
-    if delta is None:
+    """The delta in float32, on param's device; of a small prior, each code times the scale of its block."""
+    if operands.delta is None:
         return None
-    return delta.float() if scale is None else delta.float() * codes.spread(scale, delta)
+    delta = operands.delta.to(operands.param.device).float()
+    return delta if operands.delta_scale is None else delta * codes.spread(operands.delta_scale.to(delta.device), delta)
 
 
 def _read(state: Tensor, scale: Tensor | None) -> Tensor:

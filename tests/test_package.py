@@ -29,9 +29,10 @@ LAYERS = {
     "backends": {"errors", "plan", "reference", "coefficients", "_cpu", "_cuda"},
     "precision": {"codes"},
     "batch": {"backends", "binding", "coefficients", "plan", "precision"},
+    "inspection": {"batch", "precision"},
     "state": {"errors", "groups", "precision"},
     "optimizer": {
-        "backends", "batch", "binding", "coefficients", "errors", "groups", "lossless", "precision", "prior", "state",
+        "backends", "batch", "binding", "coefficients", "errors", "groups", "inspection", "lossless", "precision", "prior", "state",
     },
     "cli": {"prior", "errors"},
 }  # fmt: skip

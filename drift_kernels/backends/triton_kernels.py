@@ -108,10 +108,7 @@ def _store_codes(pointer, scales, start, index, end, x, largest_code: tl.constex
     root = tl.sqrt_rn(tl.div_rn(tl.abs(x), each))
     nearest = (root + 12582912.0) - 12582912.0
     code = tl.where(nearest < largest_code, nearest, largest_code).to(tl.int32)
-    if largest_code == 127:
-        code = tl.where(x < 0, -code, code)
-    else:
-        code = tl.where((code == 0) & (x > 0), 1, code)
+    code = tl.where(x < 0, -code, code) if largest_code == 127 else tl.where((code == 0) & (x > 0), 1, code)
     _store_bits(pointer, index, end, code.to(pointer.dtype.element_ty), aligned)
     block = start // 128 + tl.arange(0, count)
     tl.store(scales.to(tl.pointer_type(tl.float32)) + block, scale, mask=block * 128 < end)

@@ -1,0 +1,367 @@
+"""Stochastic rounding, masters and states of one byte: what they promise, and the optimizer that holds them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from drift_kernels import FusedDriftAdamW, backends, codes, lossless
+from drift_kernels.prior import quantize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = [name for name in backends.NAMES if backends.load(name).unavailable(DEVICE) is None]
+BF16, F32 = torch.bfloat16, torch.float32
+SHAPES = {"layers.0.weight": (67, 129), "layers.1.weight": (5001,), "norm.weight": (7,)}
+MODES: list[dict[str, Any]] = [
+    {"rounding": "stochastic"},
+    {"rounding": "stochastic", "state_dtype": BF16},
+    {"master_weights": True},
+    {"master_weights": True, "state_dtype": BF16, "rounding": "stochastic"},
+    {"state_dtype": "int8"},
+    {"state_dtype": torch.int8, "rounding": "stochastic"},
+    {"state_dtype": "int8", "master_weights": True},
+]
+Params = dict[str, nn.Parameter]
+
+
+def make(dtype: torch.dtype = BF16) -> Params:
+    return {name: nn.Parameter(torch.randn(shape, device=DEVICE).to(dtype)) for name, shape in SHAPES.items()}
+
+
+def copies(params: Params, dtype: torch.dtype = BF16) -> Params:
+    return {name: nn.Parameter(p.detach().clone().to(dtype)) for name, p in params.items()}
+
+
+def random_grads(*models: Params) -> None:
+    """The same fresh gradients, of bfloat16, for every model."""
+    for name in models[0]:
+        grad = torch.randn(models[0][name].shape, device=DEVICE).to(BF16)
+        for params in models:
+            params[name].grad = grad.to(params[name].dtype, copy=True)
+
+
+def int8_prior(params: Params) -> dict[str, Any]:
+    return {name: quantize(torch.randn_like(p, dtype=F32) * 0.1, torch.int8) for name, p in params.items()}
+
+
+# Random bits
+
+
+def test_philox_gives_the_published_answers() -> None:
+    """Of Random123, for 4x32-7: counters and keys of zeros, and of ones."""
+    for word, expected in (
+        (0, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
+        (0xFFFFFFFF, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
+    ):
+        words = lossless.philox([torch.full((1,), word)] * 4, (word, word))
+        assert [int(x) for x in words] == expected
+
+
+@pytest.mark.parametrize("exponent", [-120, -30, -8, 0, 9, 100])
+def test_stochastic_rounding_is_unbiased(exponent: int) -> None:
+    """Over 100,000 draws the mean is within four standard errors of the value, at any place between two bfloat16."""
+    n = 100_000
+    for sign in (1.0, -1.0):
+        value = sign * (1.0 + float(torch.rand(()))) * 2.0**exponent
+        x = torch.full((n,), value, dtype=F32)
+        bits = lossless.random_bits(int(torch.randint(2**62, ())), 7, lossless.PARAM, n)
+        rounded = lossless.round_stochastically(x, bits).double()
+        exact = x[0].double()
+        assert len(rounded.unique()) <= 2
+        error = rounded.std() / n**0.5
+        assert (rounded.mean() - exact).abs() <= 4 * error + 1e-12 * exact.abs()
+
+
+def test_bits_differ_where_anything_differs_and_repeat_where_nothing_does() -> None:
+    n = 4099
+    base = lossless.random_bits(5, 1, lossless.PARAM, n)
+    assert torch.equal(base, lossless.random_bits(5, 1, lossless.PARAM, n))
+    assert torch.equal(base[:1000], lossless.random_bits(5, 1, lossless.PARAM, 1000))
+    assert base.min() >= 0
+    assert base.max() < 2**16
+    others = [(6, 1, 0), (5 + 2**32, 1, 0), (5, 2, 0), (5, 1, 1), (5, 1, 2)]
+    for key, step, stream in others:
+        equal = (lossless.random_bits(key, step, stream, n) == base).float().mean()
+        assert equal < 0.01, (key, step, stream)
+    assert len(base.unique()) > 0.9 * n
+
+
+# Masters
+
+
+def test_halves_join_to_what_was_split() -> None:
+    bits = torch.randint(-(2**31), 2**31, (1_000_000,)).to(torch.int32)
+    edges = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0x3F808000, 0x3F818000, 0x3F807FFF, 0x7F7FFFFF, 0])
+    x = torch.cat([bits, edges.to(torch.int32), (edges | 0x80000000).to(torch.int32)]).view(F32)
+    nearest, residual = lossless.split(x)
+    joined = lossless.join(nearest, residual)
+    assert torch.equal(joined.isnan(), x.isnan())
+    assert torch.equal(nearest.isnan(), x.isnan()), "a NaN is no number, -0 least of all"
+    number = ~x.isnan()
+    assert torch.equal(joined[number].view(torch.int32), x[number].view(torch.int32))
+    usual = x.to(BF16)
+    tie = x.view(torch.int32) & 0xFFFF == 0x8000
+    assert torch.equal(nearest[number & ~tie].view(torch.int16), usual[number & ~tie].view(torch.int16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_master_goes_the_way_of_a_float32_parameter(backend: str, max_grad_norm: float | None) -> None:
+    """Bit for bit, with a prior, at a learning rate whose steps bfloat16 cannot hold."""
+    params = make()
+    wide = copies(params, F32)
+    deltas = {name: torch.randn_like(p, dtype=F32).to(BF16) for name, p in params.items()}
+    common = {"lr": 1e-5, "prior": deltas, "alpha": 0.3, "max_grad_norm": max_grad_norm, "backend": backend}
+    ours = FusedDriftAdamW(params.items(), master_weights=True, **common)
+    theirs = FusedDriftAdamW(wide.items(), **common)
+    for _ in range(6):
+        random_grads(params, wide)
+        ours.step()
+        theirs.step()
+        for name, p in params.items():
+            assert torch.equal(ours.master_weight(p), wide[name]), name
+            assert (p.detach().float() - wide[name]).abs().le(wide[name].abs() * 2.0**-8).all()
+
+
+def test_refreshed_masters_are_the_parameters_as_written() -> None:
+    params = make()
+    optimizer = FusedDriftAdamW(params.items(), lr=1e-2, master_weights=True)
+    p = params["layers.0.weight"]
+    assert torch.equal(optimizer.master_weight(p), p.float())
+    random_grads(params)
+    optimizer.step()
+    assert not torch.equal(optimizer.master_weight(p), p.float())
+    with torch.no_grad():
+        p.mul_(0.5)
+    optimizer.refresh_masters()
+    assert torch.equal(optimizer.master_weight(p), p.float())
+    with pytest.raises(KeyError, match="not one of this optimizer's"):
+        optimizer.master_weight(nn.Parameter(torch.zeros(2)))
+    with pytest.raises(ValueError, match="without master_weights=True"):
+        FusedDriftAdamW([nn.Parameter(torch.zeros(2))]).master_weight(p)
+
+
+def test_small_steps_survive_unless_rounded_to_nearest() -> None:
+    """Steps of a twentieth of an ulp, all in one direction."""
+    moved = {}
+    for mode in ({}, {"rounding": "stochastic"}, {"master_weights": True}):
+        param = nn.Parameter(torch.ones(10_000, device=DEVICE, dtype=BF16))
+        optimizer = FusedDriftAdamW([param], lr=2.0**-8 / 20, weight_decay=0.0, **mode)
+        for _ in range(40):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        moved[str(mode)] = 1.0 - float(param.detach().float().mean())
+    nearest, stochastic, master = moved.values()
+    assert nearest == 0.0
+    assert stochastic == pytest.approx(2.0**-7, rel=0.05)
+    assert master == pytest.approx(2.0**-7, rel=0.01)
+
+
+# States of one byte
+
+
+@settings(max_examples=60, deadline=None)
+@given(numel=st.integers(0, 700), scale=st.floats(1e-15, 1e15), seed=st.integers(0, 2**32))
+def test_codes_are_the_nearest_and_a_variance_stays_above_zero(numel: int, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(numel, generator=generator) ** 3 * scale
+    x = torch.where(torch.rand(numel, generator=generator) < 0.1, 0.0, x)
+    for values, dtype, largest in ((x, codes.MOMENT, 127), (x.square(), codes.VARIANCE, 255)):
+        coded, scales = codes.encode(values, dtype)
+        decoded = codes.decode(coded, scales)
+        assert scales.shape == (codes.blocks(numel),)
+        root, of_each = values.abs().sqrt().double(), codes.spread(scales, values).double().sqrt()
+        raised = (dtype == codes.VARIANCE) & (coded == 1) & (values > 0)
+        off = (decoded.abs().double().sqrt() - root).abs()
+        assert (raised | (off <= 0.5001 * of_each + 1e-7 * root)).all()
+        assert (decoded.sign() == values.sign())[coded != 0].all()
+        assert (coded.int().abs() <= largest).all()
+        if dtype == codes.VARIANCE:
+            assert torch.equal(coded == 0, values == 0)
+
+
+def test_a_nan_takes_its_block_with_it_and_no_other() -> None:
+    x = torch.randn(300)
+    x[130] = torch.nan
+    coded, scales = codes.encode(x, codes.MOMENT)
+    decoded = codes.decode(coded, scales)
+    assert decoded[128:256].isnan().all()
+    assert decoded[:128].isfinite().all()
+    assert decoded[256:].isfinite().all()
+
+
+def test_small_tensors_have_float32_states_and_large_ones_codes() -> None:
+    params = make()
+    optimizer = FusedDriftAdamW(params.items(), state_dtype="int8")
+    random_grads(params)
+    optimizer.step()
+    small, large = optimizer.state[params["norm.weight"]], optimizer.state[params["layers.1.weight"]]
+    assert {key: value.dtype for key, value in small.items() if key != "step"} == {"exp_avg": F32, "exp_avg_sq": F32}
+    assert (large["exp_avg"].dtype, large["exp_avg_sq"].dtype) == (torch.int8, torch.uint8)
+    assert large["exp_avg_scale"].shape == large["exp_avg_sq_scale"].shape == (40,)
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("reference", "triton")])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_every_mode_leaves_the_reference_backends_bits(mode: dict[str, Any], backend: str) -> None:
+    params = make()
+    others = copies(params)
+    prior = int8_prior(params)
+    common = {"lr": 1e-2, "prior": prior, "prior_scaling": "absolute", "alpha": 0.5, "seed": 11, **mode}
+    ours = FusedDriftAdamW(params.items(), backend=backend, **common)
+    theirs = FusedDriftAdamW(others.items(), backend="reference", **common)
+    for _ in range(4):
+        random_grads(params, others)
+        ours.step()
+        theirs.step()
+    for name, p in params.items():
+        assert torch.equal(p, others[name]), name
+        for key, value in ours.state[p].items():
+            assert torch.equal(value, theirs.state[others[name]][key]), (name, key)
+
+
+def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(mode: dict[str, Any]) -> None:
+    params = make()
+    first = FusedDriftAdamW(params.items(), lr=1e-2, seed=123, **mode)
+    for _ in range(2):
+        random_grads(params)
+        first.step()
+    resumed = copies(params)
+    second = FusedDriftAdamW(resumed.items(), lr=1e-2, seed=4, **mode)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    assert second.param_groups[0]["seed"] == 123
+    for _ in range(2):
+        random_grads(params, resumed)
+        first.step()
+        second.step()
+    for name, p in params.items():
+        assert torch.equal(p, resumed[name]), name
+
+
+def test_states_go_from_one_precision_to_another_and_to_torch() -> None:
+    params = make()
+    coded = FusedDriftAdamW(params.items(), state_dtype="int8", master_weights=True)
+    for _ in range(3):
+        random_grads(params)
+        coded.step()
+    wide = copies(params, F32)
+    saved = through_a_file(coded.state_dict(dtype=F32))
+    for optimizer in (FusedDriftAdamW(wide.items()), torch.optim.AdamW(list(wide.values()))):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        for p, w in zip(params.values(), wide.values(), strict=True):
+            mine, state = coded.state[p], optimizer.state[w]
+            expected = (
+                codes.decode(mine["exp_avg"], mine["exp_avg_scale"]) if "exp_avg_scale" in mine else mine["exp_avg"]
+            )
+            assert torch.equal(state["exp_avg"], expected)
+    again = FusedDriftAdamW(copies(params).items(), state_dtype="int8", master_weights=True)
+    again.load_state_dict(saved)
+    for p, q in zip(params.values(), again.param_groups[0]["params"], strict=True):
+        for key, value in coded.state[p].items():
+            assert torch.equal(value, again.state[q][key]), key
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"param_residual": torch.zeros(5001)}, "param_residual of parameter layers.1.weight has dtype torch.float32"),
+        ({"param_residual": torch.zeros(7, dtype=torch.int16)}, "param_residual .* has shape"),
+        ({"exp_avg_scale": None}, "has codes without exp_avg_scale"),
+        ({"exp_avg_sq_scale": torch.zeros(3)}, "exp_avg_sq_scale .* has shape"),
+        ({"exp_avg": torch.zeros(5001, dtype=torch.int32)}, "exp_avg .* has dtype torch.int32, expected torch.int8"),
+    ],
+)
+def test_a_damaged_state_changes_nothing(change: dict[str, Tensor | None], words: str) -> None:
+    params = make()
+    optimizer = FusedDriftAdamW(params.items(), state_dtype="int8", master_weights=True)
+    random_grads(params)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    for key, value in change.items():
+        if value is None:
+            del saved["state"][1][key]
+        else:
+            saved["state"][1][key] = value
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(saved)
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[index][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "error", "words"),
+    [
+        ({"rounding": "up"}, BF16, ValueError, "rounding must be one of nearest, stochastic, got 'up'"),
+        ({"rounding": "stochastic"}, F32, TypeError, "rounding='stochastic' is for bfloat16 parameters, and parameter"),
+        ({"master_weights": True}, F32, TypeError, "master_weights=True is for bfloat16 parameters"),
+        ({"state_dtype": "int8"}, torch.float16, TypeError, "int8 states are for bfloat16 and float32 parameters"),
+        ({"state_dtype": "int4"}, BF16, ValueError, "state_dtype must be .*torch.int8, got int4"),
+        ({"seed": -1}, BF16, ValueError, r"seed must be in \[0, 2\^32\), got seed=-1"),
+        ({"seed": 1.5}, BF16, TypeError, "seed must be an integer"),
+        ({"prior": {"norm.weight": torch.ones(7)}, "prior_device": "cuda"}, BF16, ValueError, "prior_device must be"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], dtype: torch.dtype, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        FusedDriftAdamW(make(dtype).items(), **options)
+
+
+def test_states_that_lose_their_updates_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        FusedDriftAdamW(make().items(), state_dtype=BF16, rounding="stochastic")
+        assert not caplog.records
+        FusedDriftAdamW(make().items(), state_dtype=BF16)
+    assert "bfloat16 states rounded to nearest lose small updates" in caplog.text
+
+
+def test_a_small_prior_acts_on_parameters_of_every_dtype() -> None:
+    """As codes beside bfloat16, expanded beside the others; and from the host's memory as from the device's."""
+    for dtype in (BF16, F32, torch.float16):
+        params = make(dtype)
+        others = copies(params, dtype)
+        prior = int8_prior(params)
+        dense = {name: delta.expand() for name, delta in prior.items()}
+        common = {"prior_scaling": "gradnorm", "alpha": 0.5}
+        ours = FusedDriftAdamW(params.items(), prior=prior, prior_device="cpu", **common)
+        theirs = FusedDriftAdamW(others.items(), prior=dense, **common)
+        for _ in range(2):
+            random_grads(params, others)
+            ours.step()
+            theirs.step()
+        for name, p in params.items():
+            torch.testing.assert_close(p, others[name], rtol=2.0**-8 if dtype != F32 else 1e-5, atol=1e-6)
+
+
+def test_memory_is_reported_as_it_is_allocated() -> None:
+    """The smallest mode: 2 bytes of param, 1 of each state, 1 of the prior, and their scales."""
+    param = nn.Parameter(torch.randn(1 << 16, device=DEVICE).to(BF16))
+    prior = {"w": quantize(torch.randn(1 << 16), torch.int8)}
+    optimizer = FusedDriftAdamW([("w", param)], prior=prior, rounding="stochastic", state_dtype="int8")
+    assert optimizer.memory_report() == {}
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    report = optimizer.memory_report()
+    assert report == {
+        "param": 2.0, "states": 2.0, "scales": 3 * 4 / 128, "param_residual": 0.0, "prior": 1.0, "total": 5.09375,
+    }  # fmt: skip
+    assert report["total"] <= 5.2
