@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from drift_kernels import FusedDriftAdamW
+from drift_kernels.prior import QuantizedDelta
 
+from .modes import Mode
 from .problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
 
 # The backends that can run on each type of device; each is a contender of its own name.
@@ -39,7 +41,8 @@ class Contender:
         optimizer: has its parameters and states.
         prepare: runs before each step, untimed: makes anew what a step overwrites.
         clip: whether the step clips the gradients to MAX_GRAD_NORM.
-        deltas: those that it holds on to.
+        deltas: those that it holds on to, of a small prior its codes and scales.
+        mode: of ours.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Contender:
     prepare: Callable[[], object] = field(default=nothing, repr=False)
     clip: bool = False
     deltas: Sequence[Tensor] = field(default=(), repr=False)
+    mode: Mode | None = None
 
     @property
     def ours(self) -> bool:
@@ -62,28 +66,38 @@ def is_ours(name: str) -> bool:
     return any(name in names for names in BACKENDS.values())
 
 
-def drift(
-    problem: Problem, backend: str, scaling: str | None, state_dtype: torch.dtype, clip: bool = False
-) -> Contender:
-    """FusedDriftAdamW on one backend.
+def drift(problem: Problem, backend: str, scaling: str | None, mode: Mode, clip: bool = False) -> Contender:
+    """FusedDriftAdamW on one backend, in one mode.
 
     Raises BackendUnavailableError if the backend cannot run on the problem's device.
     """
     params = problem.own_params()
-    optimizer = drift_optimizer(problem, params, backend, scaling, state_dtype, clip)
-    bytes_to_move = problem.bytes_to_move(scaling, 2 * state_dtype.itemsize, clip)
-    deltas = [] if scaling is None else list(problem.prior.values())
+    optimizer = drift_optimizer(problem, params, backend, scaling, mode, clip)
+    bytes_to_move = problem.bytes_to_move(scaling, mode.storage(problem.dtype), clip)
+    deltas = [] if scaling is None else _delta_tensors(problem, mode)
     return Contender(
         backend,
         f"drift {backend}",
         scaling,
-        state_dtype,
+        mode.states,
         bytes_to_move,
         optimizer.step,
         optimizer,
         clip=clip,
         deltas=deltas,
+        mode=mode,
     )
+
+
+def _delta_tensors(problem: Problem, mode: Mode) -> list[Tensor]:
+    """What the prior of a mode holds on the device."""
+    prior = problem.loaded_prior(mode.prior)
+    stored = [prior.load_stored(name, problem.device, copy=False) for name in prior.names]
+    return [
+        tensor
+        for delta in stored
+        for tensor in ((delta.codes, delta.scales) if isinstance(delta, QuantizedDelta) else (delta,))
+    ]
 
 
 def drift_optimizer(
@@ -91,15 +105,15 @@ def drift_optimizer(
     params: list[Tensor],
     backend: str,
     scaling: str | None,
-    state_dtype: torch.dtype,
+    mode: Mode,
     clip: bool = False,
 ) -> FusedDriftAdamW:
     """FusedDriftAdamW for these parameters, with the problem's prior unless `scaling` is None."""
-    options: dict[str, Any] = {"max_grad_norm": MAX_GRAD_NORM if clip else None}
+    options: dict[str, Any] = {**mode.options, "max_grad_norm": MAX_GRAD_NORM if clip else None}
     if scaling is not None:
-        options |= {"prior": problem.loaded_prior, "prior_scaling": scaling, "alpha": ALPHA}
+        options |= {"prior": problem.loaded_prior(mode.prior), "prior_scaling": scaling, "alpha": ALPHA}
     named = list(zip(problem.names, params, strict=True))
-    return FusedDriftAdamW(named, **ADAMW, **options, state_dtype=state_dtype, backend=backend)
+    return FusedDriftAdamW(named, **ADAMW, **options, backend=backend)
 
 
 def copy_bytes(numel: int, dtype: torch.dtype) -> int:

@@ -68,6 +68,8 @@ def runs(free: int) -> dict[str, list[str]]:
     ours, everything = ["cuda"], ["fused", "foreach", "foreach_bias", "hook", "cuda", "triton"]
     narrow = ["--params", str(min(256_000_000, free // 290))]
     seven, three = ["--model", "qwen2.5-vl-7b"], ["--model", "qwen2.5-vl-3b"]
+    modes = ["fp32 states", "bf16 states", "bf16 states, stochastic", "fp32 states, master", "int8 states, master"]
+    modes += ["int8 states, stochastic, int8 prior"]
     libraries = ["bnb", "bnb_8bit", "torchao", "torchao_8bit", "optimi", "flashoptim", "apex", "te"]
     return {
         "7b": [
@@ -77,6 +79,7 @@ def runs(free: int) -> dict[str, list[str]]:
             *("--contenders", "foreach_bias", "hook", *ours),
         ],
         "tiny": ["--model", "tiny", "--reps", "50", "--contenders", *everything],
+        "modes": [*seven, *narrow, "--scaling", "absolute", "--modes", *modes, "--contenders", *ours],
         "7b-all": [
             *seven,
             *narrow,
@@ -105,8 +108,8 @@ def runs(free: int) -> dict[str, list[str]]:
 
 
 # Seconds for each run, and what it draws in OUT.
-RUN_SECONDS = {"7b": 80, "tiny": 40, "7b-all": 80, "7b-clip": 50, "3b": 120, "libraries": 90}
-PLOTS = {"7b": ["--plot", "--roofline"], "7b-all": ["--plot"], "7b-clip": ["--plot"], "3b": ["--plot"]}
+RUN_SECONDS = {"7b": 80, "tiny": 40, "modes": 50, "7b-all": 80, "7b-clip": 50, "3b": 120, "libraries": 90}
+PLOTS = {"7b": ["--plot", "--roofline"], "modes": ["--plot"], "7b-all": ["--plot"], "3b": ["--plot"]}
 
 
 def make_stages(out: Path, work: Path, arch: str, free: int) -> list[Stage]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .contender import Contender, nothing
+from .modes import Storage
 from .peers import after_clipping
 from .problem import ADAMW, Problem
 
@@ -124,7 +125,7 @@ def make(name: str, problem: Problem, clip: bool = False) -> Contender:
         library.label,
         None,
         library.states(problem.dtype)[0],
-        problem.bytes_to_move(None, library.state_bytes(problem.dtype), clip),
+        problem.bytes_to_move(None, Storage.plain(library.state_bytes(problem.dtype), 0), clip),
         after_clipping(params, optimizer.step) if clip else optimizer.step,
         optimizer,
         problem.restore_scratch_grads if clip else nothing,

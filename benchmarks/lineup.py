@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from drift_kernels import backends
 from . import libraries, peers
 from .contender import BACKENDS, Contender, copy_bytes, drift, is_ours
 from .measure import flush_bytes
+from .modes import Mode, Storage, coded_bytes
 from .problem import Problem
 from .shapes import NamedShape, covered, numel
 
@@ -29,15 +30,17 @@ class Entry:
     """A contender that is still to be made.
 
     Attributes:
-        state_bytes: of one element, all states together.
+        storage: of its states, and of its delta.
         make: gives it its parameters and states.
+        mode: of ours.
     """
 
     name: str
     scaling: str | None
     clip: bool
-    state_bytes: int
+    storage: Storage = field(repr=False)
     make: Callable[[Problem], Contender] = field(repr=False)
+    mode: Mode | None = None
 
     @property
     def overwrites(self) -> bool:
@@ -81,7 +84,7 @@ def entries(
     scalings: list[str],
     clips: list[bool],
     dtype: torch.dtype,
-    state_dtypes: list[torch.dtype],
+    modes: list[Mode],
     device: torch.device,
 ) -> list[Entry]:
     """Scaling by scaling, the rivals first. torch's fused AdamW is always there: the others are measured against it."""
@@ -89,26 +92,27 @@ def entries(
     def asked(name: str) -> bool:
         return name not in ASKED_FOR[device.type] if wanted is None else name in wanted
 
-    as_torch = 2 * dtype.itemsize
+    as_torch = Storage.plain(2 * dtype.itemsize, dtype.itemsize)
     found = []
     for clip in clips:
         for name, make in peers.WITHOUT_PRIOR.items():
             if name == "fused" or asked(name):
                 found.append(Entry(name, None, clip, as_torch, partial(make, clip=clip)))
         for name in our_libraries:
-            size = libraries.LIBRARIES[name].state_bytes(dtype)
-            found.append(Entry(name, None, clip, size, partial(libraries.make, name, clip=clip)))
+            storage = Storage.plain(libraries.LIBRARIES[name].state_bytes(dtype), 0)
+            found.append(Entry(name, None, clip, storage, partial(libraries.make, name, clip=clip)))
     for scaling in sorted(set(scalings), key=SCALINGS.index):
         prior = None if scaling == "none" else scaling
+        distinct = modes if prior is not None else list(dict.fromkeys(replace(mode, prior=None) for mode in modes))
         for clip in clips:
             for name, make_biased in peers.WITH_PRIOR.items():
                 if scaling in peers.SCALINGS[name] and asked(name):
                     biased = partial(make_biased, scaling=scaling, clip=clip)
                     found.append(Entry(name, prior, clip, as_torch, biased))
             for name in our_backends:
-                for states in state_dtypes:
-                    ours = partial(drift, backend=name, scaling=prior, state_dtype=states, clip=clip)
-                    found.append(Entry(name, prior, clip, 2 * states.itemsize, ours))
+                for mode in distinct:
+                    ours = partial(drift, backend=name, scaling=prior, mode=mode, clip=clip)
+                    found.append(Entry(name, prior, clip, mode.storage(dtype), ours, mode))
     return sorted(found, key=lambda entry: (SCALINGS.index(entry.scaling or "none"), entry.clip))
 
 
@@ -116,15 +120,18 @@ def kept_bytes(
     shapes: list[NamedShape], modules: list[str], dtype: torch.dtype, lineup: list[Entry], with_copy: bool
 ) -> int:
     """What all of them hold on the device between their steps, from the dtypes alone."""
-    elements = numel(shapes)
-    biased = numel([(name, shape) for name, shape in shapes if covered(name, modules)])
+    sizes = [numel([named]) for named in shapes]
+    biased_sizes = [numel([(name, shape)]) for name, shape in shapes if covered(name, modules)]
+    elements, biased = sum(sizes), sum(biased_sizes)
     total = dtype.itemsize * (2 * elements + biased)
     total += dtype.itemsize * elements if any(entry.overwrites for entry in lineup) else 0
     total += copy_bytes(elements, dtype) if with_copy else 0
-    if dtype == torch.float16 and any(entry.scaling is not None and is_ours(entry.name) for entry in lineup):
+    priors = {entry.mode.prior for entry in lineup if entry.mode is not None and entry.scaling is not None}
+    total += sum(map(coded_bytes, biased_sizes)) * len(priors - {None})
+    if dtype == torch.float16 and None in priors:
         total += 4 * biased  # a prior has no float16
     for entry in lineup:
-        total += (dtype.itemsize + entry.state_bytes) * elements
+        total += dtype.itemsize * elements + sum(map(entry.storage.states, sizes))
         if entry.name == "hook":  # the gradients that it made
             total += dtype.itemsize * biased
     return total
@@ -138,10 +145,14 @@ def passing_bytes(shapes: list[NamedShape], dtype: torch.dtype, lineup: list[Ent
         "foreach": dtype.itemsize * elements,  # the root of exp_avg_sq
         "compiled": 4 * elements,  # biased gradients, where norms come first
         "hook": 4 * dtype.itemsize * largest,
-        "reference": 8 * 4 * largest,
+        "reference": 16 * 4 * largest if any(map(_stochastic, lineup)) else 8 * 4 * largest,
     }
     binding = 8 * largest if any(entry.scaling and is_ours(entry.name) for entry in lineup) else 0  # norms in float64
     return max(binding, *(needs.get(entry.name, 0) for entry in lineup)) + flush_bytes(device)
+
+
+def _stochastic(entry: Entry) -> bool:
+    return entry.mode is not None and entry.mode.rounding == "stochastic"
 
 
 def needed_bytes(

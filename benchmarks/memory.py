@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,14 +12,33 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .contender import Contender
 
 
-def state_bytes(contender: Contender) -> int | None:
-    """What it keeps on its parameters' device beside params and gradients: states, and deltas under a prior.
+class Memory(NamedTuple):
+    """Of one contender, in bytes; None for what has no optimizer, or where the device does not count.
 
-    None for a contender without an optimizer. States are there after the first step.
+    Attributes:
+        state_bytes: what it keeps on its parameters' device beside params and gradients: states, and deltas under a
+            prior.
+        stored_bytes: that and the parameters.
+        peak_extra_bytes: how far one step goes above the memory that was allocated before it.
     """
+
+    state_bytes: int | None
+    stored_bytes: int | None
+    peak_extra_bytes: int | None
+
+    @classmethod
+    def of(cls, contender: Contender, device: torch.device) -> Memory:
+        """After the first step, when there are states."""
+        kept = state_bytes(contender)
+        params = _params(contender)
+        stored = None if kept is None else kept + sum(param.nbytes for param in params)
+        return cls(kept, stored, peak_extra_bytes(contender, device))
+
+
+def state_bytes(contender: Contender) -> int | None:
     if contender.optimizer is None:
         return None
-    device = contender.optimizer.param_groups[0]["params"][0].device
+    device = _params(contender)[0].device
     states = list(contender.optimizer.state.values())
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -30,7 +49,6 @@ def state_bytes(contender: Contender) -> int | None:
 
 
 def peak_extra_bytes(contender: Contender, device: torch.device) -> int | None:
-    """How far one step goes above the memory that was allocated before it; None where the device does not count."""
     if device.type != "cuda":
         return None
     contender.prepare()
@@ -40,6 +58,11 @@ def peak_extra_bytes(contender: Contender, device: torch.device) -> int | None:
     contender.step()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _params(contender: Contender) -> list[Tensor]:
+    groups = [] if contender.optimizer is None else contender.optimizer.param_groups
+    return [param for group in groups for param in group["params"]]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

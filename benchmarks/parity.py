@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .contender import drift_optimizer
+from .modes import Mode
 from .problem import Problem
 from .shapes import NamedShape
 
 SHAPES: list[NamedShape] = [
     (f"layers.{layer}.mlp.up_proj.weight", shape)
-    for layer, shape in enumerate([(1,), (63,), (1000,), (7, 131), (0,), (16385,)])
+    for layer, shape in enumerate([(1,), (63,), (1000,), (7, 131), (0,), (33, 131), (16385,)])
 ]
 STEPS = 3
 
@@ -25,25 +27,25 @@ class ParityError(AssertionError):
     """A backend does not agree with the reference."""
 
 
-def check_parity(backend: str, device: torch.device, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
-    """Steps a backend and the reference side by side on small tensors.
+def check_parity(backend: str, device: torch.device, dtype: torch.dtype, mode: Mode) -> None:
+    """Steps a backend and the reference side by side on small tensors, some of them large enough for codes.
 
-    Given the same coefficients (without a prior, and under absolute and decoupled scaling), params and states must
-    agree bit for bit. Under gradnorm and adaptive_cosine each has coefficients from its own sums: there the biased
-    gradients, of which exp_avg is the mean, must agree to TOLERANCE.
+    Given the same coefficients (without a prior, and under absolute and decoupled scaling), params and all
+    states must agree bit for bit. Under gradnorm and adaptive_cosine each has coefficients from its own sums: there the
+    biased gradients, of which a float32 exp_avg is the mean, must agree to TOLERANCE.
 
     Raises:
         ParityError: they do not; says where.
     """
     for scaling in (None, "absolute", "decoupled"):
         problem = Problem.random(SHAPES, ["all"], dtype, device)
-        for where, tensors in _side_by_side(problem, backend, scaling, state_dtype):
+        for where, tensors in _side_by_side(problem, backend, scaling, mode):
             for key, (ours, reference) in tensors.items():
                 if not torch.equal(_bits(ours), _bits(reference)):
                     raise ParityError(f"{where}: {key} differs from the reference's")
     for scaling in ("gradnorm", "adaptive_cosine"):
         problem = Problem.random(SHAPES, ["all"], dtype, device)
-        for where, tensors in _side_by_side(problem, backend, scaling, torch.float32):
+        for where, tensors in _side_by_side(problem, backend, scaling, replace(mode, states=torch.float32)):
             ours, reference = tensors["exp_avg"]
             bound = TOLERANCE * float(reference.abs().max()) if reference.numel() else 0.0
             if ((ours - reference).abs() > bound).any():
@@ -51,24 +53,25 @@ def check_parity(backend: str, device: torch.device, dtype: torch.dtype, state_d
 
 
 def _side_by_side(
-    problem: Problem, backend: str, scaling: str | None, state_dtype: torch.dtype
+    problem: Problem, backend: str, scaling: str | None, mode: Mode
 ) -> Iterator[tuple[str, dict[str, tuple[Tensor, Tensor]]]]:
-    """After each step, by parameter: where this is, and its param and states, the backend's beside the reference's."""
+    """After each step, by parameter: where this is, and its param and all its states, the backend's beside the
+    reference's."""
     params = problem.own_params(), problem.own_params()
-    checked = drift_optimizer(problem, params[0], backend, scaling, state_dtype)
-    reference = drift_optimizer(problem, params[1], "reference", scaling, state_dtype)
+    checked = drift_optimizer(problem, params[0], backend, scaling, mode)
+    reference = drift_optimizer(problem, params[1], "reference", scaling, mode)
     for step in range(1, STEPS + 1):
         checked.step()
         reference.step()
         for own, right in zip(*params, strict=True):
             where = (
-                f"backend {backend!r}, {problem.dtype}, states {state_dtype}, scaling {scaling or 'none'}, "
+                f"backend {backend!r}, {problem.dtype}, {mode.label}, scaling {scaling or 'none'}, "
                 f"shape {tuple(own.shape)}, step {step}"
             )
-            states = {key: (checked.state[own][key], reference.state[right][key]) for key in ("exp_avg", "exp_avg_sq")}
+            states = {key: (checked.state[own][key], state) for key, state in reference.state[right].items()}
             yield where, {"param": (own, right), **states}
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The bits of a float tensor, as integers of its width."""
-    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    """The bits of a tensor, as integers of its width."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[x.element_size()])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .compiled import CompiledAdamW
 from .contender import Contender, nothing
+from .modes import Storage
 from .problem import ADAMW, ALPHA, LR, MAX_GRAD_NORM, Problem
 
 # Under the norms that the authors' code divides by.
@@ -156,13 +157,14 @@ def _contender(
     overwrites: bool = False,
 ) -> Contender:
     """With the states in the dtype of the parameters; `overwrites`: its gradients are the scratch ones."""
+    itemsize = problem.dtype.itemsize
     on_device = [] if scaling is None or name == "hook" else list(problem.prior.values())
     return Contender(
         name,
         label,
         scaling,
         problem.dtype,
-        problem.bytes_to_move(scaling, 2 * problem.dtype.itemsize, clip),
+        problem.bytes_to_move(scaling, Storage.plain(2 * itemsize, itemsize), clip),
         step,
         optimizer,
         problem.restore_scratch_grads if overwrites else nothing,

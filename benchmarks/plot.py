@@ -11,7 +11,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from .report import SHORT_DTYPES, Row, caption, number, section_title, title
+from .modes import label_of
+from .report import Row, caption, number, section_title, title
 
 OURS, RIVAL, BASELINE = "#1f6f5c", "#c9ccd1", "#7d838c"
 INK, FAINT = "#222222", "#666666"
@@ -75,7 +76,7 @@ def _color(row: Row) -> str:
 
 
 def _label(row: Row) -> str:
-    return f"{row['label']}, {SHORT_DTYPES[row['states']]} states" if row["ours"] else row["label"]
+    return f"{row['label']}, {label_of(row)}" if row["ours"] else row["label"]
 
 
 def _note(row: Row) -> str:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from drift_kernels import Prior
+from drift_kernels.prior import quantize
 
+from .modes import Storage
 from .shapes import NamedShape, covered
 
 LR, BETAS, EPS, WEIGHT_DECAY, ALPHA = 1e-6, (0.9, 0.999), 1e-8, 1e-2, 0.5
@@ -65,9 +67,16 @@ class Problem:
         return {name: delta for name, delta in zip(self.names, self.deltas, strict=True) if delta is not None}
 
     @cached_property
-    def loaded_prior(self) -> Prior:
-        """The deltas as a prior, hashed and checked once, and shared by the optimizers that bind it."""
-        return Prior.from_mapping(self.prior)
+    def _loaded_priors(self) -> dict[torch.dtype | None, Prior]:
+        return {}
+
+    def loaded_prior(self, codes: torch.dtype | None) -> Prior:
+        """The deltas as a prior, hashed and checked once, and shared by the optimizers that bind it; with `codes`, int8
+        or float8_e4m3fn, as a small one."""
+        if codes not in self._loaded_priors:
+            small = {name: quantize(delta, codes) for name, delta in self.prior.items()} if codes else None
+            self._loaded_priors[codes] = Prior.from_mapping(small or self.prior)
+        return self._loaded_priors[codes]
 
     @cached_property
     def host_deltas(self) -> list[Tensor | None]:
@@ -90,21 +99,20 @@ class Problem:
             param.grad = grad
         return own
 
-    def bytes_to_move(self, scaling: str | None, state_bytes: int, clip: bool = False) -> int:
+    def bytes_to_move(self, scaling: str | None, storage: Storage, clip: bool = False) -> int:
         """The bytes that a step cannot avoid moving between memory and processor, from the dtypes alone.
 
-        Every step reads param, grad and the states (`state_bytes` an element, all states together) and writes param
-        and states; under a prior it reads delta. What depends on a norm takes another pass: over the biased gradients
-        for a coefficient with norm(g), over all gradients for clipping; and over the deltas too for <g, delta>, which
-        adaptive_cosine and the norm of a biased gradient need (norm(delta) is a constant).
+        Every step reads param, grad and the states (with residuals, and the scales of codes) and writes param and
+        states; under a prior it reads delta (with the scales of codes). What depends on a norm takes another pass: over
+        the biased gradients for a coefficient with norm(g), over all gradients for clipping; and over the deltas too
+        for <g, delta>, which adaptive_cosine and the norm of a biased gradient need (norm(delta) is a constant).
         """
         total = 0
         for param, grad, delta in zip(self.params, self.grads, self.deltas, strict=True):
             bias = None if delta is None else scaling
-            per_element = 2 * param.element_size() + grad.element_size() + 2 * state_bytes
-            per_element += grad.element_size() if clip or bias in ("gradnorm", "adaptive_cosine") else 0
-            if delta is not None and bias is not None:
+            total += 2 * param.nbytes + grad.nbytes + 2 * storage.states(param.numel())
+            total += grad.nbytes if clip or bias in ("gradnorm", "adaptive_cosine") else 0
+            if bias is not None:
                 needs_dot = bias == "adaptive_cosine" or (clip and bias != "decoupled")
-                per_element += delta.element_size() * (2 if needs_dot else 1)
-            total += per_element * param.numel()
+                total += storage.delta(param.numel()) * (2 if needs_dot else 1)
         return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .contender import drift
+from .modes import Mode
 from .problem import Problem
 from .shapes import fit, named_shapes
 
@@ -15,7 +16,7 @@ def main() -> None:
     device = torch.device("cuda")
     shapes = named_shapes(MODEL, fit(MODEL, PARAMS))
     problem = Problem.random(shapes, ["all"], torch.bfloat16, device)
-    ours = drift(problem, "cuda", "gradnorm", torch.bfloat16)
+    ours = drift(problem, "cuda", "gradnorm", Mode(torch.bfloat16))
     for _ in range(WARM_STEPS):
         ours.step()
     torch.cuda.synchronize(device)

@@ -11,23 +11,25 @@ from rich.table import Table
 
 from .contender import Contender
 from .measure import Spread, Timing
+from .memory import Memory
+from .modes import dtype_name, label_of
 
 Row = dict[str, Any]
 
 # Rivals that have a prior too: ours are compared with them in columns of their own.
 RIVALS = {"foreach_bias": "x foreach\n+ fused", "hook": "x hook\n+ fused"}
-SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "8-bit"}
 
 
 def make_rows(
     contenders: list[Contender],
     timings: list[list[Timing]],
-    memory: list[tuple[int | None, int | None]],
+    memory: list[Memory],
     common: Row,
 ) -> list[Row]:
     """One row per contender: what it is, the median and quartiles of its times, and the same over rivals' medians.
 
-    A rival is one that clips if the contender does. `memory` is `state_bytes` and `peak_extra_bytes` of memory.py.
+    A rival is one that clips if the contender does. `rounding`, `master` and `prior_dtype` are of ours, the last
+    under a prior.
 
     `gb_per_s` is the bytes that the step must move over the median time, whatever the contender moves beyond them, so
     it compares across contenders; it and `percent_of_copy` are None if no copy was measured. `common` is in every row.
@@ -46,22 +48,25 @@ def make_rows(
     copy = next((gb_per_s(c, s) for c, s in zip(contenders, spreads, strict=True) if c.name == "copy"), None)
     copy_clip = min(contender.clip for contender in contenders if contender.name == "fused")
     rows = []
-    for contender, spread, times, (states, peak) in zip(contenders, spreads, timings, memory, strict=True):
+    for contender, spread, times, kept in zip(contenders, spreads, timings, memory, strict=True):
         clip = copy_clip if contender.name == "copy" else contender.clip
+        mode = contender.mode
         row = {
             "contender": contender.name,
             "label": contender.label,
             "ours": contender.ours,
             "scaling": contender.scaling or "none",
             "clip": contender.clip,
-            "states": None if contender.state_dtype is None else str(contender.state_dtype).removeprefix("torch."),
+            "states": None if contender.state_dtype is None else dtype_name(contender.state_dtype),
+            "rounding": None if mode is None else mode.rounding,
+            "master": None if mode is None else mode.master,
+            "prior_dtype": None if mode is None or contender.scaling is None else mode.prior_name,
             "ms": spread._asdict(),
             "min_ms": min(timing.ms for timing in times),
             "host_ms": Spread.of([timing.host_ms for timing in times])._asdict(),
             "bytes": contender.bytes,
             "bytes_per_param": contender.bytes / common["params"],
-            "state_bytes": states,
-            "peak_extra_bytes": peak,
+            **kept._asdict(),
             "gb_per_s": None if copy is None else gb_per_s(contender, spread),
             "percent_of_copy": None if copy is None else 100 * gb_per_s(contender, spread) / copy,
             "ratio_to_fused": ratio(spread, "fused", None, clip),
@@ -84,10 +89,11 @@ def print_table(rows: list[Row], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, title=title(first), caption=caption(first))
     table.title_justify = table.caption_justify = "left"
     table.add_column("step", no_wrap=True)
-    table.add_column("states", no_wrap=True)
+    table.add_column("mode", no_wrap=True)
     numbers = ["ms", "quartiles", "x torch\nfused", *rivals.values()]
-    numbers += ["bytes/\nparam", "GB/s", "of a\ncopy"] if with_rate else []
-    numbers += ["states,\nB/param", "peak,\nB/param", "host ms"] if on_gpu else []
+    numbers += ["stored\nB/param"]
+    numbers += ["moved\nB/param", "GB/s", "of a\ncopy"] if with_rate else []
+    numbers += ["peak\nB/param", "host ms"] if on_gpu else []
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
 
@@ -96,15 +102,15 @@ def print_table(rows: list[Row], console: Console) -> None:
         table.add_row(heading, style="italic")
         for row in section:
             ms = row["ms"]
-            cells = [f"  {row['label']}", SHORT_DTYPES.get(row["states"], "")]
+            cells = [f"  {row['label']}", label_of(row)]
             cells += [number(ms["median"]), f"{number(ms['low'])}-{number(ms['high'])}"]
             for ratio in (row[key] for key in ("ratio_to_fused", *rivals)):
                 cells.append("" if ratio is None else f"{ratio['median']:.2f}")
+            cells.append(_per_param(row, "stored_bytes"))
             if with_rate:
                 cells += [f"{row['bytes_per_param']:.1f}", number(row["gb_per_s"]), f"{row['percent_of_copy']:.0f}%"]
             if on_gpu:
-                cells += [_per_param(row, "state_bytes"), _per_param(row, "peak_extra_bytes")]
-                cells.append(number(row["host_ms"]["median"]))
+                cells += [_per_param(row, "peak_extra_bytes"), number(row["host_ms"]["median"])]
             table.add_row(*cells, style="bold" if row["ours"] else None)
     console.print(table)
 

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from .modes import label_of
 from .plot import FAINT, INK, OURS
-from .report import SHORT_DTYPES, Row, caption, number, title
+from .report import Row, caption, number, title
 
 MARKERS = {"none": "o", "absolute": "s", "gradnorm": "^", "adaptive_cosine": "D", "decoupled": "v"}
 THEIRS = "#8a9099"
@@ -40,8 +41,8 @@ def draw(rows: list[Row], path: Path) -> None:
     high = 1.25 * max(right * ns_per_byte, _ns_per_param(points[-1]))
     height = max(6.5, 1.7 + LABEL_INCHES * len(points))
     with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(11, height))
-        axes = figure.add_axes((0.07, 0.85 / height, 0.5, 1 - 1.5 / height))
+        figure = Figure(figsize=(12.5, height))
+        axes = figure.add_axes((0.06, 0.85 / height, 0.44, 1 - 1.5 / height))
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(left, right)
@@ -142,7 +143,7 @@ def _ns_per_param(row: Row) -> float:
 def _label(row: Row) -> str:
     parts = [row["label"]]
     if row["ours"]:
-        parts.append(f"{SHORT_DTYPES[row['states']]} states")
+        parts.append(label_of(row))
     if row["scaling"] != "none":
         parts.append(row["scaling"])
     if row.get("clip"):

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from . import lineup, plot, roofline, shapes
+from . import lineup, modes, plot, roofline, shapes
 from .contender import BACKENDS, copy
 from .libraries import LIBRARIES
 from .lineup import SCALINGS
 from .measure import measure
-from .memory import peak_extra_bytes, state_bytes
+from .memory import Memory
+from .modes import Mode
 from .parity import ParityError, check_parity
 from .peers import WITH_PRIOR, WITHOUT_PRIOR
 from .problem import Problem
@@ -27,7 +29,7 @@ from .rows import row_metadata
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_PARAMS = {"cpu": 64_000_000, "cuda": 256_000_000}
-TABLE_WIDTH = {"cpu": 120, "cuda": 150}
+TABLE_WIDTH = {"cpu": 150, "cuda": 170}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,10 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     our_backends = lineup.chosen_backends(args.contenders, device)
     our_libraries = lineup.chosen_libraries(args.contenders, device, dtype)
-    state_dtypes = [DTYPES[name] for name in dict.fromkeys(args.states or default_states(args.dtype))]
+    our_modes = chosen_modes(parser, args)
     clips = [name == "yes" for name in dict.fromkeys(args.clip)]
     entries = lineup.entries(
-        args.contenders, our_backends, our_libraries, args.scaling, clips, dtype, state_dtypes, device
+        args.contenders, our_backends, our_libraries, args.scaling, clips, dtype, our_modes, device
     )
     scale = args.scale or 1.0
     if args.scale is None and args.layers is None:
@@ -52,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     check_memory(parser, lineup.needed_bytes(named_shapes, args.modules, dtype, entries, with_copy, device), device)
     try:
         for backend in our_backends:
-            for state_dtype in state_dtypes:
-                check_parity(backend, device, dtype, state_dtype)
+            for mode in our_modes:
+                check_parity(backend, device, dtype, mode)
     except ParityError as error:
         print(f"Nothing was measured: {error}", file=sys.stderr)
         return 1
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if with_copy:
         contenders.insert(0, copy(problem))
     timings = measure(contenders, device, args.reps)
-    memory = [(state_bytes(contender), peak_extra_bytes(contender, device)) for contender in contenders]
+    memory = [Memory.of(contender, device) for contender in contenders]
     common = {
         "benchmark": "step",
         "model": args.model,
@@ -136,9 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="whether a step clips the gradients to a norm of 1: ours inside, rivals before (default: no)",
     )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of params, grads and deltas")
-    parser.add_argument(
-        "--states", nargs="+", choices=("float32", "bfloat16"), help="of ours; default: float32, and torch's if another"
-    )
+    add_modes(parser)
     ours = dict.fromkeys(name for names in BACKENDS.values() for name in names)
     parser.add_argument(
         "--contenders",
@@ -153,6 +153,49 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows there, as bars")
     parser.add_argument("--roofline", type=Path, metavar="FILE", help="draw them there as bytes against time")
     return parser
+
+
+def add_modes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("modes of ours", "every combination of these, or those that --modes names")
+    group.add_argument(
+        "--states", nargs="+", choices=tuple(modes.STATES), help="default: float32, and torch's if another"
+    )
+    group.add_argument("--rounding", nargs="+", choices=modes.ROUNDINGS, help="default: nearest")
+    group.add_argument("--master", nargs="+", choices=tuple(modes.MASTER), help="weights of float32; default: no")
+    group.add_argument(
+        "--prior-dtype",
+        nargs="+",
+        choices=tuple(modes.PRIORS),
+        help="same: that of the parameters; int8 and fp8: small priors (default: same)",
+    )
+    group.add_argument(
+        "--modes",
+        nargs="+",
+        choices=tuple(modes.BY_LABEL),
+        metavar="LABEL",
+        help="as tables call them, such as 'int8 states, stochastic, int8 prior'",
+    )
+
+
+def chosen_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Mode]:
+    """Those that there are for the parameters; says which are left out, and why."""
+    combined = (args.states, args.rounding, args.master, args.prior_dtype)
+    if args.modes is not None and any(combined):
+        parser.error("--modes goes without --states, --rounding, --master and --prior-dtype")
+    wanted = [modes.BY_LABEL[label] for label in dict.fromkeys(args.modes or ())] or modes.combinations(
+        args.states or default_states(args.dtype),
+        args.rounding or ["nearest"],
+        args.master or ["no"],
+        args.prior_dtype or ["same"],
+    )
+    refused = modes.refusals(wanted, DTYPES[args.dtype])
+    left_out = [f"{'; '.join(mode.label for mode in some)}: {reason}" for reason, some in refused.items()]
+    chosen = [mode for mode in wanted if not any(mode in some for some in refused.values())]
+    if not chosen:
+        parser.error(f"no mode is left for {args.dtype} parameters. {'. '.join(left_out)}")
+    for line in left_out:
+        print(f"Left out: {line}", file=sys.stderr)
+    return chosen
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -175,7 +218,7 @@ def check_memory(parser: argparse.ArgumentParser, needed: int, device: torch.dev
     if free is not None and needed > free:
         parser.error(
             f"these contenders need about {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
-            "name fewer --contenders, --scaling or --states, or a smaller --params or --layers"
+            "name fewer --contenders, --scaling or modes, or a smaller --params or --layers"
         )
 
 
@@ -197,4 +240,5 @@ def default_states(dtype: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("drift_kernels").setLevel(logging.ERROR)  # modes warn of what they lose, each time anew
     sys.exit(main())

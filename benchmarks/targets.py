@@ -12,6 +12,10 @@ Row = dict[str, Any]
 OURS = {"contender": "cuda", "scaling": "absolute", "clip": False, "states": "bfloat16"}
 REAL_SIZE = {**OURS, "run": "7b"}
 
+# The smallest mode, and what it is to beat.
+PLAIN = {**OURS, "run": "modes", "states": "float32", "rounding": "nearest", "master": False, "prior_dtype": "same"}
+SMALL = {**PLAIN, "states": "int8", "rounding": "stochastic", "prior_dtype": "int8"}
+
 
 def of_copy(row: Row) -> float | None:
     return row["percent_of_copy"]
@@ -27,13 +31,25 @@ def over(rival: str) -> Callable[[Row], float | None]:
     return ratio
 
 
+def bytes_moved(row: Row) -> float | None:
+    return row["bytes_per_param"]
+
+
+def speed(row: Row) -> float | None:
+    """Steps in a millisecond."""
+    return 1 / row["ms"]["median"]
+
+
 def host_microseconds(row: Row) -> float | None:
     return 1e3 * row["host_ms"]["median"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a figure of one row: the row in which the keys of `where` have these values."""
+    """A bound on a figure of one row: the row in which the keys of `where` have these values.
+
+    With `over`, on the figure divided by that of the row which `over` finds.
+    """
 
     name: str
     where: dict[str, Any]
@@ -41,10 +57,18 @@ class Target:
     bound: float
     unit: str = ""
     at_least: bool = False
+    over: dict[str, Any] | None = None
 
     def measured(self, rows: list[Row]) -> float | None:
         """The figure; None if no row has it."""
-        found = (row for row in rows if all(row[key] == value for key, value in self.where.items()))
+        found = self._figure(rows, self.where)
+        if found is None or self.over is None:
+            return found
+        base = self._figure(rows, self.over)
+        return None if base is None else found / base
+
+    def _figure(self, rows: list[Row], where: dict[str, Any]) -> float | None:
+        found = (row for row in rows if all(row[key] == value for key, value in where.items()))
         return next((figure for figure in map(self.figure, found) if figure is not None), None)
 
     def check(self, rows: list[Row]) -> dict[str, Any]:
@@ -71,6 +95,8 @@ TARGETS = [
     Target("absolute: time over _foreach_add_ + torch fused", REAL_SIZE, over("foreach_bias"), 0.70),
     Target("absolute: time over the authors' hook", REAL_SIZE, over("hook"), 0.10),
     Target("absolute: host time of 729 tensors", {**OURS, "run": "tiny"}, host_microseconds, 200, " us"),
+    Target("int8 mode: bytes moved, of the float32-state mode's", SMALL, bytes_moved, 0.5, over=PLAIN),
+    Target("int8 mode: speed, of the float32-state mode's", SMALL, speed, 1.6, "x", at_least=True, over=PLAIN),
 ]
 
 

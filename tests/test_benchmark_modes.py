@@ -1,4 +1,4 @@
-"""The modes of ours in the step benchmark: which there are, what they store and move, their parity, a run end to end."""
+"""The modes of ours in the step benchmark: which there are, what they store and move, their parity, a run."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import contender, libraries, lineup, measure, memory, peers
+from benchmarks.modes import BY_LABEL, Mode
 from benchmarks.problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
 from drift_kernels import backends
 
@@ -106,7 +107,7 @@ def test_the_compiled_rival_does_the_same_work_and_compiles_once() -> None:
     for _ in range(3):
         compiled.step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    ours = contender.drift(problem, BACKEND, "adaptive_cosine", torch.float32, clip=True)
+    ours = contender.drift(problem, BACKEND, "adaptive_cosine", Mode(torch.float32), clip=True)
     for _ in range(3):
         ours.step()
     assert_same_states(ours, compiled, with_params=False)
@@ -114,7 +115,7 @@ def test_the_compiled_rival_does_the_same_work_and_compiles_once() -> None:
 
 
 def assert_same_work(theirs: contender.Contender, problem: Problem, scaling: str | None, clip: bool) -> None:
-    ours = contender.drift(problem, BACKEND, scaling, torch.float32, clip)
+    ours = contender.drift(problem, BACKEND, scaling, Mode(torch.float32), clip)
     assert (theirs.scaling, theirs.clip, theirs.bytes) == (scaling, clip, ours.bytes)
     for _ in range(3):
         for one in (theirs, ours):
@@ -135,16 +136,16 @@ def assert_same_states(ours: contender.Contender, theirs: contender.Contender, w
             assert (a - b).abs().max() <= 2e-5 * b.abs().max()
 
 
-def all_entries(states: list[torch.dtype], dtype: torch.dtype = torch.float32) -> list[lineup.Entry]:
+def all_entries(our_modes: list[Mode], dtype: torch.dtype = torch.float32) -> list[lineup.Entry]:
     names = [*peers.WITHOUT_PRIOR, *peers.WITH_PRIOR]
-    return lineup.entries(names, [BACKEND], [], list(lineup.SCALINGS), [False, True], dtype, states, CPU)
+    return lineup.entries(names, [BACKEND], [], list(lineup.SCALINGS), [False, True], dtype, our_modes, CPU)
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_contenders_share_gradients_but_not_parameters() -> None:
     problem = problem_at_zero()
     grads = [grad.clone() for grad in problem.grads]
-    contenders = [entry.make(problem) for entry in all_entries([torch.float32])]
+    contenders = [entry.make(problem) for entry in all_entries([Mode(torch.float32)])]
     names = {(one.name, one.scaling, one.clip) for one in contenders}
     assert len(names) == len(contenders) == 2 * (2 + 4 + 3 + 4 + 5)
     first_params = [parameters(one)[0].data_ptr() for one in contenders]
@@ -178,7 +179,10 @@ def live_storages() -> dict[int, int]:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_that_a_run_needs_is_known_before(dtype: torch.dtype) -> None:
-    entries = all_entries([torch.float32, torch.bfloat16], dtype)
+    labels = ["fp32 states", "bf16 states", "int8 states"]
+    if dtype == torch.bfloat16:
+        labels += ["fp32 states, master, fp8 prior", "int8 states, stochastic, int8 prior"]
+    entries = all_entries([BY_LABEL[label] for label in labels], dtype)
     estimate = lineup.kept_bytes(MEDIUM, ["mlp"], dtype, entries, with_copy=True)
     before = live_storages()
     problem = Problem.random(MEDIUM, ["mlp"], dtype, CPU)
@@ -196,7 +200,7 @@ def test_state_bytes_are_the_states_and_the_deltas(states: torch.dtype) -> None:
     problem = Problem.random(MEDIUM, ["mlp"], torch.bfloat16, CPU)
     biased = sum(delta.numel() for delta in problem.prior.values())
     for scaling, deltas in ((None, 0), ("absolute", 2 * biased)):
-        ours = contender.drift(problem, BACKEND, scaling, states)
+        ours = contender.drift(problem, BACKEND, scaling, Mode(states))
         ours.step()
         steps = memory.state_bytes(ours) - 2 * states.itemsize * problem.numel - deltas
         assert 0 < steps <= 64 * len(MEDIUM)

@@ -192,9 +192,9 @@ def test_every_run_is_understood_and_fits(free: int, monkeypatch: pytest.MonkeyP
         ours = lineup.chosen_backends(args.contenders, device)
         assert "cuda" in ours
         libraries = [name for name in lineup.libraries.LIBRARIES if name in args.contenders]
-        states = [torch.bfloat16, torch.float32]
+        modes = step.chosen_modes(parser, args)
         clips = [name == "yes" for name in args.clip]
-        entries = lineup.entries(args.contenders, ours, libraries, args.scaling, clips, torch.bfloat16, states, device)
+        entries = lineup.entries(args.contenders, ours, libraries, args.scaling, clips, torch.bfloat16, modes, device)
         scale = 1.0 if args.layers or args.model == "tiny" else shapes.fit(args.model, args.params)
         named_shapes = shapes.named_shapes(args.model, scale, args.layers)
         assert lineup.needed_bytes(named_shapes, ["all"], torch.bfloat16, entries, True, device) < 0.98 * free
@@ -206,16 +206,21 @@ def test_every_run_is_understood_and_fits(free: int, monkeypatch: pytest.MonkeyP
 def row(**values) -> dict:
     base = {"run": "7b", "contender": "cuda", "scaling": "absolute", "clip": False, "states": "bfloat16"}
     ratios = {f"ratio_to_{name}": None for name in ("fused", "foreach_bias", "hook")}
-    return {**base, **ratios, "percent_of_copy": None, "host_ms": {"median": 5.0}, **values}
+    mode = {"rounding": "nearest", "master": False, "prior_dtype": "same"}
+    return {**base, **mode, **ratios, "percent_of_copy": None, "host_ms": {"median": 5.0}, **values}
 
 
 def test_targets_are_read_from_the_rows() -> None:
+    small = {"run": "modes", "states": "int8", "rounding": "stochastic", "prior_dtype": "int8"}
     rows = [
         row(contender="triton", percent_of_copy=99.0),
         row(run="7b-all", percent_of_copy=99.0),
         row(states="float32", percent_of_copy=90.5, ratio_to_fused={"median": 1.3}),
         row(percent_of_copy=89.0, ratio_to_fused={"median": 1.0}, ratio_to_foreach_bias={"median": 0.71}),
         row(run="tiny", host_ms={"median": 0.15}),
+        row(run="modes", states="float32", ms={"median": 3.0}, bytes_per_param=24.0),
+        row(run="modes", states="int8", ms={"median": 9.0}, bytes_per_param=13.0),
+        row(**small, ms={"median": 2.0}, bytes_per_param=11.16),
     ]
     checked = [target.check(rows) for target in targets.TARGETS]
     assert [(one["measured"], one["met"]) for one in checked] == [
@@ -225,9 +230,14 @@ def test_targets_are_read_from_the_rows() -> None:
         (0.71, False),
         (None, None),
         (150.0, True),
+        (pytest.approx(0.465), True),
+        (1.5, False),
     ]
     lines = [targets.describe(one) for one in checked]
-    assert [line.rpartition("  ")[2] for line in lines] == ["met", "MISSED", "met", "MISSED", "not measured", "met"]
+    said = [line.rpartition("  ")[2] for line in lines]
+    assert said == ["met", "MISSED", "met", "MISSED", "not measured", "met", "met", "MISSED"]
+    alone = [row(**small, ms={"median": 2.0}, bytes_per_param=11.16)]
+    assert all(target.measured(alone) is None for target in targets.TARGETS)
     assert all(one["met"] is None for one in (target.check([]) for target in targets.TARGETS))
 
 

@@ -1,0 +1,134 @@
+"""The modes of FusedDriftAdamW: how it holds states, masters and the prior; and the bytes that these take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from drift_kernels import codes
+from drift_kernels.precision import WORTH_CODES
+
+STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+ROUNDINGS = ("nearest", "stochastic")
+MASTER = {"no": False, "yes": True}
+PRIORS = {"same": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8", "uint8": "8-bit"}
+SCALE_BYTES = 4  # of a block of codes
+RESIDUAL_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The bytes that the states and the delta of a tensor take, by its number of elements."""
+
+    states: Callable[[int], int]
+    delta: Callable[[int], int]
+
+    @classmethod
+    def plain(cls, state_bytes: int, delta_bytes: int) -> Storage:
+        """So many bytes an element: all states together, and the delta."""
+        return cls(lambda numel: state_bytes * numel, lambda numel: delta_bytes * numel)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What the constructor of FusedDriftAdamW is told about precision, and how its prior is stored.
+
+    Attributes:
+        states: float32, bfloat16, or int8 for codes.
+        rounding: of what is bfloat16, "nearest" or "stochastic".
+        master: whether each parameter has a residual, which makes it a float32.
+        prior: int8 or float8_e4m3fn for a small prior; None for deltas in the dtype of the parameters.
+    """
+
+    states: torch.dtype
+    rounding: str = "nearest"
+    master: bool = False
+    prior: torch.dtype | None = None
+
+    @property
+    def label(self) -> str:
+        """For tables and plots: "int8 states, stochastic, int8 prior"."""
+        parts = [f"{SHORT_DTYPES[dtype_name(self.states)]} states"]
+        parts += ["stochastic"] if self.rounding == "stochastic" else []
+        parts += ["master"] if self.master else []
+        parts += [f"{self.prior_name} prior"] if self.prior is not None else []
+        return ", ".join(parts)
+
+    @property
+    def prior_name(self) -> str:
+        """As in `--prior-dtype`."""
+        return next(name for name, dtype in PRIORS.items() if dtype == self.prior)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of FusedDriftAdamW, which gets the prior otherwise."""
+        return {"state_dtype": self.states, "rounding": self.rounding, "master_weights": self.master}
+
+    def refusal(self, dtype: torch.dtype) -> str | None:
+        """Why there is no such mode for parameters of a dtype, in a line; None if there is."""
+        stochastic = self.rounding == "stochastic"
+        if dtype != torch.bfloat16 and (stochastic or self.master or self.prior is not None):
+            return "stochastic rounding, masters and small priors are for bfloat16 parameters"
+        if dtype == torch.float16 and self.states == torch.int8:
+            return "int8 states are for bfloat16 and float32 parameters"
+        if stochastic and self.master and self.states != torch.bfloat16:
+            return "beside masters only bfloat16 states are rounded at random"
+        return None
+
+    def storage(self, dtype: torch.dtype) -> Storage:
+        """Beside parameters of a dtype. Step counts are left out, which no kernel reads."""
+
+        def states(numel: int) -> int:
+            residual = RESIDUAL_BYTES * numel if self.master else 0
+            if self.states != torch.int8:
+                return residual + 2 * self.states.itemsize * numel
+            return residual + (2 * coded_bytes(numel) if numel >= WORTH_CODES else 2 * 4 * numel)
+
+        uncoded = 4 if dtype == torch.float16 else dtype.itemsize  # a prior has no float16
+        return Storage(states, coded_bytes if self.prior is not None else lambda numel: uncoded * numel)
+
+
+def coded_bytes(numel: int) -> int:
+    """Of codes of one byte and the scales of their blocks."""
+    return numel + SCALE_BYTES * codes.blocks(numel)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def combinations(
+    states: Iterable[str], roundings: Iterable[str], masters: Iterable[str], priors: Iterable[str]
+) -> list[Mode]:
+    """Every combination of these, named as in the options of benchmarks.step, each once."""
+    every = product(states, roundings, masters, priors)
+    return list(dict.fromkeys(Mode(STATES[s], rounding, MASTER[m], PRIORS[p]) for s, rounding, m, p in every))
+
+
+BY_LABEL = {mode.label: mode for mode in combinations(STATES, ROUNDINGS, MASTER, PRIORS)}
+
+
+def refusals(modes: Iterable[Mode], dtype: torch.dtype) -> dict[str, list[Mode]]:
+    """The modes that parameters of a dtype cannot have, by the reason."""
+    found: dict[str, list[Mode]] = {}
+    for mode in modes:
+        reason = mode.refusal(dtype)
+        if reason is not None:
+            found.setdefault(reason, []).append(mode)
+    return found
+
+
+def label_of(row: Mapping[str, Any]) -> str:
+    """The label of a row's mode; of a rival's the states alone, and so of rows older than the other keys."""
+    if row["states"] is None:
+        return ""
+    if row.get("rounding") is None:
+        return f"{SHORT_DTYPES[row['states']]} states"
+    prior = PRIORS[row["prior_dtype"] or "same"]
+    return Mode(STATES[row["states"]], row["rounding"], row["master"], prior).label
