@@ -26,10 +26,22 @@ struct moment_code {
   int8_t code;
 };
 
-// Of exp_avg_sq: code^2 * scale.
+// Of the root of exp_avg_sq: code * scale.
 struct variance_code {
   uint8_t code;
 };
+
+// A float by its root, which a step computes anyway.
+struct rooted {
+  float root;
+};
+
+DRIFT_HD float to_float(rooted x) { return x.root * x.root; }
+
+template <>
+DRIFT_HD rooted round_to<rooted>(float x) {
+  return {sqrtf(x)};
+}
 
 template <class T>
 constexpr bool kCoded = std::is_same_v<T, int8_code> || std::is_same_v<T, fp8_code> || std::is_same_v<T, moment_code> ||
@@ -37,7 +49,7 @@ constexpr bool kCoded = std::is_same_v<T, int8_code> || std::is_same_v<T, fp8_co
 
 // What a code is worked on as.
 template <class T>
-using Decoded = std::conditional_t<kCoded<T>, float, T>;
+using Decoded = std::conditional_t<std::is_same_v<T, variance_code>, rooted, std::conditional_t<kCoded<T>, float, T>>;
 
 DRIFT_HD float decode(int8_code x, float scale) { return static_cast<float>(x.code) * scale; }
 
@@ -52,40 +64,41 @@ DRIFT_HD float decode(moment_code x, float scale) {
   return static_cast<float>(code < 0 ? -(code * code) : code * code) * scale;
 }
 
-DRIFT_HD float decode(variance_code x, float scale) {
-  const int32_t code = x.code;
-  return static_cast<float>(code * code) * scale;
-}
-
-// The largest code, and the scale of a block whose largest magnitude has these bits. One NaN or Inf makes it NaN, and
-// so, in the next step, the whole block. It is not 0 unless all of the block is.
-template <class T>
-constexpr float kLargestCode = std::is_same_v<T, moment_code> ? 127.0f : 255.0f;
-
-template <class T>
-DRIFT_HD float scale_of(uint32_t largest) {
-  const float scale = bits_to_float(largest) / (kLargestCode<T> * kLargestCode<T>);
-  const float at_least = largest != 0 && scale == 0.0f ? bits_to_float(1u) : scale;
-  return largest >= 0x7f800000u ? bits_to_float(0x7fc00000u) : at_least;
-}
+DRIFT_HD rooted decode(variance_code x, float scale) { return {static_cast<float>(x.code) * scale}; }
 
 DRIFT_HD uint32_t magnitude_bits(float x) { return float_to_bits(x) & 0x7fffffffu; }
 
-// What to divide the block's magnitudes by: the scale, or infinity where there is none (0) or it is NaN.
-DRIFT_HD float divisor_of(float scale) { return scale > 0.0f ? scale : bits_to_float(0x7f800000u); }
+DRIFT_HD uint32_t magnitude_bits(rooted x) { return float_to_bits(x.root); }
 
-// The nearest code (ties to even) on the scale of square roots; for a variance that is not zero, not the code of zero,
-// by whose root the update would be divided.
+// The scale of a block whose largest magnitude has these bits: that has the largest code. A normal number unless all of
+// the block is zero; one NaN or Inf makes it NaN, and so, in the next step, the whole block.
 template <class T>
-DRIFT_HD T encode(float x, float divisor) {
-  const float root = sqrtf(bits_to_float(magnitude_bits(x)) / divisor);
-  const float nearest = (root + 0x1.8p23f) - 0x1.8p23f;
-  const int32_t code = static_cast<int32_t>(nearest < kLargestCode<T> ? nearest : kLargestCode<T>);
-  if constexpr (std::is_same_v<T, moment_code>) {
-    return {static_cast<int8_t>(x < 0.0f ? -code : code)};
-  } else {
-    return {static_cast<uint8_t>((code == 0) & (x > 0.0f) ? 1 : code)};
-  }
+DRIFT_HD float scale_of(uint32_t largest) {
+  constexpr float kLargest = std::is_same_v<T, moment_code> ? 127.0f * 127.0f : 255.0f;
+  const float scale = bits_to_float(largest) / kLargest;
+  const float normal = largest != 0 && scale < 0x1p-126f ? 0x1p-126f : scale;
+  return largest >= 0x7f800000u ? bits_to_float(0x7fc00000u) : normal;
+}
+
+DRIFT_HD float inverse_of(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
+
+// To the nearest integer, ties to even, and no larger than `limit`; of a NaN it is `limit`.
+DRIFT_HD int32_t nearest_code(float x, float limit) {
+  const float nearest = (x + 0x1.8p23f) - 0x1.8p23f;
+  return static_cast<int32_t>(nearest < limit ? nearest : limit);
+}
+
+template <class T>
+DRIFT_HD T encode(float x, float inverse) {
+  const int32_t code = nearest_code(sqrtf(bits_to_float(magnitude_bits(x)) * inverse), 127.0f);
+  return {static_cast<int8_t>(x < 0.0f ? -code : code)};
+}
+
+// Of a variance that is not zero, not the code of zero, by which the update would be divided.
+template <class T>
+DRIFT_HD T encode(rooted x, float inverse) {
+  const int32_t code = nearest_code(x.root * inverse, 255.0f);
+  return {static_cast<uint8_t>((code == 0) & (x.root > 0.0f) ? 1 : code)};
 }
 
 }  // namespace drift

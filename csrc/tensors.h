@@ -66,14 +66,22 @@ struct Stored {
 };
 
 // Elements to work on: of tensors, or of what was loaded and decoded from them.
-template <class Param, class Grad, class State, class Delta>
+template <class Param, class Grad, class M, class V, class Delta>
 struct Tensors {
   Param* __restrict param;
   Residual<Param>* __restrict residual;
   const Grad* __restrict grad;
-  State* __restrict exp_avg;
-  State* __restrict exp_avg_sq;
+  M* __restrict exp_avg;
+  V* __restrict exp_avg_sq;
   const Delta* __restrict delta;
+
+  DRIFT_HD float load_param(int64_t i) const {
+    if constexpr (std::is_same_v<Param, master_bfloat16>) {
+      return join(param[i], residual[i]);
+    } else {
+      return to_float(param[i]);
+    }
+  }
 
   DRIFT_HD Element load(int64_t i) const { return {load_param(i), to_float(exp_avg[i]), to_float(exp_avg_sq[i])}; }
 
@@ -91,19 +99,11 @@ struct Tensors {
     } else {
       param[i] = rounded<Param>(e.param, draw.param);
     }
-    exp_avg[i] = rounded<State>(e.exp_avg, draw.exp_avg);
-    exp_avg_sq[i] = rounded<State>(e.exp_avg_sq, draw.exp_avg_sq);
+    exp_avg[i] = rounded<M>(e.exp_avg, draw.exp_avg);
+    exp_avg_sq[i] = rounded<V>(e.exp_avg_sq, draw.exp_avg_sq);
   }
 
  private:
-  DRIFT_HD float load_param(int64_t i) const {
-    if constexpr (std::is_same_v<Param, master_bfloat16>) {
-      return join(param[i], residual[i]);
-    } else {
-      return to_float(param[i]);
-    }
-  }
-
   template <class T>
   static DRIFT_HD T rounded(float x, [[maybe_unused]] uint32_t random) {
     if constexpr (kStochastic<T>) {

@@ -159,12 +159,12 @@ def test_every_operation_is_rounded_by_itself(extension: Path, by_arch: dict[str
             disassembly.assert_nothing_was_contracted(name, facts["sass"], by_name[name])
     for name, counts in by_name.items():
         roots = 0
-        if name.startswith("update"):  # one of each an element, and in codes two and three more
+        if name.startswith("update"):  # one of each an element, and a root more in codes
             roots = 2 * TURN if "int8_state" in name else TURN + TURN // 2
-        if "int8_state" not in name:
-            assert counts["sqrt.rn.f32"] == counts["div.rn.f32"] == roots, name
+        if "int8_state" in name:
+            assert counts["sqrt.rn.f32"] == 2 * roots, name
         else:
-            assert counts["sqrt.rn.f32"] == 3 * roots, name
+            assert counts["sqrt.rn.f32"] == counts["div.rn.f32"] == roots, name
 
 
 def test_its_cudart_is_its_own(extension: Path) -> None:

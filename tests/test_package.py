@@ -32,7 +32,8 @@ LAYERS = {
     "inspection": {"batch", "precision"},
     "state": {"errors", "groups", "precision"},
     "optimizer": {
-        "backends", "batch", "binding", "coefficients", "errors", "groups", "inspection", "lossless", "precision", "prior", "state",
+        "backends", "batch", "binding", "coefficients", "errors", "groups", "inspection", "lossless", "precision",
+        "prior", "state",
     },
     "cli": {"prior", "errors"},
 }  # fmt: skip

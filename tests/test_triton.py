@@ -111,8 +111,10 @@ def test_every_operation_is_rounded_by_itself(arch: int, kernels: Kernels) -> No
         sass, ptx = facts["sass"], facts["ptx"]
         if name.startswith("_update_chunk"):
             assert_nothing_was_contracted(name, sass, ptx)
-            roots = 3 * 12 if "int8" in name else 12  # eight and four elements, and their codes
-            assert ptx["sqrt.rn.f32"] == roots <= ptx["div.rn.f32"], name
+            assert ptx["div.rn.f32"] >= 12, name  # eight and four elements
+            assert ptx["sqrt.rn.f32"] >= (24 if "int8" in name else 12), name
+            if "int8" not in name:
+                assert ptx["sqrt.rn.f32"] == ptx["div.rn.f32"] == 12, name
         else:
             assert all(".rn.f32" in operation and not operation.startswith(("fma", "mad")) for operation in ptx), name
             assert not [opcode for opcode in sass if opcode.startswith("FFMA")], name

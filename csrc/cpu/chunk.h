@@ -59,59 +59,91 @@ class RandomBlock {
   } bits_;
 };
 
-// What the loop works on: the tensor itself, or floats decoded from its codes.
-template <class T>
-class Worked {
+// A delta as the loop reads it: the tensor itself, or kPrepared floats decoded from its codes.
+template <class Delta>
+class DeltaBlock {
  public:
-  template <class Pointer>
-  DRIFT_HD auto load(Pointer tensor, [[maybe_unused]] const float* scale, [[maybe_unused]] int64_t count) {
-    if constexpr (kCoded<T>) {
+  DRIFT_HD const Decoded<Delta>* read(const Delta* tensor, [[maybe_unused]] const float* scales,
+                                      [[maybe_unused]] int64_t count) {
+    if constexpr (kCoded<Delta>) {
       for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
-        const float block_scale = scale[begin / kScaleBlock];
+        const float scale = scales[begin / kScaleBlock];
         const int64_t end = begin + kScaleBlock < count ? begin + kScaleBlock : count;
         DRIFT_INDEPENDENT
-        for (int64_t i = begin; i < end; ++i) values_[i] = decode(tensor[i], block_scale);
+        for (int64_t i = begin; i < end; ++i) values_[i] = decode(tensor[i], scale);
       }
-      return static_cast<float*>(values_);
+      return values_;
     } else {
       return tensor;
     }
   }
 
-  DRIFT_HD void store([[maybe_unused]] T* tensor, [[maybe_unused]] float* scale, [[maybe_unused]] int64_t count) const {
-    if constexpr (kCoded<T>) {
-      for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
-        const int64_t end = begin + kScaleBlock < count ? begin + kScaleBlock : count;
-        uint32_t largest = 0;
-        for (int64_t i = begin; i < end; ++i) {
-          const uint32_t bits = magnitude_bits(values_[i]);
-          largest = bits > largest ? bits : largest;
-        }
-        const float block_scale = scale_of<T>(largest);
-        scale[begin / kScaleBlock] = block_scale;
-        const float divisor = divisor_of(block_scale);
-        DRIFT_INDEPENDENT
-        for (int64_t i = begin; i < end; ++i) tensor[i] = encode<T>(values_[i], divisor);
-      }
-    }
-  }
-
  private:
-  alignas(64) float values_[kCoded<T> ? kPrepared : 1];
+  alignas(64) float values_[kCoded<Delta> ? kPrepared : 1];
 };
+
+template <class Param, class Grad, class State, class Delta>
+DRIFT_HD void update_block(const Stored<Param, Grad, State, Delta>& stored, const Decoded<Delta>* delta,
+                           const Coefficients& c, const RandomBlock<Param>& for_param,
+                           const RandomBlock<State>& for_exp_avg, const RandomBlock<State>& for_exp_avg_sq,
+                           int64_t count) {
+  const Tensors<Param, Grad, State, State, Decoded<Delta>> tensors{stored.param,   stored.residual,   stored.grad,
+                                                                   stored.exp_avg, stored.exp_avg_sq, delta};
+  DRIFT_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    Element e = tensors.load(i);
+    e = tensors.update(e, i, c);
+    tensors.store(i, e, {for_param[i], for_exp_avg[i], for_exp_avg_sq[i]});
+  }
+}
+
+// Where the states are codes: decoded, updated and measured in one loop over the elements that share a scale, and
+// encoded in the next.
+template <class Param, class Grad, class Delta>
+DRIFT_HD void update_block(const Stored<Param, Grad, int8_state, Delta>& stored, const Decoded<Delta>* delta,
+                           const Coefficients& c, const RandomBlock<Param>& for_param, const RandomBlock<int8_state>&,
+                           const RandomBlock<int8_state>&, int64_t count) {
+  alignas(64) float exp_avg[kScaleBlock];
+  alignas(64) rooted exp_avg_sq[kScaleBlock];
+  for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
+    const int64_t block = begin / kScaleBlock;
+    const int size = static_cast<int>(begin + kScaleBlock < count ? kScaleBlock : count - begin);
+    const float moment_scale = stored.exp_avg_scale[block], variance_scale = stored.exp_avg_sq_scale[block];
+    moment_code* moments = stored.exp_avg + begin;
+    variance_code* variances = stored.exp_avg_sq + begin;
+    const Tensors<Param, Grad, float, rooted, Decoded<Delta>> tensors{
+        stored.param + begin, stored.residual + begin, stored.grad + begin, exp_avg, exp_avg_sq, delta + begin};
+    uint32_t largest_moment = 0, largest_variance = 0;
+    DRIFT_INDEPENDENT
+    for (int i = 0; i < size; ++i) {
+      Element e{tensors.load_param(i), decode(moments[i], moment_scale),
+                to_float(decode(variances[i], variance_scale))};
+      e = tensors.update(e, i, c);
+      tensors.store(i, e, {for_param[begin + i], 0, 0});
+      const uint32_t moment = magnitude_bits(e.exp_avg), variance = magnitude_bits(round_to<rooted>(e.exp_avg_sq));
+      largest_moment = moment > largest_moment ? moment : largest_moment;
+      largest_variance = variance > largest_variance ? variance : largest_variance;
+    }
+    const float new_moment_scale = scale_of<moment_code>(largest_moment);
+    const float new_variance_scale = scale_of<variance_code>(largest_variance);
+    const float moment_inverse = inverse_of(new_moment_scale), variance_inverse = inverse_of(new_variance_scale);
+    DRIFT_INDEPENDENT
+    for (int i = 0; i < size; ++i) moments[i] = encode<moment_code>(exp_avg[i], moment_inverse);
+    DRIFT_INDEPENDENT
+    for (int i = 0; i < size; ++i) variances[i] = encode<variance_code>(exp_avg_sq[i], variance_inverse);
+    stored.exp_avg_scale[block] = new_moment_scale;
+    stored.exp_avg_sq_scale[block] = new_variance_scale;
+  }
+}
 
 template <class Param, class Grad, class State, class Delta>
 DRIFT_HD void update_chunk(const Row& row, uint64_t grad, const Coefficients& coefficients, int64_t begin,
                            int64_t end) {
-  constexpr bool kPrepares =
-      kStochastic<Param> || kStochastic<State> || std::is_same_v<State, int8_state> || kCoded<Delta>;
-  constexpr int64_t kBlock = kPrepares ? kPrepared : kChunk;
+  constexpr int64_t kBlock = kStochastic<Param> || kStochastic<State> || kCoded<Delta> ? kPrepared : kChunk;
   const RandomBits random{row.random_key, static_cast<uint32_t>(coefficients.step)};
   RandomBlock<Param> for_param;
   RandomBlock<State> for_exp_avg, for_exp_avg_sq;
-  Worked<ExpAvg<State>> exp_avg;
-  Worked<ExpAvgSq<State>> exp_avg_sq;
-  Worked<Delta> delta;
+  DeltaBlock<Delta> delta;
   const Coefficients c = coefficients;
   for (int64_t block = begin; block < end; block += kBlock) {
     const auto stored = Stored<Param, Grad, State, Delta>::of(row, grad, block);
@@ -119,21 +151,8 @@ DRIFT_HD void update_chunk(const Row& row, uint64_t grad, const Coefficients& co
     for_param.draw(random, Stream::kParam, block);
     for_exp_avg.draw(random, Stream::kExpAvg, block);
     for_exp_avg_sq.draw(random, Stream::kExpAvgSq, block);
-    const Tensors<Param, Grad, Decoded<ExpAvg<State>>, Decoded<Delta>> tensors{
-        stored.param,
-        stored.residual,
-        stored.grad,
-        exp_avg.load(stored.exp_avg, stored.exp_avg_scale, count),
-        exp_avg_sq.load(stored.exp_avg_sq, stored.exp_avg_sq_scale, count),
-        delta.load(stored.delta, stored.delta_scale, count)};
-    DRIFT_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) {
-      Element e = tensors.load(i);
-      e = tensors.update(e, i, c);
-      tensors.store(i, e, {for_param[i], for_exp_avg[i], for_exp_avg_sq[i]});
-    }
-    exp_avg.store(stored.exp_avg, stored.exp_avg_scale, count);
-    exp_avg_sq.store(stored.exp_avg_sq, stored.exp_avg_sq_scale, count);
+    update_block(stored, delta.read(stored.delta, stored.delta_scale, count), c, for_param, for_exp_avg, for_exp_avg_sq,
+                 count);
   }
 }
 

@@ -230,13 +230,13 @@ struct Striped {
   }
 };
 
-// As load, but codes become floats.
+// As load, but codes are decoded.
 template <class At, class T>
 DRIFT_HD Values<Decoded<T>, At::kCount> load_decoded(At at, const T* tensor, [[maybe_unused]] const float* scale) {
   const auto stored = at.load(tensor);
   if constexpr (kCoded<T>) {
     const auto scales = at.scales(scale);
-    Values<float, At::kCount> decoded;
+    Values<Decoded<T>, At::kCount> decoded;
     DRIFT_UNROLL
     for (int j = 0; j < At::kCount; ++j) decoded.values[j] = decode(stored.values[j], scales.values[j]);
     return decoded;

@@ -84,7 +84,7 @@ DRIFT_HD States<State, At::kCount> update_turn(At at, const Stored<Param, Grad, 
   const auto for_exp_avg = at.template draw<State>(random, Stream::kExpAvg, begin);
   const auto for_exp_avg_sq = at.template draw<State>(random, Stream::kExpAvgSq, begin);
 
-  const Tensors<Param, Grad, Decoded<ExpAvg<State>>, Decoded<Delta>> turn{
+  const Tensors<Param, Grad, Decoded<ExpAvg<State>>, Decoded<ExpAvgSq<State>>, Decoded<Delta>> turn{
       param.values, residual.values, grad.values, states.exp_avg.values, states.exp_avg_sq.values, delta.values};
   DRIFT_UNROLL
   for (int j = 0; j < At::kCount; ++j) {
@@ -111,8 +111,8 @@ struct Tile<int8_state> {
 
 DRIFT_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-template <int kCount>
-DRIFT_HD uint32_t largest(const Values<float, kCount>& turn) {
+template <class T, int kCount>
+DRIFT_HD uint32_t largest(const Values<T, kCount>& turn) {
   uint32_t bits = 0;
   DRIFT_UNROLL
   for (int j = 0; j < kCount; ++j) bits = larger(bits, magnitude_bits(turn.values[j]));
@@ -121,16 +121,17 @@ DRIFT_HD uint32_t largest(const Values<float, kCount>& turn) {
 
 // A thread's codes, under the scale of the threads of its block of 128 elements, the first of which stores it.
 template <class T, class At>
-DRIFT_HD void store_codes(At at, T* tensor, float* scale, const Values<float, At::kCount>& values,
+DRIFT_HD void store_codes(At at, T* tensor, float* scale, const Values<Decoded<T>, At::kCount>& values,
                           const uint32_t* largest_of, int thread) {
   constexpr int kGroup = kScaleBlock / At::kCount;
   const int begin = thread / kGroup * kGroup;
   uint32_t bits = 0;
   for (int member = begin; member < begin + kGroup; ++member) bits = larger(bits, largest_of[member]);
   const float shared = scale_of<T>(bits);
+  const float inverse = inverse_of(shared);
   Values<T, At::kCount> codes;
   DRIFT_UNROLL
-  for (int j = 0; j < At::kCount; ++j) codes.values[j] = encode<T>(values.values[j], divisor_of(shared));
+  for (int j = 0; j < At::kCount; ++j) codes.values[j] = encode<T>(values.values[j], inverse);
   at.store(tensor, codes);
   if (thread == begin) write(scale + at.first / kScaleBlock, shared);
 }

@@ -87,28 +87,35 @@ def _load_delta(pointer, scales, index, end, aligned: tl.constexpr):
 
 @_jit
 def _load_state(pointer, scales, index, end, aligned: tl.constexpr):
-    if pointer.dtype.element_ty == tl.int8 or pointer.dtype.element_ty == tl.uint8:
+    if pointer.dtype.element_ty == tl.int8:
         code = _load_bits(pointer, index, end, aligned).to(tl.int32)
         return (code * tl.abs(code)).to(tl.float32) * _load_scales(scales, index, end)
+    if pointer.dtype.element_ty == tl.uint8:
+        root = _load_bits(pointer, index, end, aligned).to(tl.float32) * _load_scales(scales, index, end)
+        return root * root
     return _load(pointer, index, end, aligned)
 
 
 @_jit
-def _store_codes(pointer, scales, start, index, end, x, largest_code: tl.constexpr, aligned: tl.constexpr):
-    """float32 `x` as codes on the scale of roots, and the scales of its blocks of 128, as codes.encode."""
+def _store_codes(pointer, scales, start, index, end, x, aligned: tl.constexpr):
+    """float32 `x` as codes, int8 of a moment or uint8 of a variance, and the scales of its blocks of 128; as
+    codes.encode."""
     count: tl.constexpr = index.shape[0] // 128
-    magnitude = tl.reshape(x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, [count, 128])
-    largest = tl.max(magnitude, axis=1)
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full([count], largest_code * largest_code, tl.float32))
-    smallest = tl.full([count], 1, tl.uint32).to(tl.float32, bitcast=True)
-    scale = tl.where((largest != 0) & (scale == 0), smallest, scale)
+    moment: tl.constexpr = pointer.dtype.element_ty == tl.int8
+    limit: tl.constexpr = 127.0 if moment else 255.0
+    coded = tl.abs(x) if moment else tl.sqrt_rn(x)
+    largest = tl.max(tl.reshape(coded.to(tl.uint32, bitcast=True), [count, 128]), axis=1)
+    scale = tl.div_rn(
+        largest.to(tl.float32, bitcast=True), tl.full([count], limit * limit if moment else limit, tl.float32)
+    )
+    scale = tl.where((largest != 0) & (scale < 1.1754943508222875e-38), 1.1754943508222875e-38, scale)
     scale = tl.where(largest >= 0x7F800000, float("nan"), scale)
-    divisor = tl.where(scale > 0, scale, float("inf"))
-    each = tl.reshape(tl.broadcast_to(divisor[:, None], [count, 128]), [count * 128])
-    root = tl.sqrt_rn(tl.div_rn(tl.abs(x), each))
+    inverse = tl.where(scale > 0, tl.div_rn(tl.full([count], 1.0, tl.float32), scale), 0.0)
+    scaled = coded * tl.reshape(tl.broadcast_to(inverse[:, None], [count, 128]), [count * 128])
+    root = tl.sqrt_rn(scaled) if moment else scaled
     nearest = (root + 12582912.0) - 12582912.0
-    code = tl.where(nearest < largest_code, nearest, largest_code).to(tl.int32)
-    code = tl.where(x < 0, -code, code) if largest_code == 127 else tl.where((code == 0) & (x > 0), 1, code)
+    code = tl.where(nearest < limit, nearest, limit).to(tl.int32)
+    code = tl.where(x < 0, -code, code) if moment else tl.where((code == 0) & (coded > 0), 1, code)
     _store_bits(pointer, index, end, code.to(pointer.dtype.element_ty), aligned)
     block = start // 128 + tl.arange(0, count)
     tl.store(scales.to(tl.pointer_type(tl.float32)) + block, scale, mask=block * 128 < end)
@@ -233,8 +240,8 @@ def _update(
             random = _draw(random_key, step.to(tl.uint32), 0, start, block) if param_at_random else None
             _store(param_pointer, i, end, param, random, aligned)
         if state_dtype == tl.int8:
-            _store_codes(exp_avg_pointer, exp_avg_scale, start, i, end, exp_avg, 127, aligned)
-            _store_codes(exp_avg_sq_pointer, exp_avg_sq_scale, start, i, end, exp_avg_sq, 255, aligned)
+            _store_codes(exp_avg_pointer, exp_avg_scale, start, i, end, exp_avg, aligned)
+            _store_codes(exp_avg_sq_pointer, exp_avg_sq_scale, start, i, end, exp_avg_sq, aligned)
         else:
             random = _draw(random_key, step.to(tl.uint32), 1, start, block) if state_at_random else None
             _store(exp_avg_pointer, i, end, exp_avg, random, aligned)
