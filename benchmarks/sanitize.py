@@ -1,6 +1,6 @@
 """A few steps over awkward tensors, for compute-sanitizer to watch: python -m benchmarks.sanitize
 
-Every scaling, with and without clipping, both state dtypes; sizes around the kernels' vectors and chunks, and tensors
+Every scaling, with and without clipping, every way of holding parameters, states and priors; sizes around the kernels' vectors and chunks, and tensors
 that begin off every alignment but their own. That the results are right is for the tests to say; here they must be
 finite and changed.
 """
@@ -10,17 +10,27 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from drift_kernels import FusedDriftAdamW
+from drift_kernels.prior import quantize
 
 SIZES = [1, 3, 7, 8, 17, 63, 1000, 4099, 16385, 70001]
 SCALINGS = (None, "absolute", "gradnorm", "adaptive_cosine", "decoupled")
-STATES = (torch.float32, torch.bfloat16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = ({"state_dtype": torch.float32}, {"state_dtype": torch.bfloat16})
+# Of bfloat16 parameters, under a small prior.
+LOSSLESS = (
+    {"rounding": "stochastic", "state_dtype": torch.bfloat16},
+    {"master_weights": True},
+    {"rounding": "stochastic", "state_dtype": torch.int8},
+    {"master_weights": True, "state_dtype": torch.int8},
+)
 STEPS = 2
+Options = dict[str, Any]
 
 
 def tensors(dtype: torch.dtype, device: torch.device, scale: float) -> list[Tensor]:
@@ -34,7 +44,7 @@ def step(
     device: torch.device,
     dtype: torch.dtype,
     scaling: str | None,
-    state_dtype: torch.dtype,
+    precision: Options,
     max_grad_norm: float | None,
 ) -> None:
     """Raises AssertionError if a parameter is not finite or has not changed."""
@@ -45,14 +55,19 @@ def step(
     names = [f"layers.{i}.mlp.up_proj.weight" for i in range(len(params))]
     prior = None
     if scaling is not None:  # the last has no delta
-        prior = dict(zip(names[:-1], tensors(dtype, device, 0.05), strict=False))
+        deltas = tensors(dtype, device, 0.05)
+        if precision in LOSSLESS:
+            deltas = [
+                quantize(delta.float(), torch.int8 if i % 2 else torch.float8_e4m3fn) for i, delta in enumerate(deltas)
+            ]
+        prior = dict(zip(names[:-1], deltas, strict=False))
     optimizer = FusedDriftAdamW(
         list(zip(names, params, strict=True)),
         lr=0.1,
         prior=prior,
         alpha=0.5,  # at 1, gradnorm can cancel the gradient of one element
         prior_scaling=scaling or "absolute",
-        state_dtype=state_dtype,
+        **precision,
         max_grad_norm=max_grad_norm,
         backend=backend,
     )
@@ -69,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", help="default: the one named like the device")
     args = parser.parse_args(argv)
     backend, device = args.backend or args.device, torch.device(args.device)
-    cases = list(itertools.product(DTYPES, SCALINGS, STATES, (None, 1.0)))
+    cases = list(itertools.product(DTYPES, SCALINGS, PLAIN, (None, 1.0)))
+    cases += itertools.product((torch.bfloat16,), SCALINGS, LOSSLESS, (None, 1.0))
     for case in cases:
         step(backend, device, *case)
     print(f"{len(cases)} cases of {STEPS} steps on backend {backend!r}")
