@@ -1,8 +1,8 @@
 """A few steps over awkward tensors, for compute-sanitizer to watch: python -m benchmarks.sanitize
 
-Every scaling, with and without clipping, every way of holding parameters, states and priors; sizes around the kernels' vectors and chunks, and tensors
-that begin off every alignment but their own. That the results are right is for the tests to say; here they must be
-finite and changed.
+Every scaling, with and without clipping, every way of holding parameters, states and priors; sizes around the kernels'
+vectors and chunks, and tensors that begin off every alignment but their own. That the results are right is for the
+tests to say; here they must be finite and changed.
 """
 
 from __future__ import annotations

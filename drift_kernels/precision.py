@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from . import codes
-
-logger = logging.getLogger("drift_kernels")
 
 STATES = ("exp_avg", "exp_avg_sq")
 SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
@@ -50,9 +48,10 @@ class Precision:
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         if dtype == torch.bfloat16 and rounding == "nearest":
-            logger.warning(
+            warnings.warn(
                 "bfloat16 states rounded to nearest lose small updates (exp_avg_sq cannot decay at beta2 = 0.999): "
-                "rounding='stochastic' keeps them"
+                "rounding='stochastic' keeps them",
+                stacklevel=3,
             )
         return cls(dtype, rounding == "stochastic", bool(master_weights))
 

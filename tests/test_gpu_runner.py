@@ -283,7 +283,7 @@ def test_without_a_gpu_it_fails_at_once_with_one_line(tmp_path: Path) -> None:
 
 def test_the_program_for_compute_sanitizer_steps_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert sanitize.main(["--device", "cpu", "--backend", "reference"]) == 0
-    assert capsys.readouterr().out == "60 cases of 2 steps on backend 'reference'\n"
+    assert capsys.readouterr().out == "100 cases of 2 steps on backend 'reference'\n"
     tensors = sanitize.tensors(torch.bfloat16, torch.device("cpu"), 1.0)
     assert {tensor.data_ptr() % 4 for tensor in tensors} == {0, 2}
     assert all(tensor.is_contiguous() for tensor in tensors)
