@@ -113,11 +113,15 @@ DRIFT_HD void update_block(const Stored<Param, Grad, int8_state, Delta>& stored,
     variance_code* variances = stored.exp_avg_sq + begin;
     const Tensors<Param, Grad, float, rooted, Decoded<Delta>> tensors{
         stored.param + begin, stored.residual + begin, stored.grad + begin, exp_avg, exp_avg_sq, delta + begin};
+    // Loops of their own: the compiler would unroll the next one to a vector of bytes, and run out of registers.
+    DRIFT_INDEPENDENT
+    for (int i = 0; i < size; ++i) exp_avg[i] = decode(moments[i], moment_scale);
+    DRIFT_INDEPENDENT
+    for (int i = 0; i < size; ++i) exp_avg_sq[i] = decode(variances[i], variance_scale);
     uint32_t largest_moment = 0, largest_variance = 0;
     DRIFT_INDEPENDENT
     for (int i = 0; i < size; ++i) {
-      Element e{tensors.load_param(i), decode(moments[i], moment_scale),
-                to_float(decode(variances[i], variance_scale))};
+      Element e = tensors.load(i);
       e = tensors.update(e, i, c);
       tensors.store(i, e, {for_param[begin + i], 0, 0});
       const uint32_t moment = magnitude_bits(e.exp_avg), variance = magnitude_bits(round_to<rooted>(e.exp_avg_sq));
