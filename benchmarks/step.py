@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -240,5 +239,4 @@ def default_states(dtype: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    logging.getLogger("drift_kernels").setLevel(logging.ERROR)  # modes warn of what they lose, each time anew
     sys.exit(main())

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,23 +242,6 @@ def test_the_end_of_a_tensor_of_more_than_2_to_the_31_elements() -> None:
     problem = end.each(ending)
     grid.update(problem.plan(), coefficients(1, "absolute").table, with_delta=True, first_chunk=(numel - last) // CHUNK)
     assert_same_bits([tensor[-last:] for tensor in problem.outputs()], expected)
-
-
-@runs
-@pytest.mark.parametrize("offset", [0, 1])
-def test_sums_keep_their_bound_where_every_rounding_errs_alike(offset: int) -> None:
-    """Equal elements: the products, and the sums of a lane, are all rounded the same way."""
-    values = torch.rand(8, dtype=F32, device=DEVICE)
-    problem = Problem.random([CHUNK] * len(values), (F32, F32, F32, F32))
-    problem.grads = [value.repeat(CHUNK + offset)[offset:] for value in values]
-    problem.operands = [
-        replace(o, delta=torch.full_like(g, -0.7)) for o, g in zip(*vars(problem).values(), strict=True)
-    ]
-    out = torch.empty(len(values), 2, dtype=torch.float64, device=DEVICE)
-    backends.load(NAME).grad_stats(problem.plan(), out, with_delta=True)
-    delta = torch.tensor(-0.7, device=DEVICE).double()
-    expected = CHUNK * torch.stack((values.double() ** 2, values.double() * delta), dim=1)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
 
 
 def test_errors_name_the_call_or_the_missing_kernel(extension: Path) -> None:

@@ -193,6 +193,23 @@ def test_grad_stats(name: str, grad: torch.dtype, delta: torch.dtype | None) -> 
         assert abs(outs[0][t, 1] - cross) <= 1e-6 * (square * delta_square).sqrt()
 
 
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("offset", [0, 1])
+def test_sums_keep_their_bound_where_every_rounding_errs_alike(name: str, offset: int) -> None:
+    """Equal elements: the products, and the sums of a lane, are all rounded the same way."""
+    values = torch.rand(8, dtype=F32, device=DEVICE)
+    problem = Problem.random([CHUNK] * len(values), (F32, F32, F32, F32))
+    problem.grads = [value.repeat(CHUNK + offset)[offset:] for value in values]
+    problem.operands = [
+        replace(o, delta=torch.full_like(g, -0.7)) for o, g in zip(*vars(problem).values(), strict=True)
+    ]
+    out = torch.empty(len(values), 2, dtype=torch.float64, device=DEVICE)
+    backends.load(name).grad_stats(problem.plan(), out, with_delta=True)
+    delta = torch.tensor(-0.7, device=DEVICE).double()
+    expected = CHUNK * torch.stack((values.double() ** 2, values.double() * delta), dim=1)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="instruction sets are the cpu backend's")
 def test_every_instruction_set_gives_the_same_bits() -> None:
     from drift_kernels import _cpu
