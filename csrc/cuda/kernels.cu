@@ -3,7 +3,8 @@
 namespace drift {
 namespace {
 
-// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 41 to 110 KB are in flight.
+// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 41 to 110 KB are in
+// flight.
 template <class Param, class State>
 constexpr int kUpdateBlocks =
     (std::is_same_v<Param, bfloat16> || std::is_same_v<Param, float16>) && !std::is_same_v<State, int8_state> ? 3 : 2;
