@@ -91,6 +91,8 @@ def drift(problem: Problem, backend: str, scaling: str | None, mode: Mode, clip:
 
 def _delta_tensors(problem: Problem, mode: Mode) -> list[Tensor]:
     """What the prior of a mode holds on the device."""
+    if mode.prior_on_host:
+        return []
     prior = problem.loaded_prior(mode.prior)
     stored = [prior.load_stored(name, problem.device, copy=False) for name in prior.names]
     return [
@@ -112,6 +114,7 @@ def drift_optimizer(
     options: dict[str, Any] = {**mode.options, "max_grad_norm": MAX_GRAD_NORM if clip else None}
     if scaling is not None:
         options |= {"prior": problem.loaded_prior(mode.prior), "prior_scaling": scaling, "alpha": ALPHA}
+        options["prior_device"] = mode.prior_device
     named = list(zip(problem.names, params, strict=True))
     return FusedDriftAdamW(named, **ADAMW, **options, backend=backend)
 

@@ -69,7 +69,7 @@ def runs(free: int) -> dict[str, list[str]]:
     narrow = ["--params", str(min(256_000_000, free // 290))]
     seven, three = ["--model", "qwen2.5-vl-7b"], ["--model", "qwen2.5-vl-3b"]
     modes = ["fp32 states", "bf16 states", "bf16 states, stochastic", "fp32 states, master", "int8 states, master"]
-    modes += ["int8 states, stochastic, int8 prior"]
+    modes += ["int8 states, stochastic, int8 prior", "bf16 states, host prior"]
     libraries = ["bnb", "bnb_8bit", "torchao", "torchao_8bit", "optimi", "flashoptim", "apex", "te"]
     return {
         "7b": [

@@ -103,7 +103,11 @@ def entries(
             found.append(Entry(name, None, clip, storage, partial(libraries.make, name, clip=clip)))
     for scaling in sorted(set(scalings), key=SCALINGS.index):
         prior = None if scaling == "none" else scaling
-        distinct = modes if prior is not None else list(dict.fromkeys(replace(mode, prior=None) for mode in modes))
+        distinct = (
+            modes
+            if prior is not None
+            else list(dict.fromkeys(replace(mode, prior=None, prior_on_host=False) for mode in modes))
+        )
         for clip in clips:
             for name, make_biased in peers.WITH_PRIOR.items():
                 if scaling in peers.SCALINGS[name] and asked(name):

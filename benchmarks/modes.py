@@ -16,6 +16,7 @@ STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 ROUNDINGS = ("nearest", "stochastic")
 MASTER = {"no": False, "yes": True}
 PRIORS = {"same": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+PRIOR_DEVICES = {"same": False, "cpu": True}
 
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8", "uint8": "8-bit"}
 SCALE_BYTES = 4  # of a block of codes
@@ -44,12 +45,14 @@ class Mode:
         rounding: of what is bfloat16, "nearest" or "stochastic".
         master: whether each parameter has a residual, which makes it a float32.
         prior: int8 or float8_e4m3fn for a small prior; None for deltas in the dtype of the parameters.
+        prior_on_host: whether a GPU's kernels read the prior from pinned memory of the host.
     """
 
     states: torch.dtype
     rounding: str = "nearest"
     master: bool = False
     prior: torch.dtype | None = None
+    prior_on_host: bool = False
 
     @property
     def label(self) -> str:
@@ -57,7 +60,9 @@ class Mode:
         parts = [f"{SHORT_DTYPES[dtype_name(self.states)]} states"]
         parts += ["stochastic"] if self.rounding == "stochastic" else []
         parts += ["master"] if self.master else []
-        parts += [f"{self.prior_name} prior"] if self.prior is not None else []
+        prior = [self.prior_name] if self.prior is not None else []
+        prior += ["host"] if self.prior_on_host else []
+        parts += [f"{' '.join(prior)} prior"] if prior else []
         return ", ".join(parts)
 
     @property
@@ -70,8 +75,15 @@ class Mode:
         """Of FusedDriftAdamW, which gets the prior otherwise."""
         return {"state_dtype": self.states, "rounding": self.rounding, "master_weights": self.master}
 
-    def refusal(self, dtype: torch.dtype) -> str | None:
-        """Why there is no such mode for parameters of a dtype, in a line; None if there is."""
+    @property
+    def prior_device(self) -> str | None:
+        """As FusedDriftAdamW takes it, beside a prior."""
+        return "cpu" if self.prior_on_host else None
+
+    def refusal(self, dtype: torch.dtype, device: str = "cpu") -> str | None:
+        """Why there is no such mode for parameters of a dtype on a device, in a line; None if there is."""
+        if self.prior_on_host and device == "cpu":
+            return "a prior on the host is for a GPU"
         stochastic = self.rounding == "stochastic"
         if dtype != torch.bfloat16 and (stochastic or self.master or self.prior is not None):
             return "stochastic rounding, masters and small priors are for bfloat16 parameters"
@@ -104,21 +116,30 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def combinations(
-    states: Iterable[str], roundings: Iterable[str], masters: Iterable[str], priors: Iterable[str]
+    states: Iterable[str],
+    roundings: Iterable[str],
+    masters: Iterable[str],
+    priors: Iterable[str],
+    prior_devices: Iterable[str],
 ) -> list[Mode]:
     """Every combination of these, named as in the options of benchmarks.step, each once."""
-    every = product(states, roundings, masters, priors)
-    return list(dict.fromkeys(Mode(STATES[s], rounding, MASTER[m], PRIORS[p]) for s, rounding, m, p in every))
+    every = product(states, roundings, masters, priors, prior_devices)
+    return list(
+        dict.fromkeys(
+            Mode(STATES[state], rounding, MASTER[master], PRIORS[prior], PRIOR_DEVICES[device])
+            for state, rounding, master, prior, device in every
+        )
+    )
 
 
-BY_LABEL = {mode.label: mode for mode in combinations(STATES, ROUNDINGS, MASTER, PRIORS)}
+BY_LABEL = {mode.label: mode for mode in combinations(STATES, ROUNDINGS, MASTER, PRIORS, PRIOR_DEVICES)}
 
 
-def refusals(modes: Iterable[Mode], dtype: torch.dtype) -> dict[str, list[Mode]]:
-    """The modes that parameters of a dtype cannot have, by the reason."""
+def refusals(modes: Iterable[Mode], dtype: torch.dtype, device: str) -> dict[str, list[Mode]]:
+    """The modes that parameters of a dtype on a device cannot have, by the reason."""
     found: dict[str, list[Mode]] = {}
     for mode in modes:
-        reason = mode.refusal(dtype)
+        reason = mode.refusal(dtype, device)
         if reason is not None:
             found.setdefault(reason, []).append(mode)
     return found
@@ -131,4 +152,5 @@ def label_of(row: Mapping[str, Any]) -> str:
     if row.get("rounding") is None:
         return f"{SHORT_DTYPES[row['states']]} states"
     prior = PRIORS[row["prior_dtype"] or "same"]
-    return Mode(STATES[row["states"]], row["rounding"], row["master"], prior).label
+    on_host = PRIOR_DEVICES[row.get("prior_device") or "same"]
+    return Mode(STATES[row["states"]], row["rounding"], row["master"], prior, on_host).label

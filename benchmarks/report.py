@@ -28,8 +28,8 @@ def make_rows(
 ) -> list[Row]:
     """One row per contender: what it is, the median and quartiles of its times, and the same over rivals' medians.
 
-    A rival is one that clips if the contender does. `rounding`, `master` and `prior_dtype` are of ours, the last
-    under a prior.
+    A rival is one that clips if the contender does. `rounding`, `master`, `prior_dtype` and `prior_device` are of
+    ours, the last two under a prior.
 
     `gb_per_s` is the bytes that the step must move over the median time, whatever the contender moves beyond them, so
     it compares across contenders; it and `percent_of_copy` are None if no copy was measured. `common` is in every row.
@@ -61,6 +61,7 @@ def make_rows(
             "rounding": None if mode is None else mode.rounding,
             "master": None if mode is None else mode.master,
             "prior_dtype": None if mode is None or contender.scaling is None else mode.prior_name,
+            "prior_device": None if mode is None or contender.scaling is None else mode.prior_device or "same",
             "ms": spread._asdict(),
             "min_ms": min(timing.ms for timing in times),
             "host_ms": Spread.of([timing.host_ms for timing in times])._asdict(),

@@ -168,6 +168,12 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         help="same: that of the parameters; int8 and fp8: small priors (default: same)",
     )
     group.add_argument(
+        "--prior-device",
+        nargs="+",
+        choices=tuple(modes.PRIOR_DEVICES),
+        help="cpu: a GPU reads the prior from pinned memory of the host (default: same)",
+    )
+    group.add_argument(
         "--modes",
         nargs="+",
         choices=tuple(modes.BY_LABEL),
@@ -178,16 +184,17 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
 
 def chosen_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Mode]:
     """Those that there are for the parameters; says which are left out, and why."""
-    combined = (args.states, args.rounding, args.master, args.prior_dtype)
+    combined = (args.states, args.rounding, args.master, args.prior_dtype, args.prior_device)
     if args.modes is not None and any(combined):
-        parser.error("--modes goes without --states, --rounding, --master and --prior-dtype")
+        parser.error("--modes goes without --states, --rounding, --master, --prior-dtype and --prior-device")
     wanted = [modes.BY_LABEL[label] for label in dict.fromkeys(args.modes or ())] or modes.combinations(
         args.states or default_states(args.dtype),
         args.rounding or ["nearest"],
         args.master or ["no"],
         args.prior_dtype or ["same"],
+        args.prior_device or ["same"],
     )
-    refused = modes.refusals(wanted, DTYPES[args.dtype])
+    refused = modes.refusals(wanted, DTYPES[args.dtype], args.device)
     left_out = [f"{'; '.join(mode.label for mode in some)}: {reason}" for reason, some in refused.items()]
     chosen = [mode for mode in wanted if not any(mode in some for some in refused.values())]
     if not chosen:

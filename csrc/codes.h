@@ -88,17 +88,21 @@ DRIFT_HD int32_t nearest_code(float x, float limit) {
   return static_cast<int32_t>(nearest < limit ? nearest : limit);
 }
 
-template <class T>
-DRIFT_HD T encode(float x, float inverse) {
+DRIFT_HD int32_t code_of(float x, float inverse) {
   const int32_t code = nearest_code(sqrtf(bits_to_float(magnitude_bits(x)) * inverse), 127.0f);
-  return {static_cast<int8_t>(x < 0.0f ? -code : code)};
+  return x < 0.0f ? -code : code;
 }
 
 // Of a variance that is not zero, not the code of zero, by which the update would be divided.
-template <class T>
-DRIFT_HD T encode(rooted x, float inverse) {
+DRIFT_HD int32_t code_of(rooted x, float inverse) {
   const int32_t code = nearest_code(x.root * inverse, 255.0f);
-  return {static_cast<uint8_t>((code == 0) & (x.root > 0.0f) ? 1 : code)};
+  const int32_t least = magnitude_bits(x) != 0 ? 1 : 0;
+  return code > least ? code : least;
+}
+
+template <class T>
+DRIFT_HD T narrow(int32_t code) {
+  return {static_cast<decltype(T::code)>(code)};
 }
 
 }  // namespace drift

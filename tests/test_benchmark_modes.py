@@ -35,7 +35,8 @@ def test_labels() -> None:
     assert Mode(BF16, master=True).label == "bf16 states, master"
     assert Mode(INT8, "stochastic", prior=INT8).label == "int8 states, stochastic, int8 prior"
     assert Mode(BF16, "stochastic", True, FP8).label == "bf16 states, stochastic, master, fp8 prior"
-    assert len(BY_LABEL) == 3 * 2 * 2 * 3
+    assert Mode(BF16, prior_on_host=True).label == "bf16 states, host prior"
+    assert len(BY_LABEL) == 3 * 2 * 2 * 3 * 2
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -84,6 +85,10 @@ def test_what_does_not_exist_is_left_out_with_a_line(capsys: pytest.CaptureFixtu
     assert len(chosen("--states", *modes.STATES, *everything)) == len(EVERY_BF16) == 36 - 6
     assert "Left out: fp32 states, stochastic, master; " in capsys.readouterr().err
     assert chosen("--dtype", "float16", "--states", "float32", "int8") == ["fp32 states"]
+    gpu = ["--device", "cuda", "--prior-device", "same", "cpu", "--prior-dtype", "int8"]
+    assert chosen("--states", "bfloat16", *gpu) == ["bf16 states, int8 prior", "bf16 states, int8 host prior"]
+    assert chosen("--states", "bfloat16", *gpu[2:]) == ["bf16 states, int8 prior"]
+    assert "int8 host prior: a prior on the host is for a GPU" in capsys.readouterr().err
     with refusing(capsys, "no mode is left for float16 parameters. int8 states: int8 states are for"):
         chosen("--dtype", "float16", "--states", "int8")
 
@@ -213,18 +218,18 @@ def test_a_run_of_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert step.main([*SIZE, *wanted, *files]) == 0
 
     rows = json.loads(output[0].read_text())
-    keys = ("states", "rounding", "master", "prior_dtype")
+    keys = ("states", "rounding", "master", "prior_dtype", "prior_device")
     found = [tuple(row[key] for key in keys) for row in rows]
     assert found == [
-        (None, None, None, None),
-        ("bfloat16", None, None, None),
-        ("float32", "nearest", False, None),
-        ("float32", "nearest", True, None),
-        ("int8", "stochastic", False, None),  # once: a small prior is none without a prior
-        ("float32", "nearest", False, "same"),
-        ("float32", "nearest", True, "same"),
-        ("int8", "stochastic", False, "same"),
-        ("int8", "stochastic", False, "int8"),
+        (None, None, None, None, None),
+        ("bfloat16", None, None, None, None),
+        ("float32", "nearest", False, None, None),
+        ("float32", "nearest", True, None, None),
+        ("int8", "stochastic", False, None, None),  # once: a small prior is none without a prior
+        ("float32", "nearest", False, "same", "same"),
+        ("float32", "nearest", True, "same", "same"),
+        ("int8", "stochastic", False, "same", "same"),
+        ("int8", "stochastic", False, "int8", "same"),
     ]
     assert [modes.label_of(row) for row in rows] == ["", "bf16 states", *labels[:3], *labels]
     copy, fused, *ours = rows

@@ -59,6 +59,40 @@ class RandomBlock {
   } bits_;
 };
 
+// Work on each block that shares a scale, of kPrepared elements at most.
+template <class F>
+DRIFT_HD void each_scale_block(int64_t count, F work) {
+  int64_t begin = 0;
+  for (; begin + kScaleBlock <= count; begin += kScaleBlock) work(begin / kScaleBlock, begin, begin + kScaleBlock);
+  if (begin < count) work(begin / kScaleBlock, begin, count);
+}
+
+template <class T>
+DRIFT_HD void decode_block(const T* tensor, const float* scales, Decoded<T>* values, int64_t count) {
+  each_scale_block(count, [&](int64_t block, int64_t begin, int64_t end) {
+    const float scale = scales[block];
+    DRIFT_INDEPENDENT
+    for (int64_t i = begin; i < end; ++i) values[i] = decode(tensor[i], scale);
+  });
+}
+
+// `largest` has the bits of each scale block's largest magnitude.
+template <class T>
+DRIFT_HD void encode_block(const Decoded<T>* values, const uint32_t* largest, T* tensor, float* scales, int64_t count) {
+  alignas(64) int32_t codes[kPrepared];
+  each_scale_block(count, [&](int64_t block, int64_t begin, int64_t end) {
+    scales[block] = scale_of<T>(largest[block]);
+    const float inverse = inverse_of(scales[block]);
+    DRIFT_INDEPENDENT
+    for (int64_t i = begin; i < end; ++i) codes[i] = code_of(values[i], inverse);
+  });
+  // A loop of its own: in the one above the compiler would pack every intermediate result into bytes.
+  each_scale_block(count, [&](int64_t, int64_t begin, int64_t end) {
+    DRIFT_INDEPENDENT
+    for (int64_t i = begin; i < end; ++i) tensor[i] = narrow<T>(codes[i]);
+  });
+}
+
 // A delta as the loop reads it: the tensor itself, or kPrepared floats decoded from its codes.
 template <class Delta>
 class DeltaBlock {
@@ -66,12 +100,7 @@ class DeltaBlock {
   DRIFT_HD const Decoded<Delta>* read(const Delta* tensor, [[maybe_unused]] const float* scales,
                                       [[maybe_unused]] int64_t count) {
     if constexpr (kCoded<Delta>) {
-      for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
-        const float scale = scales[begin / kScaleBlock];
-        const int64_t end = begin + kScaleBlock < count ? begin + kScaleBlock : count;
-        DRIFT_INDEPENDENT
-        for (int64_t i = begin; i < end; ++i) values_[i] = decode(tensor[i], scale);
-      }
+      decode_block(tensor, scales, values_, count);
       return values_;
     } else {
       return tensor;
@@ -97,53 +126,44 @@ DRIFT_HD void update_block(const Stored<Param, Grad, State, Delta>& stored, cons
   }
 }
 
-// Where the states are codes: decoded, updated and measured in one loop over the elements that share a scale, and
-// encoded in the next.
+// Where the states are codes. Each step runs over several scale blocks before the next: a scale waits for the largest
+// of its block and for two divisions, which would otherwise stand still between any two loops.
 template <class Param, class Grad, class Delta>
 DRIFT_HD void update_block(const Stored<Param, Grad, int8_state, Delta>& stored, const Decoded<Delta>* delta,
                            const Coefficients& c, const RandomBlock<Param>& for_param, const RandomBlock<int8_state>&,
                            const RandomBlock<int8_state>&, int64_t count) {
-  alignas(64) float exp_avg[kScaleBlock];
-  alignas(64) rooted exp_avg_sq[kScaleBlock];
-  for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
-    const int64_t block = begin / kScaleBlock;
-    const int size = static_cast<int>(begin + kScaleBlock < count ? kScaleBlock : count - begin);
-    const float moment_scale = stored.exp_avg_scale[block], variance_scale = stored.exp_avg_sq_scale[block];
-    moment_code* moments = stored.exp_avg + begin;
-    variance_code* variances = stored.exp_avg_sq + begin;
-    const Tensors<Param, Grad, float, rooted, Decoded<Delta>> tensors{
-        stored.param + begin, stored.residual + begin, stored.grad + begin, exp_avg, exp_avg_sq, delta + begin};
-    // Loops of their own: the compiler would unroll the next one to a vector of bytes, and run out of registers.
+  constexpr int kScales = kPrepared / kScaleBlock;
+  alignas(64) float exp_avg[kPrepared];
+  alignas(64) rooted exp_avg_sq[kPrepared];
+  uint32_t largest_moment[kScales], largest_variance[kScales];
+  decode_block(stored.exp_avg, stored.exp_avg_scale, exp_avg, count);
+  decode_block(stored.exp_avg_sq, stored.exp_avg_sq_scale, exp_avg_sq, count);
+  const Tensors<Param, Grad, float, rooted, Decoded<Delta>> tensors{stored.param, stored.residual, stored.grad,
+                                                                    exp_avg,      exp_avg_sq,      delta};
+  each_scale_block(count, [&](int64_t block, int64_t begin, int64_t end) {
+    uint32_t moments = 0, variances = 0;
     DRIFT_INDEPENDENT
-    for (int i = 0; i < size; ++i) exp_avg[i] = decode(moments[i], moment_scale);
-    DRIFT_INDEPENDENT
-    for (int i = 0; i < size; ++i) exp_avg_sq[i] = decode(variances[i], variance_scale);
-    uint32_t largest_moment = 0, largest_variance = 0;
-    DRIFT_INDEPENDENT
-    for (int i = 0; i < size; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       Element e = tensors.load(i);
       e = tensors.update(e, i, c);
-      tensors.store(i, e, {for_param[begin + i], 0, 0});
+      tensors.store(i, e, {for_param[i], 0, 0});
       const uint32_t moment = magnitude_bits(e.exp_avg), variance = magnitude_bits(round_to<rooted>(e.exp_avg_sq));
-      largest_moment = moment > largest_moment ? moment : largest_moment;
-      largest_variance = variance > largest_variance ? variance : largest_variance;
+      moments = moment > moments ? moment : moments;
+      variances = variance > variances ? variance : variances;
     }
-    const float new_moment_scale = scale_of<moment_code>(largest_moment);
-    const float new_variance_scale = scale_of<variance_code>(largest_variance);
-    const float moment_inverse = inverse_of(new_moment_scale), variance_inverse = inverse_of(new_variance_scale);
-    DRIFT_INDEPENDENT
-    for (int i = 0; i < size; ++i) moments[i] = encode<moment_code>(exp_avg[i], moment_inverse);
-    DRIFT_INDEPENDENT
-    for (int i = 0; i < size; ++i) variances[i] = encode<variance_code>(exp_avg_sq[i], variance_inverse);
-    stored.exp_avg_scale[block] = new_moment_scale;
-    stored.exp_avg_sq_scale[block] = new_variance_scale;
-  }
+    largest_moment[block] = moments;
+    largest_variance[block] = variances;
+  });
+  encode_block(exp_avg, largest_moment, stored.exp_avg, stored.exp_avg_scale, count);
+  encode_block(exp_avg_sq, largest_variance, stored.exp_avg_sq, stored.exp_avg_sq_scale, count);
 }
 
 template <class Param, class Grad, class State, class Delta>
 DRIFT_HD void update_chunk(const Row& row, uint64_t grad, const Coefficients& coefficients, int64_t begin,
                            int64_t end) {
-  constexpr int64_t kBlock = kStochastic<Param> || kStochastic<State> || kCoded<Delta> ? kPrepared : kChunk;
+  constexpr bool kPrepares =
+      kStochastic<Param> || kStochastic<State> || kCoded<Delta> || std::is_same_v<State, int8_state>;
+  constexpr int64_t kBlock = kPrepares ? kPrepared : kChunk;
   const RandomBits random{row.random_key, static_cast<uint32_t>(coefficients.step)};
   RandomBlock<Param> for_param;
   RandomBlock<State> for_exp_avg, for_exp_avg_sq;

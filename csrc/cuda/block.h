@@ -131,7 +131,7 @@ DRIFT_HD void store_codes(At at, T* tensor, float* scale, const Values<Decoded<T
   const float inverse = inverse_of(shared);
   Values<T, At::kCount> codes;
   DRIFT_UNROLL
-  for (int j = 0; j < At::kCount; ++j) codes.values[j] = encode<T>(values.values[j], inverse);
+  for (int j = 0; j < At::kCount; ++j) codes.values[j] = narrow<T>(code_of(values.values[j], inverse));
   at.store(tensor, codes);
   if (thread == begin) write(scale + at.first / kScaleBlock, shared);
 }
