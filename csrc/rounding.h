@@ -8,8 +8,10 @@
 
 #if defined(__CUDACC__)
 #define DRIFT_HD __host__ __device__ __forceinline__
+#define DRIFT_KEEP_ROLLED _Pragma("unroll 1")  // where more at once would only take registers
 #else
 #define DRIFT_HD inline __attribute__((always_inline))
+#define DRIFT_KEEP_ROLLED
 #endif
 
 namespace drift {

@@ -20,8 +20,11 @@ struct Row {
   int64_t numel;
   int64_t first_chunk;  // chunks of the tensors before this one
   uint64_t random_key;  // of its stochastic rounding: seed + 2^32 * index among the optimizer's tensors
+  int64_t origin;       // where it lies in the whole tensor that it is a shard of (struct Place in philox.h)
+  int64_t width;
+  int64_t pitch;
 };
-static_assert(sizeof(Row) == 11 * 8, "plan.py fills eleven 8-byte fields");
+static_assert(sizeof(Row) == 14 * 8, "plan.py fills fourteen 8-byte fields");
 
 // The scalars of one tensor's step. Computed in float64 and rounded once.
 struct Coefficients {

@@ -31,6 +31,10 @@ DRIFT_HD T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
 
+DRIFT_HD RandomBits random_bits(const Row& row, const Coefficients& c) {
+  return {row.random_key, static_cast<uint32_t>(c.step), {row.origin, row.width, row.pitch}};
+}
+
 // An element's random bits, of which its tensors use what they need.
 struct Draw {
   uint32_t param;

@@ -7,6 +7,8 @@ update would be divided. One NaN or Inf makes the scale of its block NaN, and so
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,17 @@ def blocks(numel: int) -> int:
     return (numel + BLOCK - 1) // BLOCK
 
 
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the scales of a tensor of this shape: as many as blocks; row by row where rows are whole blocks, so that they
+    are sharded as the tensor is."""
+    if len(shape) > 1 and shape[-1] % BLOCK == 0:
+        return (*shape[:-1], shape[-1] // BLOCK)
+    return (blocks(math.prod(shape)),)
+
+
 def spread(scale: Tensor, like: Tensor) -> Tensor:
-    """float32 [blocks] -> the shape of `like`: each element's scale."""
-    return scale.repeat_interleave(BLOCK)[: like.numel()].view(like.shape)
+    """float32 scales -> the shape of `like`: each element's scale."""
+    return scale.flatten().repeat_interleave(BLOCK)[: like.numel()].view(like.shape)
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ csrc/rounding.h and csrc/philox.h do the same element by element.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,23 @@ PARAM, EXP_AVG, EXP_AVG_SQ = range(3)
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the elements of a shard are in the whole tensor, whose index they draw their bits by.
+
+    Runs of `width` elements begin `pitch` apart, the first at `origin`; one run, of whatever length, where width is 0.
+    """
+
+    origin: int = 0
+    width: int = 0
+    pitch: int = 0
+
+    def indices(self, numel: int, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [numel]: the index in the whole tensor of each element."""
+        i = torch.arange(numel, device=device)
+        return self.origin + i + (i // self.width * (self.pitch - self.width) if self.width else 0)
 
 
 def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
@@ -27,22 +46,24 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [x0, x1, x2, x3]
 
 
-def random_bits(key: int, step: int, stream: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """int64 [numel]: 16 random bits for each element of one tensor in one step.
+def random_bits(key: int, step: int, stream: int, indices: Tensor) -> Tensor:
+    """int64 [n]: 16 random bits for each of these elements of one tensor in one step.
 
-    They follow from the arguments alone, element by element: no matter which backend draws them, in which pieces.
+    They follow from the arguments alone, element by element: no matter which backend draws them, in which pieces, on
+    which rank.
 
     Args:
         key: seed + 2^32 * the tensor's index in the optimizer.
         stream: PARAM, EXP_AVG or EXP_AVG_SQ.
+        indices: int64 [n], of the elements in the whole tensor.
     """
-    block = torch.arange((numel + 7) // 8, device=device)  # one call of philox for eight elements
+    block, which = (indices >> 3).unique_consecutive(return_inverse=True)  # one call of philox for eight elements
     high = (block >> 32) | stream << 30
     words = philox(
         [block & _MASK, high, torch.full_like(block, step), torch.zeros_like(block)], (key & _MASK, key >> 32)
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(halves, dim=1).view(-1)[:numel]
+    return torch.stack(halves, dim=1)[which, indices & 7]
 
 
 def round_stochastically(x: Tensor, random: Tensor) -> Tensor:

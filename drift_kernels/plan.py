@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from .lossless import Place
 
 # Elements of a chunk, the unit of work and of a reduction's first stage (kChunk in csrc/table.h).
 CHUNK = 16384
@@ -24,8 +26,9 @@ ADDRESSES = (
     "delta",
     "delta_scale",
 )
-ROW_FIELDS = (*ADDRESSES, "numel", "first_chunk", "random_key")
-NUMEL, FIRST_CHUNK, RANDOM_KEY = range(len(ADDRESSES), len(ROW_FIELDS))
+ROW_FIELDS = (*ADDRESSES, "numel", "first_chunk", "random_key", "origin", "width", "pitch")
+NUMEL, FIRST_CHUNK, RANDOM_KEY = range(len(ADDRESSES), len(ADDRESSES) + 3)
+PLACE = slice(len(ADDRESSES) + 3, len(ROW_FIELDS))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -48,6 +51,7 @@ class Operands:
         residual: int16 of param's shape, the other half of a master (`lossless.py`).
         random_key: seed + 2^32 * the parameter's index, for stochastic rounding of what is bfloat16, but a param that
             has a master.
+        place: where the tensors lie in the whole ones that they are shards of, for the same.
     """
 
     param: Tensor
@@ -59,6 +63,7 @@ class Operands:
     exp_avg_sq_scale: Tensor | None = None
     delta_scale: Tensor | None = None
     random_key: int | None = None
+    place: Place = Place()
 
 
 class Plan:
@@ -93,6 +98,7 @@ class Plan:
                 self.table[:, column] = torch.tensor(addresses(tensors), dtype=torch.int64)
         if first.random_key is not None:
             self.table[:, RANDOM_KEY] = torch.tensor([o.random_key for o in self.operands], dtype=torch.int64)
+            self.table[:, PLACE] = torch.tensor([astuple(o.place) for o in self.operands], dtype=torch.int64)
         self.grad_table = torch.zeros(len(self.operands), dtype=torch.int64)  # the gradients' addresses, on the host
         self._grad_addresses: list[int] = []
 

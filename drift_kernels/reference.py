@@ -64,12 +64,12 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
     p = decayed - c.step_size * update
 
     if o.residual is None:
-        _write(o.param, None, p, o.random_key, int(c.step), PARAM)
+        _write(o, "param", p, int(c.step), PARAM)
     else:
         for half, value in zip((o.param, o.residual), split(p), strict=True):
             half.copy_(value)
-    _write(o.exp_avg, o.exp_avg_scale, m, o.random_key, int(c.step), EXP_AVG)
-    _write(o.exp_avg_sq, o.exp_avg_sq_scale, v, o.random_key, int(c.step), EXP_AVG_SQ)
+    _write(o, "exp_avg", m, int(c.step), EXP_AVG)
+    _write(o, "exp_avg_sq", v, int(c.step), EXP_AVG_SQ)
 
 
 def read_delta(operands: Operands) -> Tensor | None:
@@ -84,12 +84,13 @@ def _read(state: Tensor, scale: Tensor | None) -> Tensor:
     return state.float() if scale is None else codes.decode(state, scale)
 
 
-def _write(target: Tensor, scale: Tensor | None, x: Tensor, random_key: int | None, step: int, stream: int) -> None:
+def _write(operands: Operands, name: str, x: Tensor, step: int, stream: int) -> None:
+    target, scale = getattr(operands, name), getattr(operands, f"{name}_scale", None)
     if scale is not None:
         for half, value in zip((target, scale), codes.encode(x, target.dtype), strict=True):
-            half.copy_(value)
-    elif random_key is not None and target.dtype == torch.bfloat16:
-        bits = random_bits(random_key, step, stream, x.numel(), x.device)
+            half.copy_(value.view_as(half))
+    elif operands.random_key is not None and target.dtype == torch.bfloat16:
+        bits = random_bits(operands.random_key, step, stream, operands.place.indices(x.numel(), x.device))
         target.copy_(round_stochastically(x, bits.view(x.shape)))
     else:
         target.copy_(round_to(x, target.dtype))

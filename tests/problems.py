@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drift_kernels import backends, codes
 from drift_kernels.coefficients import CoefficientTable, Hyperparameters
+from drift_kernels.lossless import Place
 from drift_kernels.plan import ADDRESSES, Operands, Plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -21,6 +22,20 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Beside the package's own: the cuda backend's kernels, run on the host.
 GRID = "grid"
 sys.modules[f"{backends.__name__}.{GRID}"] = grid
+
+
+def some_place(numel: int) -> Place:
+    """Where a tensor of so many elements may lie in one that it is a shard of: rows, or columns, of a whole one."""
+    eight, far, odd = 8 * int(torch.randint(1, 40, ())), 8 * int(torch.randint(2**34, ())), int(torch.randint(1, 30, ()))
+    places = [
+        Place(),
+        Place(origin=far),
+        Place(origin=far + odd),
+        Place(far, eight, 3 * eight),
+        Place(odd, odd, 2 * odd + 1),
+        Place(origin=eight, width=numel + 8 - numel % 8, pitch=far + 2 * numel + 8),
+    ]
+    return places[int(torch.randint(len(places), ()))]
 
 
 @dataclass
@@ -64,6 +79,7 @@ class Problem:
                 extra["residual"] = torch.randint(-(2**15), 2**15, (n,), dtype=torch.int16, device=DEVICE)
             if stochastic:
                 extra["random_key"] = int(torch.randint(2**62, ()))
+                extra["place"] = some_place(n)
             return Operands(normal(n, param, 1.0), *states, **extra)
 
         return cls([operands(n) for n in numels], [normal(n, grad, 0.1) for n in numels])

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "errors": set(),
     "coefficients": set(),
-    "plan": set(),
+    "plan": {"lossless"},
     "lossless": set(),
     "codes": set(),
     "reference": {"codes", "coefficients", "lossless", "plan"},

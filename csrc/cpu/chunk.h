@@ -24,11 +24,13 @@ class RandomBlock {
   DRIFT_HD void draw([[maybe_unused]] const RandomBits& random, [[maybe_unused]] Stream stream,
                      [[maybe_unused]] int64_t begin) {
     if constexpr (kStochastic<T>) {
+      if (!random.place.keeps_eights()) return draw_each(random, stream, begin);
       // Word by word, so that each round is vectorised over the calls.
-      constexpr int kCalls = kPrepared / 8;
       uint32_t x[4][kCalls];
       for (int call = 0; call < kCalls; ++call) {
-        const Philox counter = random.counter(stream, begin / 8 + call);
+        const int64_t index = begin + 8 * call;
+        const int64_t whole = random.place.width == 0 ? random.place.origin + index : random.place.whole_index(index);
+        const Philox counter = random.counter(stream, whole >> 3);
         for (int word = 0; word < 4; ++word) x[word][call] = counter.words[word];
       }
       for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -53,6 +55,13 @@ class RandomBlock {
   }
 
  private:
+  static constexpr int kCalls = kPrepared / 8;
+
+  // Where a shard cuts through the eights of the whole tensor. (Out of line: it is rare, and its code is long.)
+  __attribute__((noinline)) void draw_each(const RandomBits& random, Stream stream, int64_t begin) {
+    for (int i = 0; i < kPrepared; ++i) bits_.halves[i] = static_cast<uint16_t>(random.one(stream, begin + i));
+  }
+
   alignas(64) union {
     uint32_t words[kStochastic<T> ? kPrepared / 2 : 1];
     uint16_t halves[kStochastic<T> ? kPrepared : 1];
@@ -164,7 +173,7 @@ DRIFT_HD void update_chunk(const Row& row, uint64_t grad, const Coefficients& co
   constexpr bool kPrepares =
       kStochastic<Param> || kStochastic<State> || kCoded<Delta> || std::is_same_v<State, int8_state>;
   constexpr int64_t kBlock = kPrepares ? kPrepared : kChunk;
-  const RandomBits random{row.random_key, static_cast<uint32_t>(coefficients.step)};
+  const RandomBits random = random_bits(row, coefficients);
   RandomBlock<Param> for_param;
   RandomBlock<State> for_exp_avg, for_exp_avg_sq;
   DeltaBlock<Delta> delta;

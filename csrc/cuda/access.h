@@ -6,10 +6,8 @@
 
 #if defined(__CUDACC__)
 #define DRIFT_UNROLL _Pragma("unroll")
-#define DRIFT_KEEP_ROLLED _Pragma("unroll 1")  // a turn is what is in flight: more of them would only take registers
 #else
 #define DRIFT_UNROLL
-#define DRIFT_KEEP_ROLLED
 #endif
 
 namespace drift {
@@ -97,7 +95,7 @@ struct SideBySide {
     Draws<T, kCount> draws{};
     if constexpr (kStochastic<T>) {
       static_assert(kCount == 8, "one call of the generator");
-      const Philox eight = random.eight(stream, (begin + first) / 8);
+      const Philox eight = random.eight(stream, begin + first);
       DRIFT_UNROLL
       for (int j = 0; j < kCount; ++j) draws.bits[j] = static_cast<uint16_t>(RandomBits::half(eight, j));
     }

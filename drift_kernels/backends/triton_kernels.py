@@ -122,12 +122,10 @@ def _store_codes(pointer, scales, start, index, end, x, aligned: tl.constexpr):
 
 
 @_jit
-def _draw(key, step, stream: tl.constexpr, start, block: tl.constexpr):
-    """16 random bits for each of the elements start .. start + block, as lossless.random_bits has them; start is a
-    multiple of 8."""
-    calls = start // 8 + tl.arange(0, block // 8)
-    x0 = calls.to(tl.uint32)
-    x1 = (calls >> 32).to(tl.uint32) | (stream << 30)
+def _philox(block, key, step, stream: tl.constexpr):
+    """The four words of the counters of these blocks of eight elements of the whole tensor."""
+    x0 = block.to(tl.uint32)
+    x1 = (block >> 32).to(tl.uint32) | (stream << 30)
     x2 = tl.zeros_like(x0) + step
     x3 = tl.zeros_like(x0)
     key0, key1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -136,8 +134,30 @@ def _draw(key, step, stream: tl.constexpr, start, block: tl.constexpr):
         low_a, low_b = x0 * 0xD2511F53, x2 * 0xCD9E8D57
         x0, x1, x2, x3 = b ^ x1 ^ key0, low_b, a ^ x3 ^ key1, low_a
         key0, key1 = key0 + 0x9E3779B9, key1 + 0xBB67AE85
-    words = tl.permute(tl.join(tl.join(x0, x1), tl.join(x2, x3)), 0, 2, 1)
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block])
+    return x0, x1, x2, x3
+
+
+@_jit
+def _whole_index(i, origin, width, pitch):
+    return origin + i + tl.where(width == 0, 0, i // tl.maximum(width, 1) * (pitch - width))
+
+
+@_jit
+def _draw(random, step, stream: tl.constexpr, start, block: tl.constexpr):
+    """16 random bits for each of the elements start .. start + block, as lossless.random_bits has them; start is a
+    multiple of 8."""
+    key, origin, width, pitch = random
+    if (origin | width | pitch) % 8 == 0:
+        eights = _whole_index((start + tl.arange(0, block // 8) * 8).to(tl.int64), origin, width, pitch) // 8
+        x0, x1, x2, x3 = _philox(eights, key, step, stream)
+        words = tl.permute(tl.join(tl.join(x0, x1), tl.join(x2, x3)), 0, 2, 1)
+        bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block])
+    else:
+        index = _whole_index((start + tl.arange(0, block)).to(tl.int64), origin, width, pitch)
+        x0, x1, x2, x3 = _philox(index // 8, key, step, stream)
+        word = tl.where(index & 4 != 0, tl.where(index & 2 != 0, x3, x2), tl.where(index & 2 != 0, x1, x0))
+        bits = tl.where(index & 1 != 0, word >> 16, word & 0xFFFF)
+    return bits
 
 
 @_jit
@@ -179,7 +199,7 @@ def _span(numel, first_chunk, addresses, chunk_size: tl.constexpr, block: tl.con
 def _update(
     addresses,
     c,
-    random_key,
+    random,
     begin,
     end,
     param_dtype: tl.constexpr,
@@ -237,16 +257,16 @@ def _update(
             _store_bits(param_pointer, i, end, ((bits + 0x8000) >> 16).to(tl.uint16), aligned)
             _store_bits(residual_pointer, i, end, bits.to(tl.uint16).to(tl.int16, bitcast=True), aligned)
         else:
-            random = _draw(random_key, step.to(tl.uint32), 0, start, block) if param_at_random else None
-            _store(param_pointer, i, end, param, random, aligned)
+            bits = _draw(random, step.to(tl.uint32), 0, start, block) if param_at_random else None
+            _store(param_pointer, i, end, param, bits, aligned)
         if state_dtype == tl.int8:
             _store_codes(exp_avg_pointer, exp_avg_scale, start, i, end, exp_avg, aligned)
             _store_codes(exp_avg_sq_pointer, exp_avg_sq_scale, start, i, end, exp_avg_sq, aligned)
         else:
-            random = _draw(random_key, step.to(tl.uint32), 1, start, block) if state_at_random else None
-            _store(exp_avg_pointer, i, end, exp_avg, random, aligned)
-            random = _draw(random_key, step.to(tl.uint32), 2, start, block) if state_at_random else None
-            _store(exp_avg_sq_pointer, i, end, exp_avg_sq, random, aligned)
+            bits = _draw(random, step.to(tl.uint32), 1, start, block) if state_at_random else None
+            _store(exp_avg_pointer, i, end, exp_avg, bits, aligned)
+            bits = _draw(random, step.to(tl.uint32), 2, start, block) if state_at_random else None
+            _store(exp_avg_sq_pointer, i, end, exp_avg_sq, bits, aligned)
 
 
 @_jit
@@ -266,8 +286,9 @@ def _update_chunk(
     block: tl.constexpr,
 ):
     tensor = tl.load(chunk_tensor + tl.program_id(0)).to(tl.int64)
-    param, residual, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale = _fields(table, tensor, 11)[:6]
-    delta, delta_scale, numel, first_chunk, key = _fields(table, tensor, 11)[6:]
+    row = _fields(table, tensor, 14)
+    param, residual, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, delta, delta_scale = row[:8]
+    numel, first_chunk = row[8:10]
     grad = tl.load(grads + tensor)
     c = _fields(coefficients, tensor, 12)
     together = param | grad | exp_avg | exp_avg_sq
@@ -278,11 +299,11 @@ def _update_chunk(
     begin, middle, end = _span(numel, first_chunk, together, chunk_size, block)
     addresses = (param, grad, exp_avg, exp_avg_sq, delta, residual, exp_avg_scale, exp_avg_sq_scale, delta_scale)
     _update(
-        *(addresses, c, key, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(addresses, c, row[10:], begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
         *(master, param_at_random, state_at_random, block, True),
     )
     _update(
-        *(addresses, c, key, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(addresses, c, row[10:], middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
         *(master, param_at_random, state_at_random, block // 2, False),
     )
 
@@ -328,7 +349,7 @@ def _sum_chunk(
     """The first stage of grad_stats: the sums of one chunk."""
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk_tensor + chunk).to(tl.int64)
-    delta, delta_scale, numel, first_chunk, _ = _fields(table, tensor, 11)[6:]
+    delta, delta_scale, numel, first_chunk = _fields(table, tensor, 14)[6:10]
     grad = tl.load(grads + tensor)
     together = grad
     if delta_dtype is not None:
@@ -345,7 +366,7 @@ def _sum_chunk(
 def _sum_tensor(table, partials, out, chunk_size: tl.constexpr, block: tl.constexpr):
     """The second stage: the sums of one tensor, over its chunks in a fixed order."""
     tensor = tl.program_id(0).to(tl.int64)
-    numel, first_chunk, _ = _fields(table, tensor, 11)[8:]
+    numel, first_chunk = _fields(table, tensor, 14)[8:10]
     chunks = (numel + chunk_size - 1) // chunk_size
     pair = tl.arange(0, 2)
     sums = tl.zeros([block, 2], tl.float64)
