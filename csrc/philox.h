@@ -3,7 +3,7 @@
 // index in it, whatever the backend, the chunk or the thread.
 #pragma once
 
-#include "rounding.h"
+#include "table.h"
 
 namespace drift {
 
@@ -28,26 +28,11 @@ DRIFT_HD void philox_round(int round, uint64_t key, uint32_t& x0, uint32_t& x1, 
 // What is rounded: each has bits of its own.
 enum class Stream : uint32_t { kParam = 0, kExpAvg = 1, kExpAvgSq = 2 };
 
-// Where the elements of a shard are in the whole tensor, whose index they draw their bits by: runs of `width` elements
-// begin `pitch` apart, the first at `origin`. One run, of whatever length, where width is 0.
-struct Place {
-  int64_t origin;
-  int64_t width;
-  int64_t pitch;
-
-  DRIFT_HD int64_t whole_index(int64_t i) const {
-    return origin + i + (width == 0 ? 0 : i / width * (pitch - width));
-  }
-
-  // Whether eight elements from a multiple of eight on are so in the whole tensor too.
-  DRIFT_HD bool keeps_eights() const { return ((origin | width | pitch) & 7) == 0; }
-};
-
 // The bits of one tensor in one step. `key` is seed + 2^32 * tensor.
 struct RandomBits {
   uint64_t key;
   uint32_t step;
-  Place place;
+  const Place* place;  // not a copy, which would take six registers
 
   // The counter of the elements 8*block .. 8*block + 7 of the whole tensor.
   DRIFT_HD Philox counter(Stream stream, int64_t block) const {
@@ -68,7 +53,7 @@ struct RandomBits {
 
   // The bits of element i.
   DRIFT_HD uint32_t one(Stream stream, int64_t i) const {
-    const int64_t index = place.whole_index(i);
+    const int64_t index = place->whole_index(i);
     const Philox eight = whole_eight(stream, index >> 3);
     const uint32_t low = index & 4 ? eight.words[2] : eight.words[0];
     const uint32_t high = index & 4 ? eight.words[3] : eight.words[1];
@@ -77,7 +62,7 @@ struct RandomBits {
 
   // The bits of elements i .. i + 7; i is a multiple of 8.
   DRIFT_HD Philox eight(Stream stream, int64_t i) const {
-    if (place.keeps_eights()) return whole_eight(stream, place.whole_index(i) >> 3);
+    if (place->keeps_eights()) return whole_eight(stream, place->whole_index(i) >> 3);
     Philox x{};
     DRIFT_KEEP_ROLLED
     for (int j = 0; j < 8; ++j) {  // a queue of 16-bit halves

@@ -2,9 +2,22 @@
 // by field.
 #pragma once
 
-#include <cstdint>
+#include "rounding.h"
 
 namespace drift {
+
+// Where the elements of a shard are in the whole tensor, whose index they draw their bits by: runs of `width` elements
+// begin `pitch` apart, the first at `origin`. One run, of whatever length, where width is 0.
+struct Place {
+  int64_t origin;
+  int64_t width;
+  int64_t pitch;
+
+  DRIFT_HD int64_t whole_index(int64_t i) const { return origin + i + (width == 0 ? 0 : i / width * (pitch - width)); }
+
+  // Whether eight elements from a multiple of eight on are so in the whole tensor too.
+  DRIFT_HD bool keeps_eights() const { return ((origin | width | pitch) & 7) == 0; }
+};
 
 // Addresses and size of one tensor of a launch: what stays from step to step. An address is 0 where the launch does not
 // have it: a delta, a residual, scales. The gradients' addresses, which may change, are an array of their own.
@@ -20,9 +33,7 @@ struct Row {
   int64_t numel;
   int64_t first_chunk;  // chunks of the tensors before this one
   uint64_t random_key;  // of its stochastic rounding: seed + 2^32 * index among the optimizer's tensors
-  int64_t origin;       // where it lies in the whole tensor that it is a shard of (struct Place in philox.h)
-  int64_t width;
-  int64_t pitch;
+  Place place;          // for the same
 };
 static_assert(sizeof(Row) == 14 * 8, "plan.py fills fourteen 8-byte fields");
 

@@ -32,7 +32,7 @@ DRIFT_HD T* pointer(uint64_t address) {
 }
 
 DRIFT_HD RandomBits random_bits(const Row& row, const Coefficients& c) {
-  return {row.random_key, static_cast<uint32_t>(c.step), {row.origin, row.width, row.pitch}};
+  return {row.random_key, static_cast<uint32_t>(c.step), &row.place};
 }
 
 // An element's random bits, of which its tensors use what they need.

@@ -14,13 +14,15 @@ from torch import Tensor
 from .backends import Backend
 from .binding import BoundDelta
 from .coefficients import CoefficientTable, Hyperparameters
+from .lossless import Place
 from .plan import Operands, Plan, addresses
 from .precision import OPERAND_STATES
+from .sharding import Reduction, Shard, local
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter with a gradient, and what the step needs of it."""
+    """One parameter with a gradient, and what the step needs of it; tensors are what this rank holds."""
 
     index: int  # among all parameters of the optimizer
     group: int
@@ -30,13 +32,18 @@ class Slot:
     state: dict[str, Any]
     bound: BoundDelta | None
     random_key: int | None  # for stochastic rounding
+    place: Place
+    shard: Shard | None
 
     @property
     def operands(self) -> Operands:
-        tensors: dict[str, Any] = {name: self.state.get(key) for name, key in OPERAND_STATES.items()}
+        tensors: dict[str, Any] = {name: local(self.state[key]) for name, key in self._own_states()}
         if self.bound is not None:
             tensors |= {"delta": self.bound.delta, "delta_scale": self.bound.delta_scale}
-        return Operands(self.param, **tensors, random_key=self.random_key)
+        return Operands(self.param, **tensors, random_key=self.random_key, place=self.place)
+
+    def _own_states(self) -> list[tuple[str, str]]:
+        return [(name, key) for name, key in OPERAND_STATES.items() if key in self.state]
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -97,6 +104,7 @@ class DeviceBatch:
             [0.0 if bound is None else bound.param_norm for bound in bounds],
         )
         self.biased_rows = torch.tensor([t for t, bound in enumerate(bounds) if bound is not None], device=device)
+        self._reduction = Reduction([slot.shard for slot in self.slots])
         self._groups: dict[int, Hyperparameters] = {}
         self._places = self._first_addresses()
 
@@ -150,11 +158,15 @@ class DeviceBatch:
     def bias(self, groups: list[Hyperparameters], all_stats: bool) -> Tensor:
         """The prior's coefficients, float64 [n], after the gradient statistics that they need (or those of all)."""
         any_stats = False
+        if self._reduction:
+            self.coefficients.stats.zero_()  # of what is not computed below, no sums of sums
         for launch in self.launches:
             if all_stats or launch.needs_stats(groups):
                 out = self.coefficients.stats[launch.rows]
                 self.backend.grad_stats(launch.plan, out, with_delta=launch.biased(groups, decoupled=False))
                 any_stats = True
+        if any_stats:
+            self._reduction.sum_(self.coefficients.stats)
         return self.coefficients.bias(any_stats)
 
     def update(self, groups: list[Hyperparameters]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .errors import PriorMismatchError
 from .prior import Prior, QuantizedDelta
+from .prior.norms import norm
+from .sharding import Reduction, Shard
 
 PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor | QuantizedDelta]
 
@@ -32,7 +35,7 @@ class BoundDelta:
 class PriorBinding:
     """A prior matched to named parameters.
 
-    Names and shapes are checked by `check`, at once; data is loaded by `bound`, parameter by parameter, since FSDP2,
+    Names and shapes are checked by `check`, at once; data is loaded by `bind`, since FSDP2,
     Accelerate and device moves replace parameters between the two.
     """
 
@@ -76,24 +79,70 @@ class PriorBinding:
         self._names = dict(coverage.matched)
         self._checked = shapes
 
-    def bound(self, name: str, param: Tensor) -> BoundDelta | None:
-        """The delta of a parameter, on its device; None if the prior has none for it."""
-        if name not in self._names:
-            return None
-        device = torch.device("cpu") if self._on_host else param.device
-        found = self._bound.get(name)
-        if found is None:
-            info = self.prior.info(self._names[name])
-            param_norm = info.param_norm
-            if param_norm is None:
-                param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
-            # Kernels read codes beside bfloat16 parameters.
-            load = self.prior.load_stored if param.dtype == torch.bfloat16 else self.prior.load
-            stored = load(self._names[name], device, copy=False)
-            delta, scale = (stored, None) if isinstance(stored, Tensor) else (stored.codes, stored.scales)
-            if self._on_host and param.is_cuda:
-                delta, scale = delta.pin_memory(), None if scale is None else scale.pin_memory()
-            found = self._bound[name] = BoundDelta(delta, scale, info.delta_norm, param_norm)
-        elif found.delta.device != device:
-            found = self._bound[name] = found.to(device)
+    def bind(self, named: Sequence[tuple[str, Tensor, Shard | None]]) -> list[BoundDelta | None]:
+        """The delta of each parameter, of which this rank holds a shard or all, on its device; None where the prior has
+        none. A rank reads what it needs of the prior.
+
+        Raises PriorFormatError for a damaged delta, and PriorMismatchError if ranks have different priors.
+        """
+        new = [
+            (name, param, shard)
+            for name, param, shard in named
+            if name in self._names and (name not in self._bound or self._bound[name].delta.shape != param.shape)
+        ]
+        self._compare(Reduction([shard for _, _, shard in new]), new)
+        for name, param, shard in new:
+            self._bound[name] = self._load(name, param, shard)
+        self._measure([entry for entry in new if entry[2] is not None])
+        return [self._placed(name, param) if name in self._names else None for name, param, _ in named]
+
+    def _load(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:
+        info, part = self.prior.info(self._names[name]), None if shard is None else shard.box
+        device = self._device_for(param)
+        # Kernels read codes beside bfloat16 parameters.
+        stored = self.prior.load_stored(self._names[name], device, copy=False, box=part)
+        if isinstance(stored, QuantizedDelta) and param.dtype != torch.bfloat16:
+            stored = stored.expand()
+        delta, scale = (stored, None) if isinstance(stored, Tensor) else (stored.codes, stored.scales)
+        if self._on_host and param.is_cuda:
+            delta, scale = delta.pin_memory(), None if scale is None else scale.pin_memory()
+        param_norm = info.param_norm
+        if param_norm is None:
+            param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
+        return BoundDelta(delta, scale, info.delta_norm, param_norm)
+
+    def _measure(self, new: list[tuple[str, Tensor, Shard | None]]) -> None:
+        """Adds up what the ranks hold of norm(W), where it was not recorded, and of norm(delta), to compare it."""
+        if not new:
+            return
+        found = [self._bound[name] for name, _, _ in new]
+        squares = torch.tensor([[_norm(bound) ** 2, bound.param_norm**2] for bound in found], dtype=torch.float64)
+        squares = squares.to(new[0][1].device)
+        Reduction([shard for _, _, shard in new]).sum_(squares)
+        for (name, _, _), bound, (delta_norm, param_norm) in zip(new, found, squares.sqrt().tolist(), strict=True):
+            self.prior.check_norm_of_parts(self._names[name], delta_norm)
+            if self.prior.info(self._names[name]).param_norm is None:
+                self._bound[name] = replace(bound, param_norm=param_norm)
+
+    def _compare(self, reduction: Reduction, new: list[tuple[str, Tensor, Shard | None]]) -> None:
+        for group in reduction.groups:
+            mark = int(self.prior.fingerprint[:12], 16)
+            marks = torch.tensor([mark, -mark], device=new[0][1].device)
+            dist.all_reduce(marks, dist.ReduceOp.MIN, group=group)
+            if int(marks.sum()) != 0:
+                raise PriorMismatchError(
+                    f"ranks have different priors: here it is {self.prior.fingerprint[:12]} ({self.prior})"
+                )
+
+    def _device_for(self, param: Tensor) -> torch.device:
+        return torch.device("cpu") if self._on_host else param.device
+
+    def _placed(self, name: str, param: Tensor) -> BoundDelta:
+        found = self._bound[name]
+        if found.delta.device != self._device_for(param):
+            found = self._bound[name] = found.to(self._device_for(param))
         return found
+
+
+def _norm(bound: BoundDelta) -> float:
+    return norm(bound.delta) if bound.delta_scale is None else QuantizedDelta(bound.delta, bound.delta_scale).norm()

@@ -34,6 +34,9 @@ class Place:
         return self.origin + i + (i // self.width * (self.pitch - self.width) if self.width else 0)
 
 
+WHOLE = Place()
+
+
 def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     """Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), on 32-bit words in int64."""
     x0, x1, x2, x3 = counter

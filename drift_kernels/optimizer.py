@@ -18,10 +18,11 @@ from .coefficients import Hyperparameters, clip_coefficient
 from .errors import PriorError
 from .groups import FINGERPRINT, SEED, check_capture, check_grad, check_param, check_seed, hyperparameters
 from .inspection import Inspection
-from .lossless import join
+from .lossless import WHOLE, Place, join
 from .precision import RESIDUAL, Precision, float32_state
 from .prior import Prior
-from .state import check_state_dict, restore_states
+from .sharding import Shard, local, local_pairs, wrap
+from .state import check_state_dict, only_asks_for_states, restore_states
 
 
 def _capturing() -> bool:
@@ -169,7 +170,7 @@ class FusedDriftAdamW(Inspection, Optimizer):
                 )
             for i, param in enumerate(group["params"]):
                 name = names[i] if names else f"{i} of group {index}"
-                check_param(name, param)
+                check_param(name, local(param))
                 self.precision.check_param(name, param)
         except Exception:
             del self.param_groups[index]
@@ -188,10 +189,15 @@ class FusedDriftAdamW(Inspection, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [hyperparameters(group, index) for index, group in enumerate(self.param_groups)]
         params = self._params()
-        grads = list(map(attrgetter("grad"), params))
-        self._set_grads(params, grads)
+        local_params, grads = local_pairs(params, list(map(attrgetter("grad"), params)))
+        if not self.state and not _capturing() and only_asks_for_states(self.param_groups, grads):
+            for param, grad in zip(params, grads, strict=True):
+                if grad is not None:
+                    self._state_of(param)
+            return loss
+        groups = [hyperparameters(group, index) for index, group in enumerate(self.param_groups)]
+        self._set_grads(local_params, grads)
         if _capturing():
             for index, group in enumerate(self.param_groups):
                 check_capture(group, index)
@@ -239,9 +245,9 @@ class FusedDriftAdamW(Inspection, Optimizer):
     def _check(self, grads: list[Tensor | None]) -> None:
         for (name, param), grad in zip(self._named_params(), grads, strict=True):
             if grad is not None:
-                check_param(name, param)
+                check_param(name, local(param))
                 self.precision.check_param(name, param)
-                check_grad(name, param, grad)
+                check_grad(name, local(param), grad)
 
     def _build(self, grads: list[Tensor | None]) -> list[DeviceBatch]:
         """The batches of the parameters that have a gradient, after every check and before any change."""
@@ -250,22 +256,34 @@ class FusedDriftAdamW(Inspection, Optimizer):
         present = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         self._check(grads)
         resolved = {p.device: backends.resolve(self.backend, p.device) for _, p in (named[i] for i, _ in present)}
+        parts = {i: (named[i][0], local(named[i][1]), Shard.of(named[i][1])) for i, _ in present}
+        places = {i: WHOLE if shard is None else self._place(name, shard) for i, (name, _, shard) in parts.items()}
         bounds: dict[int, BoundDelta | None] = {}
         if self._binding is not None:
             self._binding.check(named)
-            bounds = {i: self._binding.bound(*named[i]) for i, _ in present}
+            bounds = dict(zip(parts, self._binding.bind(list(parts.values())), strict=True))
 
         slots: dict[tuple[torch.device, torch.device], list[Slot]] = {}
         for i, grad in present:
-            name, param = named[i]
+            name, param, shard = parts[i]
             steps_device = param.device if self.param_groups[group_of[i]]["capturable"] else torch.device("cpu")
             key = self.param_groups[group_of[i]][SEED] + (i << 32) if self.precision.stochastic else None
-            slot = Slot(i, group_of[i], name, param, grad.dtype, self._state_of(param), bounds.get(i), key)
+            state = self._state_of(named[i][1])
+            slot = Slot(i, group_of[i], name, param, grad.dtype, state, bounds.get(i), key, places[i], shard)
             slots.setdefault((param.device, steps_device), []).append(slot)
         return [
             DeviceBatch(device, members, steps_device, resolved[device])
             for (device, steps_device), members in slots.items()
         ]
+
+    def _place(self, name: str, shard: Shard) -> Place:
+        """Where a shard draws its random bits, if it does."""
+        if shard.place is None and self.precision.stochastic:
+            raise ValueError(
+                f"parameter {name} of shape {shard.shape} is sharded in more than one of its inner dimensions, which "
+                "rounding='stochastic' does not support"
+            )
+        return shard.place or WHOLE
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The state of a parameter, zeros at its first step."""
@@ -286,13 +304,14 @@ class FusedDriftAdamW(Inspection, Optimizer):
         if not any(param is own for own in self._params()):
             raise KeyError("the parameter is not one of this optimizer's")
         residual = self.state[param].get(RESIDUAL) if param in self.state else None
-        return param.detach().float() if residual is None else join(param.detach(), residual)
+        own = local(param.detach())
+        return wrap(own.float() if residual is None else join(own, local(residual)), param)
 
     def refresh_masters(self) -> None:
         """Makes the parameters as they are the masters: to be called after writing to parameters directly."""
         for state in self.state.values():
             if RESIDUAL in state:
-                state[RESIDUAL].zero_()
+                local(state[RESIDUAL]).zero_()
 
     # Saving and loading
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .lossless import Place
+from .lossless import WHOLE, Place
 
 # Elements of a chunk, the unit of work and of a reduction's first stage (kChunk in csrc/table.h).
 CHUNK = 16384
@@ -63,7 +63,7 @@ class Operands:
     exp_avg_sq_scale: Tensor | None = None
     delta_scale: Tensor | None = None
     random_key: int | None = None
-    place: Place = Place()
+    place: Place = WHOLE
 
 
 class Plan:

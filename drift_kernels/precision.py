@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import codes
+from .sharding import is_sharded, keeps_blocks, local, part_for, wrap
 
 STATES = ("exp_avg", "exp_avg_sq")
 SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
@@ -64,41 +65,59 @@ class Precision:
             raise TypeError(f"int8 states are for bfloat16 and float32 parameters, and parameter {name} is float16")
 
     def new_state(self, param: Tensor) -> dict[str, Any]:
-        """Zeros: the state before the first step. A master begins as its parameter."""
+        """Zeros, sharded as the parameter is: the state before the first step. A master begins as its parameter."""
         state = {"step": torch.zeros((), dtype=torch.float32)}
-        coded = self.state_dtype == torch.int8 and param.numel() >= WORTH_CODES
+        coded = self._has_codes(param)
         uncoded = torch.float32 if self.state_dtype == torch.int8 else self.state_dtype
+        own = local(param)
+
+        def zeros(dtype: torch.dtype) -> Tensor:
+            return wrap(torch.zeros(own.shape, dtype=dtype, device=own.device), param)
+
         for key in STATES:
-            state[key] = torch.zeros(param.shape, dtype=CODES[key] if coded else uncoded, device=param.device)
+            state[key] = zeros(CODES[key] if coded else uncoded)
             if coded:
-                state[SCALES[key]] = torch.zeros(codes.blocks(param.numel()), device=param.device)
+                scale = torch.zeros(codes.scale_shape(tuple(own.shape)), device=own.device)
+                state[SCALES[key]] = wrap(scale, param, codes.scale_shape(tuple(param.shape)))
         if self.master_weights:
-            state[RESIDUAL] = torch.zeros(param.shape, dtype=torch.int16, device=param.device)
+            state[RESIDUAL] = zeros(torch.int16)
         return state
+
+    def _has_codes(self, param: Tensor) -> bool:
+        """Whether its states are codes: not those of a small parameter, or of one whose blocks a sharding may cut."""
+        enough = self.state_dtype == torch.int8 and param.numel() >= WORTH_CODES
+        return enough and (not is_sharded(param) or keeps_blocks(param, codes.BLOCK))
 
     def restored_state(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
         """A saved state as this precision holds it, in memory of its own. A master that was not saved begins anew."""
         state = self.new_state(param)
         state["step"].copy_(torch.as_tensor(saved["step"]).reshape(()))
+
+        def fill(key: str, value: Tensor) -> None:
+            target = local(state[key])
+            target.copy_(value.reshape(target.shape))
+
         for key, scale in SCALES.items():
             if scale in state and scale in saved:
-                state[key].copy_(saved[key])
-                state[scale].copy_(saved[scale])
+                fill(key, part_for(state[key], saved[key]))
+                whole = saved[scale] if is_sharded(saved[scale]) else saved[scale].view(state[scale].shape)
+                fill(scale, part_for(state[scale], whole))
             elif scale in state:
-                for half, value in zip(
-                    (state[key], state[scale]), codes.encode(saved[key].float(), CODES[key]), strict=True
-                ):
-                    half.copy_(value)
+                coded, scales = codes.encode(part_for(state[key], uncoded(key, saved)).float(), CODES[key])
+                fill(key, coded)
+                fill(scale, scales)
             else:
-                state[key].copy_(uncoded(key, saved))
+                fill(key, part_for(state[key], uncoded(key, saved)))
         if RESIDUAL in state and RESIDUAL in saved:
-            state[RESIDUAL].copy_(saved[RESIDUAL])
+            fill(RESIDUAL, part_for(state[RESIDUAL], saved[RESIDUAL]))
         return state
 
 
 def uncoded(key: str, state: Mapping[str, Any]) -> Tensor:
     """exp_avg or exp_avg_sq of a state as floating numbers."""
-    return codes.decode(state[key], state[SCALES[key]]) if SCALES[key] in state else state[key]
+    if SCALES[key] not in state:
+        return state[key]
+    return wrap(codes.decode(local(state[key]), local(state[SCALES[key]])), state[key])
 
 
 def float32_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,14 +135,15 @@ def check_state(name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
     for key, scale in SCALES.items():
         if scale in saved or not saved[key].dtype.is_floating_point:
             wanted[key] = param.shape, CODES[key]
-            wanted[scale] = (codes.blocks(param.numel()),), torch.float32
+            wanted[scale] = codes.scale_shape(tuple(param.shape)), torch.float32
     if RESIDUAL in saved:
         wanted[RESIDUAL] = param.shape, torch.int16
     for key, (shape, dtype) in wanted.items():
         found = saved.get(key)
         if found is None:
             raise ValueError(f"the state of parameter {name} has codes without {key}")
-        if tuple(found.shape) != tuple(shape):
+        flat = key in SCALES.values() and tuple(found.shape) == (codes.blocks(param.numel()),)
+        if tuple(found.shape) != tuple(shape) and not flat:
             raise ValueError(
                 f"the state {key} of parameter {name} has shape {tuple(found.shape)}, expected {tuple(shape)}"
             )

@@ -10,6 +10,19 @@ from torch.optim.optimizer import Optimizer, StateDict
 from .errors import PriorMismatchError
 from .groups import FINGERPRINT
 from .precision import Precision, check_state
+from .sharding import Reduction, Shard, local
+
+
+def only_asks_for_states(param_groups: list[dict[str, Any]], grads: list[Tensor | None]) -> bool:
+    """Whether a first step with these (local) gradients only asks for states: at a learning rate of 0, on zeros.
+
+    So does torch.distributed.checkpoint before it loads; a prior must leave no trace in those states.
+    """
+    if not all(isinstance(lr, (int, float, Tensor)) and lr == 0 for lr in (group["lr"] for group in param_groups)):
+        return False
+    params = [param for group in param_groups for param in group["params"]]
+    found = [0.0 if grad is None or not grad.numel() else float(grad.detach().abs().max()) for grad in grads]
+    return not Reduction([Shard.of(param) for param in params]).any_of(found, local(params[0]).device)
 
 
 def _params_by_saved_id(

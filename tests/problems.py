@@ -26,7 +26,11 @@ sys.modules[f"{backends.__name__}.{GRID}"] = grid
 
 def some_place(numel: int) -> Place:
     """Where a tensor of so many elements may lie in one that it is a shard of: rows, or columns, of a whole one."""
-    eight, far, odd = 8 * int(torch.randint(1, 40, ())), 8 * int(torch.randint(2**34, ())), int(torch.randint(1, 30, ()))
+    eight, far, odd = (
+        8 * int(torch.randint(1, 40, ())),
+        8 * int(torch.randint(2**34, ())),
+        int(torch.randint(1, 30, ())),
+    )
     places = [
         Place(),
         Place(origin=far),

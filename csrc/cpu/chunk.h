@@ -24,12 +24,13 @@ class RandomBlock {
   DRIFT_HD void draw([[maybe_unused]] const RandomBits& random, [[maybe_unused]] Stream stream,
                      [[maybe_unused]] int64_t begin) {
     if constexpr (kStochastic<T>) {
-      if (!random.place.keeps_eights()) return draw_each(random, stream, begin);
+      if (!random.place->keeps_eights()) return draw_each(random, stream, begin);
       // Word by word, so that each round is vectorised over the calls.
       uint32_t x[4][kCalls];
       for (int call = 0; call < kCalls; ++call) {
         const int64_t index = begin + 8 * call;
-        const int64_t whole = random.place.width == 0 ? random.place.origin + index : random.place.whole_index(index);
+        const int64_t whole =
+            random.place->width == 0 ? random.place->origin + index : random.place->whole_index(index);
         const Philox counter = random.counter(stream, whole >> 3);
         for (int word = 0; word < 4; ++word) x[word][call] = counter.words[word];
       }

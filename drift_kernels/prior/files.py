@@ -63,12 +63,16 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The whole tensor, in memory of its own."""
+        return self.read_flat(0, self.numel).view(self.shape)
+
+    def read_flat(self, begin: int, end: int) -> Tensor:
+        """Its elements from `begin` to `end`, in flat order, in memory of their own."""
         if not isinstance(self.dtype, torch.dtype):
             raise CheckpointError(f"{self.path}: torch has no dtype {self.dtype}")
-        flat = torch.empty(self.numel, dtype=self.dtype)
+        flat = torch.empty(end - begin, dtype=self.dtype)
         with _open(self.path) as file:
-            _read_exactly(file, byte_view(flat), self.offset)
-        return flat.view(self.shape)
+            _read_exactly(file, byte_view(flat), self.offset + begin * flat.element_size())
+        return flat
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .files import StoredTensor, byte_view, inspect_shards, read_json
 from .hub import local_folder
 from .names import canonical_name, natural_key
 from .norms import norm
-from .quantized import LARGEST_CODE, QuantizedDelta, blocks_of, scales_name
+from .quantized import BLOCK, LARGEST_CODE, Box, QuantizedDelta, blocks_of, scales_name
 
 logger = logging.getLogger("drift_kernels")
 
@@ -77,10 +77,24 @@ class StoredDelta:
                 raise PriorFormatError(f"{folder}: {tensor} is recorded as {dtype} {list(shape)}, stored as {found}")
         return cls(stored[name], stored.get(scales_name(name)) if len(expected) > 1 else None)
 
-    def read(self) -> Tensor | QuantizedDelta:
-        """The whole delta. Raises CheckpointError when its file is gone or too short."""
-        values = self.values.read()
-        return values if self.scales is None else QuantizedDelta(values, self.scales.read())
+    def read(self, box: Box | None = None) -> Tensor | QuantizedDelta:
+        """The delta, or the part in a box, for which it reads no row beyond. Raises CheckpointError when its file is
+        gone or too short."""
+        if box is None:
+            values = self.values.read()
+            return values if self.scales is None else QuantizedDelta(values, self.scales.read())
+        row = math.prod(self.values.shape[1:])
+        begin, end = box[0].start * row, box[0].stop * row
+        shape, inner = (box[0].stop - box[0].start, *self.values.shape[1:]), (slice(None), *box[1:])
+        if self.scales is None:
+            return self.values.read_flat(begin, end).view(shape)[inner].contiguous()
+        first, last = begin // BLOCK, blocks_of(end)
+        codes = self.values.read_flat(first * BLOCK, min(last * BLOCK, self.values.numel))
+        delta = QuantizedDelta(codes, self.scales.read_flat(first, last))
+        if begin % BLOCK == 0 and codes.numel() == end - begin:
+            return QuantizedDelta(codes.view(shape), delta.scales).part(inner)
+        begin -= first * BLOCK
+        return delta.expand()[begin : begin + math.prod(shape)].view(shape)[inner].contiguous()
 
 
 class Prior:
@@ -174,26 +188,39 @@ class Prior:
         return stored.expand() if isinstance(stored, QuantizedDelta) else stored
 
     def load_stored(
-        self, name: str, device: torch.device | str | None = None, *, copy: bool = True
+        self, name: str, device: torch.device | str | None = None, *, copy: bool = True, box: Box | None = None
     ) -> Tensor | QuantizedDelta:
-        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales."""
+        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales.
+
+        With a box (a slice of each dimension), the part in it, of which no more is read than its rows; float32 where it
+        cuts through blocks of codes. Its norm is not checked, since only that of the whole is recorded.
+        """
         delta = self._deltas[name]
         if isinstance(delta, Tensor):
-            return delta.to(device or delta.device, copy=copy).contiguous()
+            part = delta if box is None else delta[box]
+            return part.to(device or delta.device, copy=copy).contiguous()
         if isinstance(delta, QuantizedDelta):
-            return delta.to(device or delta.device, copy=copy)
+            return (delta if box is None else delta.part(box)).to(device or delta.device, copy=copy)
         try:
-            loaded = delta.read()
+            loaded = delta.read(box)
             if isinstance(loaded, QuantizedDelta):
                 loaded.check_scales()
         except (CheckpointError, PriorError) as error:
             raise PriorFormatError(f"{delta.values.path}: {name} is damaged: {error}") from error
-        found, recorded = _norm_of(loaded), self._infos[name].delta_norm
-        if not math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
-            raise PriorFormatError(
-                f"{delta.values.path}: {name} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}"
-            )
+        if box is None:
+            self._check_norm(name, delta.values.path, _norm_of(loaded))
         return loaded if device is None else loaded.to(device)
+
+    def check_norm_of_parts(self, name: str, found: float) -> None:
+        """Raises PriorFormatError when the parts of a delta do not have the recorded norm together."""
+        delta = self._deltas[name]
+        if isinstance(delta, StoredDelta):
+            self._check_norm(name, delta.values.path, found)
+
+    def _check_norm(self, name: str, path: Path, found: float) -> None:
+        recorded = self._infos[name].delta_norm
+        if not math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
+            raise PriorFormatError(f"{path}: {name} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}")
 
     def coverage(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Coverage:
         """How live parameters and deltas match by canonical name and shape; values are not looked at.

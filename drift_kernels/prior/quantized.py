@@ -20,6 +20,9 @@ LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a subnormal scale has too few bits to divide by
 
 
+Box = tuple[slice, ...]  # the part of a tensor that these slices of its dimensions have in common
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedDelta:
     """A delta in eight bits: `codes` of the delta's shape, int8 or float8_e4m3fn, contiguous; `scales` float32
@@ -65,6 +68,19 @@ class QuantizedDelta:
         flat[:whole].view(-1, BLOCK).mul_(self.scales[: whole // BLOCK, None])
         flat[whole:].mul_(self.scales[whole // BLOCK :])
         return flat.view(self.shape)
+
+    def part(self, box: Box) -> QuantizedDelta | Tensor:
+        """The elements in a box: as codes where it cuts through no block, expanded to float32 otherwise."""
+        begins, ends = ([part.indices(n)[i] for part, n in zip(box, self.shape, strict=True)] for i in (0, 1))
+        row, whole_rows = math.prod(self.shape[1:]), all(b == 0 for b in begins[1:]) and ends[1:] == [*self.shape[1:]]
+        begin, end = begins[0] * row, ends[0] * row
+        if whole_rows and begin % BLOCK == 0 and (end % BLOCK == 0 or ends[0] == self.shape[0]):
+            return QuantizedDelta(self.codes[box], self.scales[begin // BLOCK : blocks_of(end)])
+        if not any(n % BLOCK for n in (self.shape[-1], begins[-1], ends[-1])):
+            scales = self.scales.view(*self.shape[:-1], -1)
+            of_blocks = (*box[:-1], slice(begins[-1] // BLOCK, ends[-1] // BLOCK))
+            return QuantizedDelta(self.codes[box].contiguous(), scales[of_blocks].contiguous().view(-1))
+        return self.expand()[box].contiguous()
 
     def norm(self) -> float:
         """norm(delta), expanding CHUNK elements at a time."""

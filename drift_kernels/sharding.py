@@ -1,0 +1,170 @@
+"""Parameters that are DTensors: the shard that this rank holds, where it lies in the whole, and sums over the ranks.
+
+The kernels know nothing of it: they get local tensors. Nor does a step dispatch anything on a DTensor.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .lossless import Place
+
+_local_tensor = attrgetter("_local_tensor")  # to_local() would make a new object in every call
+_spec = attrgetter("_spec")
+
+
+def _dtensor() -> Any:
+    """The type; None as long as nobody has imported it, when there can be none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor."""
+    return type(tensor) is _dtensor()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of one that is not a DTensor."""
+    return _local_tensor(tensor) if is_sharded(tensor) else tensor
+
+
+def local_pairs(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """What this rank holds of parameters and gradients; a gradient that is placed otherwise than its parameter (a sum
+    that is still partial, say) is first redistributed, by every rank alike."""
+    dtensor = _dtensor()
+    if dtensor not in set(map(type, params)):
+        return params, grads
+    if {dtensor} == set(map(type, params)) == set(map(type, grads)) and all(
+        map(is_, map(_spec, grads), map(_spec, params))
+    ):
+        return list(map(_local_tensor, params)), list(map(_local_tensor, grads))
+    return [local(param) for param in params], [
+        grad if grad is None else local(_placed_as(grad, param)) for grad, param in zip(grads, params, strict=True)
+    ]
+
+
+def _placed_as(grad: Any, param: Any) -> Tensor:
+    if is_sharded(grad) and is_sharded(param) and grad.placements != param.placements:
+        return grad.redistribute(placements=param.placements)
+    return grad
+
+
+def wrap(tensor: Tensor, like: Any, shape: Sequence[int] | None = None) -> Tensor:
+    """What a rank holds, as a tensor that is sharded as `like` is (where it is): of its shape, or of `shape`."""
+    if not is_sharded(like):
+        return tensor
+    whole = tuple(like.shape if shape is None else shape)
+    strides = tuple(math.prod(whole[d + 1 :]) for d in range(len(whole)))
+    return _dtensor().from_local(
+        tensor, like.device_mesh, like.placements, run_check=False, shape=torch.Size(whole), stride=strides
+    )
+
+
+def part_for(target: Tensor, value: Tensor) -> Tensor:
+    """Of a saved tensor, whole or sharded, what this rank holds under the sharding of `target`."""
+    if not is_sharded(target):
+        return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+    if not is_sharded(value):
+        return value[Shard.of(target).box]  # type: ignore[union-attr]
+    return local(value.redistribute(target.device_mesh, target.placements))  # type: ignore[attr-defined]
+
+
+def keeps_blocks(param: Any, size: int) -> bool:
+    """Whether the blocks of `size` elements of a DTensor, row by row, are whole on every rank, in any such mesh."""
+    if param.dim() < 2 or param.shape[-1] % size:
+        return False
+    last = param.dim() - 1
+    parts = [n for n, p in zip(param.device_mesh.shape, param.placements, strict=True) if _dim(p, last)]
+    return not parts or param.shape[-1] % (size * math.prod(parts)) == 0
+
+
+def _dim(placement: Any, dim: int) -> bool:
+    return not placement.is_replicate() and placement.dim == dim
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a whole tensor that this rank holds.
+
+    Attributes:
+        shape: of the whole.
+        box: in each of its dimensions, from where to where.
+        groups: the ranks, along each dimension of the mesh, that hold the other parts.
+    """
+
+    shape: tuple[int, ...]
+    box: tuple[slice, ...]
+    groups: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensor: Any) -> Shard | None:
+        """None for a tensor that is not a DTensor. Raises ValueError for a placement that is a partial sum."""
+        if not is_sharded(tensor):
+            return None
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        mesh, placements = tensor.device_mesh, tensor.placements
+        if any(placement.is_partial() for placement in placements):
+            raise ValueError(f"a tensor that is a partial sum ({placements}) cannot be updated")
+        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        box = tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True))
+        groups = [mesh.get_group(d) for d, placement in enumerate(placements) if not placement.is_replicate()]
+        return cls(tuple(tensor.shape), box, tuple(groups))
+
+    @property
+    def place(self) -> Place | None:
+        """Where its elements are in the whole, in its own flat order; None if they are not evenly spaced runs."""
+        sizes = [part.stop - part.start for part in self.box]
+        strides = [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
+        origin = sum(part.start * stride for part, stride in zip(self.box, strides, strict=True))
+        cut = [d for d, (size, whole) in enumerate(zip(sizes, self.shape, strict=True)) if size != whole]
+        if not cut or cut[-1] == 0 or 0 in sizes:
+            return Place(origin)
+        if any(d > 0 for d in cut[:-1]):
+            return None
+        inner = cut[-1]
+        return Place(origin, sizes[inner] * strides[inner], self.shape[inner] * strides[inner])
+
+
+class Reduction:
+    """Sums over the ranks that hold parts of the same tensors: one all-reduce for each dimension of each mesh."""
+
+    def __init__(self, shards: Sequence[Shard | None]) -> None:
+        rows: dict[Any, list[int]] = {}
+        for row, shard in enumerate(shards):
+            for group in () if shard is None else shard.groups:
+                rows.setdefault(group, []).append(row)
+        self._steps = [(group, None if len(of) == len(shards) else torch.tensor(of)) for group, of in rows.items()]
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def any_of(self, values: Sequence[Tensor | float], device: torch.device) -> bool:
+        """Whether one of these numbers is not zero on any rank: the same answer on all."""
+        found = torch.tensor(list(map(float, values)), dtype=torch.float64, device=device)
+        self.sum_(found)
+        return bool((found != 0).any())
+
+    @property
+    def groups(self) -> list[Any]:
+        return [group for group, _ in self._steps]
+
+    def sum_(self, values: Tensor) -> None:
+        """values, [n, ...], one row for each shard: in place, what all the parts of its tensor have together."""
+        for group, rows in self._steps:
+            if rows is None:
+                dist.all_reduce(values, group=group)
+            else:
+                some = values[rows]
+                dist.all_reduce(some, group=group)
+                values[rows] = some

@@ -1,0 +1,44 @@
+"""Real processes with gloo between them, for tests of what is distributed."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=120)
+
+
+def run(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
+    """function(*args) in `world` processes, each with its rank; what each returns. One that raises fails the test with
+    its traceback."""
+    folder = folder / f"{function.__name__}-{world}-{len(list(folder.iterdir()))}"
+    folder.mkdir()
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_rank, args=(function, rank, world, folder, args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    errors = sorted(folder.glob("error-*"))
+    assert not errors, "\n".join(f"{path.name}:\n{path.read_text()}" for path in errors)
+    assert not any(process.exitcode for process in processes), [process.exitcode for process in processes]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _rank(function: Callable[..., Any], rank: int, world: int, folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        torch.save(function(*args), folder / f"{rank}.pt")
+    except Exception:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    finally:
+        dist.destroy_process_group()
