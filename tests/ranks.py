@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,8 +38,8 @@ def _rank(function: Callable[..., Any], rank: int, world: int, folder: Path, arg
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         torch.save(function(*args), folder / f"{rank}.pt")
+        dist.barrier()
     except Exception:
         (folder / f"error-{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
+        os._exit(1)
+    os._exit(0)  # gloo's threads can abort a process that is torn down
