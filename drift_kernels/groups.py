@@ -110,6 +110,11 @@ def check_param(name: str, param: Tensor) -> None:
     if param.dtype not in PARAM_DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
         raise TypeError(f"parameter {name} has dtype {param.dtype}; expected one of {expected}")
+    if getattr(param, "_fsdp_flattened", False):
+        raise TypeError(
+            f"parameter {name} is sharded by FullyShardedDataParallel (FSDP1), whose shards are flat and have lost "
+            "their shapes: use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
     if not param.is_contiguous():
         raise ValueError(
             f"parameter {name} is not contiguous (shape {tuple(param.shape)}, strides {param.stride()}); "

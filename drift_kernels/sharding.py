@@ -42,11 +42,10 @@ def local_pairs(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[
     """What this rank holds of parameters and gradients; a gradient that is placed otherwise than its parameter (a sum
     that is still partial, say) is first redistributed, by every rank alike."""
     dtensor = _dtensor()
-    if dtensor not in set(map(type, params)):
+    types = set(map(type, params))
+    if dtensor not in types:
         return params, grads
-    if {dtensor} == set(map(type, params)) == set(map(type, grads)) and all(
-        map(is_, map(_spec, grads), map(_spec, params))
-    ):
+    if types == {dtensor} == set(map(type, grads)) and all(map(is_, map(_spec, grads), map(_spec, params))):
         return list(map(_local_tensor, params)), list(map(_local_tensor, grads))
     return [local(param) for param in params], [
         grad if grad is None else local(_placed_as(grad, param)) for grad, param in zip(grads, params, strict=True)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from drift_kernels import FusedDriftAdamW, PriorMismatchError
+from drift_kernels import FusedDriftAdamW, PriorFormatError, build_prior
 from drift_kernels.coefficients import SCALINGS
-from drift_kernels.lossless import Place
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
+from drift_kernels.prior.files import TensorFile
+from drift_kernels.prior.prior import StoredDelta
 from drift_kernels.sharding import Shard as Part
 
 BF16, INT8 = torch.bfloat16, torch.int8
@@ -146,3 +153,148 @@ def test_all_scalings_and_clipping_are_those_of_one_process(world: int, tmp_path
             for name, param in params.items():
                 error = (param - expected[case][name]).abs().max() / expected[case][name].abs().max()
                 assert error <= 1e-6, (label, case, name, error)
+
+
+# Parts of tensors
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+    """A shape and a part of it; many of its sizes are whole blocks of codes."""
+    sizes = st.sampled_from([1, 2, 3, 8, 64, 128, 256, 384])
+    shape = tuple(draw(st.lists(sizes, min_size=1, max_size=3)))
+    ends = [sorted(draw(st.tuples(*[st.integers(0, 8)] * 2))) for _ in shape]
+    return shape, tuple(slice(begin * n // 8, end * n // 8) for (begin, end), n in zip(ends, shape, strict=True))
+
+
+@given(boxes())
+def test_place_has_the_indices_of_a_part(case: tuple[tuple[int, ...], tuple[slice, ...]]) -> None:
+    shape, box = case
+    expected = torch.arange(math.prod(shape)).view(shape)[box].flatten()
+    place = Part(shape, box, ()).place
+    if place is None:
+        assert len(shape) > 2
+    else:
+        assert torch.equal(place.indices(expected.numel()), expected)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(boxes(), st.sampled_from([torch.float32, BF16, INT8, torch.float8_e4m3fn]))
+def test_a_part_of_a_delta_is_that_part_of_the_whole(
+    tmp_path: Path, case: tuple[tuple[int, ...], tuple[slice, ...]], dtype: torch.dtype
+) -> None:
+    """In memory and of a file, of which it reads no row beyond."""
+    shape, box = case
+    delta: Tensor | QuantizedDelta = torch.randn(shape)
+    delta = quantize(delta, dtype) if dtype.itemsize == 1 else delta.to(dtype)
+    tensors = {"w": delta} if isinstance(delta, Tensor) else {"w": delta.codes, "w.scales": delta.scales}
+    save_file(tensors, tmp_path / "w.safetensors")
+    stored = TensorFile.inspect(tmp_path / "w.safetensors").tensors
+    in_memory = Prior.from_mapping({"w": delta})
+    expected = in_memory.load("w")[box]
+    for part in (
+        in_memory.load_stored("w", box=box),
+        StoredDelta(stored["w"], stored.get("w.scales")).read(box),
+    ):
+        found = part.expand() if isinstance(part, QuantizedDelta) else part
+        assert found.is_contiguous()
+        assert torch.equal(found, expected)
+
+
+def damaged_prior(folder: Path) -> str:
+    """Of which each rank reads a part, whose norm alone tells it nothing."""
+    param = nn.Parameter(distribute_tensor(torch.zeros(64, 8), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    optimizer = FusedDriftAdamW([("layers.0.mlp.up_proj.weight", param)], prior=folder)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(PriorFormatError, match="is damaged: its norm is") as error:
+        optimizer.step()
+    assert not param.to_local().any()
+    return str(error.value)
+
+
+def test_a_damaged_prior_is_found_by_all_ranks(tmp_path: Path) -> None:
+    name = "layers.0.mlp.up_proj.weight"
+    for role in ("expert", "base"):
+        (tmp_path / role).mkdir()
+        save_file({f"model.{name}": torch.randn(64, 8)}, tmp_path / role / "model.safetensors")
+        (tmp_path / role / "config.json").write_text("{}")
+    folder = tmp_path / "prior"
+    build_prior(tmp_path / "expert", tmp_path / "base", folder, dtype=torch.float32)
+    (file,) = folder.glob("*-of-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-4:] = b"\0\0\x80\x42"  # 64.0, in the last row
+    file.write_bytes(content)
+    assert len(set(ranks.run(damaged_prior, 2, tmp_path, folder))) == 1
+
+
+# Gradients, checks, failures
+
+
+def partial_gradient() -> Tensor:
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()]))
+    param.grad = DTensor.from_local(torch.full((4, 3), 1.0 + mesh.get_rank()), mesh, [Partial()])
+    FusedDriftAdamW([param], lr=0.1, weight_decay=0, max_grad_norm=6.0).step()
+    return param.to_local().detach()
+
+
+def test_a_gradient_that_is_a_partial_sum_is_summed(tmp_path: Path) -> None:
+    alone = nn.Parameter(torch.zeros(4, 3))
+    alone.grad = torch.full((4, 3), 3.0)
+    FusedDriftAdamW([alone], lr=0.1, weight_decay=0, max_grad_norm=6.0).step()
+    for found in ranks.run(partial_gradient, 2, tmp_path):
+        assert torch.equal(found, alone.detach())
+
+
+def fsdp1() -> str:
+    model = FullyShardedDataParallel(nn.Linear(4, 4), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"use torch.distributed.fsdp.fully_shard") as error:
+        FusedDriftAdamW(model.named_parameters())
+    return str(error.value)
+
+
+def test_fsdp1_is_an_error_that_says_what_to_use(tmp_path: Path) -> None:
+    assert "weight" in ranks.run(fsdp1, 2, tmp_path)[0]
+
+
+def float32_states() -> dict[str, Tensor]:
+    run = Run(init_device_mesh("cpu", (2,)), (Shard(0),), state_dtype=INT8)
+    run.steps(0, 3)
+    saved = run.optimizer.state_dict(dtype=torch.float32)
+    other = Run(init_device_mesh("cpu", (2,)), (Shard(0),), dtype=torch.float32)
+    other.optimizer.load_state_dict(saved)
+    masters = Run(init_device_mesh("cpu", (2,)), (Shard(0),), master_weights=True)
+    masters.steps(0, 3)
+    name = next(iter(SHAPES))
+    master = masters.optimizer.master_weight(masters.params[name])
+    assert torch.equal(whole(master).to(BF16), whole(masters.params[name].detach()))
+    return {name: whole(state["exp_avg_sq"]) for name, state in zip(SHAPES, saved["state"].values(), strict=True)}
+
+
+def test_sharded_codes_are_saved_as_float32(tmp_path: Path) -> None:
+    run = Run(state_dtype=INT8)
+    run.steps(0, 3)
+    expected = run.optimizer.state_dict(dtype=torch.float32)["state"].values()
+    for found in ranks.run(float32_states, 2, tmp_path):
+        for name, state in zip(SHAPES, expected, strict=True):
+            assert name == CUT or torch.equal(found[name], state["exp_avg_sq"]), name
+
+
+def a_rank_dies() -> float:
+    run = Run(init_device_mesh("cpu", (2,)), (Shard(0),), prior_scaling="gradnorm")
+    run.steps(0, 2)
+    if run.mesh.get_rank() == 1:
+        os._exit(0)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)connection|peer|timed out"):
+        run.optimizer.step()
+    torch.save(time.monotonic() - start, "elapsed.pt")
+    os._exit(0)
+
+
+def test_a_rank_that_dies_leaves_the_others_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ranks").mkdir()
+    with pytest.raises(FileNotFoundError):  # no rank returns
+        ranks.run(a_rank_dies, 2, tmp_path / "ranks")
+    assert torch.load(tmp_path / "elapsed.pt") < ranks.TIMEOUT.total_seconds()

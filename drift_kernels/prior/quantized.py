@@ -77,7 +77,7 @@ class QuantizedDelta:
         if whole_rows and begin % BLOCK == 0 and (end % BLOCK == 0 or ends[0] == self.shape[0]):
             return QuantizedDelta(self.codes[box], self.scales[begin // BLOCK : blocks_of(end)])
         if not any(n % BLOCK for n in (self.shape[-1], begins[-1], ends[-1])):
-            scales = self.scales.view(*self.shape[:-1], -1)
+            scales = self.scales.view(*self.shape[:-1], self.shape[-1] // BLOCK)
             of_blocks = (*box[:-1], slice(begins[-1] // BLOCK, ends[-1] // BLOCK))
             return QuantizedDelta(self.codes[box].contiguous(), scales[of_blocks].contiguous().view(-1))
         return self.expand()[box].contiguous()
