@@ -298,3 +298,46 @@ def test_a_rank_that_dies_leaves_the_others_with_an_error(tmp_path: Path, monkey
     with pytest.raises(FileNotFoundError):  # no rank returns
         ranks.run(a_rank_dies, 2, tmp_path / "ranks")
     assert torch.load(tmp_path / "elapsed.pt") < ranks.TIMEOUT.total_seconds()
+
+
+# Memory
+
+LAYERS, SIDE = 4, 4096  # of bfloat16: 32 MiB a layer
+
+
+def binding_memory(folder: Path) -> float:
+    """MiB above what there was before a prior is bound, at the most."""
+    mesh = init_device_mesh("cpu", (2,))
+    named = []
+    for layer in range(LAYERS):
+        own = torch.zeros(SIDE // 2, SIDE, dtype=BF16)
+        param = nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False))
+        named.append((f"layers.{layer}.mlp.up_proj.weight", param))
+    optimizer = FusedDriftAdamW(named, prior=folder)
+    binding = optimizer._binding
+    assert binding is not None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    bounds = binding.bind([(name, param.to_local(), Part.of(param)) for name, param in named])
+    assert all(bound is not None and bound.delta.numel() == SIDE * SIDE // 2 for bound in bounds)
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> float:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which)]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts resident memory")
+def test_binding_needs_the_ranks_share_and_one_tensor(tmp_path: Path) -> None:
+    for role in ("expert", "base"):
+        (tmp_path / role).mkdir()
+        weights = {
+            f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(SIDE, SIDE).to(BF16) for layer in range(LAYERS)
+        }
+        save_file(weights, tmp_path / role / "model.safetensors")
+        (tmp_path / role / "config.json").write_text("{}")
+    build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
+    share, one = LAYERS * SIDE * SIDE * 2 / 2**20 / 2, SIDE * SIDE * 2 / 2**20
+    for found in ranks.run(binding_memory, 2, tmp_path, tmp_path / "prior"):
+        assert found < share + one
