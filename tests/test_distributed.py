@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -138,6 +141,47 @@ def test_fully_shard_over_tensor_parallel(tmp_path: Path) -> None:
             assert (params[name] - param).norm() <= 1e-5 * param.norm(), name
 
 
+def accelerated() -> dict[str, Tensor]:
+    """As Accelerate does it under FSDP2: the optimizer is built first, then the parameters are replaced by shards.
+
+    (Accelerate shards on GPUs alone; on a CPU it has to be told that it does.)
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1000)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = make_model(torch.float32)
+    optimizer = FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior=make_prior(), prior_scaling="absolute")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(STEPS):
+        accelerator.backward(loss_of(model, step, torch.float32))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(isinstance(param, DTensor) for param in model.parameters())
+    return {name: whole(param.detach()) for name, param in model.named_parameters()}
+
+
+def test_accelerate_replaces_parameters_after_the_optimizer_is_built(tmp_path: Path) -> None:
+    model = make_model(torch.float32)
+    optimizer = FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior=make_prior(), prior_scaling="absolute")
+    for step in range(STEPS):
+        loss_of(model, step, torch.float32).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for params in ranks.run(accelerated, 2, tmp_path):
+        agree(params, dict(model.named_parameters()))
+
+
 # DDP
 
 
@@ -229,6 +273,37 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(flat: bool, asynchron
 
 
 # Failures
+
+
+def save_twice(folder: Path) -> None:
+    """And be killed before the second is complete."""
+    run = Run(fsdp_model())
+    for step in range(2):
+        run.steps(step, step + 1)
+        if step == 1:
+            FileSystemWriter.finish = lambda *_, **__: os._exit(0)  # type: ignore[method-assign]
+        model, optimizer = get_state_dict(run.model, run.optimizer)
+        try:
+            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder / f"step-{step}")
+        except Exception:  # the other rank is gone
+            os._exit(0)
+
+
+def test_a_save_that_is_killed_leaves_the_last_good_one(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    (tmp_path / "ranks").mkdir()
+    with pytest.raises(FileNotFoundError):  # no rank returns
+        ranks.run(save_twice, 2, tmp_path / "ranks", folder)
+    alone = Run(make_model())
+    alone.steps(0, 1)
+    run = Run(make_model())
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    state = {"model": model, "optimizer": optimizer}
+    with pytest.raises(CheckpointException):
+        dcp.load(state, checkpoint_id=folder / "step-1", no_dist=True)
+    dcp.load(state, checkpoint_id=folder / "step-0", no_dist=True)
+    set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    agree(run.result(), alone.result())
 
 
 def differing_priors() -> str:
