@@ -94,11 +94,11 @@ def test_codes_move_8_bytes_at_a_time_or_one(kernels: Kernels) -> None:
 
 
 def test_nothing_spills_and_six_blocks_share_a_multiprocessor(kernels: Kernels) -> None:
-    """Five of those that draw random bits, three of those with codes; a few registers of those with both do spill."""
+    """Five of those that draw random bits, three of those with codes; of some of the first a few registers do spill."""
     for name, facts in kernels.items():
         usage = facts["usage"]
         assert usage["LOCAL"] == 0, name
-        assert usage["STACK"] <= (32 if "int8" in name and "at_random" in name else 0), name
+        assert usage["STACK"] <= (32 if "at_random" in name else 0), name
         blocks = 3 if "int8" in name else 5 if "at_random" in name else 6
         assert usage["REG"] * facts["threads"] * blocks <= 65_536, f"{name}: {usage['REG']} registers"
 

@@ -143,21 +143,32 @@ def _whole_index(i, origin, width, pitch):
 
 
 @_jit
-def _draw(random, step, stream: tl.constexpr, start, block: tl.constexpr):
-    """16 random bits for each of the elements start .. start + block, as lossless.random_bits has them; start is a
-    multiple of 8."""
+def _philox_each(i, random, step, stream: tl.constexpr):
+    """The words of the elements i .. i + 7, of which each may be anywhere in the whole tensor: a queue of halves."""
     key, origin, width, pitch = random
-    if (origin | width | pitch) % 8 == 0:
-        eights = _whole_index((start + tl.arange(0, block // 8) * 8).to(tl.int64), origin, width, pitch) // 8
-        x0, x1, x2, x3 = _philox(eights, key, step, stream)
-        words = tl.permute(tl.join(tl.join(x0, x1), tl.join(x2, x3)), 0, 2, 1)
-        bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block])
-    else:
-        index = _whole_index((start + tl.arange(0, block)).to(tl.int64), origin, width, pitch)
+    words0, words1, words2, words3 = i.to(tl.uint32), i.to(tl.uint32), i.to(tl.uint32), i.to(tl.uint32)
+    for j in range(8):
+        index = _whole_index(i + j, origin, width, pitch)
         x0, x1, x2, x3 = _philox(index // 8, key, step, stream)
         word = tl.where(index & 4 != 0, tl.where(index & 2 != 0, x3, x2), tl.where(index & 2 != 0, x1, x0))
-        bits = tl.where(index & 1 != 0, word >> 16, word & 0xFFFF)
-    return bits
+        half = tl.where(index & 1 != 0, word & 0xFFFF0000, word << 16)
+        words0, words1 = (words0 >> 16) | (words1 << 16), (words1 >> 16) | (words2 << 16)
+        words2, words3 = (words2 >> 16) | (words3 << 16), (words3 >> 16) | half
+    return words0, words1, words2, words3
+
+
+@_jit
+def _draw(random, step, stream: tl.constexpr, start, block: tl.constexpr):
+    """16 random bits for each of the elements start .. start + block, as lossless.random_bits has them; start is a
+    multiple of 8. One call for eight elements, where a shard does not cut through the eights of the whole tensor."""
+    key, origin, width, pitch = random
+    i = (start + tl.arange(0, block // 8) * 8).to(tl.int64)
+    if (origin | width | pitch) % 8 == 0:
+        x0, x1, x2, x3 = _philox(_whole_index(i, origin, width, pitch) // 8, key, step, stream)
+    else:
+        x0, x1, x2, x3 = _philox_each(i, random, step, stream)
+    words = tl.permute(tl.join(tl.join(x0, x1), tl.join(x2, x3)), 0, 2, 1)
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block])
 
 
 @_jit
