@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SCALINGS = ("absolute", "gradnorm", "adaptive_cosine", "decoupled")
+GRADIENT_SCALINGS = ("absolute", "gradnorm", "adaptive_cosine")
+SCALINGS = (*GRADIENT_SCALINGS, "decoupled")
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; so do we.
 CLIP_EPSILON = 1e-6

@@ -1,4 +1,5 @@
-"""The specification: what one step, or the bias alone, does to one tensor, in plain PyTorch. Every backend gives its bits.
+"""The specification: what one step does to one tensor, in plain PyTorch; and its bias alone. Every backend gives the
+same bits.
 
 Arithmetic is IEEE binary32 with every operation rounded by itself, in the order written here (docs/numerics.md). AdamW
 is Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), Algorithm 2, in the form of

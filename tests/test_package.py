@@ -35,6 +35,9 @@ LAYERS = {
         "backends", "batch", "binding", "coefficients", "errors", "groups", "inspection", "lossless", "precision",
         "prior", "state",
     },
+    "bias": {"backends", "binding", "coefficients", "errors", "groups", "plan"},
+    "gradients": {"backends", "bias", "binding", "prior"},
+    "hooks": {"backends", "bias", "binding", "errors"},
     "cli": {"prior", "errors"},
 }  # fmt: skip
 

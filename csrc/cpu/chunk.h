@@ -1,5 +1,5 @@
-// One chunk of one tensor on the CPU: load, update, store, block by block; the two sums of grad_stats; or the bias of a gradient. Loops are
-// written so that the compiler vectorises them.
+// One chunk of one tensor on the CPU: load, update, store, block by block; the two sums of grad_stats; the bias alone.
+// Loops are written so that the compiler vectorises them.
 #pragma once
 
 #include "../tensors.h"
@@ -236,7 +236,8 @@ DRIFT_HD void bias_chunk(const Row& row, uint64_t grad, const Coefficients& coef
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t count = block + kBlock < end ? kBlock : end - block;
     const float* scales = pointer<const float>(row.delta_scale) + block / kScaleBlock;
-    bias_block(pointer<Grad>(grad) + block, delta.read(pointer<const Delta>(row.delta) + block, scales, count), c, count);
+    bias_block(pointer<Grad>(grad) + block, delta.read(pointer<const Delta>(row.delta) + block, scales, count), c,
+               count);
   }
 }
 

@@ -23,7 +23,7 @@ CAPTURABLE = False  # new gradient addresses take a copy from the host
 
 # Eight elements a thread: 16 bytes of each bfloat16 tensor, 32 of each float32 one, requested before the first is used.
 UPDATE_BLOCK = 1024
-# Sixteen elements a thread, since only two tensors are read; as in the bias alone. A float32 lane adds up CHUNK / (STATS_BLOCK / 2) = 16
+# Sixteen elements a thread, since only two tensors are read. A float32 lane adds up CHUNK / (STATS_BLOCK / 2) = 16
 # products at most, so the error is within 16 * 2^-24 = 9.5e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
 STATS_BLOCK = 2048
 BIAS_BLOCK = 2048
