@@ -21,6 +21,8 @@ struct Element {
   float exp_avg_sq;
 };
 
+DRIFT_HD float biased(float grad, float delta, const Coefficients& c) { return grad - c.delta_coef * delta; }
+
 DRIFT_HD Element adamw_step(Element e, float g, float param, const Coefficients& c) {
   e.exp_avg = c.beta1 * e.exp_avg + c.one_minus_beta1 * g;
   e.exp_avg_sq = c.beta2 * e.exp_avg_sq + c.one_minus_beta2 * (g * g);
@@ -33,7 +35,7 @@ DRIFT_HD Element adamw_update(Element e, float grad, const Coefficients& c) {
 }
 
 DRIFT_HD Element adamw_update(Element e, float grad, float delta, const Coefficients& c) {
-  const float g = c.grad_coef * grad - c.delta_coef * delta;
+  const float g = biased(c.grad_coef * grad, delta, c);
   return adamw_step(e, g, e.param * c.decay + c.delta_step * delta, c);
 }
 

@@ -64,13 +64,18 @@ auto for_delta(DType dtype, F f) -> decltype(f(Type<float>{})) {
 }
 
 template <bool kCodes, class F>
-auto for_delta_or_none(DType dtype, F f) -> decltype(f(Type<float>{})) {
-  if (dtype == DType::kNone) return f(Type<Nothing>{});
+auto for_delta_or_codes(DType dtype, F f) -> decltype(f(Type<float>{})) {
   if constexpr (kCodes) {
     if (dtype == DType::kInt8) return f(Type<int8_code>{});
     if (dtype == DType::kFloat8) return f(Type<fp8_code>{});
   }
   return for_delta(dtype, f);
+}
+
+template <bool kCodes, class F>
+auto for_delta_or_none(DType dtype, F f) -> decltype(f(Type<float>{})) {
+  if (dtype == DType::kNone) return f(Type<Nothing>{});
+  return for_delta_or_codes<kCodes>(dtype, f);
 }
 
 template <class T>
@@ -130,13 +135,26 @@ auto select_update(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{
   });
 }
 
+template <class Grad>
+constexpr bool kIsBesideCodes = !std::is_same_v<Grad, Type<float16>>;
+
 // f(Type<Grad>, Type<Delta>), likewise.
 template <class F>
 auto select_sum(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{})) {
   using Kernel = decltype(f(Type<float>{}, Type<float>{}));
   return for_weight(dtypes.grad, [&](auto grad) -> Kernel {
-    constexpr bool kCodes = !std::is_same_v<decltype(grad), Type<float16>>;
+    constexpr bool kCodes = kIsBesideCodes<decltype(grad)>;
     return for_delta_or_none<kCodes>(dtypes.delta, [&](auto delta) -> Kernel { return f(grad, delta); });
+  });
+}
+
+// Likewise; there is always a delta.
+template <class F>
+auto select_bias(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{})) {
+  using Kernel = decltype(f(Type<float>{}, Type<float>{}));
+  return for_weight(dtypes.grad, [&](auto grad) -> Kernel {
+    constexpr bool kCodes = kIsBesideCodes<decltype(grad)>;
+    return for_delta_or_codes<kCodes>(dtypes.delta, [&](auto delta) -> Kernel { return f(grad, delta); });
   });
 }
 

@@ -1,6 +1,9 @@
 """Fused AdamW that injects a directional prior (DRIFT) into every gradient, in one pass."""
 
+from .bias import BiasFigures
 from .errors import BackendUnavailableError, CheckpointError, PriorError, PriorFormatError, PriorMismatchError
+from .gradients import GradientBias, bias_gradients_
+from .hooks import PriorHooks, attach_prior
 from .optimizer import FusedDriftAdamW
 from .prior import Coverage, Prior, build_prior
 from .schedule import AlphaScheduler, linear_anneal
@@ -10,13 +13,18 @@ __version__ = "0.1.0"
 __all__ = [
     "AlphaScheduler",
     "BackendUnavailableError",
+    "BiasFigures",
     "CheckpointError",
     "Coverage",
     "FusedDriftAdamW",
+    "GradientBias",
     "Prior",
     "PriorError",
     "PriorFormatError",
+    "PriorHooks",
     "PriorMismatchError",
+    "attach_prior",
+    "bias_gradients_",
     "build_prior",
     "linear_anneal",
 ]

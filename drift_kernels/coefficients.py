@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SCALINGS = ("absolute", "gradnorm", "adaptive_cosine", "decoupled")
+GRADIENT_SCALINGS = ("absolute", "gradnorm", "adaptive_cosine")
+SCALINGS = (*GRADIENT_SCALINGS, "decoupled")
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; so do we.
 CLIP_EPSILON = 1e-6
@@ -174,13 +175,17 @@ class CoefficientTable:
                     getattr(columns, name)[rows] = value
         self._stale = True
 
-    def advance(self) -> None:
-        """Counts one step more, and fills what depends on the count and on newly set hyperparameters."""
+    def refresh(self) -> None:
+        """Fills what depends on newly set hyperparameters alone."""
         if self._stale:
             torch.addcmul(self._one, self._of.lr, self._of.weight_decay, value=-1, out=self._out.decay)
             torch.mul(self._of.lr * self._of.alpha, self._of.decoupled, out=self._out.delta_step)
             self._constant = self._of.alpha * (self._of.absolute + self._of.normalized * self._norm_ratio)
             self._stale = False
+
+    def advance(self) -> None:
+        """Counts one step more, and fills what depends on the count and on newly set hyperparameters."""
+        self.refresh()
         self.steps += 1
         steps = self.steps.to(self._rows.device, self._rows.dtype, non_blocking=True)  # blocking, it would wait
         bc1, bc2 = (1 - self._betas**steps).unbind()

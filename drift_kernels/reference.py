@@ -1,4 +1,5 @@
-"""The specification: what one step does to one tensor, in plain PyTorch. Every backend gives its bits.
+"""The specification: what one step does to one tensor, in plain PyTorch; and its bias alone. Every backend gives the
+same bits.
 
 Arithmetic is IEEE binary32 with every operation rounded by itself, in the order written here (docs/numerics.md). AdamW
 is Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), Algorithm 2, in the form of
@@ -70,6 +71,23 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
             half.copy_(value)
     _write(o, "exp_avg", m, int(c.step), EXP_AVG)
     _write(o, "exp_avg_sq", v, int(c.step), EXP_AVG_SQ)
+
+
+def bias_(operands: Operands, grad: Tensor, c: Coefficients) -> None:
+    """The biased gradient alone, in place, for whatever optimizer comes next:
+
+        grad = grad - delta_coef*delta
+
+    in float32, each operation rounded by itself, and rounded once to grad's dtype, to nearest, ties to even.
+
+    Args:
+        operands: of which delta is read, and nothing written.
+        grad: of param's shape; float32, bfloat16 or float16. Overwritten.
+        c: of which delta_coef is used.
+    """
+    delta = read_delta(operands)
+    if delta is not None:
+        grad.copy_(round_to(grad.float() - c.delta_coef * delta, grad.dtype))
 
 
 def read_delta(operands: Operands) -> Tensor | None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 AlphaLambda = Callable[[int], float]
+
+
+class HasParamGroups(Protocol):
+    """An optimizer, or what biases gradients for one."""
+
+    param_groups: list[dict[str, Any]]
 
 
 def linear_anneal(total_steps: int) -> AlphaLambda:
@@ -28,7 +33,7 @@ class AlphaScheduler:
     in place, as learning rate schedulers do with an lr that is one: a captured step sees it.
 
     Args:
-        optimizer: a FusedDriftAdamW (any optimizer whose param groups have an `alpha`).
+        optimizer: a FusedDriftAdamW, a GradientBias or PriorHooks: what has param groups with an `alpha`.
         alpha_lambda: a function from the step to a factor, or one function per param group.
         last_epoch: the last step taken; -1 starts afresh, anything else resumes and needs each group's `initial_alpha`.
 
@@ -37,7 +42,7 @@ class AlphaScheduler:
     """
 
     def __init__(
-        self, optimizer: Optimizer, alpha_lambda: AlphaLambda | Sequence[AlphaLambda], last_epoch: int = -1
+        self, optimizer: HasParamGroups, alpha_lambda: AlphaLambda | Sequence[AlphaLambda], last_epoch: int = -1
     ) -> None:
         groups = optimizer.param_groups
         self.alpha_lambdas = [alpha_lambda] * len(groups) if callable(alpha_lambda) else list(alpha_lambda)

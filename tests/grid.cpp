@@ -13,6 +13,7 @@ void run_update(const Launch& launch, int64_t block) {
   update_block<Param, Grad, State, Delta>(launch, block, &tile);
 }
 
+using BiasBlock = void (*)(const Launch&, int64_t block);
 using SumBlock = void (*)(const Launch&, int64_t block, Sums*);
 
 template <class T>
@@ -35,6 +36,15 @@ extern "C" void update(const Plan* plan, const char* const* dtypes, const Coeffi
   });
   for_each_launch(*plan, coefficients, nullptr, [&](const Launch& launch, int64_t chunks) {
     for (int64_t block = begin; block < chunks; ++block) body(launch, block);
+  });
+}
+
+extern "C" void bias(const Plan* plan, const char* const* dtypes, const Coefficients* coefficients) {
+  const BiasBlock body = select_bias(parse(dtypes), [](auto grad, auto delta) -> BiasBlock {
+    return bias_block<Unwrap<decltype(grad)>, Unwrap<decltype(delta)>>;
+  });
+  for_each_launch(*plan, coefficients, nullptr, [&](const Launch& launch, int64_t chunks) {
+    for (int64_t block = 0; block < chunks; ++block) body(launch, block);
   });
 }
 

@@ -55,3 +55,7 @@ def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
 def update(plan: Plan, coefficients: Tensor, *, with_delta: bool, first_chunk: int = 0) -> None:
     begin = ctypes.c_int64(first_chunk)
     _library().update(*_arguments(plan, with_delta), ctypes.c_void_p(coefficients.data_ptr()), begin)
+
+
+def bias(plan: Plan, coefficients: Tensor) -> None:
+    _library().bias(*_arguments(plan, True), ctypes.c_void_p(coefficients.data_ptr()))

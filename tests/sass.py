@@ -41,7 +41,7 @@ LAUNCHES = [
 
 
 def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
-    """The kernels that the two primitives launch, as sources, and the options of their launches."""
+    """The kernels that the primitives launch, as sources, and the options of their launches."""
     found: dict[str, tuple[ASTSource, dict[str, Any]]] = {}
 
     def record(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
@@ -62,7 +62,10 @@ def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
         plan = Plan([operands], grad.dtype)
         plan.set_grads([grad])
         backend.grad_stats(plan, torch.empty(1, 2, dtype=torch.float64), with_delta=True)
-        backend.update(plan, torch.empty(1, len(Coefficients._fields)), with_delta=True)
+        coefficients = torch.empty(1, len(Coefficients._fields))
+        backend.update(plan, coefficients, with_delta=True)
+        if plan.has_deltas:
+            backend.bias(plan, coefficients)
     return found
 
 

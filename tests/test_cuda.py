@@ -98,7 +98,7 @@ def test_every_combination_of_dtypes_has_a_kernel(by_arch: dict[str, Kernels]) -
         kinds = Counter(name.partition("<")[0] for name in kernels)
         # By the types of (gradients, states, deltas): float; float16; bfloat16 to nearest and at random; masters.
         updates = 1 * 3 * 3 + 2 * 2 * 3 + 2 * (2 * 3 * 5) + 2 * 4 * 5
-        assert kinds == {"update": updates, "sum": 2 * 5 + 3, "total": 1}, arch
+        assert kinds == {"update": updates, "sum": 2 * 5 + 3, "bias": 2 * 4 + 2, "total": 1}, arch
 
 
 def expected_accesses(sizes: list[int], turn: int, single: int) -> dict[str, int]:
@@ -137,8 +137,17 @@ def test_grad_stats_reads_16_bytes_at_a_time_or_one_element(by_arch: dict[str, K
         assert found == expected, name
 
 
+def test_the_bias_moves_16_bytes_at_a_time_or_one_element(by_arch: dict[str, Kernels]) -> None:
+    for name, sizes, sass in each(by_arch, "bias"):
+        found, expected = accesses(sass, "LDG"), expected_accesses(sizes, 2 * TURN, TURN)
+        if 1 in sizes:
+            assert found.pop("", 0) > expected.pop("", 0), f"{name} reads no scales"
+        assert found == expected, name
+        assert accesses(sass, "STG") == expected_accesses(sizes[:1], 2 * TURN, TURN), name
+
+
 def test_nothing_spills_and_two_blocks_share_a_multiprocessor(by_arch: dict[str, Kernels]) -> None:
-    """Three of what rounds two-byte parameters to nearest, four of the sums."""
+    """Three of what rounds two-byte parameters to nearest, four of the sums and the bias."""
     for arch, kernels in by_arch.items():
         for name, facts in kernels.items():
             usage = facts["usage"]

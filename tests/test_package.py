@@ -36,6 +36,9 @@ LAYERS = {
         "backends", "batch", "binding", "coefficients", "errors", "groups", "inspection", "lossless", "precision",
         "prior", "sharding", "state",
     },
+    "bias": {"backends", "binding", "coefficients", "errors", "groups", "plan"},
+    "gradients": {"backends", "bias", "binding", "prior"},
+    "hooks": {"backends", "bias", "binding", "errors"},
     "cli": {"prior", "errors"},
 }  # fmt: skip
 

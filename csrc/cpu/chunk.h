@@ -1,5 +1,5 @@
-// One chunk of one tensor on the CPU: load, update, store, block by block; or the two sums of grad_stats. Loops are
-// written so that the compiler vectorises them.
+// One chunk of one tensor on the CPU: load, update, store, block by block; the two sums of grad_stats; the bias alone.
+// Loops are written so that the compiler vectorises them.
 #pragma once
 
 #include "../tensors.h"
@@ -229,6 +229,26 @@ DRIFT_HD Sums sum_chunk(const Row& row, uint64_t grad_address, int64_t begin, in
     }
   }
   return sums;
+}
+
+template <class Grad, class Delta>
+DRIFT_HD void bias_block(Grad* __restrict grad, const Delta* __restrict delta, const Coefficients& c, int64_t count) {
+  DRIFT_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) grad[i] = round_to<Grad>(biased(to_float(grad[i]), to_float(delta[i]), c));
+}
+
+// The gradient of one chunk, biased in place.
+template <class Grad, class Delta>
+DRIFT_HD void bias_chunk(const Row& row, uint64_t grad, const Coefficients& coefficients, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = kCoded<Delta> ? kPrepared : kChunk;
+  DeltaBlock<Delta> delta;
+  const Coefficients c = coefficients;
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t count = block + kBlock < end ? kBlock : end - block;
+    const float* scales = pointer<const float>(row.delta_scale) + block / kScaleBlock;
+    bias_block(pointer<Grad>(grad) + block, delta.read(pointer<const Delta>(row.delta) + block, scales, count), c,
+               count);
+  }
 }
 
 }  // namespace drift

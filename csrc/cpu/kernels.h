@@ -8,6 +8,7 @@
 namespace drift {
 
 using UpdateKernel = void (*)(const Row&, uint64_t grad, const Coefficients&, int64_t begin, int64_t end);
+using BiasKernel = UpdateKernel;
 using SumKernel = Sums (*)(const Row&, uint64_t grad, int64_t begin, int64_t end);
 
 using SubtractKernel = Products (*)(uint64_t expert, uint64_t base, uint64_t origin, uint64_t delta, int64_t count);
@@ -18,6 +19,7 @@ struct InstructionSet {
   const char* name;
   UpdateKernel (*update)(DTypes);
   SumKernel (*sum)(DTypes);
+  BiasKernel (*bias)(DTypes);
   SubtractKernel (*subtract)(DType weight, DType delta);
   WordsKernel words;
 };

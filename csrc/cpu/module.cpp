@@ -80,14 +80,22 @@ struct Launch {
   int threads;
 };
 
-void update(const Launch& launch, uint64_t coefficients) {
-  const UpdateKernel kernel = selected->update(launch.dtypes);
-  if (kernel == nullptr) throw std::invalid_argument("the cpu backend has no update kernel for these dtypes");
+// Every chunk with the coefficients of its tensor.
+void run(const Launch& launch, UpdateKernel kernel, const std::string& name, uint64_t coefficients) {
+  if (kernel == nullptr) throw std::invalid_argument("the cpu backend has no " + name + " kernel for these dtypes");
   const auto* c = pointer<const Coefficients>(coefficients);
   const py::gil_scoped_release release;
   for_each_chunk(launch.rows, launch.count, launch.threads, [&](int64_t tensor, int64_t, int64_t begin, int64_t end) {
     kernel(launch.rows[tensor], launch.grads[tensor], c[tensor], begin, end);
   });
+}
+
+void update(const Launch& launch, uint64_t coefficients) {
+  run(launch, selected->update(launch.dtypes), "update", coefficients);
+}
+
+void bias(const Launch& launch, uint64_t coefficients) {
+  run(launch, selected->bias(launch.dtypes), "bias", coefficients);
 }
 
 // Two stages: the chunks' sums into `partials`, then per tensor in the order of its chunks.
@@ -147,6 +155,7 @@ PYBIND11_MODULE(_cpu, m) {
            }),
            py::arg("rows"), py::arg("grads"), py::arg("count"), py::arg("dtypes"), py::arg("threads"));
   m.def("update", &update, py::arg("launch"), py::arg("coefficients"));
+  m.def("bias", &bias, py::arg("launch"), py::arg("coefficients"));
   m.def("grad_stats", &grad_stats, py::arg("launch"), py::arg("partials"), py::arg("out"));
   m.def("subtract", &subtract, py::arg("expert"), py::arg("base"), py::arg("origin"), py::arg("delta"),
         py::arg("count"), py::arg("weight_dtype"), py::arg("delta_dtype"));

@@ -9,9 +9,10 @@
 namespace drift {
 
 // Elements of a thread's turn, all requested before the first is used: what is in flight. An update asks for 40 to 160
-// bytes at once, the sums for 32 to 128.
+// bytes at once, the sums and the bias for 32 to 128.
 constexpr int kUpdateTurn = 8;
 constexpr int kSumTurn = 16;
+constexpr int kBiasTurn = 16;
 
 // In which a thread adds up its products in float32: ten of the chunk's at most in each, so that rounding stays within
 // 10 * 2^-24 = 6e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
@@ -242,7 +243,30 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
   });
 }
 
-// The second stage: the sums of one tensor over its chunks.
+// bias: reference.bias_ on the chunk of this block.
+template <class Grad, class Delta>
+DRIFT_HD void bias_block(const Launch& launch, int64_t block) {
+  const Chunk chunk = find_chunk(launch, block);
+  const Row& row = launch.rows[chunk.row];
+  const Coefficients& c = launch.coefficients[chunk.row];
+  Grad* __restrict grad = pointer<Grad>(launch.grads[chunk.row - launch.first_row]) + chunk.begin;
+  const Delta* __restrict delta = pointer<const Delta>(row.delta) + chunk.begin;
+  const float* delta_scale = pointer<const float>(row.delta_scale) + chunk.begin / kScaleBlock;
+  const Span span = cut<kBiasTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, grad, delta);
+  each_thread([&](int thread) {
+    for_each_turn<kBiasTurn>(span, thread, [&](auto at) {
+      auto g = at.load(grad);
+      const auto d = load_decoded(at, delta, delta_scale);
+      DRIFT_UNROLL
+      for (int j = 0; j < at.kCount; ++j) {
+        g.values[j] = round_to<Grad>(biased(to_float(g.values[j]), to_float(d.values[j]), c));
+      }
+      at.store(grad, g);
+    });
+  });
+}
+
+// The second stage of grad_stats: the sums of one tensor over its chunks.
 DRIFT_HD void total_block(const Row* rows, const Sums* partials, Sums* out, int64_t block, Sums* sums) {
   const Row row = rows[block];
   const int64_t end = row.first_chunk + chunk_count(row.numel);

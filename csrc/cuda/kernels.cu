@@ -9,6 +9,7 @@ template <class Param, class State>
 constexpr int kUpdateBlocks =
     (std::is_same_v<Param, bfloat16> || std::is_same_v<Param, float16>) && !std::is_same_v<State, int8_state> ? 3 : 2;
 constexpr int kSumBlocks = 4;
+constexpr int kBiasBlocks = 4;
 
 template <class Param, class Grad, class State, class Delta>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, State>) update(const __grid_constant__ Launch launch) {
@@ -20,6 +21,11 @@ template <class Grad, class Delta>
 __global__ void __launch_bounds__(kThreads, kSumBlocks) sum(const __grid_constant__ Launch launch) {
   __shared__ Sums sums[kThreads];
   sum_block<Grad, Delta>(launch, blockIdx.x, sums);
+}
+
+template <class Grad, class Delta>
+__global__ void __launch_bounds__(kThreads, kBiasBlocks) bias(const __grid_constant__ Launch launch) {
+  bias_block<Grad, Delta>(launch, blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kThreads) total(const Row* rows, const Sums* partials, Sums* out) {
@@ -41,6 +47,12 @@ ChunkKernel update_kernel(DTypes dtypes) {
 ChunkKernel sum_kernel(DTypes dtypes) {
   return select_sum(dtypes, [](auto grad, auto delta) -> ChunkKernel {
     return sum<Unwrap<decltype(grad)>, Unwrap<decltype(delta)>>;
+  });
+}
+
+ChunkKernel bias_kernel(DTypes dtypes) {
+  return select_bias(dtypes, [](auto grad, auto delta) -> ChunkKernel {
+    return bias<Unwrap<decltype(grad)>, Unwrap<decltype(delta)>>;
   });
 }
 

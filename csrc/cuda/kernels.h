@@ -13,6 +13,7 @@ using ChunkKernel = void (*)(Launch);
 // The kernels for a combination of dtypes, of one block a chunk; null where the combination is not supported.
 ChunkKernel update_kernel(DTypes dtypes);
 ChunkKernel sum_kernel(DTypes dtypes);
+ChunkKernel bias_kernel(DTypes dtypes);
 
 cudaError_t launch_chunks(ChunkKernel kernel, const Launch& launch, int64_t chunks, cudaStream_t stream);
 

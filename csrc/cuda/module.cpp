@@ -39,6 +39,11 @@ void update(const Target& target, uint64_t coefficients) {
   launch_on(target, update_kernel(target.dtypes), "update", pointer<const Coefficients>(coefficients), nullptr);
 }
 
+void bias(const Target& target, uint64_t coefficients) {
+  const py::gil_scoped_release release;
+  launch_on(target, bias_kernel(target.dtypes), "bias", pointer<const Coefficients>(coefficients), nullptr);
+}
+
 void grad_stats(const Target& target, uint64_t partials, uint64_t out) {
   const py::gil_scoped_release release;
   launch_on(target, sum_kernel(target.dtypes), "grad_stats", nullptr, pointer<Sums>(partials));
@@ -79,5 +84,6 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("rows"), py::arg("device_rows"), py::arg("chunk_rows"), py::arg("grads"), py::arg("count"),
            py::arg("dtypes"), py::arg("device"), py::arg("stream"));
   m.def("update", &update, py::arg("target"), py::arg("coefficients"));
+  m.def("bias", &bias, py::arg("target"), py::arg("coefficients"));
   m.def("grad_stats", &grad_stats, py::arg("target"), py::arg("partials"), py::arg("out"));
 }

@@ -1,4 +1,4 @@
-"""The backends: two primitives over a Plan, for one kind of device each.
+"""The backends: three primitives over a Plan, for one kind of device each.
 
 A backend is a module with the contents of `Backend`. `resolve` picks one.
 """
@@ -40,6 +40,10 @@ class Backend(Protocol):
     def update(self, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
         """One pass: `reference.drift_adamw_` on every tensor, with row t of `coefficients` (float32 [n, 11] on the
         plan's device, the fields of `Coefficients`) for tensor t."""
+
+    def bias(self, plan: Plan, coefficients: Tensor) -> None:
+        """`reference.bias_` on every gradient, in place, with such coefficients; the plan has deltas, and no states are
+        read."""
 
 
 def load(name: str) -> Backend:

@@ -35,3 +35,7 @@ def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
 
 def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     _cpu.update(_launch(plan, with_delta), coefficients.data_ptr())
+
+
+def bias(plan: Plan, coefficients: Tensor) -> None:
+    _cpu.bias(_launch(plan, True), coefficients.data_ptr())

@@ -52,3 +52,8 @@ def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
 def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     with torch.cuda.device(plan.device):
         _cuda.update(_target(plan, with_delta), coefficients.data_ptr())
+
+
+def bias(plan: Plan, coefficients: Tensor) -> None:
+    with torch.cuda.device(plan.device):
+        _cuda.bias(_target(plan, True), coefficients.data_ptr())

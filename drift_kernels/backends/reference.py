@@ -24,3 +24,8 @@ def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
 def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     for operands, grad, row in zip(plan.operands, plan.grads, coefficients, strict=True):
         reference.drift_adamw_(operands, grad, Coefficients(*row.unbind()), with_delta=with_delta)
+
+
+def bias(plan: Plan, coefficients: Tensor) -> None:
+    for operands, grad, row in zip(plan.operands, plan.grads, coefficients, strict=True):
+        reference.bias_(operands, grad, Coefficients(*row.unbind()))

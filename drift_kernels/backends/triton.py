@@ -1,4 +1,4 @@
-"""The triton backend: launches of the kernels in triton_kernels.py."""
+"""The triton backend: launches of the kernels in triton_kernels.py and triton_bias.py."""
 
 # mypy: allow-untyped-defs
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import CHUNK, Plan, dtype_name
+from ..coefficients import Coefficients
+from ..plan import CHUNK, ROW_FIELDS, Plan, dtype_name
 from . import triton_kernels as kernels
+from .triton_bias import _bias_chunk
 
 if kernels.missing is None:
     import triton
@@ -24,6 +26,7 @@ UPDATE_BLOCK = 1024
 # Sixteen elements a thread, since only two tensors are read. A float32 lane adds up CHUNK / (STATS_BLOCK / 2) = 16
 # products at most, so the error is within 16 * 2^-24 = 9.5e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
 STATS_BLOCK = 2048
+BIAS_BLOCK = 2048
 # The chunks whose sums the second stage reads at once.
 TOTAL_BLOCK = 512
 
@@ -94,3 +97,13 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
             modes = (kinds[0].startswith("master"), *(kind.startswith("stochastic") for kind in (kinds[0], kinds[2])))
             update_chunk = kernels._update_chunk[(plan.chunk_count,)]
             update_chunk(*addresses, coefficients, *dtypes, *modes, CHUNK, UPDATE_BLOCK, **OPTIONS)
+
+
+def bias(plan: Plan, coefficients: Tensor) -> None:
+    addresses = plan.device_table, plan.device_grad_table, plan.chunk_tensor
+    _, grad_dtype, _, delta_dtype = _dtypes(plan, True)
+    if plan.chunk_count:
+        with _on(plan.device):
+            bias_chunk = _bias_chunk[(plan.chunk_count,)]
+            sizes = len(ROW_FIELDS), len(Coefficients._fields), CHUNK, BIAS_BLOCK
+            bias_chunk(*addresses, coefficients, grad_dtype, delta_dtype, *sizes, **OPTIONS)

@@ -1,0 +1,541 @@
+"""The prior for any optimizer: GradientBias, bias_gradients_ and the hooks of attach_prior."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import text_weights, write_checkpoint
+from torch import Tensor, nn
+
+from drift_kernels import (
+    AlphaScheduler,
+    BackendUnavailableError,
+    FusedDriftAdamW,
+    GradientBias,
+    Prior,
+    PriorError,
+    PriorMismatchError,
+    attach_prior,
+    backends,
+    bias_gradients_,
+    build_prior,
+    linear_anneal,
+)
+from drift_kernels.prior.quantized import quantize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = [name for name in backends.NAMES if backends.load(name).unavailable(DEVICE) is None]
+SCALINGS = ("absolute", "gradnorm", "adaptive_cosine")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+SHAPES = {"layers.0.weight": (33, 65), "layers.0.bias": (33,), "norm.weight": (7,), "empty": (0, 4)}
+FREE = "vision.weight"  # not covered by the prior
+
+Params = dict[str, nn.Parameter]
+
+
+def make_params(dtype: torch.dtype = F32) -> Params:
+    shapes = {**SHAPES, FREE: (5, 3)}
+    return {name: nn.Parameter(torch.randn(shape, device=DEVICE).to(dtype)) for name, shape in shapes.items()}
+
+
+def make_deltas() -> dict[str, Tensor]:
+    return {name: torch.randn(shape, device=DEVICE) * 0.1 for name, shape in SHAPES.items()}
+
+
+def copies(params: Params) -> Params:
+    return {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
+
+
+def random_grads(*models: Params) -> dict[str, Tensor]:
+    """The same fresh gradients for every model, and once more."""
+    kept = {}
+    for name, p in models[0].items():
+        kept[name] = torch.randn(p.shape, device=DEVICE).to(p.dtype)
+        for params in models:
+            params[name].grad = kept[name].clone()
+    return kept
+
+
+def grads_of(params: Params) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
+
+
+def coefficient(grad: Tensor, delta: Tensor, alpha: float, scaling: str) -> float:
+    """c of the method as written, in float64."""
+    g, d = grad.double().flatten(), delta.double().flatten()
+    if scaling == "absolute":
+        return alpha
+    if not g.norm() or not d.norm():
+        return 0.0
+    cosine = float(g @ d / (g.norm() * d.norm()))
+    return alpha * float(g.norm() / d.norm()) * (1.0 if scaling == "gradnorm" else (1 + cosine) / 2)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def watched_loads(monkeypatch: pytest.MonkeyPatch) -> dict[Prior, list[str]]:
+    """The names of the deltas that are loaded from now on."""
+    loaded: dict[Prior, list[str]] = defaultdict(list)
+    load = Prior.load_stored
+
+    def watched(prior: Prior, name: str, *args: Any, **options: Any) -> Any:
+        loaded[prior].append(name)
+        return load(prior, name, *args, **options)
+
+    monkeypatch.setattr(Prior, "load_stored", watched)
+    return loaded
+
+
+# GradientBias
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_it_is_the_method(backend: str, scaling: str, dtype: torch.dtype) -> None:
+    """Against float64: 2e-6 of the largest element in float32, half an ulp of it more in narrower dtypes."""
+    params, deltas = make_params(dtype), make_deltas()
+    bias = GradientBias(params.items(), deltas, alpha=0.7, scaling=scaling, backend=backend)
+    half_ulp = 0.0 if dtype == F32 else torch.finfo(dtype).eps / 2
+    for _ in range(2):
+        grads = random_grads(params)
+        figures = bias.apply_()
+        assert sorted(figures.names) == sorted(SHAPES)
+        assert torch.equal(params[FREE].grad, grads[FREE])
+        for name, delta in deltas.items():
+            c = coefficient(grads[name], delta, 0.7, scaling)
+            expected = grads[name].double() - c * delta.double()
+            error = (params[name].grad.double() - expected).abs()
+            assert params[name].grad.dtype == dtype
+            assert (error <= (2e-6 + half_ulp) * expected.abs().max()).all() if error.numel() else True, name
+            if scaling == "absolute":
+                assert figures.cosine is None
+                assert figures.ratio is None
+            elif error.numel():
+                row = figures.names.index(name)
+                g, d = grads[name].double().flatten(), delta.double().flatten()
+                assert math.isclose(figures.cosine[row], g @ d / (g.norm() * d.norm()), abs_tol=1e-6)
+                assert math.isclose(figures.ratio[row], c * d.norm() / g.norm(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options", [*({"scaling": s} for s in SCALINGS), {"scaling": "absolute", "normalize_to_param": True}], ids=str
+)
+def test_with_torch_adamw_it_is_fused_drift_adamw(backend: str, options: dict[str, Any]) -> None:
+    """In float32, within 2e-6 of each tensor's largest element (or of 1) over 20 steps: the bound of the two
+    optimizers without a prior, since a stored float32 gradient is what FusedDriftAdamW keeps in a register."""
+    params, deltas = make_params(), make_deltas()
+    others = copies(params)
+    bias = GradientBias(params.items(), deltas, alpha=0.3, **options, backend=backend)
+    theirs = torch.optim.AdamW(params.values(), lr=3e-3, weight_decay=0.05)
+    fused = {"prior_scaling" if key == "scaling" else key: value for key, value in options.items()}
+    ours = FusedDriftAdamW(
+        others.items(), lr=3e-3, weight_decay=0.05, prior=deltas, alpha=0.3, **fused, backend=backend
+    )
+    for _ in range(20):
+        random_grads(params, others)
+        bias.apply_()
+        theirs.step()
+        ours.step()
+    for name, p in params.items():
+        if p.numel():
+            error = (p - others[name]).abs().max()
+            assert error <= 2e-6 * p.abs().max().clamp(min=1.0), f"{name}: {error:.3g}"
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_with_muon() -> None:
+    """`absolute` in float32 is one multiplication and one subtraction, so the trajectory has the same bits."""
+    params, deltas = make_params(), make_deltas()
+    others = copies(params)
+    bias = GradientBias(params.items(), deltas, alpha=0.3, scaling="absolute")
+    matrices = [name for name, p in params.items() if p.dim() == 2 and p.numel()]
+    muons = [torch.optim.Muon([model[name] for name in matrices], lr=1e-2) for model in (params, others)]
+    for _ in range(5):
+        random_grads(params, others)
+        bias.apply_()
+        for name, delta in deltas.items():
+            others[name].grad.sub_(torch.tensor(0.3, device=DEVICE) * delta)
+        for muon in muons:
+            muon.step()
+    for name in matrices:
+        assert torch.equal(params[name], others[name])
+
+
+def test_gradients_may_come_and_go() -> None:
+    params, deltas = make_params(), make_deltas()
+    bias = GradientBias(params.items(), deltas, scaling="absolute")
+    assert bias.apply_().names == []
+    for missing in ("layers.0.weight", "norm.weight", None):
+        grads = random_grads(params)
+        if missing:
+            params[missing].grad = None
+        assert missing not in bias.apply_().names
+        for name, p in params.items():
+            delta = deltas.get(name, torch.zeros_like(p))
+            assert p.grad is None if name == missing else torch.equal(p.grad, grads[name] - delta)
+
+
+def test_gradients_may_have_any_strides() -> None:
+    params, deltas = make_params(), make_deltas()
+    contiguous = copies(params)
+    random_grads(params, contiguous)
+    weight = params["layers.0.weight"]
+    weight.grad = weight.grad.t().contiguous().t()
+    before = weight.grad.data_ptr()
+    for model in (params, contiguous):
+        GradientBias(model.items(), deltas).apply_()
+    assert weight.grad.data_ptr() == before
+    assert_same(grads_of(params), grads_of(contiguous))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_priors(backend: str, dtype: torch.dtype) -> None:
+    """The codes beside bfloat16 have the bits of what they stand for."""
+    params = make_params(BF16)
+    small = {name: quantize(delta, dtype) for name, delta in make_deltas().items() if delta.numel()}
+    expected = copies(params)
+    random_grads(params, expected)
+    GradientBias(params.items(), small, backend=backend).apply_()
+    GradientBias(expected.items(), {name: d.expand() for name, d in small.items()}, backend=backend).apply_()
+    assert_same(grads_of(params), grads_of(expected))
+
+
+def test_a_gradient_that_is_not_finite_is_left_where_it_is() -> None:
+    params, deltas = make_params(), make_deltas()
+    grads = random_grads(params)
+    params["norm.weight"].grad[3] = grads["norm.weight"][3] = math.inf
+    GradientBias(params.items(), deltas, scaling="gradnorm").apply_()
+    assert torch.equal(params["norm.weight"].grad, grads["norm.weight"])
+    assert not torch.equal(params["layers.0.bias"].grad, grads["layers.0.bias"])
+
+
+def test_autograd_sees_the_write() -> None:
+    params, deltas = make_params(), make_deltas()
+    random_grads(params)
+    before = {name: p.grad._version for name, p in params.items()}
+    GradientBias(params.items(), deltas).apply_()
+    for name, p in params.items():
+        assert (p.grad._version > before[name]) == (name in deltas)
+
+
+def test_alpha_follows_a_schedule() -> None:
+    params, deltas = make_params(), make_deltas()
+    bias = GradientBias(params.items(), deltas, alpha=0.5, scaling="absolute")
+    schedule = AlphaScheduler(bias, linear_anneal(2))
+    for alpha in (0.5, 0.25, 0.0):
+        assert bias.alpha == alpha
+        grads = random_grads(params)
+        assert bool(bias.apply_().names) == (alpha != 0)
+        for name, delta in deltas.items():
+            assert torch.equal(params[name].grad, grads[name] - alpha * delta)
+        schedule.step()
+    bias.alpha = torch.tensor(-1.0, device=DEVICE)
+    grads = random_grads(params)
+    bias.apply_()
+    assert torch.equal(params["norm.weight"].grad, grads["norm.weight"] + deltas["norm.weight"])
+
+
+def test_the_folder_of_a_prior(tmp_path: Path) -> None:
+    base = text_weights()
+    expert = {name: w + 0.01 * torch.randn_like(w) for name, w in base.items()}
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "expert", expert)
+    prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
+    params = {name: nn.Parameter(w.float().to(DEVICE)) for name, w in base.items()}
+    expected = copies(params)
+    random_grads(params, expected)
+    GradientBias(params.items(), tmp_path / "prior").apply_()
+    figures = bias_gradients_(expected.items(), prior)
+    assert len(figures.names) == len(prior)
+    assert_same(grads_of(params), grads_of(expected))
+
+
+# bias_gradients_
+
+
+def test_the_function_loads_deltas_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, deltas = make_params(), make_deltas()
+    prior = Prior.from_mapping(deltas)
+    loaded = watched_loads(monkeypatch)
+    for scaling, alpha in zip(SCALINGS, (0.1, 0.2, 0.3), strict=True):
+        expected = copies(params)
+        random_grads(params, expected)
+        bias_gradients_(params.items(), prior, alpha, scaling)
+        assert sorted(loaded[prior]) == sorted(deltas)
+        GradientBias(expected.items(), deltas, alpha=alpha, scaling=scaling).apply_()
+        assert_same(grads_of(params), grads_of(expected))
+    other = copies(params)
+    random_grads(other)
+    bias_gradients_(other.items(), prior)
+    assert sorted(loaded[prior]) == sorted([*deltas, *deltas])
+
+
+def test_what_the_function_keeps_goes_with_the_prior() -> None:
+    params = make_params()
+    prior = Prior.from_mapping(make_deltas())
+    random_grads(params)
+    bias_gradients_(params.items(), prior)
+    gone = weakref.ref(prior)
+    del prior
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("prior", ["folder", {"norm.weight": torch.ones(7)}], ids=["path", "mapping"])
+def test_the_function_takes_what_is_loaded_once(prior: Any) -> None:
+    with pytest.raises(TypeError, match=r"prior must be a Prior.*Prior\.open"):
+        bias_gradients_(make_params().items(), prior)
+
+
+# Hooks
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 8)
+        self.inner = nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(torch.tanh(self.inner(self.embed_tokens(tokens))))
+
+    def loss(self) -> Tensor:
+        tokens = torch.randint(11, (6,), device=DEVICE)
+        return nn.functional.cross_entropy(self(tokens), tokens.roll(1))
+
+
+def two_models() -> tuple[Tied, Tied, dict[str, Tensor]]:
+    model = Tied().to(DEVICE)
+    deltas = {name: torch.randn_like(p) for name, p in model.named_parameters() if name != "inner.bias"}
+    return model, copy.deepcopy(model), deltas
+
+
+def backward(*models: Tied) -> None:
+    """Of the same loss in every model."""
+    state = torch.get_rng_state()
+    for model in models:
+        torch.set_rng_state(state)
+        model.loss().backward()
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    return grads_of(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_hooks_do_what_the_fused_form_does(scaling: str) -> None:
+    """Bit for bit, with tied weights, whose gradient is biased once and whole."""
+    hooked, plain, deltas = two_models()
+    handle = attach_prior(hooked, deltas, alpha=0.5, scaling=scaling)
+    bias = GradientBias(plain.named_parameters(), deltas, alpha=0.5, scaling=scaling)
+    assert handle.prior.fingerprint == bias.prior.fingerprint
+    for alpha in (0.5, 0.1, 0.0):
+        handle.alpha = bias.alpha = alpha
+        backward(hooked, plain)
+        assert bool(bias.apply_().names) == (alpha != 0)
+        assert_same(grads(hooked), grads(plain))
+        hooked.zero_grad()
+        plain.zero_grad()
+
+
+def test_hooks_load_deltas_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, deltas = two_models()
+    loaded = watched_loads(monkeypatch)
+    handle = attach_prior(model, deltas)
+    for _ in range(3):
+        backward(model)
+    assert sorted(loaded[handle.prior]) == sorted(deltas)
+
+
+def test_hooks_under_accumulation() -> None:
+    """In each micro-batch, or paused in all but the last."""
+    each, paused, deltas = two_models()
+    plain = copy.deepcopy(each)
+    attach_prior(each, deltas, alpha=0.5, scaling="gradnorm")
+    handle = attach_prior(paused, deltas, alpha=0.5, scaling="gradnorm")
+    bias = GradientBias(plain.named_parameters(), deltas, alpha=0.5, scaling="gradnorm")
+    step_by_step = copy.deepcopy(plain)
+    bias_each = GradientBias(step_by_step.named_parameters(), deltas, alpha=0.5, scaling="gradnorm")
+    for micro_batch in range(3):
+        if micro_batch < 2:
+            with handle.paused():
+                state = torch.get_rng_state()
+                backward(paused)
+                torch.set_rng_state(state)
+        else:
+            state = torch.get_rng_state()
+            backward(paused)
+            torch.set_rng_state(state)
+        backward(each, plain, step_by_step)
+        bias_each.apply_()
+    bias.apply_()
+    assert_same(grads(paused), grads(plain))
+    assert_same(grads(each), grads(step_by_step))
+    assert not torch.equal(each.inner.weight.grad, plain.inner.weight.grad)
+
+
+def test_an_exception_ends_a_pause() -> None:
+    model, plain, deltas = two_models()
+    handle = attach_prior(model, deltas)
+    with pytest.raises(KeyError), handle.paused():
+        raise KeyError
+    backward(model, plain)
+    assert not torch.equal(model.inner.weight.grad, plain.inner.weight.grad)
+
+
+def test_hooks_are_removed() -> None:
+    model, plain, deltas = two_models()
+    handle = attach_prior(model, deltas)
+    handle.remove()
+    handle.remove()
+    backward(model, plain)
+    assert_same(grads(model), grads(plain))
+
+
+def test_a_hook_that_comes_later_sees_the_biased_gradient() -> None:
+    """An optimizer that steps in the backward pass, and frees the gradient."""
+    model, plain, deltas = two_models()
+    attach_prior(model, deltas, scaling="absolute")
+    seen: dict[str, Tensor] = {}
+
+    def take(name: str, p: Tensor) -> None:
+        seen[name] = p.grad
+        p.grad = None
+
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))
+    backward(model, plain)
+    for name, p in plain.named_parameters():
+        assert torch.equal(seen[name], p.grad - deltas.get(name, torch.zeros_like(p)))
+
+
+def test_frozen_parameters_get_no_hook() -> None:
+    model, plain, deltas = two_models()
+    for frozen in (model.embed_tokens.weight, plain.embed_tokens.weight):
+        frozen.requires_grad_(False)
+    attach_prior(model, deltas, scaling="absolute")
+    backward(model, plain)
+    assert torch.equal(model.inner.weight.grad, plain.inner.weight.grad - deltas["inner.weight"])
+    model.requires_grad_(False)
+    with pytest.raises(PriorMismatchError, match="no parameter that the prior covers requires gradients"):
+        attach_prior(model, deltas)
+
+
+def test_torch_adamw_under_hooks() -> None:
+    """As FusedDriftAdamW: the bound of the fused form, over 10 steps that feed back."""
+    hooked, fused, deltas = two_models()
+    attach_prior(hooked, deltas, alpha=0.1, scaling="absolute")
+    theirs = torch.optim.AdamW(hooked.parameters(), lr=1e-3)
+    ours = FusedDriftAdamW(fused.named_parameters(), lr=1e-3, prior=deltas, alpha=0.1, prior_scaling="absolute")
+    for _ in range(10):
+        backward(hooked, fused)
+        for optimizer in (theirs, ours):
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(hooked.parameters(), fused.parameters(), strict=True):
+        assert (p - q).abs().max() <= 1e-5 * p.abs().max().clamp(min=1.0)
+
+
+# Wrong inputs
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"scaling": "cosine"}, ValueError, "scaling must be one of absolute, gradnorm, adaptive_cosine, got 'cosine'"),
+        ({"scaling": "decoupled"}, ValueError, "got 'decoupled' .it moves parameters, not gradients"),
+        ({"alpha": math.nan}, ValueError, "alpha must be finite, got alpha=nan"),
+        ({"alpha": "much"}, TypeError, "alpha must be a number"),
+        ({"backend": "mkl"}, ValueError, "backend must be 'auto' or one of"),
+        ({"prior_device": "cuda"}, ValueError, "prior_device must be 'cpu'"),
+        ({"prior": 3}, TypeError, "prior must be a Prior, a path, or a mapping"),
+        ({"prior": {"other.weight": torch.ones(3)}}, PriorMismatchError, "no parameter matches"),
+        ({"prior": {"inner.weight": torch.ones(3)}}, PriorMismatchError, "inner.weight"),
+    ],
+)
+def test_arguments(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    """Refused by both forms, and no hook is left behind."""
+    model, plain, deltas = two_models()
+    given = {"prior": deltas, **options}
+    prior = given.pop("prior")
+    with pytest.raises(error, match=words):
+        GradientBias(model.named_parameters(), prior, **given)
+    with pytest.raises(error, match=words):
+        attach_prior(model, prior, **given)
+    backward(model, plain)
+    assert_same(grads(model), grads(plain))
+
+
+def test_a_backend_that_cannot_run_here() -> None:
+    model, _, deltas = two_models()
+    name = "cpu" if DEVICE.type == "cuda" else "cuda"
+    for make in (lambda: GradientBias(model.named_parameters(), deltas, backend=name),
+                 lambda: attach_prior(model, deltas, backend=name)):  # fmt: skip
+        with pytest.raises(BackendUnavailableError):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "words"),
+    [
+        (lambda params: params.values(), PriorError, r"pass model\.named_parameters\(\)"),
+        (lambda params: [*params.items(), ("twin", params["norm.weight"])], ValueError, "twin is norm.weight too"),
+        (lambda params: {**params, "norm.weight": nn.Parameter(torch.zeros(8))}.items(), PriorMismatchError, "of an"),
+        (lambda params: {**params, "norm.weight": nn.Parameter(torch.zeros(7).double())}.items(), TypeError, "float64"),
+    ],
+    ids=["unnamed", "twice", "shape", "float64"],
+)
+def test_parameters(spoil: Any, error: type[Exception], words: str) -> None:
+    params, deltas = make_params(), make_deltas()
+    before = random_grads(params)
+    for make in (GradientBias, bias_gradients_):
+        with pytest.raises(error, match=words):
+            make(spoil(params), Prior.from_mapping(deltas))
+    assert_same(grads_of(params), before)
+
+
+@pytest.mark.parametrize("after_a_good_step", [False, True])
+def test_a_sparse_gradient_changes_nothing(after_a_good_step: bool) -> None:
+    params, deltas = make_params(), make_deltas()
+    bias = GradientBias(params.items(), deltas)
+    if after_a_good_step:
+        random_grads(params)
+        bias.apply_()
+    random_grads(params)
+    params["layers.0.weight"].grad = params["layers.0.weight"].grad.to_sparse()
+    before = grads_of(params)
+    with pytest.raises(TypeError, match=r"gradient of parameter layers\.0\.weight is sparse"):
+        bias.apply_()
+    assert_same({n: g.to_dense() for n, g in grads_of(params).items()}, {n: g.to_dense() for n, g in before.items()})
+    params["layers.0.weight"].grad = None
+    assert "layers.0.weight" not in bias.apply_().names
+
+
+def test_an_alpha_spoiled_between_steps_changes_nothing() -> None:
+    params, deltas = make_params(), make_deltas()
+    bias = GradientBias(params.items(), deltas)
+    before = random_grads(params)
+    bias.alpha = math.inf
+    with pytest.raises(ValueError, match="alpha must be finite"):
+        bias.apply_()
+    assert_same(grads_of(params), before)
