@@ -17,6 +17,7 @@ from .coefficients import GRADIENT_SCALINGS, CoefficientTable, Hyperparameters
 from .errors import PriorError
 from .groups import PARAM_DTYPES, check_grad, hyperparameters
 from .plan import Operands, Plan
+from .sharding import Reduction, Shard, local, local_pairs, place_grads
 
 NamedParams = Iterable[tuple[str, Tensor]]
 
@@ -54,6 +55,7 @@ class _Slot:
     param: Tensor
     grad_dtype: torch.dtype
     bound: BoundDelta
+    shard: Shard | None  # `param` is what this rank holds
 
     @property
     def dtypes(self) -> tuple[str, str]:
@@ -86,6 +88,7 @@ class _DeviceBias:
             [bound.delta_norm for bound in bounds],
             [bound.param_norm for bound in bounds],
         )
+        self._reduction = Reduction([slot.shard for slot in self.slots])
         self._written: Hyperparameters | None = None
 
     def apply_(self, h: Hyperparameters, grads: list[Tensor]) -> None:
@@ -99,6 +102,8 @@ class _DeviceBias:
             plan.set_grads(grads[rows])
             if h.needs_stats:
                 self.backend.grad_stats(plan, table.stats[rows], with_delta=True)
+        if h.needs_stats:
+            self._reduction.sum_(table.stats)
         table.set_gradient_coefficients(table.bias(h.needs_stats), None)
         for plan, rows in self.launches:
             self.backend.bias(plan, table.table[rows])
@@ -130,7 +135,9 @@ class BiasedTogether:
         """Biases the gradients that are there. Everything is checked before anything changes."""
         if not h.biases:
             return BiasFigures([], None, None)
-        grads: list[Any] = [param.grad for _, param in self._named]
+        params = [param for _, param in self._named]
+        place_grads(params)
+        grads: list[Any] = local_pairs(params, [param.grad for param in params])[1]
         present = [grad for grad in grads if grad is not None]
         key = [grad is None for grad in grads], [*map(type, present)], [*map(_KIND, present)]
         if key != self._key:
@@ -147,13 +154,13 @@ class BiasedTogether:
         present = [(i, *self._named[i], grad) for i, grad in enumerate(grads) if grad is not None]
         for _, name, param, grad in present:
             check_biased(name, param)
-            check_grad(name, param, grad)
+            check_grad(name, local(param), grad)
         resolved = {param.device: backends.resolve(self._backend, param.device) for _, _, param, _ in present}
         by_device: dict[torch.device, list[_Slot]] = {}
-        for i, name, param, grad in present:
-            bound = self._binding.bound(name, param)
+        parts = [(name, local(param), Shard.of(param)) for _, name, param, _ in present]
+        for (i, name, _, grad), (_, param, shard), bound in zip(present, parts, self._binding.bind(parts), strict=True):
             assert bound is not None, "covered, as it was when it was checked"
-            by_device.setdefault(param.device, []).append(_Slot(i, name, param, grad.dtype, bound))
+            by_device.setdefault(param.device, []).append(_Slot(i, name, param, grad.dtype, bound, shard))
         return [_DeviceBias(device, slots, resolved[device]) for device, slots in by_device.items()]
 
 
@@ -170,8 +177,6 @@ def _joined(vectors: list[Tensor | None]) -> Tensor | None:
 
 def check_biased(name: str, param: Tensor) -> None:
     """Raises TypeError, naming the parameter, for one whose gradient cannot be biased."""
-    if type(param).__name__ == "DTensor":
-        raise TypeError(f"parameter {name} is a DTensor, whose gradient can be biased only by FusedDriftAdamW")
     if param.dtype not in PARAM_DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
         raise TypeError(f"parameter {name} has dtype {param.dtype}; expected one of {expected}")

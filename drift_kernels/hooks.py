@@ -14,6 +14,7 @@ from . import backends
 from .bias import BiasedTogether, BiasSettings, covered
 from .binding import PriorBinding, PriorLike
 from .errors import PriorMismatchError
+from .sharding import is_sharded
 
 
 class PriorHooks(BiasSettings):
@@ -91,6 +92,9 @@ def attach_prior(
     backends.check_name(backend)
     binding = PriorBinding.of(prior, prior_device)
     named = [(name, param) for name, param in covered(model.named_parameters(), binding) if param.requires_grad]
+    for name, param in named:
+        if is_sharded(param):
+            raise TypeError(f"parameter {name} is a DTensor, for which there are no hooks: use GradientBias")
     if not named:
         raise PriorMismatchError("no parameter that the prior covers requires gradients")
     if backend != "auto":

@@ -52,6 +52,13 @@ def local_pairs(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[
     ]
 
 
+def place_grads(params: list[Tensor]) -> None:
+    """Redistributes the gradients that are placed otherwise than their parameters, where they are."""
+    for param in params if _dtensor() in set(map(type, params)) else ():
+        if param.grad is not None:
+            param.grad = _placed_as(param.grad, param)
+
+
 def _placed_as(grad: Any, param: Any) -> Tensor:
     if is_sharded(grad) and is_sharded(param) and grad.placements != param.placements:
         return grad.redistribute(placements=param.placements)

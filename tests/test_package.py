@@ -36,9 +36,9 @@ LAYERS = {
         "backends", "batch", "binding", "coefficients", "errors", "groups", "inspection", "lossless", "precision",
         "prior", "sharding", "state",
     },
-    "bias": {"backends", "binding", "coefficients", "errors", "groups", "plan"},
+    "bias": {"backends", "binding", "coefficients", "errors", "groups", "plan", "sharding"},
     "gradients": {"backends", "bias", "binding", "prior"},
-    "hooks": {"backends", "bias", "binding", "errors"},
+    "hooks": {"backends", "bias", "binding", "errors", "sharding"},
     "cli": {"prior", "errors"},
 }  # fmt: skip
 
