@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import Backend
 from .binding import BoundDelta
-from .coefficients import CoefficientTable, Hyperparameters
+from .coefficients import UNSCALED, CoefficientTable, GradScale, Hyperparameters
 from .plan import Operands, Plan, addresses
 from .precision import OPERAND_STATES
 
@@ -137,7 +137,7 @@ class DeviceBatch:
         for launch in self.launches:
             launch.plan.set_grads(launch.of(grads))
 
-    def advance(self, groups: list[Hyperparameters]) -> None:
+    def advance(self, groups: list[Hyperparameters], grad_scale: GradScale = UNSCALED) -> None:
         """Takes this step's hyperparameters, of all groups, and counts the step."""
         for launch in self.launches:
             for group, rows in launch.group_rows:
@@ -145,7 +145,7 @@ class DeviceBatch:
                 if groups[group].must_be_written(before):
                     self.coefficients.set_hyperparameters(rows, groups[group], before)
         self._groups = dict(enumerate(groups))
-        self.coefficients.advance()
+        self.coefficients.advance(grad_scale)
 
     def bias(self, groups: list[Hyperparameters], all_stats: bool) -> Tensor:
         """The prior's coefficients, float64 [n], after the gradient statistics that they need (or those of all)."""

@@ -27,19 +27,26 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [x0, x1, x2, x3]
 
 
-def random_bits(key: int, step: int, stream: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
+def random_bits(key: int, step: int | Tensor, stream: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """int64 [numel]: 16 random bits for each element of one tensor in one step.
 
     They follow from the arguments alone, element by element: no matter which backend draws them, in which pieces.
 
     Args:
         key: seed + 2^32 * the tensor's index in the optimizer.
+        step: a number, or a tensor of shape [] on the device, which the host does not read.
         stream: PARAM, EXP_AVG or EXP_AVG_SQ.
     """
     block = torch.arange((numel + 7) // 8, device=device)  # one call of philox for eight elements
     high = (block >> 32) | stream << 30
     words = philox(
-        [block & _MASK, high, torch.full_like(block, step), torch.zeros_like(block)], (key & _MASK, key >> 32)
+        [
+            block & _MASK,
+            high,
+            torch.zeros_like(block).add_(step.to(torch.int64) if isinstance(step, Tensor) else step),
+            torch.zeros_like(block),
+        ],
+        (key & _MASK, key >> 32),
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(halves, dim=1).view(-1)[:numel]

@@ -45,7 +45,8 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
     Args:
         operands: param (any shape; float32, bfloat16 or float16), states and residual are overwritten, delta only read.
         grad: of param's shape; param's dtype or float32. Only read.
-        c: the step's scalars, each a float32 tensor of shape [] (see `coefficients.py` for their formulas).
+        c: the step's scalars, each a float32 tensor of shape [] (see `coefficients.py` for their formulas). A step of 0
+            is not taken: everything keeps its bits.
 
     Non-finite elements behave as in `torch.optim.AdamW`: a NaN or Inf in the gradient reaches that element's states and
     param (and with states of one byte, a step later, its block).
@@ -64,12 +65,11 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
     p = decayed - c.step_size * update
 
     if o.residual is None:
-        _write(o.param, None, p, o.random_key, int(c.step), PARAM)
+        _write(o.param, None, p, o.random_key, c.step, PARAM)
     else:
-        for half, value in zip((o.param, o.residual), split(p), strict=True):
-            half.copy_(value)
-    _write(o.exp_avg, o.exp_avg_scale, m, o.random_key, int(c.step), EXP_AVG)
-    _write(o.exp_avg_sq, o.exp_avg_sq_scale, v, o.random_key, int(c.step), EXP_AVG_SQ)
+        _overwrite((o.param, o.residual), split(p), c.step)
+    _write(o.exp_avg, o.exp_avg_scale, m, o.random_key, c.step, EXP_AVG)
+    _write(o.exp_avg_sq, o.exp_avg_sq_scale, v, o.random_key, c.step, EXP_AVG_SQ)
 
 
 def read_delta(operands: Operands) -> Tensor | None:
@@ -84,15 +84,20 @@ def _read(state: Tensor, scale: Tensor | None) -> Tensor:
     return state.float() if scale is None else codes.decode(state, scale)
 
 
-def _write(target: Tensor, scale: Tensor | None, x: Tensor, random_key: int | None, step: int, stream: int) -> None:
+def _overwrite(targets: tuple[Tensor, ...], values: tuple[Tensor, ...], step: Tensor) -> None:
+    """Unless the step is 0."""
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(torch.where(step == 0, target, value))
+
+
+def _write(target: Tensor, scale: Tensor | None, x: Tensor, random_key: int | None, step: Tensor, stream: int) -> None:
     if scale is not None:
-        for half, value in zip((target, scale), codes.encode(x, target.dtype), strict=True):
-            half.copy_(value)
+        _overwrite((target, scale), codes.encode(x, target.dtype), step)
     elif random_key is not None and target.dtype == torch.bfloat16:
         bits = random_bits(random_key, step, stream, x.numel(), x.device)
-        target.copy_(round_stochastically(x, bits.view(x.shape)))
+        _overwrite((target,), (round_stochastically(x, bits.view(x.shape)),), step)
     else:
-        target.copy_(round_to(x, target.dtype))
+        _overwrite((target,), (round_to(x, target.dtype),), step)
 
 
 def grad_stats(grad: Tensor, delta: Tensor | None) -> Tensor:

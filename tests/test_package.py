@@ -30,9 +30,10 @@ LAYERS = {
     "precision": {"codes"},
     "batch": {"backends", "binding", "coefficients", "plan", "precision"},
     "inspection": {"batch", "precision"},
+    "masters": {"lossless", "precision"},
     "state": {"errors", "groups", "precision"},
     "optimizer": {
-        "backends", "batch", "binding", "coefficients", "errors", "groups", "inspection", "lossless", "precision",
+        "backends", "batch", "binding", "coefficients", "errors", "groups", "inspection", "masters", "precision",
         "prior", "state",
     },
     "cli": {"prior", "errors"},

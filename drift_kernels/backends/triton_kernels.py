@@ -270,6 +270,8 @@ def _update_chunk(
     delta, delta_scale, numel, first_chunk, key = _fields(table, tensor, 11)[6:]
     grad = tl.load(grads + tensor)
     c = _fields(coefficients, tensor, 12)
+    if c[11] == 0:  # the step is not taken
+        return
     together = param | grad | exp_avg | exp_avg_sq
     if delta_dtype is not None:
         together |= delta
