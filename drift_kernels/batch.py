@@ -161,6 +161,8 @@ class DeviceBatch:
         for launch in self.launches:
             table = self.coefficients.table[launch.rows]
             self.backend.update(launch.plan, table, with_delta=launch.biased(groups, decoupled=True))
+        # So that autograd sees it: a graph that holds a parameter as it was can no longer be run backward.
+        torch.autograd.graph.increment_version([slot.param for slot in self.slots])
 
     def release_grads(self) -> None:
         for launch in self.launches:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from . import backends
+from .backward import StepInBackward
 from .batch import BatchCache, DeviceBatch, Slot
 from .binding import BoundDelta, PriorBinding, PriorLike
 from .coefficients import GradScale, Hyperparameters, clip_coefficient
@@ -29,7 +30,7 @@ def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-class FusedDriftAdamW(Inspection, Masters, Optimizer):
+class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
     """AdamW with decoupled weight decay whose gradient is biased by a prior; without a prior, a fast drop-in for
     `torch.optim.AdamW`.
 
@@ -196,6 +197,9 @@ class FusedDriftAdamW(Inspection, Masters, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None:
+            self._in_backward.finish(grad_scale)
+            return loss
         groups = [hyperparameters(group, index) for index, group in enumerate(self.param_groups)]
         if grad_scale.found_inf is not None and not self._counts_on_device:
             self._counts_on_device = True

@@ -29,12 +29,13 @@ LAYERS = {
     "backends": {"errors", "plan", "reference", "coefficients", "_cpu", "_cuda"},
     "precision": {"codes"},
     "batch": {"backends", "binding", "coefficients", "plan", "precision"},
+    "backward": {"batch", "coefficients", "groups", "plan"},
     "inspection": {"batch", "precision"},
     "masters": {"lossless", "precision"},
     "state": {"errors", "groups", "precision"},
     "optimizer": {
-        "backends", "batch", "binding", "coefficients", "errors", "groups", "inspection", "masters", "precision",
-        "prior", "state",
+        "backends", "backward", "batch", "binding", "coefficients", "errors", "groups", "inspection", "masters",
+        "precision", "prior", "state",
     },
     "cli": {"prior", "errors"},
 }  # fmt: skip
