@@ -34,8 +34,8 @@ SHAPES = {"wide": (24, 1280), "narrow": (364, 8)}
 WAYS = ("torch fused", "after the backward", "in the backward")
 BATCH = 16
 
-# glibc keeps freed blocks of its heap, which it lets grow up to 32 MB a block, so that a gradient would still count when
-# it is gone. From this size on a block is given back to the system at once.
+# glibc keeps freed blocks of its heap, which it lets grow up to 32 MB a block: a gradient would still count when it is
+# gone. From this size on a block is given back to the system at once.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
