@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .batch import BatchCache, DeviceBatch, Launch, Slot
 from .coefficients import GradScale, Hyperparameters
+from .eager import not_compiled
 from .groups import check_grad, hyperparameters
 from .plan import Plan
 
@@ -81,6 +82,7 @@ class BackwardHandle:
                     "to it, step() updates nothing; remove() the handle, or attach anew if the parameter is new"
                 )
 
+    @not_compiled
     @torch.no_grad()
     def _update(self, param: Tensor) -> None:
         """The hook: the parameter's gradient is complete."""

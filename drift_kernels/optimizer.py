@@ -16,6 +16,7 @@ from .backward import StepInBackward
 from .batch import BatchCache, DeviceBatch, Slot
 from .binding import BoundDelta, PriorBinding, PriorLike
 from .coefficients import GradScale, Hyperparameters, clip_coefficient
+from .eager import not_compiled
 from .errors import PriorError
 from .groups import FINGERPRINT, SEED, check_capture, check_grad, check_param, check_seed, hyperparameters
 from .inspection import Inspection
@@ -192,14 +193,19 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
 
         Everything is checked before anything changes. Returns the closure's loss, if there is one.
         """
-        grad_scale = GradScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @not_compiled
+    def _step(self) -> None:
+        grad_scale = GradScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if self._in_backward is not None:
             self._in_backward.finish(grad_scale)
-            return loss
+            return
         groups = [hyperparameters(group, index) for index, group in enumerate(self.param_groups)]
         if grad_scale.found_inf is not None and not self._counts_on_device:
             self._counts_on_device = True
@@ -218,7 +224,6 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
         for batch in self._batches:
             batch.update(groups)
             batch.release_grads()
-        return loss
 
     def _set_bias(self, groups: list[Hyperparameters]) -> None:
         """Gradient statistics, the prior's coefficients, and clipping, over all devices together."""

@@ -29,13 +29,15 @@ LAYERS = {
     "backends": {"errors", "plan", "reference", "coefficients", "_cpu", "_cuda"},
     "precision": {"codes"},
     "batch": {"backends", "binding", "coefficients", "plan", "precision"},
-    "backward": {"batch", "coefficients", "groups", "plan"},
+    "eager": set(),
+    "ops": {"backends", "codes", "coefficients", "plan"},
+    "backward": {"batch", "coefficients", "eager", "groups", "plan"},
     "inspection": {"batch", "precision"},
     "masters": {"lossless", "precision"},
     "state": {"errors", "groups", "precision"},
     "optimizer": {
-        "backends", "backward", "batch", "binding", "coefficients", "errors", "groups", "inspection", "masters",
-        "precision", "prior", "state",
+        "backends", "backward", "batch", "binding", "coefficients", "eager", "errors", "groups", "inspection",
+        "masters", "precision", "prior", "state",
     },
     "cli": {"prior", "errors"},
 }  # fmt: skip
