@@ -2,8 +2,8 @@
 
     python -m benchmarks.backward [--json rows.json]
 
-Each row is measured in a process of its own, which trains a stack of linear layers on a CPU and says how far its
-resident memory went above what it was before the first forward pass, parameters and prior built.
+Each row is measured in a process of its own, which trains a stack of linear layers on one core of a CPU and says how
+far its resident memory went above what it was before the first forward pass, parameters and prior built.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def resident_bytes() -> int:
 def measure(shape: str, way: str, scaling: str | None, steps: int) -> dict[str, Any]:
     """One row, of this process: call it once in each."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # so that other work on the machine does not stop a thread for which all wait
     net = model(*SHAPES[shape])
     named = list(net.named_parameters())
     deltas = {name: torch.randn_like(p) for name, p in named if p.dim() == 2} if scaling else None
@@ -101,11 +102,11 @@ def rows(steps: int) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> Table:
     shown = Table(title="forward, backward and step")
-    for column in ("shape", "prior", "way", "peak above before / bytes of the parameters", "ms"):
+    for column in ("shape", "prior", "way", "parameters, MB", "peak above before, MB", "ms"):
         shown.add_column(column)
     for row in found:
-        extra = f"{row['peak_extra_bytes'] / row['param_bytes']:.2f}"
-        shown.add_row(row["shape"], row["scaling"] or "-", row["way"], extra, f"{row['step_ms']['median']:.1f}")
+        megabytes = [f"{row[key] / 1e6:.1f}" for key in ("param_bytes", "peak_extra_bytes")]
+        shown.add_row(row["shape"], row["scaling"] or "-", row["way"], *megabytes, f"{row['step_ms']['median']:.1f}")
     return shown
 
 

@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def not_compiled(function: F) -> F:
-    """`torch.compiler.disable` in the form that torch's own optimizers use: it imports the compiler, which takes most of
-    a second, at the first call."""
+    """`torch.compiler.disable`, as torch's own optimizers use it: the compiler, which takes most of a second to import,
+    is imported at the first call."""
     disable: Callable[[F], F] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     return disable(function)
