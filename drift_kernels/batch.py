@@ -99,6 +99,7 @@ class DeviceBatch:
         self.biased_rows = torch.tensor([t for t, bound in enumerate(bounds) if bound is not None], device=device)
         self._groups: dict[int, Hyperparameters] = {}
         self._places = self._first_addresses()
+        self._params = [slot.param for slot in self.slots]
 
     def _launch(self, rows: slice) -> Launch:
         slots = self.slots[rows]
@@ -162,7 +163,7 @@ class DeviceBatch:
             table = self.coefficients.table[launch.rows]
             self.backend.update(launch.plan, table, with_delta=launch.biased(groups, decoupled=True))
         # So that autograd sees it: a graph that holds a parameter as it was can no longer be run backward.
-        torch.autograd.graph.increment_version([slot.param for slot in self.slots])
+        torch.autograd.graph.increment_version(self._params)
 
     def release_grads(self) -> None:
         for launch in self.launches:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from drift_kernels import AlphaScheduler, FusedDriftAdamW, backends, linear_anneal
@@ -263,3 +264,55 @@ def test_autograd_knows_that_parameters_have_changed(attached: bool) -> None:
     ours.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_value_that_the_rest_of_the_pass_needs_is_not_changed_in_silence() -> None:
+    """`w` is complete, and updated, before the product that holds it as a constant runs backward."""
+    w, x = (nn.Parameter(torch.randn(4, device=DEVICE)) for _ in range(2))
+    FusedDriftAdamW([w, x]).attach_to_backward()
+    product = w.detach() * x
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (product.sum() + (w * 2).sum()).backward()
+
+
+def test_after_a_pass_that_failed_the_next_is_a_step_as_usual() -> None:
+    one, other = twins()
+    ours, plain = FusedDriftAdamW(one.parameters()), FusedDriftAdamW(other.parameters())
+    ours.attach_to_backward()
+    failing = one.layers[0].weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backward(one, batch())
+    failing.remove()
+    assert {float(ours.state[p]["step"]) for p in one.norm.parameters()} == {1.0}
+    assert float(ours.state[one.embed.weight]["step"]) == 0.0
+    one.zero_grad()
+    other.load_state_dict(one.state_dict())
+    plain.load_state_dict(ours.state_dict())
+    for lr in (1e-2, 1e-3):
+        tokens = batch()
+        for net, optimizer in ((one, ours), (other, plain)):
+            optimizer.param_groups[0]["lr"] = lr
+            backward(net, tokens)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(ours, plain)
+
+
+def test_checkpointed_layers_and_accumulated_gradients() -> None:
+    """Recomputed in the pass, each parameter still gets one gradient; what was there before is part of it."""
+    one, other = twins()
+    x = torch.randn(3, 66, device=DEVICE)
+    for net in (one, other):
+        net.layers[0](x).sum().backward()
+    ours, plain = FusedDriftAdamW(one.parameters()), FusedDriftAdamW(other.parameters())
+    ours.attach_to_backward()
+    for net in (one, other):
+        hidden = x
+        for layer in net.layers:
+            hidden = torch.utils.checkpoint.checkpoint(
+                lambda h, layer=layer: layer(h).tanh(), hidden, use_reentrant=False
+            )
+        hidden.square().sum().backward()
+    plain.step()
+    plain.zero_grad()
+    assert_same(ours, plain)
