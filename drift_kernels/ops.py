@@ -20,6 +20,8 @@ CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 def _uniform(name: str, tensors: list[Tensor], shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
     """The tensors, if they have these shapes, one dtype and one device, and are contiguous."""
+    if not shapes:
+        raise ValueError(f"{name} must be of one tensor at least, got none")
     found = [tuple(t.shape) for t in tensors]
     if found != shapes:
         raise ValueError(f"{name} must be of the shapes {shapes}, got {found}")
@@ -30,6 +32,11 @@ def _uniform(name: str, tensors: list[Tensor], shapes: list[tuple[int, ...]], de
                 f"{t.stride()}"
             )
     return tensors
+
+
+def _expect(name: str, found: torch.dtype, expected: tuple[torch.dtype, ...]) -> None:
+    if found not in expected:
+        raise ValueError(f"{name} must be {' or '.join(map(str, expected))}, got {found}")
 
 
 def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -44,6 +51,7 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
             raise ValueError(f"{name} must have {n} tensors where they are {values[0].dtype}, got {len(tensors)}")
         return [(value, None) for value in values]
     _uniform(f"the scales of {name}", scales, [(blocks(t.numel()),) for t in like], device)
+    _expect(f"the scales of {name}", scales[0].dtype, (torch.float32,))
     return list(zip(values, scales, strict=True))
 
 
@@ -72,13 +80,22 @@ def update(
     Raises:
         ValueError: lists of other lengths, shapes, dtypes or devices than these, or tensors that are not contiguous.
     """
-    n, device = len(params), params[0].device
-    shapes = [tuple(p.shape) for p in params]
+    n, shapes = len(params), [tuple(p.shape) for p in params]
+    device = coefficients.device
     _uniform("params", params, shapes, device)
     _uniform("grads", grads, shapes, device)
+    _uniform("exp_avgs", exp_avgs[:n], shapes, device)
+    _uniform("exp_avg_sqs", exp_avg_sqs[:n], shapes, device)
     _uniform("coefficients", [coefficients], [(n, len(Coefficients._fields))], device)
-    if coefficients.dtype != torch.float32:
-        raise ValueError(f"coefficients must be float32, got {coefficients.dtype}")
+    _expect("coefficients", coefficients.dtype, (torch.float32,))
+    _expect("params", params[0].dtype, (torch.float32, torch.bfloat16, torch.float16))
+    _expect("grads", grads[0].dtype, (params[0].dtype, torch.float32))
+    _expect("exp_avgs", exp_avgs[0].dtype, (torch.float32, torch.bfloat16, torch.int8))
+    same = torch.uint8 if exp_avgs[0].dtype == torch.int8 else exp_avgs[0].dtype
+    _expect("exp_avg_sqs", exp_avg_sqs[0].dtype, (same,))
+    if residuals:
+        _expect("residuals", residuals[0].dtype, (torch.int16,))
+        _expect("params that have residuals", params[0].dtype, (torch.bfloat16,))
     if random_keys and len(random_keys) != n:
         raise ValueError(f"random_keys must be {n} or none, got {len(random_keys)}")
     halves = _uniform("residuals", residuals, shapes, device) if residuals else [None] * n
@@ -90,8 +107,8 @@ def update(
     operands = []
     for t, param in enumerate(params):
         (m, m_scale), (v, v_scale), (delta, delta_scale) = moments[t], variances[t], bound[t]
-        if m is None or v is None:
-            raise ValueError(f"exp_avgs and exp_avg_sqs must be of the shapes {shapes}, got none")
+        assert m is not None
+        assert v is not None
         operands.append(Operands(param, m, v, delta, halves[t], m_scale, v_scale, delta_scale, keys[t]))
     plan = Plan(operands, grads[0].dtype)
     plan.set_grads(grads)
@@ -109,8 +126,9 @@ def grad_stats(grads: list[Tensor], deltas: list[Tensor]) -> Tensor:
     Raises:
         ValueError: lists of other lengths, shapes, dtypes or devices than these, or tensors that are not contiguous.
     """
-    device = grads[0].device
+    device = grads[0].device if grads else torch.device("cpu")
     _uniform("grads", grads, [tuple(g.shape) for g in grads], device)
+    _expect("grads", grads[0].dtype, (torch.float32, torch.bfloat16, torch.float16))
     bound = _with_scales("deltas", deltas, grads)
     # In place of what the sums do not read: the gradients.
     operands = [Operands(g, g, g, delta, delta_scale=scale) for g, (delta, scale) in zip(grads, bound, strict=True)]
