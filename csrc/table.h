@@ -50,7 +50,7 @@ struct Coefficients {
   float step_size;
   float inv_sqrt_bc2;
   float eps;
-  float step;  // how many this one makes
+  float step;  // how many this one makes; 0 if it is not taken: then nothing is written
 };
 static_assert(sizeof(Coefficients) == 12 * 4, "coefficients.py fills twelve 4-byte fields");
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import Backend
 from .binding import BoundDelta
-from .coefficients import CoefficientTable, Hyperparameters
+from .coefficients import UNSCALED, CoefficientTable, GradScale, Hyperparameters
 from .lossless import Place
 from .plan import Operands, Plan, addresses
 from .precision import OPERAND_STATES
@@ -107,6 +107,7 @@ class DeviceBatch:
         self._reduction = Reduction([slot.shard for slot in self.slots])
         self._groups: dict[int, Hyperparameters] = {}
         self._places = self._first_addresses()
+        self._params = [slot.param for slot in self.slots]
 
     def _launch(self, rows: slice) -> Launch:
         slots = self.slots[rows]
@@ -145,7 +146,7 @@ class DeviceBatch:
         for launch in self.launches:
             launch.plan.set_grads(launch.of(grads))
 
-    def advance(self, groups: list[Hyperparameters]) -> None:
+    def advance(self, groups: list[Hyperparameters], grad_scale: GradScale = UNSCALED) -> None:
         """Takes this step's hyperparameters, of all groups, and counts the step."""
         for launch in self.launches:
             for group, rows in launch.group_rows:
@@ -153,7 +154,7 @@ class DeviceBatch:
                 if groups[group].must_be_written(before):
                     self.coefficients.set_hyperparameters(rows, groups[group], before)
         self._groups = dict(enumerate(groups))
-        self.coefficients.advance()
+        self.coefficients.advance(grad_scale)
 
     def bias(self, groups: list[Hyperparameters], all_stats: bool) -> Tensor:
         """The prior's coefficients, float64 [n], after the gradient statistics that they need (or those of all)."""
@@ -173,6 +174,8 @@ class DeviceBatch:
         for launch in self.launches:
             table = self.coefficients.table[launch.rows]
             self.backend.update(launch.plan, table, with_delta=launch.biased(groups, decoupled=True))
+        # So that autograd sees it: a graph that holds a parameter as it was can no longer be run backward.
+        torch.autograd.graph.increment_version(self._params)
 
     def release_grads(self) -> None:
         for launch in self.launches:

@@ -17,7 +17,7 @@ coefficient:
 
 (arXiv 2510.15050, with the sign of its code: alpha > 0 pulls toward the expert; `decoupled` is this package's own.)
 The clip coefficient follows from the same sums, norm(g')^2 = norm(g)^2 - 2 c <g, delta> + c^2 norm(delta)^2, over all
-tensors.
+tensors. Gradients that a GradScaler has scaled are not rewritten: 1/scale goes into their coefficients and the sums.
 """
 
 from __future__ import annotations
@@ -83,6 +83,35 @@ class Hyperparameters(NamedTuple):
     def needs_stats(self) -> bool:
         """Whether the bias depends on the gradient's norm."""
         return self.biases and self.scaling in ("gradnorm", "adaptive_cosine")
+
+
+class GradScale(NamedTuple):
+    """What a `torch.amp.GradScaler` says of a step's gradients: numbers, or tensors of one element on any device.
+
+    Attributes:
+        scale: of the gradients, None for 1.
+        found_inf: not zero if one of them is not finite, so that the step is not to be taken; None for 0.
+    """
+
+    scale: Tensor | float | None
+    found_inf: Tensor | float | None
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """1/scale, float64 [], and whether the step is taken, bool []; None for 1 and for True. The host reads neither,
+        but of CPU tensors."""
+
+        def moved(value: Tensor | float | None) -> Tensor | None:
+            if value is None:
+                return None
+            # A copy to the host has to arrive before it is used; to a GPU it is ordered by the stream.
+            tensor = torch.as_tensor(value).detach().to(device, torch.float64, non_blocking=device.type != "cpu")
+            return tensor.reshape(())
+
+        scale, found_inf = moved(self.scale), moved(self.found_inf)
+        return None if scale is None else 1 / scale, None if found_inf is None else found_inf == 0
+
+
+UNSCALED = GradScale(None, None)
 
 
 class _Row(NamedTuple):
@@ -160,7 +189,9 @@ class CoefficientTable:
         self._of: Any = _Row._make(self._rows)
         self._out = Coefficients._make(self.table.unbind(1))
         self._betas = self._rows[_Row._fields.index("beta1") : _Row._fields.index("beta2") + 1]
-        self._written: Tensor | None = None  # the prior's coefficients that the table has, unclipped
+        self._written: Tensor | None = None  # the prior's coefficients that the table has, unclipped and unscaled
+        self._inv_scale: Tensor | None = None  # of this step's gradients
+        self._sums = self.stats  # `stats` without the scale
         self._stale = True  # whether hyperparameters have been set since what follows from them was computed
 
     def set_hyperparameters(self, rows: slice, h: Hyperparameters, before: Hyperparameters | None = None) -> None:
@@ -183,15 +214,19 @@ class CoefficientTable:
             self._constant = self._of.alpha * (self._of.absolute + self._of.normalized * self._norm_ratio)
             self._stale = False
 
-    def advance(self) -> None:
-        """Counts one step more, and fills what depends on the count and on newly set hyperparameters."""
+    def advance(self, grad_scale: GradScale = UNSCALED) -> None:
+        """Counts one step more, if it is taken, and fills what depends on the count and on newly set hyperparameters.
+
+        With a `found_inf`, `steps` should be on the device, or the host will read whether the step is taken.
+        """
         self.refresh()
-        self.steps += 1
+        self._inv_scale, taken = grad_scale.on(self._rows.device)
+        self.steps += 1 if taken is None else taken.to(self.steps.device)
         steps = self.steps.to(self._rows.device, self._rows.dtype, non_blocking=True)  # blocking, it would wait
         bc1, bc2 = (1 - self._betas**steps).unbind()
         torch.div(self._of.lr, bc1, out=self._out.step_size)
         torch.rsqrt(bc2, out=self._out.inv_sqrt_bc2)
-        self._out.step.copy_(steps)
+        self._out.step.copy_(steps if taken is None else steps * taken)
 
     def bias(self, with_stats: bool) -> Tensor:
         """The prior's coefficients c, float64 [n]; from `stats` when they were computed.
@@ -202,9 +237,11 @@ class CoefficientTable:
         if not with_stats:
             self.prior_cosine = self.prior_ratio = None
             return self._constant
-        grad_norm = self.stats[:, 0].sqrt()
+        inv = self._inv_scale
+        self._sums = self.stats if inv is None else self.stats * torch.stack((inv * inv, inv))
+        grad_norm = self._sums[:, 0].sqrt()
         ratio = torch.where(grad_norm.isfinite(), grad_norm, 0.0) * self._inv_delta_norm
-        cosine = self._of.sign * self.stats[:, 1] / grad_norm * self._inv_delta_norm
+        cosine = self._of.sign * self._sums[:, 1] / grad_norm * self._inv_delta_norm
         cosine = cosine.nan_to_num(nan=0.0).clamp(-1.0, 1.0)
         c = self._constant + self._of.alpha * ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
         self.prior_cosine = cosine
@@ -212,19 +249,23 @@ class CoefficientTable:
         return c
 
     def biased_norm_squared(self, c: Tensor) -> Tensor:
-        """norm(g')^2 over all tensors, float64 []."""
-        grad_grad, grad_delta = self.stats.unbind(1)
+        """norm(g')^2 over all tensors, float64 []; after `bias`."""
+        grad_grad, grad_delta = self._sums.unbind(1)
         return (grad_grad - 2 * c * self._of.sign * grad_delta + (c * self._delta_norm) ** 2).sum()
 
     def set_gradient_coefficients(self, c: Tensor, clip: Tensor | None) -> None:
         """The coefficients of the gradient and of the delta, from the prior's (`bias`) and the clip coefficient."""
-        if clip is not None:
-            torch.mul(self._of.sign, clip, out=self._out.grad_coef)
-            torch.mul(c, clip, out=self._out.delta_coef)
-        elif self._written is not c:
-            self._out.grad_coef.copy_(self._of.sign)
-            self._out.delta_coef.copy_(c)
-        self._written = c if clip is None else None
+        inv = self._inv_scale
+        if clip is None and inv is None:
+            if self._written is not c:
+                self._out.grad_coef.copy_(self._of.sign)
+                self._out.delta_coef.copy_(c)
+            self._written = c
+            return
+        clip = self._one if clip is None else clip
+        torch.mul(self._of.sign, clip if inv is None else clip * inv, out=self._out.grad_coef)
+        torch.mul(c, clip, out=self._out.delta_coef)
+        self._written = None
 
 
 def clip_coefficient(grad_norm: Tensor, max_grad_norm: float) -> Tensor:

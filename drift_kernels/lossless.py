@@ -49,7 +49,7 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [x0, x1, x2, x3]
 
 
-def random_bits(key: int, step: int, stream: int, indices: Tensor) -> Tensor:
+def random_bits(key: int, step: int | Tensor, stream: int, indices: Tensor) -> Tensor:
     """int64 [n]: 16 random bits for each of these elements of one tensor in one step.
 
     They follow from the arguments alone, element by element: no matter which backend draws them, in which pieces, on
@@ -57,13 +57,20 @@ def random_bits(key: int, step: int, stream: int, indices: Tensor) -> Tensor:
 
     Args:
         key: seed + 2^32 * the tensor's index in the optimizer.
+        step: a number, or a tensor of shape [] on the device, which the host does not read.
         stream: PARAM, EXP_AVG or EXP_AVG_SQ.
         indices: int64 [n], of the elements in the whole tensor.
     """
     block, which = (indices >> 3).unique_consecutive(return_inverse=True)  # one call of philox for eight elements
     high = (block >> 32) | stream << 30
     words = philox(
-        [block & _MASK, high, torch.full_like(block, step), torch.zeros_like(block)], (key & _MASK, key >> 32)
+        [
+            block & _MASK,
+            high,
+            torch.zeros_like(block).add_(step.to(torch.int64) if isinstance(step, Tensor) else step),
+            torch.zeros_like(block),
+        ],
+        (key & _MASK, key >> 32),
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(halves, dim=1)[which, indices & 7]

@@ -12,16 +12,19 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from . import backends
+from .backward import StepInBackward
 from .batch import BatchCache, DeviceBatch, Slot
 from .binding import BoundDelta, PriorBinding, PriorLike
-from .coefficients import Hyperparameters, clip_coefficient
+from .coefficients import GradScale, Hyperparameters, clip_coefficient
+from .eager import not_compiled
 from .errors import PriorError
 from .groups import FINGERPRINT, SEED, check_capture, check_grad, check_param, check_seed, hyperparameters
 from .inspection import Inspection
-from .lossless import WHOLE, Place, join
-from .precision import RESIDUAL, Precision, float32_state
+from .lossless import WHOLE, Place
+from .masters import Masters
+from .precision import Precision, float32_state
 from .prior import Prior
-from .sharding import Shard, local, local_pairs, wrap
+from .sharding import Shard, local, local_pairs
 from .state import check_state_dict, only_asks_for_states, restore_states
 
 
@@ -30,7 +33,7 @@ def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-class FusedDriftAdamW(Inspection, Optimizer):
+class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
     """AdamW with decoupled weight decay whose gradient is biased by a prior; without a prior, a fast drop-in for
     `torch.optim.AdamW`.
 
@@ -74,6 +77,10 @@ class FusedDriftAdamW(Inspection, Optimizer):
     tensor whose gradient norm is not finite takes no bias that depends on the norm in that step; with
     `max_grad_norm`, a NaN norm makes every element NaN, as `torch.nn.utils.clip_grad_norm_` does.
 
+    A `torch.amp.GradScaler` may hold the step: `scaler.step(optimizer)` unscales inside the pass (gradients keep their
+    scale; `max_grad_norm` and `grad_norm` are of the unscaled ones), and where a gradient is not finite the device
+    leaves parameters, states and step counts as they are. From then on step counts are on the parameters' device.
+
     Raises:
         TypeError, ValueError: a hyperparameter or a parameter of a wrong type, value, dtype or layout; named in the
             message.
@@ -81,6 +88,9 @@ class FusedDriftAdamW(Inspection, Optimizer):
             or matches by name but not by shape (PriorMismatchError).
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler.step then leaves `grad_scale` and `found_inf` on the optimizer
+    _counts_on_device = False  # whether a GradScaler, whose found_inf the host never reads, has been met
 
     def __init__(
         self,
@@ -189,13 +199,25 @@ class FusedDriftAdamW(Inspection, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @not_compiled
+    def _step(self) -> None:
+        grad_scale = GradScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if self._in_backward is not None:
+            self._in_backward.finish(grad_scale)
+            return
+        if grad_scale.found_inf is not None and not self._counts_on_device:
+            self._counts_on_device = True
+            self._cache.clear()
         params = self._params()
         local_params, grads = local_pairs(params, list(map(attrgetter("grad"), params)))
         if not self.state and not _capturing() and only_asks_for_states(self.param_groups, grads):
             for param, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     self._state_of(param)
-            return loss
+            return
         groups = [hyperparameters(group, index) for index, group in enumerate(self.param_groups)]
         self._set_grads(local_params, grads)
         if _capturing():
@@ -204,12 +226,11 @@ class FusedDriftAdamW(Inspection, Optimizer):
             for batch in self._batches:
                 batch.check_capture()
         for batch in self._batches:
-            batch.advance(groups)
+            batch.advance(groups, grad_scale)
         self._set_bias(groups)
         for batch in self._batches:
             batch.update(groups)
             batch.release_grads()
-        return loss
 
     def _set_bias(self, groups: list[Hyperparameters]) -> None:
         """Gradient statistics, the prior's coefficients, and clipping, over all devices together."""
@@ -266,7 +287,8 @@ class FusedDriftAdamW(Inspection, Optimizer):
         slots: dict[tuple[torch.device, torch.device], list[Slot]] = {}
         for i, grad in present:
             name, param, shard = parts[i]
-            steps_device = param.device if self.param_groups[group_of[i]]["capturable"] else torch.device("cpu")
+            on_device = self._counts_on_device or self.param_groups[group_of[i]]["capturable"]
+            steps_device = param.device if on_device else torch.device("cpu")
             key = self.param_groups[group_of[i]][SEED] + (i << 32) if self.precision.stochastic else None
             state = self._state_of(named[i][1])
             slot = Slot(i, group_of[i], name, param, grad.dtype, state, bounds.get(i), key, places[i], shard)
@@ -291,27 +313,6 @@ class FusedDriftAdamW(Inspection, Optimizer):
         if not state:
             state.update(self.precision.new_state(param))
         return state
-
-    # Master weights
-
-    def master_weight(self, param: Tensor) -> Tensor:
-        """The float32 master of a parameter, in memory of its own: of the parameter itself before the first step.
-
-        Raises ValueError without master weights, and KeyError for a parameter that is not this optimizer's.
-        """
-        if not self.precision.master_weights:
-            raise ValueError("there are no masters: the optimizer was built without master_weights=True")
-        if not any(param is own for own in self._params()):
-            raise KeyError("the parameter is not one of this optimizer's")
-        residual = self.state[param].get(RESIDUAL) if param in self.state else None
-        own = local(param.detach())
-        return wrap(own.float() if residual is None else join(own, local(residual)), param)
-
-    def refresh_masters(self) -> None:
-        """Makes the parameters as they are the masters: to be called after writing to parameters directly."""
-        for state in self.state.values():
-            if RESIDUAL in state:
-                local(state[RESIDUAL]).zero_()
 
     # Saving and loading
 

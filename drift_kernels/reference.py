@@ -46,7 +46,8 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
     Args:
         operands: param (any shape; float32, bfloat16 or float16), states and residual are overwritten, delta only read.
         grad: of param's shape; param's dtype or float32. Only read.
-        c: the step's scalars, each a float32 tensor of shape [] (see `coefficients.py` for their formulas).
+        c: the step's scalars, each a float32 tensor of shape [] (see `coefficients.py` for their formulas). A step of 0
+            is not taken: everything keeps its bits.
 
     Non-finite elements behave as in `torch.optim.AdamW`: a NaN or Inf in the gradient reaches that element's states and
     param (and with states of one byte, a step later, its block).
@@ -65,12 +66,11 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
     p = decayed - c.step_size * update
 
     if o.residual is None:
-        _write(o, "param", p, int(c.step), PARAM)
+        _write(o, "param", p, c.step, PARAM)
     else:
-        for half, value in zip((o.param, o.residual), split(p), strict=True):
-            half.copy_(value)
-    _write(o, "exp_avg", m, int(c.step), EXP_AVG)
-    _write(o, "exp_avg_sq", v, int(c.step), EXP_AVG_SQ)
+        _overwrite((o.param, o.residual), split(p), c.step)
+    _write(o, "exp_avg", m, c.step, EXP_AVG)
+    _write(o, "exp_avg_sq", v, c.step, EXP_AVG_SQ)
 
 
 def bias_(operands: Operands, grad: Tensor, c: Coefficients) -> None:
@@ -102,16 +102,21 @@ def _read(state: Tensor, scale: Tensor | None) -> Tensor:
     return state.float() if scale is None else codes.decode(state, scale)
 
 
-def _write(operands: Operands, name: str, x: Tensor, step: int, stream: int) -> None:
+def _overwrite(targets: tuple[Tensor, ...], values: tuple[Tensor, ...], step: Tensor) -> None:
+    """Unless the step is 0."""
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(torch.where(step == 0, target, value.view_as(target)))
+
+
+def _write(operands: Operands, name: str, x: Tensor, step: Tensor, stream: int) -> None:
     target, scale = getattr(operands, name), getattr(operands, f"{name}_scale", None)
     if scale is not None:
-        for half, value in zip((target, scale), codes.encode(x, target.dtype), strict=True):
-            half.copy_(value.view_as(half))
+        _overwrite((target, scale), codes.encode(x, target.dtype), step)
     elif operands.random_key is not None and target.dtype == torch.bfloat16:
         bits = random_bits(operands.random_key, step, stream, operands.place.indices(x.numel(), x.device))
-        target.copy_(round_stochastically(x, bits.view(x.shape)))
+        _overwrite((target,), (round_stochastically(x, bits.view(x.shape)),), step)
     else:
-        target.copy_(round_to(x, target.dtype))
+        _overwrite((target,), (round_to(x, target.dtype),), step)
 
 
 def grad_stats(grad: Tensor, delta: Tensor | None) -> Tensor:

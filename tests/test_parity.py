@@ -128,7 +128,7 @@ def test_stores_round_as_torch_casts(name: str, dtype: torch.dtype, fraction: fl
     operands = Operands(values.clone(), torch.zeros(len(values)), torch.ones(len(values)), delta)
     problem = Problem([operands], [values.new_zeros(len(values))])
     problem = problem.each(lambda t: t.to(DEVICE))
-    step = {"grad_coef": 1.0, "decay": 1.0, "delta_step": 1.0, "eps": 1.0}
+    step = {"grad_coef": 1.0, "decay": 1.0, "delta_step": 1.0, "eps": 1.0, "step": 1.0}
     row = torch.tensor([[step.get(field, 0.0) for field in Coefficients._fields]], device=DEVICE)
     backends.load(name).update(problem.plan(), row, with_delta=True)
     assert_same_bits([problem.operands[0].param], [(values.float() + delta).to(dtype).to(DEVICE)])

@@ -171,6 +171,7 @@ DRIFT_HD void update_block(const Stored<Param, Grad, int8_state, Delta>& stored,
 template <class Param, class Grad, class State, class Delta>
 DRIFT_HD void update_chunk(const Row& row, uint64_t grad, const Coefficients& coefficients, int64_t begin,
                            int64_t end) {
+  if (coefficients.step == 0) return;
   constexpr bool kPrepares =
       kStochastic<Param> || kStochastic<State> || kCoded<Delta> || std::is_same_v<State, int8_state>;
   constexpr int64_t kBlock = kPrepares ? kPrepared : kChunk;

@@ -176,6 +176,7 @@ DRIFT_HD void update_block(const Launch& launch, int64_t block, [[maybe_unused]]
   const Chunk chunk = find_chunk(launch, block);
   const Row& row = launch.rows[chunk.row];
   const Coefficients c = launch.coefficients[chunk.row];
+  if (c.step == 0) return;
   const RandomBits random = random_bits(row, c);
   const auto stored =
       Stored<Param, Grad, State, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);

@@ -38,8 +38,8 @@ class Backend(Protocol):
         """
 
     def update(self, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
-        """One pass: `reference.drift_adamw_` on every tensor, with row t of `coefficients` (float32 [n, 11] on the
-        plan's device, the fields of `Coefficients`) for tensor t."""
+        """One pass: `reference.drift_adamw_` on every tensor, with row t of `coefficients` (float32 [n, 12] on the
+        plan's device, the fields of `Coefficients`) for tensor t. Where the row's step is 0, nothing is written."""
 
     def bias(self, plan: Plan, coefficients: Tensor) -> None:
         """`reference.bias_` on every gradient, in place, with such coefficients; the plan has deltas, and no states are

@@ -302,6 +302,8 @@ def _update_chunk(
     numel, first_chunk = row[8:10]
     grad = tl.load(grads + tensor)
     c = _fields(coefficients, tensor, 12)
+    if c[11] == 0:  # the step is not taken
+        return
     together = param | grad | exp_avg | exp_avg_sq
     if delta_dtype is not None:
         together |= delta
