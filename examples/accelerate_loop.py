@@ -29,9 +29,8 @@ def train(
     """The fine-tuned model; `options` are FusedDriftAdamW's."""
     accelerator = Accelerator(cpu=True)
     model = tiny.base_model()
-    optimizer = FusedDriftAdamW(
-        named_groups(model), lr=tiny.LR, prior=prior, **{"max_grad_norm": 1.0, **options}
-    )
+    options = {"alpha": tiny.ALPHA, "max_grad_norm": 1.0, **options}
+    optimizer = FusedDriftAdamW(named_groups(model), lr=tiny.LR, prior=prior, **options)
     lr_schedule = CosineAnnealingLR(optimizer, steps)
     rows = [tiny.encoded(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)]
     loader = DataLoader(rows, batch_size=tiny.BATCH_SIZE)
@@ -55,7 +54,7 @@ def train(
             if accelerator.sync_gradients:  # Accelerate's wrappers look at it themselves
                 alpha_schedule.step()
             optimizer.zero_grad()
-        if step == steps:
+        if step % 30 == 0:
             accelerator.log(step_figures(optimizer), step)
         if step == stop_after:
             accelerator.save_state(str(folder))

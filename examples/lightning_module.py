@@ -29,7 +29,7 @@ class FineTuning(LightningModule):
     def __init__(self, prior: tiny.Prior | None, steps: int, **options: Any) -> None:
         super().__init__()
         self.model = tiny.base_model().train()
-        self.prior, self.steps, self.options = prior, steps, options
+        self.prior, self.steps, self.options = prior, steps, {"alpha": tiny.ALPHA, **options}
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         return self.model(**batch).loss
@@ -45,7 +45,7 @@ class FineTuning(LightningModule):
         scheduler.step()  # Lightning asks for this hook where a schedule is not one of torch's
 
     def on_train_batch_end(self, *args: Any) -> None:
-        if self.trainer.global_step == self.steps:
+        if self.trainer.global_step % 30 == 0:
             self.log_dict(step_figures(self.optimizers()))
 
 

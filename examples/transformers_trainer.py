@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from drift_kernels import linear_anneal
@@ -25,6 +25,9 @@ class StopAfter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             control.should_save = control.should_training_stop = True
+
+
+OPTIONS = {"alpha": tiny.ALPHA, "max_grad_norm": 1.0}
 
 
 def build(
@@ -46,13 +49,15 @@ def build(
         disable_tqdm=True,
         use_cpu=True,
     )
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=[tiny.encoded(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)],
-        optimizer_cls_and_kwargs=drift_adamw(args, model, prior=prior, **{"max_grad_norm": 1.0, **options}),
+        optimizer_cls_and_kwargs=drift_adamw(args, model, prior=prior, **{**OPTIONS, **options}),
         callbacks=[DriftCallback(linear_anneal(steps)), StopAfter(stop_after)],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **options: Any) -> Any:
@@ -62,7 +67,16 @@ def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **opt
     return trainer.model
 
 
+def figures(trainer: Trainer) -> list[dict[str, float]]:
+    """The prior's figures in the first and the last log entry of the training."""
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{key: round(value, 3) for key, value in entries[i].items() if "prior/" in key} for i in (0, -1)]
+
+
 if __name__ == "__main__":
     tiny.quiet()
     with TemporaryDirectory() as folder:
         tiny.show(partial(train, folder=Path(folder)))
+        trainer = build(tiny.expert_prior(), Path(folder))
+        trainer.train()
+        print("What DriftCallback adds to the logs, first and last:", *figures(trainer), sep="\n")

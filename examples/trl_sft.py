@@ -7,7 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
+from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -15,7 +16,7 @@ from drift_kernels import linear_anneal
 from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
 
 from . import tiny
-from .transformers_trainer import StopAfter
+from .transformers_trainer import OPTIONS, StopAfter, figures
 
 
 def build(
@@ -37,17 +38,18 @@ def build(
         disable_tqdm=True,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
     )
     texts = [tiny.text(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)]
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=args,
         processing_class=tiny.tokenizer(),
         train_dataset=Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in texts]),
-        optimizer_cls_and_kwargs=drift_adamw(args, model, prior=prior, **{"max_grad_norm": 1.0, **options}),
+        optimizer_cls_and_kwargs=drift_adamw(args, model, prior=prior, **{**OPTIONS, **options}),
         callbacks=[DriftCallback(linear_anneal(steps)), StopAfter(stop_after)],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **options: Any) -> Any:
@@ -59,5 +61,9 @@ def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **opt
 
 if __name__ == "__main__":
     tiny.quiet()
+    disable_progress_bars()
     with TemporaryDirectory() as folder:
         tiny.show(partial(train, folder=Path(folder)))
+        trainer = build(tiny.expert_prior(), Path(folder))
+        trainer.train()
+        print("What DriftCallback adds to the logs, first and last:", *figures(trainer), sep="\n")

@@ -17,9 +17,7 @@ from .report import step_figures, unwrap_optimizer
 logger = logging.getLogger("drift_kernels")
 
 
-def drift_adamw(
-    args: TrainingArguments, model: nn.Module | None = None, **options: Any
-) -> tuple[Any, dict[str, Any]]:
+def drift_adamw(args: TrainingArguments, model: nn.Module | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes, for a FusedDriftAdamW whose parameters have their names.
 
     lr, betas, eps and weight_decay are those of `args`, and as with the Trainer's own optimizers biases and norms do
@@ -84,9 +82,7 @@ class DriftCallback(TrainerCallback):
             self._schedule = AlphaScheduler(drift, self.alpha_lambda)
             self._schedule.load_state_dict({**self._schedule.state_dict(), "last_epoch": state.global_step})
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._schedule is not None:
             self._schedule.step()
 
