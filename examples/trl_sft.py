@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,6 +63,7 @@ def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **opt
 if __name__ == "__main__":
     tiny.quiet()
     disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)  # of how TRL calls transformers
     with TemporaryDirectory() as folder:
         tiny.show(partial(train, folder=Path(folder)))
         trainer = build(tiny.expert_prior(), Path(folder))
