@@ -44,6 +44,7 @@ LAYERS = {
     "gradients": {"backends", "bias", "binding", "prior"},
     "hooks": {"backends", "bias", "binding", "errors", "sharding"},
     "cli": {"prior", "errors"},
+    "integrations": {"optimizer", "prior", "schedule"},
 }  # fmt: skip
 
 
@@ -68,8 +69,9 @@ def test_nothing_imports_upward() -> None:
             assert imported_modules(path) - {module} <= LAYERS[module], path.name
 
 
-def test_importing_the_package_imports_neither_triton_nor_matplotlib() -> None:
-    code = "import sys, drift_kernels; print([m for m in ('triton', 'matplotlib', 'transformers') if m in sys.modules])"
+def test_importing_the_package_imports_no_triton_matplotlib_or_trainer() -> None:
+    unwanted = {"triton", "matplotlib", "transformers", "accelerate", "lightning"}
+    code = f"import sys, drift_kernels.integrations; print([m for m in {unwanted} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 

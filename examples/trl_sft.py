@@ -1,0 +1,71 @@
+"""TRL's SFTTrainer: as transformers' Trainer; it tokenizes, and takes the loss of the completions alone."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset, disable_progress_bars
+from transformers import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from drift_kernels import linear_anneal
+from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
+
+from . import tiny
+from .transformers_trainer import OPTIONS, StopAfter, figures
+
+
+def build(
+    prior: tiny.Prior | None, folder: Path, steps: int = tiny.STEPS, stop_after: int | None = None, **options: Any
+) -> SFTTrainer:
+    """An SFTTrainer; `options` are FusedDriftAdamW's."""
+    model = tiny.base_model()
+    args = SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=tiny.BATCH_SIZE,
+        learning_rate=tiny.LR,
+        lr_scheduler_type="cosine",
+        max_grad_norm=0,  # the optimizer clips the biased gradient
+        logging_steps=max(1, steps // 4),
+        save_strategy="no",
+        report_to="none",
+        log_level="error",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+    )
+    texts = [tiny.text(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)]
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        processing_class=tiny.tokenizer(),
+        train_dataset=Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in texts]),
+        optimizer_cls_and_kwargs=drift_adamw(args, model, prior=prior, **{**OPTIONS, **options}),
+        callbacks=[DriftCallback(linear_anneal(steps)), StopAfter(stop_after)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **options: Any) -> Any:
+    """The fine-tuned model."""
+    trainer = build(prior, folder, **options)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if resume else None)
+    return trainer.model
+
+
+if __name__ == "__main__":
+    tiny.quiet()
+    disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)  # of how TRL calls transformers
+    with TemporaryDirectory() as folder:
+        tiny.show(partial(train, folder=Path(folder)))
+        trainer = build(tiny.expert_prior(), Path(folder))
+        trainer.train()
+        print("What DriftCallback adds to the logs, first and last:", *figures(trainer), sep="\n")
