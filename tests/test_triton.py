@@ -83,6 +83,15 @@ def test_grad_stats_reads_16_bytes_at_a_time(kernels: Kernels) -> None:
         assert wide % sum(sizes) == 0, name
 
 
+def test_the_bias_moves_16_bytes_at_a_time(kernels: Kernels) -> None:
+    """Likewise."""
+    for name, sizes, sass in opcodes(kernels, "_bias_chunk"):
+        wide, stores = sass.get("LDG.E.128", 0), sass.get("STG.E.128", 0)
+        assert wide > 0, name
+        assert wide % sum(sizes) == 0, name
+        assert stores * sum(sizes) == wide * sizes[0], name
+
+
 def test_codes_move_8_bytes_at_a_time_or_one(kernels: Kernels) -> None:
     """Eight elements a thread on the aligned path, of both states and the delta."""
     for name, facts in kernels.items():
@@ -108,7 +117,9 @@ def test_every_operation_is_rounded_by_itself(arch: int, kernels: Kernels) -> No
         pytest.skip(reason)
     for name, facts in kernels.items():
         sass, ptx = facts["sass"], facts["ptx"]
-        if name.startswith("_update_chunk"):
+        if name.startswith("_bias_chunk"):
+            assert_nothing_was_contracted(name, sass, ptx)
+        elif name.startswith("_update_chunk"):
             assert_nothing_was_contracted(name, sass, ptx)
             assert ptx["div.rn.f32"] >= 12, name  # eight and four elements
             assert ptx["sqrt.rn.f32"] >= (24 if "int8" in name else 12), name
