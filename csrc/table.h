@@ -13,7 +13,10 @@ struct Place {
   int64_t width;
   int64_t pitch;
 
-  DRIFT_HD int64_t whole_index(int64_t i) const { return origin + i + (width == 0 ? 0 : i / width * (pitch - width)); }
+  DRIFT_HD int64_t whole_index(int64_t i) const {
+    const uint64_t runs = width == 0 ? 0 : static_cast<uint64_t>(i) / static_cast<uint64_t>(width);
+    return origin + i + static_cast<int64_t>(runs) * (pitch - width);
+  }
 
   // Whether eight elements from a multiple of eight on are so in the whole tensor too.
   DRIFT_HD bool keeps_eights() const { return ((origin | width | pitch) & 7) == 0; }
