@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from drift_kernels import FusedDriftAdamW, PriorFormatError, build_prior
+from drift_kernels import FusedDriftAdamW, GradientBias, PriorFormatError, build_prior
 from drift_kernels.coefficients import SCALINGS
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
 from drift_kernels.prior.files import TensorFile
@@ -228,6 +228,30 @@ def test_a_damaged_prior_is_found_by_all_ranks(tmp_path: Path) -> None:
 
 
 # Gradients, checks, failures
+
+
+def biased(mesh: Any, scaling: str) -> dict[str, Tensor]:
+    run = Run(mesh, (Shard(0),))
+    bias = GradientBias(run.params.items(), make_prior(), alpha=0.3, scaling=scaling)
+    for step in range(3):
+        for name, grad in values(100 + step, BF16).items():
+            run.params[name].grad = run.sharded(grad)  # type: ignore[assignment]
+        bias.apply_()
+    return {name: whole(param.grad) for name, param in run.params.items() if param.grad is not None}
+
+
+def biased_on_ranks(scaling: str) -> dict[str, Tensor]:
+    return biased(init_device_mesh("cpu", (2,)), scaling)
+
+
+@pytest.mark.parametrize("scaling", ["absolute", "gradnorm"])
+def test_gradients_alone_are_biased_as_in_one_process(scaling: str, tmp_path: Path) -> None:
+    """To a unit of bfloat16's last place where c follows from sums."""
+    expected = biased(None, scaling)
+    for found in ranks.run(biased_on_ranks, 2, tmp_path, scaling):
+        for name, grad in found.items():
+            tolerance = 0.0 if scaling == "absolute" else 2.0**-7
+            torch.testing.assert_close(grad, expected[name], rtol=tolerance, atol=0, msg=name)
 
 
 def partial_gradient() -> Tensor:
