@@ -20,11 +20,10 @@ from .eager import not_compiled
 from .errors import PriorError
 from .groups import FINGERPRINT, SEED, check_capture, check_grad, check_param, check_seed, hyperparameters
 from .inspection import Inspection
-from .lossless import WHOLE, Place
 from .masters import Masters
 from .precision import Precision, float32_state
 from .prior import Prior
-from .sharding import Shard, local, local_pairs
+from .sharding import Shard, local, local_pairs, place_of
 from .state import check_state_dict, only_asks_for_states, restore_states
 
 
@@ -278,7 +277,7 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
         self._check(grads)
         resolved = {p.device: backends.resolve(self.backend, p.device) for _, p in (named[i] for i, _ in present)}
         parts = {i: (named[i][0], local(named[i][1]), Shard.of(named[i][1])) for i, _ in present}
-        places = {i: WHOLE if shard is None else self._place(name, shard) for i, (name, _, shard) in parts.items()}
+        places = {i: place_of(name, shard, self.precision.stochastic) for i, (name, _, shard) in parts.items()}
         bounds: dict[int, BoundDelta | None] = {}
         if self._binding is not None:
             self._binding.check(named)
@@ -297,15 +296,6 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
             DeviceBatch(device, members, steps_device, resolved[device])
             for (device, steps_device), members in slots.items()
         ]
-
-    def _place(self, name: str, shard: Shard) -> Place:
-        """Where a shard draws its random bits, if it does."""
-        if shard.place is None and self.precision.stochastic:
-            raise ValueError(
-                f"parameter {name} of shape {shard.shape} is sharded in more than one of its inner dimensions, which "
-                "rounding='stochastic' does not support"
-            )
-        return shard.place or WHOLE
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The state of a parameter, zeros at its first step."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .lossless import Place
+from .lossless import WHOLE, Place
 
 _local_tensor = attrgetter("_local_tensor")  # to_local() would make a new object in every call
 _spec = attrgetter("_spec")
@@ -140,6 +140,17 @@ class Shard:
             return None
         inner = cut[-1]
         return Place(origin, sizes[inner] * strides[inner], self.shape[inner] * strides[inner])
+
+
+def place_of(name: str, shard: Shard | None, needed: bool) -> Place:
+    """Where a parameter draws its random bits. Raises ValueError, naming it, if they are needed and it cannot."""
+    place = WHOLE if shard is None else shard.place
+    if shard is not None and place is None and needed:
+        raise ValueError(
+            f"parameter {name} of shape {shard.shape} is sharded in more than one of its inner dimensions, which "
+            "rounding='stochastic' does not support"
+        )
+    return place or WHOLE
 
 
 class Reduction:

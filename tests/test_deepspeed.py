@@ -1,4 +1,4 @@
-"""attach_prior under DeepSpeed's ZeRO 1 and 2, on its CPU accelerator. `pip install 'drift_kernels[deepspeed]'` first."""
+"""attach_prior under DeepSpeed's ZeRO 1 and 2, on its CPU accelerator."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ LAYERS = {
     "state": {"errors", "groups", "precision", "sharding"},
     "optimizer": {
         "backends", "backward", "batch", "binding", "coefficients", "eager", "errors", "groups", "inspection",
-        "lossless", "masters", "precision", "prior", "sharding", "state",
+        "masters", "precision", "prior", "sharding", "state",
     },
     "bias": {"backends", "binding", "coefficients", "errors", "groups", "plan", "sharding"},
     "gradients": {"backends", "bias", "binding", "prior"},

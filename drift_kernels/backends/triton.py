@@ -14,8 +14,9 @@ from ..coefficients import Coefficients
 from ..plan import CHUNK, ROW_FIELDS, Plan, dtype_name
 from . import triton_kernels as kernels
 from .triton_bias import _bias_chunk
+from .triton_jit import missing
 
-if kernels.missing is None:
+if missing is None:
     import triton
     import triton.language as tl
 
@@ -40,8 +41,8 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def unavailable(device: torch.device) -> str | None:
-    if kernels.missing is not None:
-        return kernels.missing
+    if missing is not None:
+        return missing
     # TRITON_INTERPRET counts where `triton.jit` is called; for Triton's own functions, when Triton is imported.
     compiled = [isinstance(function, triton.JITFunction) for function in (tl.sum, kernels._update_chunk)]
     if device.type == "cpu":

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from .triton_kernels import _fields, _jit, _load, _load_delta, _pointer, _span, _store, missing
+from .triton_jit import _jit, missing
+from .triton_kernels import _fields, _load, _load_delta, _pointer, _span, _store
 
 if missing is None:
     import triton.language as tl

@@ -1,0 +1,23 @@
+"""Triton, where it is installed, for the modules of kernels."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import inspect
+
+try:
+    import triton
+except ImportError as error:
+    triton = None
+    missing: str | None = f"Triton cannot be imported ({error})"
+else:
+    missing = None
+
+
+def _jit(function):
+    """`triton.jit` that specialises on no argument; without Triton the function itself, which nobody will launch."""
+    if triton is None:
+        return function
+    arguments = [name for name in inspect.signature(function).parameters if name not in function.__annotations__]
+    return triton.jit(function, do_not_specialize=arguments)
