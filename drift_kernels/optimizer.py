@@ -42,8 +42,8 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
 
     Args:
         params: parameters, or groups of them, as `torch.optim.AdamW` takes; named ones (`model.named_parameters()`)
-            with a prior. Each contiguous, float32, bfloat16 or float16, its gradient of its own dtype or float32; DTensors
-            too (docs/distributed.md).
+            with a prior. Each contiguous, float32, bfloat16 or float16, its gradient of its own dtype or float32;
+            DTensors too (docs/distributed.md).
         lr: learning rate, a number or a tensor of one element.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
