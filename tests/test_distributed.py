@@ -141,6 +141,34 @@ def test_fully_shard_over_tensor_parallel(tmp_path: Path) -> None:
             assert (params[name] - param).norm() <= 1e-5 * param.norm(), name
 
 
+def scaled() -> tuple[dict[str, Tensor], list[float]]:
+    """Of four steps under a GradScaler, one rank's shard of a gradient is infinite in the second."""
+    model = fsdp_model()
+    optimizer = FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior=make_prior(), prior_scaling="absolute")
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    for step in range(4):
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 1 and dist.get_rank() == 1:
+            local(next(model.parameters()).grad)[0, 0] = float("inf")  # type: ignore[arg-type, index]
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    steps = [state["step"].item() for state in optimizer.state.values()]
+    return {name: whole(param.detach()) for name, param in model.named_parameters()}, steps
+
+
+def test_an_infinity_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior=make_prior(), prior_scaling="absolute")
+    for step in (0, 2, 3):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for params, steps in ranks.run(scaled, 2, tmp_path):
+        assert set(steps) == {3.0}
+        agree(params, dict(model.named_parameters()))
+
+
 def accelerated() -> dict[str, Tensor]:
     """As Accelerate does it under FSDP2: the optimizer is built first, then the parameters are replaced by shards.
 
