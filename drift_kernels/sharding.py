@@ -86,7 +86,7 @@ def part_for(target: Tensor, value: Tensor) -> Tensor:
 
 
 def keeps_blocks(param: Any, size: int) -> bool:
-    """Whether the blocks of `size` elements of a DTensor, row by row, are whole on every rank, in any such mesh."""
+    """Whether each rank holds whole blocks of `size` elements of a DTensor, counted row by row."""
     if param.dim() < 2 or param.shape[-1] % size:
         return False
     last = param.dim() - 1

@@ -113,13 +113,15 @@ def test_fully_shard_has_the_bits_of_one_process(options: dict[str, Any], tmp_pa
         assert report["prior"] == pytest.approx(2, rel=0.02)
 
 
-def tensor_parallel_run() -> dict[str, Tensor]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+def tensor_parallel_run(data: int) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (data, 2), mesh_dim_names=("data", "tensor"))
     model = make_model(torch.float32)
     for layer in list(model)[:3]:
         parallelize_module(layer, mesh["tensor"], {"up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()})
-        fully_shard(layer, mesh=mesh["data"])
-    fully_shard(model, mesh=mesh["data"])
+        if data > 1:
+            fully_shard(layer, mesh=mesh["data"])
+    if data > 1:
+        fully_shard(model, mesh=mesh["data"])
     optimizer = FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior=make_prior(), max_grad_norm=1.0)
     for step in range(STEPS):
         loss_of(model, step, torch.float32).backward()
@@ -128,7 +130,8 @@ def tensor_parallel_run() -> dict[str, Tensor]:
     return {name: whole(param.detach()) for name, param in model.named_parameters()}
 
 
-def test_fully_shard_over_tensor_parallel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [1, 2])
+def test_tensor_parallelism_with_and_without_fully_shard(data: int, tmp_path: Path) -> None:
     """The sums of the products over ranks differ in their order from those of one process: to 1e-5 of the norm."""
     model = make_model(torch.float32)
     optimizer = FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior=make_prior(), max_grad_norm=1.0)
@@ -136,7 +139,7 @@ def test_fully_shard_over_tensor_parallel(tmp_path: Path) -> None:
         loss_of(model, step, torch.float32).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for params in ranks.run(tensor_parallel_run, 4, tmp_path):
+    for params in ranks.run(tensor_parallel_run, 2 * data, tmp_path, data):
         for name, param in model.named_parameters():
             assert (params[name] - param).norm() <= 1e-5 * param.norm(), name
 
