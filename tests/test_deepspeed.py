@@ -9,8 +9,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_distributed import STEPS, loss_of, make_model, make_prior
 from torch import Tensor, nn
+from training import STEPS, loss_of, make_model, make_prior
 
 from drift_kernels import attach_prior
 
