@@ -35,7 +35,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy 'transformers$(TRANSFORMERS)'
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint,examples,triton]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint,examples,triton]' 'transformers$(TRANSFORMERS)'
 	touch $@
 
 clean:
