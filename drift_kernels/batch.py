@@ -37,13 +37,11 @@ class Slot:
 
     @property
     def operands(self) -> Operands:
-        tensors: dict[str, Any] = {name: local(self.state[key]) for name, key in self._own_states()}
+        state = self.state
+        tensors: dict[str, Any] = {name: local(state[key]) for name, key in OPERAND_STATES.items() if key in state}
         if self.bound is not None:
             tensors |= {"delta": self.bound.delta, "delta_scale": self.bound.delta_scale}
         return Operands(self.param, **tensors, random_key=self.random_key, place=self.place)
-
-    def _own_states(self) -> list[tuple[str, str]]:
-        return [(name, key) for name, key in OPERAND_STATES.items() if key in self.state]
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -103,7 +101,8 @@ class DeviceBatch:
             [0.0 if bound is None else bound.delta_norm for bound in bounds],
             [0.0 if bound is None else bound.param_norm for bound in bounds],
         )
-        self.biased_rows = torch.tensor([t for t, bound in enumerate(bounds) if bound is not None], device=device)
+        biased = [t for t, bound in enumerate(bounds) if bound is not None]
+        self.biased_rows = torch.tensor(biased, dtype=torch.int64, device=device)
         self._reduction = Reduction([slot.shard for slot in self.slots])
         self._groups: dict[int, Hyperparameters] = {}
         self._places = self._first_addresses()
@@ -158,17 +157,16 @@ class DeviceBatch:
 
     def bias(self, groups: list[Hyperparameters], all_stats: bool) -> Tensor:
         """The prior's coefficients, float64 [n], after the gradient statistics that they need (or those of all)."""
-        any_stats = False
-        if self._reduction:
-            self.coefficients.stats.zero_()  # of what is not computed below, no sums of sums
-        for launch in self.launches:
-            if all_stats or launch.needs_stats(groups):
-                out = self.coefficients.stats[launch.rows]
-                self.backend.grad_stats(launch.plan, out, with_delta=launch.biased(groups, decoupled=False))
-                any_stats = True
-        if any_stats:
-            self._reduction.sum_(self.coefficients.stats)
-        return self.coefficients.bias(any_stats)
+        measured = [launch for launch in self.launches if all_stats or launch.needs_stats(groups)]
+        if measured:
+            stats = self.coefficients.stats
+            if len(measured) < len(self.launches):
+                stats.zero_()  # what is not measured now, or ranks would add up what they added up before
+            for launch in measured:
+                with_delta = launch.biased(groups, decoupled=False)
+                self.backend.grad_stats(launch.plan, stats[launch.rows], with_delta=with_delta)
+            self._reduction.sum_(stats)
+        return self.coefficients.bias(bool(measured))
 
     def update(self, groups: list[Hyperparameters]) -> None:
         for launch in self.launches:

@@ -35,8 +35,8 @@ class BoundDelta:
 class PriorBinding:
     """A prior matched to named parameters.
 
-    Names and shapes are checked by `check`, at once; data is loaded by `bind`, since FSDP2,
-    Accelerate and device moves replace parameters between the two.
+    Names and shapes are checked by `check`, at once; data is loaded by `bind`, since FSDP2, Accelerate and device moves
+    replace parameters between the two.
     """
 
     def __init__(self, prior: Prior, on_host: bool = False) -> None:

@@ -54,8 +54,7 @@ class Inspection:
         vectors = [(getattr(batch.coefficients, attribute), batch.biased_rows) for batch in self._batches]
         if not vectors or any(vector is None for vector, _ in vectors):
             return None
-        # Rows that are none have no dtype of an index.
-        return torch.cat([vector[rows.long()].to(vectors[0][0].device) for vector, rows in vectors])
+        return torch.cat([vector[rows].to(vectors[0][0].device) for vector, rows in vectors])
 
     def memory_report(self) -> dict[str, float]:
         """Bytes per parameter of what the last step worked on, by kind and in all ("total"), without the gradients.

@@ -28,10 +28,7 @@ class RandomBlock {
       // Word by word, so that each round is vectorised over the calls.
       uint32_t x[4][kCalls];
       for (int call = 0; call < kCalls; ++call) {
-        const int64_t index = begin + 8 * call;
-        const int64_t whole =
-            random.place->width == 0 ? random.place->origin + index : random.place->whole_index(index);
-        const Philox counter = random.counter(stream, whole >> 3);
+        const Philox counter = random.counter(stream, random.place->whole_index(begin + 8 * call) >> 3);
         for (int word = 0; word < 4; ++word) x[word][call] = counter.words[word];
       }
       for (int round = 0; round < kPhiloxRounds; ++round) {

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..coefficients import Coefficients
-from ..plan import CHUNK, ROW_FIELDS, Plan, dtype_name
+from ..plan import CHUNK, Plan, dtype_name
 from . import triton_kernels as kernels
 from .triton_bias import _bias_chunk
 from .triton_jit import missing
@@ -106,5 +105,4 @@ def bias(plan: Plan, coefficients: Tensor) -> None:
     if plan.chunk_count:
         with _on(plan.device):
             bias_chunk = _bias_chunk[(plan.chunk_count,)]
-            sizes = len(ROW_FIELDS), len(Coefficients._fields), CHUNK, BIAS_BLOCK
-            bias_chunk(*addresses, coefficients, grad_dtype, delta_dtype, *sizes, **OPTIONS)
+            bias_chunk(*addresses, coefficients, grad_dtype, delta_dtype, CHUNK, BIAS_BLOCK, **OPTIONS)

@@ -42,15 +42,13 @@ def _bias_chunk(
     coefficients,
     grad_dtype: tl.constexpr,
     delta_dtype: tl.constexpr,
-    row_fields: tl.constexpr,
-    coefficient_fields: tl.constexpr,
     chunk_size: tl.constexpr,
     block: tl.constexpr,
 ):
     tensor = tl.load(chunk_tensor + tl.program_id(0)).to(tl.int64)
-    delta, delta_scale, numel, first_chunk = _fields(table, tensor, row_fields)[6:10]
+    delta, delta_scale, numel, first_chunk = _fields(table, tensor, 14)[6:10]
     grad = tl.load(grads + tensor)
-    delta_coef = tl.load(coefficients + tensor * coefficient_fields + 1)
+    delta_coef = _fields(coefficients, tensor, 12)[1]
     begin, middle, end = _span(numel, first_chunk, grad | delta, chunk_size, block)
     tensors = (grad, delta, delta_scale, delta_coef)
     _bias(*tensors, begin, middle, grad_dtype, delta_dtype, block, True)
