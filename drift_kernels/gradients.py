@@ -67,9 +67,7 @@ class GradientBias(BiasSettings):
         binding = PriorBinding.of(prior, prior_device)
         self.prior = binding.prior
         self.named_params = covered(named_params, binding)
-        if backend != "auto":
-            for device in {param.device for _, param in self.named_params}:
-                backends.resolve(backend, device)
+        backends.check_devices(backend, [param for _, param in self.named_params])
         self._biased = BiasedTogether(self.named_params, binding, backend)
 
     def apply_(self) -> BiasFigures:

@@ -97,7 +97,5 @@ def attach_prior(
             raise TypeError(f"parameter {name} is a DTensor, for which there are no hooks: use GradientBias")
     if not named:
         raise PriorMismatchError("no parameter that the prior covers requires gradients")
-    if backend != "auto":
-        for device in {param.device for _, param in named}:
-            backends.resolve(backend, device)
+    backends.check_devices(backend, [param for _, param in named])
     return PriorHooks(named, binding, settings, backend)

@@ -2,7 +2,8 @@
 
 Importing this module registers `torch.ops.drift_kernels.update` and `torch.ops.drift_kernels.grad_stats`. A call is one
 launch: n tensors of one device, and of one combination of dtypes. A list of codes (`codes.py`) is followed by their
-scales: n tensors of int8, uint8 or float8_e4m3fn, then n of float32 [blocks]. `FusedDriftAdamW` does not need them.
+scales: n tensors of int8, uint8 or float8_e4m3fn, then n of float32, [blocks] or of `codes.scale_shape`.
+`FusedDriftAdamW` does not need them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .codes import blocks
+from .codes import blocks, scale_shape
 from .coefficients import Coefficients
 from .plan import Operands, Plan
 
@@ -50,7 +51,11 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
         if scales:
             raise ValueError(f"{name} must have {n} tensors where they are {values[0].dtype}, got {len(tensors)}")
         return [(value, None) for value in values]
-    _uniform(f"the scales of {name}", scales, [(blocks(t.numel()),) for t in like], device)
+    # Of the shape that FusedDriftAdamW's states have, or flat.
+    shapes = [scale_shape(tuple(t.shape)) for t in like]
+    if [tuple(scale.shape) for scale in scales] != shapes:
+        shapes = [(blocks(t.numel()),) for t in like]
+    _uniform(f"the scales of {name}", scales, shapes, device)
     _expect(f"the scales of {name}", scales[0].dtype, (torch.float32,))
     return list(zip(values, scales, strict=True))
 

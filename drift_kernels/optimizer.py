@@ -136,9 +136,7 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
             FINGERPRINT: self.prior_fingerprint,
         }
         super().__init__(params, defaults)
-        if backend != "auto":
-            for device in {p.device for p in self._params()}:
-                backends.resolve(backend, device)
+        backends.check_devices(backend, self._params())
         if self._binding is not None:
             self._binding.check(self._named_params())
 

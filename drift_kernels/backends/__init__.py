@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterable
 from functools import cache
 from typing import Protocol, cast
 
@@ -54,6 +55,13 @@ def check_name(name: str) -> None:
     """Raises ValueError if no backend is called `name`."""
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, got {name!r}")
+
+
+def check_devices(name: str, tensors: Iterable[Tensor]) -> None:
+    """Raises BackendUnavailableError if a backend that is asked for by name cannot run where these are."""
+    if name != "auto":
+        for device in {tensor.device for tensor in tensors}:
+            resolve(name, device)
 
 
 @cache
