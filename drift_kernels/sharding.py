@@ -77,7 +77,10 @@ def wrap(tensor: Tensor, like: Any, shape: Sequence[int] | None = None) -> Tenso
 
 
 def part_for(target: Tensor, value: Tensor) -> Tensor:
-    """Of a saved tensor, whole or sharded, what this rank holds under the sharding of `target`."""
+    """Of a saved tensor, whole or sharded, what this rank holds under the sharding of `target`; int32 for int16, which
+    no collective moves."""
+    if is_sharded(value) and value.dtype == torch.int16:
+        value = value.to(torch.int32)
     if not is_sharded(target):
         return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
     if not is_sharded(value):

@@ -1,103 +1,48 @@
-"""The prior for any optimizer: GradientBias, bias_gradients_ and the hooks of attach_prior."""
+"""The prior for any optimizer, all gradients together: GradientBias and bias_gradients_."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import weakref
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from biasing import (
+    BACKENDS,
+    BF16,
+    DEVICE,
+    F16,
+    F32,
+    FREE,
+    SCALINGS,
+    SHAPES,
+    assert_same,
+    coefficient,
+    copies,
+    grads_of,
+    make_deltas,
+    make_params,
+    random_grads,
+    watched_loads,
+)
 from checkpoints import text_weights, write_checkpoint
-from torch import Tensor, nn
+from torch import nn
 
 from drift_kernels import (
     AlphaScheduler,
-    BackendUnavailableError,
     FusedDriftAdamW,
     GradientBias,
     Prior,
     PriorError,
     PriorMismatchError,
-    attach_prior,
-    backends,
     bias_gradients_,
     build_prior,
     linear_anneal,
 )
 from drift_kernels.prior.quantized import quantize
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = [name for name in backends.NAMES if backends.load(name).unavailable(DEVICE) is None]
-SCALINGS = ("absolute", "gradnorm", "adaptive_cosine")
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-SHAPES = {"layers.0.weight": (33, 65), "layers.0.bias": (33,), "norm.weight": (7,), "empty": (0, 4)}
-FREE = "vision.weight"  # not covered by the prior
-
-Params = dict[str, nn.Parameter]
-
-
-def make_params(dtype: torch.dtype = F32) -> Params:
-    shapes = {**SHAPES, FREE: (5, 3)}
-    return {name: nn.Parameter(torch.randn(shape, device=DEVICE).to(dtype)) for name, shape in shapes.items()}
-
-
-def make_deltas() -> dict[str, Tensor]:
-    return {name: torch.randn(shape, device=DEVICE) * 0.1 for name, shape in SHAPES.items()}
-
-
-def copies(params: Params) -> Params:
-    return {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
-
-
-def random_grads(*models: Params) -> dict[str, Tensor]:
-    """The same fresh gradients for every model, and once more."""
-    kept = {}
-    for name, p in models[0].items():
-        kept[name] = torch.randn(p.shape, device=DEVICE).to(p.dtype)
-        for params in models:
-            params[name].grad = kept[name].clone()
-    return kept
-
-
-def grads_of(params: Params) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
-
-
-def coefficient(grad: Tensor, delta: Tensor, alpha: float, scaling: str) -> float:
-    """c of the method as written, in float64."""
-    g, d = grad.double().flatten(), delta.double().flatten()
-    if scaling == "absolute":
-        return alpha
-    if not g.norm() or not d.norm():
-        return 0.0
-    cosine = float(g @ d / (g.norm() * d.norm()))
-    return alpha * float(g.norm() / d.norm()) * (1.0 if scaling == "gradnorm" else (1 + cosine) / 2)
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name in found:
-        assert torch.equal(found[name], expected[name]), name
-
-
-def watched_loads(monkeypatch: pytest.MonkeyPatch) -> dict[Prior, list[str]]:
-    """The names of the deltas that are loaded from now on."""
-    loaded: dict[Prior, list[str]] = defaultdict(list)
-    load = Prior.load_stored
-
-    def watched(prior: Prior, name: str, *args: Any, **options: Any) -> Any:
-        loaded[prior].append(name)
-        return load(prior, name, *args, **options)
-
-    monkeypatch.setattr(Prior, "load_stored", watched)
-    return loaded
-
 
 # GradientBias
 
@@ -303,196 +248,7 @@ def test_the_function_takes_what_is_loaded_once(prior: Any) -> None:
         bias_gradients_(make_params().items(), prior)
 
 
-# Hooks
-
-
-class Tied(nn.Module):
-    """A language model whose head is its embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(11, 8)
-        self.inner = nn.Linear(8, 8)
-        self.lm_head = nn.Linear(8, 11, bias=False)
-        self.lm_head.weight = self.embed_tokens.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.lm_head(torch.tanh(self.inner(self.embed_tokens(tokens))))
-
-    def loss(self) -> Tensor:
-        tokens = torch.randint(11, (6,), device=DEVICE)
-        return nn.functional.cross_entropy(self(tokens), tokens.roll(1))
-
-
-def two_models() -> tuple[Tied, Tied, dict[str, Tensor]]:
-    model = Tied().to(DEVICE)
-    deltas = {name: torch.randn_like(p) for name, p in model.named_parameters() if name != "inner.bias"}
-    return model, copy.deepcopy(model), deltas
-
-
-def backward(*models: Tied) -> None:
-    """Of the same loss in every model."""
-    state = torch.get_rng_state()
-    for model in models:
-        torch.set_rng_state(state)
-        model.loss().backward()
-
-
-def grads(model: nn.Module) -> dict[str, Tensor]:
-    return grads_of(dict(model.named_parameters()))
-
-
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_hooks_do_what_the_fused_form_does(scaling: str) -> None:
-    """Bit for bit, with tied weights, whose gradient is biased once and whole."""
-    hooked, plain, deltas = two_models()
-    handle = attach_prior(hooked, deltas, alpha=0.5, scaling=scaling)
-    bias = GradientBias(plain.named_parameters(), deltas, alpha=0.5, scaling=scaling)
-    assert handle.prior.fingerprint == bias.prior.fingerprint
-    for alpha in (0.5, 0.1, 0.0):
-        handle.alpha = bias.alpha = alpha
-        backward(hooked, plain)
-        assert bool(bias.apply_().names) == (alpha != 0)
-        assert_same(grads(hooked), grads(plain))
-        hooked.zero_grad()
-        plain.zero_grad()
-
-
-def test_hooks_load_deltas_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _, deltas = two_models()
-    loaded = watched_loads(monkeypatch)
-    handle = attach_prior(model, deltas)
-    for _ in range(3):
-        backward(model)
-    assert sorted(loaded[handle.prior]) == sorted(deltas)
-
-
-def test_hooks_under_accumulation() -> None:
-    """In each micro-batch, or paused in all but the last."""
-    each, paused, deltas = two_models()
-    plain = copy.deepcopy(each)
-    attach_prior(each, deltas, alpha=0.5, scaling="gradnorm")
-    handle = attach_prior(paused, deltas, alpha=0.5, scaling="gradnorm")
-    bias = GradientBias(plain.named_parameters(), deltas, alpha=0.5, scaling="gradnorm")
-    step_by_step = copy.deepcopy(plain)
-    bias_each = GradientBias(step_by_step.named_parameters(), deltas, alpha=0.5, scaling="gradnorm")
-    for micro_batch in range(3):
-        if micro_batch < 2:
-            with handle.paused():
-                state = torch.get_rng_state()
-                backward(paused)
-                torch.set_rng_state(state)
-        else:
-            state = torch.get_rng_state()
-            backward(paused)
-            torch.set_rng_state(state)
-        backward(each, plain, step_by_step)
-        bias_each.apply_()
-    bias.apply_()
-    assert_same(grads(paused), grads(plain))
-    assert_same(grads(each), grads(step_by_step))
-    assert not torch.equal(each.inner.weight.grad, plain.inner.weight.grad)
-
-
-def test_an_exception_ends_a_pause() -> None:
-    model, plain, deltas = two_models()
-    handle = attach_prior(model, deltas)
-    with pytest.raises(KeyError), handle.paused():
-        raise KeyError
-    backward(model, plain)
-    assert not torch.equal(model.inner.weight.grad, plain.inner.weight.grad)
-
-
-def test_hooks_are_removed() -> None:
-    model, plain, deltas = two_models()
-    handle = attach_prior(model, deltas)
-    handle.remove()
-    handle.remove()
-    backward(model, plain)
-    assert_same(grads(model), grads(plain))
-
-
-def test_a_hook_that_comes_later_sees_the_biased_gradient() -> None:
-    """An optimizer that steps in the backward pass, and frees the gradient."""
-    model, plain, deltas = two_models()
-    attach_prior(model, deltas, scaling="absolute")
-    seen: dict[str, Tensor] = {}
-
-    def take(name: str, p: Tensor) -> None:
-        seen[name] = p.grad
-        p.grad = None
-
-    for name, p in model.named_parameters():
-        p.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))
-    backward(model, plain)
-    for name, p in plain.named_parameters():
-        assert torch.equal(seen[name], p.grad - deltas.get(name, torch.zeros_like(p)))
-
-
-def test_frozen_parameters_get_no_hook() -> None:
-    model, plain, deltas = two_models()
-    for frozen in (model.embed_tokens.weight, plain.embed_tokens.weight):
-        frozen.requires_grad_(False)
-    attach_prior(model, deltas, scaling="absolute")
-    backward(model, plain)
-    assert torch.equal(model.inner.weight.grad, plain.inner.weight.grad - deltas["inner.weight"])
-    model.requires_grad_(False)
-    with pytest.raises(PriorMismatchError, match="no parameter that the prior covers requires gradients"):
-        attach_prior(model, deltas)
-
-
-def test_torch_adamw_under_hooks() -> None:
-    """As FusedDriftAdamW: the bound of the fused form, over 10 steps that feed back."""
-    hooked, fused, deltas = two_models()
-    attach_prior(hooked, deltas, alpha=0.1, scaling="absolute")
-    theirs = torch.optim.AdamW(hooked.parameters(), lr=1e-3)
-    ours = FusedDriftAdamW(fused.named_parameters(), lr=1e-3, prior=deltas, alpha=0.1, prior_scaling="absolute")
-    for _ in range(10):
-        backward(hooked, fused)
-        for optimizer in (theirs, ours):
-            optimizer.step()
-            optimizer.zero_grad()
-    for p, q in zip(hooked.parameters(), fused.parameters(), strict=True):
-        assert (p - q).abs().max() <= 1e-5 * p.abs().max().clamp(min=1.0)
-
-
 # Wrong inputs
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"scaling": "cosine"}, ValueError, "scaling must be one of absolute, gradnorm, adaptive_cosine, got 'cosine'"),
-        ({"scaling": "decoupled"}, ValueError, "got 'decoupled' .it moves parameters, not gradients"),
-        ({"alpha": math.nan}, ValueError, "alpha must be finite, got alpha=nan"),
-        ({"alpha": "much"}, TypeError, "alpha must be a number"),
-        ({"backend": "mkl"}, ValueError, "backend must be 'auto' or one of"),
-        ({"prior_device": "cuda"}, ValueError, "prior_device must be 'cpu'"),
-        ({"prior": 3}, TypeError, "prior must be a Prior, a path, or a mapping"),
-        ({"prior": {"other.weight": torch.ones(3)}}, PriorMismatchError, "no parameter matches"),
-        ({"prior": {"inner.weight": torch.ones(3)}}, PriorMismatchError, "inner.weight"),
-    ],
-)
-def test_arguments(options: dict[str, Any], error: type[Exception], words: str) -> None:
-    """Refused by both forms, and no hook is left behind."""
-    model, plain, deltas = two_models()
-    given = {"prior": deltas, **options}
-    prior = given.pop("prior")
-    with pytest.raises(error, match=words):
-        GradientBias(model.named_parameters(), prior, **given)
-    with pytest.raises(error, match=words):
-        attach_prior(model, prior, **given)
-    backward(model, plain)
-    assert_same(grads(model), grads(plain))
-
-
-def test_a_backend_that_cannot_run_here() -> None:
-    model, _, deltas = two_models()
-    name = "cpu" if DEVICE.type == "cuda" else "cuda"
-    for make in (lambda: GradientBias(model.named_parameters(), deltas, backend=name),
-                 lambda: attach_prior(model, deltas, backend=name)):  # fmt: skip
-        with pytest.raises(BackendUnavailableError):
-            make()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""What a rank holds of a tensor and reads of a prior: the right elements, a damaged one found, no more memory."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from drift_kernels import FusedDriftAdamW, PriorFormatError, build_prior
+from drift_kernels.prior import Prior, QuantizedDelta, quantize
+from drift_kernels.prior.files import TensorFile
+from drift_kernels.prior.prior import StoredDelta
+from drift_kernels.sharding import Shard as Part
+
+BF16, INT8 = torch.bfloat16, torch.int8
+
+
+# Parts of tensors
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[slice, ...]]:
+    """A shape and a part of it; many of its sizes are whole blocks of codes."""
+    sizes = st.sampled_from([1, 2, 3, 8, 64, 128, 256, 384])
+    shape = tuple(draw(st.lists(sizes, min_size=1, max_size=3)))
+    ends = [sorted(draw(st.tuples(*[st.integers(0, 8)] * 2))) for _ in shape]
+    return shape, tuple(slice(begin * n // 8, end * n // 8) for (begin, end), n in zip(ends, shape, strict=True))
+
+
+@given(boxes())
+def test_place_has_the_indices_of_a_part(case: tuple[tuple[int, ...], tuple[slice, ...]]) -> None:
+    shape, box = case
+    expected = torch.arange(math.prod(shape)).view(shape)[box].flatten()
+    place = Part(shape, box, ()).place
+    if place is None:
+        assert len(shape) > 2
+    else:
+        assert torch.equal(place.indices(expected.numel()), expected)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(boxes(), st.sampled_from([torch.float32, BF16, INT8, torch.float8_e4m3fn]))
+def test_a_part_of_a_delta_is_that_part_of_the_whole(
+    tmp_path: Path, case: tuple[tuple[int, ...], tuple[slice, ...]], dtype: torch.dtype
+) -> None:
+    """In memory and of a file, of which it reads no row beyond."""
+    shape, box = case
+    delta: Tensor | QuantizedDelta = torch.randn(shape)
+    delta = quantize(delta, dtype) if dtype.itemsize == 1 else delta.to(dtype)
+    tensors = {"w": delta} if isinstance(delta, Tensor) else {"w": delta.codes, "w.scales": delta.scales}
+    save_file(tensors, tmp_path / "w.safetensors")
+    stored = TensorFile.inspect(tmp_path / "w.safetensors").tensors
+    in_memory = Prior.from_mapping({"w": delta})
+    expected = in_memory.load("w")[box]
+    for part in (
+        in_memory.load_stored("w", box=box),
+        StoredDelta(stored["w"], stored.get("w.scales")).read(box),
+    ):
+        found = part.expand() if isinstance(part, QuantizedDelta) else part
+        assert found.is_contiguous()
+        assert torch.equal(found, expected)
+
+
+def damaged_prior(folder: Path) -> str:
+    """Of which each rank reads a part, whose norm alone tells it nothing."""
+    param = nn.Parameter(distribute_tensor(torch.zeros(64, 8), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    optimizer = FusedDriftAdamW([("layers.0.mlp.up_proj.weight", param)], prior=folder)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(PriorFormatError, match="is damaged: its norm is") as error:
+        optimizer.step()
+    assert not param.to_local().any()
+    return str(error.value)
+
+
+def test_a_damaged_prior_is_found_by_all_ranks(tmp_path: Path) -> None:
+    name = "layers.0.mlp.up_proj.weight"
+    for role in ("expert", "base"):
+        (tmp_path / role).mkdir()
+        save_file({f"model.{name}": torch.randn(64, 8)}, tmp_path / role / "model.safetensors")
+        (tmp_path / role / "config.json").write_text("{}")
+    folder = tmp_path / "prior"
+    build_prior(tmp_path / "expert", tmp_path / "base", folder, dtype=torch.float32)
+    (file,) = folder.glob("*-of-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-4:] = b"\0\0\x80\x42"  # 64.0, in the last row
+    file.write_bytes(content)
+    assert len(set(ranks.run(damaged_prior, 2, tmp_path, folder))) == 1
+
+
+# Memory
+
+LAYERS, SIDE = 4, 4096  # of bfloat16: 32 MiB a layer
+
+
+def binding_memory(folder: Path) -> float:
+    """MiB above what there was before a prior is bound, at the most."""
+    mesh = init_device_mesh("cpu", (2,))
+    named = []
+    for layer in range(LAYERS):
+        own = torch.zeros(SIDE // 2, SIDE, dtype=BF16)
+        param = nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False))
+        named.append((f"layers.{layer}.mlp.up_proj.weight", param))
+    optimizer = FusedDriftAdamW(named, prior=folder)
+    binding = optimizer._binding
+    assert binding is not None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    bounds = binding.bind([(name, param.to_local(), Part.of(param)) for name, param in named])
+    assert all(bound is not None and bound.delta.numel() == SIDE * SIDE // 2 for bound in bounds)
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> float:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which)]
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts resident memory")
+def test_binding_needs_the_ranks_share_and_one_tensor(tmp_path: Path) -> None:
+    for role in ("expert", "base"):
+        (tmp_path / role).mkdir()
+        weights = {
+            f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(SIDE, SIDE).to(BF16) for layer in range(LAYERS)
+        }
+        save_file(weights, tmp_path / role / "model.safetensors")
+        (tmp_path / role / "config.json").write_text("{}")
+    build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
+    share, one = LAYERS * SIDE * SIDE * 2 / 2**20 / 2, SIDE * SIDE * 2 / 2**20
+    for found in ranks.run(binding_memory, 2, tmp_path, tmp_path / "prior"):
+        assert found < share + one
