@@ -30,25 +30,30 @@ class StopAfter(TrainerCallback):
 OPTIONS = {"alpha": tiny.ALPHA, "max_grad_norm": 1.0}
 
 
+def arguments(folder: Path, steps: int) -> dict[str, Any]:
+    """Of a quiet run on a CPU."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": tiny.BATCH_SIZE,
+        "learning_rate": tiny.LR,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 0,  # the optimizer clips the biased gradient
+        "logging_steps": max(1, steps // 4),
+        "save_strategy": "no",
+        "report_to": "none",
+        "log_level": "error",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+
+
 def build(
     prior: tiny.Prior | None, folder: Path, steps: int = tiny.STEPS, stop_after: int | None = None, **options: Any
 ) -> Trainer:
     """A Trainer; `options` are FusedDriftAdamW's."""
     model = tiny.base_model()
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=tiny.BATCH_SIZE,
-        learning_rate=tiny.LR,
-        lr_scheduler_type="cosine",
-        max_grad_norm=0,  # the optimizer clips the biased gradient
-        logging_steps=max(1, steps // 4),
-        save_strategy="no",
-        report_to="none",
-        log_level="error",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    args = TrainingArguments(**arguments(folder, steps))
     trainer = Trainer(
         model=model,
         args=args,

@@ -17,7 +17,7 @@ from drift_kernels import linear_anneal
 from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
 
 from . import tiny
-from .transformers_trainer import OPTIONS, StopAfter, figures
+from .transformers_trainer import OPTIONS, StopAfter, arguments, figures
 
 
 def build(
@@ -25,21 +25,7 @@ def build(
 ) -> SFTTrainer:
     """An SFTTrainer; `options` are FusedDriftAdamW's."""
     model = tiny.base_model()
-    args = SFTConfig(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=tiny.BATCH_SIZE,
-        learning_rate=tiny.LR,
-        lr_scheduler_type="cosine",
-        max_grad_norm=0,  # the optimizer clips the biased gradient
-        logging_steps=max(1, steps // 4),
-        save_strategy="no",
-        report_to="none",
-        log_level="error",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-    )
+    args = SFTConfig(**arguments(folder, steps), bf16=False)
     texts = [tiny.text(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)]
     trainer = SFTTrainer(
         model=model,

@@ -101,11 +101,11 @@ def test_codes_move_8_bytes_at_a_time_or_one(kernels: Kernels) -> None:
 
 
 def test_nothing_spills_and_six_blocks_share_a_multiprocessor(kernels: Kernels) -> None:
-    """Five of those that draw random bits, three of those with codes; of some of the first a few registers do spill."""
+    """Five of those that draw random bits, three of those with codes; two registers of one of the first spill, a few of those with both."""
     for name, facts in kernels.items():
         usage = facts["usage"]
         assert usage["LOCAL"] == 0, name
-        assert usage["STACK"] <= (32 if "at_random" in name else 0), name
+        assert usage["STACK"] <= (0 if "at_random" not in name else 32 if "int8" in name else 8), name
         blocks = 3 if "int8" in name else 5 if "at_random" in name else 6
         assert usage["REG"] * facts["threads"] * blocks <= 65_536, f"{name}: {usage['REG']} registers"
 
