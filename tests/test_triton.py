@@ -101,7 +101,8 @@ def test_codes_move_8_bytes_at_a_time_or_one(kernels: Kernels) -> None:
 
 
 def test_nothing_spills_and_six_blocks_share_a_multiprocessor(kernels: Kernels) -> None:
-    """Five of those that draw random bits, three of those with codes; two registers of one of the first spill, a few of those with both."""
+    """Five of those that draw random bits, three of those with codes. Of those that draw, one spills two registers, and
+    one with codes too a few."""
     for name, facts in kernels.items():
         usage = facts["usage"]
         assert usage["LOCAL"] == 0, name
