@@ -175,3 +175,19 @@ def test_a_closure_may_run_compiled_code() -> None:
 
     ours.step(closure)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_scales_may_have_the_shape_of_an_optimizers_states() -> None:
+    """Row by row where rows are whole blocks; and what has neither shape is refused."""
+    flat = Problem.random([1024], (BF16, BF16, INT8, INT8))
+    rows = flat.clone()
+    ops.update(*arguments(flat))
+    params, grads, moments, variances, deltas, residuals, keys, table = arguments(rows)
+    matrices = [[t.view(4, 256) for t in tensors] for tensors in (params, grads)]
+    states = [[codes.view(4, 256), scale.view(4, 2)] for codes, scale in (moments, variances)]
+    delta = [deltas[0].view(4, 256), deltas[1]]
+    ops.update(*matrices, *states, delta, residuals, keys, table)
+    assert_same_bits(rows.outputs(), flat.outputs())
+    states[0][1] = states[0][1].view(2, 4)
+    with pytest.raises(ValueError, match="the scales of exp_avgs must be of the shapes"):
+        ops.update(*matrices, *states, delta, residuals, keys, table)
