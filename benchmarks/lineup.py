@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from drift_kernels import backends
+from drift_kernels.kernels import backends
 
 from . import libraries, peers
 from .contender import BACKENDS, Contender, copy_bytes, drift, is_ours

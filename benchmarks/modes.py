@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from drift_kernels import codes
-from drift_kernels.precision import WORTH_CODES
+from drift_kernels.formats import blocks
+from drift_kernels.state.precision import WORTH_CODES
 
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 ROUNDINGS = ("nearest", "stochastic")
@@ -108,7 +108,7 @@ class Mode:
 
 def coded_bytes(numel: int) -> int:
     """Of codes of one byte and the scales of their blocks."""
-    return numel + SCALE_BYTES * codes.blocks(numel)
+    return numel + SCALE_BYTES * blocks.blocks_of(numel)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,5 +1,5 @@
 // One-byte codes with a float32 scale for each block of 128 elements, in the flat order of the tensor. The arithmetic
-// is that of drift_kernels/lossless.py and quantized.py, operation by operation.
+// is that of drift_kernels/formats/blocks.py, operation by operation.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
 """Fused AdamW that injects a directional prior (DRIFT) into every gradient, in one pass."""
 
-from .bias import BiasFigures
+from .engine.bias import BiasFigures
 from .errors import BackendUnavailableError, CheckpointError, PriorError, PriorFormatError, PriorMismatchError
 from .gradients import GradientBias, bias_gradients_
 from .hooks import PriorHooks, attach_prior

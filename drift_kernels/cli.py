@@ -18,8 +18,8 @@ from rich.table import Table
 from .errors import CheckpointError, PriorError
 from .prior import Prior, build_prior
 from .prior.build import open_checkpoint
-from .prior.groups import group_deltas
 from .prior.names import MODULES, layer_of, module_of, parse_layers, select_names
+from .prior.summary import group_deltas
 
 Result = TypeVar("Result")
 

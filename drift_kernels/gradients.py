@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .bias import BiasedTogether, BiasFigures, BiasSettings, NamedParams, covered
-from .binding import PriorBinding, PriorLike
+from .engine.bias import BiasedTogether, BiasFigures, BiasSettings, NamedParams, covered
+from .engine.binding import PriorBinding, PriorLike
+from .kernels import backends
 from .prior import Prior
 
 

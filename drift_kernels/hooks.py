@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import backends
-from .bias import BiasedTogether, BiasSettings, covered
-from .binding import PriorBinding, PriorLike
+from .engine.bias import BiasedTogether, BiasSettings, covered
+from .engine.binding import PriorBinding, PriorLike
 from .errors import PriorMismatchError
+from .kernels import backends
 from .sharding import is_sharded
 
 

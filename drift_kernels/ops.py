@@ -1,8 +1,8 @@
 """The two primitives as operators of torch.library, for training code that is functional or compiled as a whole.
 
 Importing this module registers `torch.ops.drift_kernels.update` and `torch.ops.drift_kernels.grad_stats`. A call is one
-launch: n tensors of one device, and of one combination of dtypes. A list of codes (`codes.py`) is followed by their
-scales: n tensors of int8, uint8 or float8_e4m3fn, then n of float32, [blocks] or of `codes.scale_shape`.
+launch: n tensors of one device, and of one combination of dtypes. A list of codes (formats/blocks.py) is followed by
+their scales: n tensors of int8, uint8 or float8_e4m3fn, then n of float32, [blocks] or of `formats.blocks.scale_shape`.
 `FusedDriftAdamW` does not need them.
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
-from .codes import blocks, scale_shape
-from .coefficients import Coefficients
-from .plan import Operands, Plan
+from .formats.blocks import blocks_of, scale_shape
+from .kernels import backends
+from .kernels.coefficients import Coefficients
+from .kernels.plan import Operands, Plan
 
 CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 
@@ -54,7 +54,7 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
     # Of the shape that FusedDriftAdamW's states have, or flat.
     shapes = [scale_shape(tuple(t.shape)) for t in like]
     if [tuple(scale.shape) for scale in scales] != shapes:
-        shapes = [(blocks(t.numel()),) for t in like]
+        shapes = [(blocks_of(t.numel()),) for t in like]
     _uniform(f"the scales of {name}", scales, shapes, device)
     _expect(f"the scales of {name}", scales[0].dtype, (torch.float32,))
     return list(zip(values, scales, strict=True))

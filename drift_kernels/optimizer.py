@@ -11,20 +11,28 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from . import backends
-from .backward import StepInBackward
-from .batch import BatchCache, DeviceBatch, Slot
-from .binding import BoundDelta, PriorBinding, PriorLike
-from .coefficients import GradScale, Hyperparameters, clip_coefficient
-from .eager import not_compiled
+from .engine.backward import StepInBackward
+from .engine.binding import BoundDelta, PriorBinding, PriorLike
+from .engine.eager import not_compiled
+from .engine.figures import Inspection
+from .engine.hyperparameters import (
+    FINGERPRINT,
+    SEED,
+    check_capture,
+    check_grad,
+    check_param,
+    check_seed,
+    hyperparameters,
+)
+from .engine.launches import BatchCache, DeviceBatch, Slot
 from .errors import PriorError
-from .groups import FINGERPRINT, SEED, check_capture, check_grad, check_param, check_seed, hyperparameters
-from .inspection import Inspection
-from .masters import Masters
-from .precision import Precision, float32_state
+from .kernels import backends
+from .kernels.coefficients import GradScale, Hyperparameters, clip_coefficient
 from .prior import Prior
 from .sharding import Shard, local, local_pairs, place_of
-from .state import check_state_dict, only_asks_for_states, restore_states
+from .state.masters import Masters
+from .state.precision import Precision, float32_state
+from .state.state_dict import check_state_dict, only_asks_for_states, restore_states
 
 
 def _capturing() -> bool:
@@ -59,7 +67,7 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
         max_grad_norm: clip the biased gradient of all parameters together to this norm, inside the step; `math.inf`
             only measures it. Leave None when the trainer clips.
         state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8: codes of one byte with a scale for each 128
-            elements (`codes.py`), for parameters of 4096 elements or more.
+            elements (formats/blocks.py), for parameters of 4096 elements or more.
         rounding: "nearest", or "stochastic" for bfloat16 parameters (without masters) and states.
         seed: of the stochastic rounding, in [0, 2^32); the state_dict carries it.
         master_weights: a bfloat16 parameter and 16 bits more (the state `param_residual`) are a float32 that is updated

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .lossless import WHOLE, Place
+from .formats.philox import WHOLE, Place
 
 _local_tensor = attrgetter("_local_tensor")  # to_local() would make a new object in every call
 _spec = attrgetter("_spec")

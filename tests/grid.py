@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from drift_kernels.plan import Plan
+from drift_kernels.kernels.plan import Plan
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILER = shutil.which("c++")

@@ -11,17 +11,18 @@ import grid
 import torch
 from torch import Tensor
 
-from drift_kernels import backends, codes
-from drift_kernels.coefficients import CoefficientTable, Hyperparameters
-from drift_kernels.lossless import Place
-from drift_kernels.plan import ADDRESSES, Operands, Plan
+from drift_kernels.formats import blocks
+from drift_kernels.formats.philox import Place
+from drift_kernels.kernels import backends
+from drift_kernels.kernels.coefficients import CoefficientTable, Hyperparameters
+from drift_kernels.kernels.plan import ADDRESSES, Operands, Plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Beside the package's own: the cuda backend's kernels, run on the host.
 GRID = "grid"
-sys.modules[f"{backends.__name__}.{GRID}"] = grid
+sys.modules[f"{backends.__package__}.{GRID}"] = grid
 
 
 def some_place(numel: int) -> Place:
@@ -67,7 +68,9 @@ class Problem:
             extra: dict[str, Any] = {}
             states = normal(n, F32, 0.01), normal(n, F32, 1e-3).abs()
             if state == torch.int8:
-                coded = [codes.encode(*pair) for pair in zip(states, (codes.MOMENT, codes.VARIANCE), strict=True)]
+                coded = [
+                    blocks.encode_state(*pair) for pair in zip(states, (blocks.MOMENT, blocks.VARIANCE), strict=True)
+                ]
                 states = coded[0][0], coded[1][0]
                 extra |= {"exp_avg_scale": coded[0][1], "exp_avg_sq_scale": coded[1][1]}
             else:
@@ -75,7 +78,7 @@ class Problem:
             if delta in (torch.int8, torch.float8_e4m3fn):
                 bytes_ = torch.randint(-127, 127, (n,), dtype=torch.int8, device=DEVICE)
                 bytes_ = torch.where(bytes_ & 0x7F == 0x7F, 0, bytes_)  # no NaN in float8
-                scale = torch.rand(codes.blocks(n), device=DEVICE) * 1e-3
+                scale = torch.rand(blocks.blocks_of(n), device=DEVICE) * 1e-3
                 extra |= {"delta": bytes_.view(delta), "delta_scale": scale}
             elif delta is not None:
                 extra["delta"] = normal(n, delta, 0.05)

@@ -11,7 +11,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from drift_kernels import AlphaScheduler, FusedDriftAdamW, backends, linear_anneal
+from drift_kernels import AlphaScheduler, FusedDriftAdamW, linear_anneal
+from drift_kernels.kernels import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [name for name in backends.NAMES if backends.load(name).unavailable(DEVICE) is None]

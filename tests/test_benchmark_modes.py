@@ -14,7 +14,8 @@ from benchmarks import contender, memory, modes, plot, roofline, step
 from benchmarks.modes import BY_LABEL, Mode, Storage
 from benchmarks.parity import ParityError, check_parity
 from benchmarks.problem import Problem
-from drift_kernels import FusedDriftAdamW, backends
+from drift_kernels import FusedDriftAdamW
+from drift_kernels.kernels import backends
 
 CPU = torch.device("cpu")
 BACKEND = "cpu" if backends.load("cpu").unavailable(CPU) is None else "reference"

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import contender, libraries, lineup, measure, memory, peers
 from benchmarks.modes import BY_LABEL, Mode
 from benchmarks.problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
-from drift_kernels import backends
+from drift_kernels.kernels import backends
 
 CPU = torch.device("cpu")
 BACKEND = "cpu" if backends.load("cpu").unavailable(CPU) is None else "reference"

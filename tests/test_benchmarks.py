@@ -13,7 +13,7 @@ from benchmarks import contender, lineup, measure, rows, shapes, step
 from benchmarks.modes import Mode, Storage
 from benchmarks.parity import ParityError, check_parity
 from benchmarks.problem import Problem
-from drift_kernels import backends
+from drift_kernels.kernels import backends
 
 CPU = torch.device("cpu")
 BACKEND = "cpu" if backends.load("cpu").unavailable(CPU) is None else "reference"

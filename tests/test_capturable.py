@@ -113,7 +113,7 @@ def capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "words"),
     [
         ({"capturable": False, "backend": "reference"}, r"only with capturable=True \(group 0\)"),
-        ({"capturable": True, "backend": "cpu"}, r"cannot hold a step of drift_kernels\.backends\.cpu"),
+        ({"capturable": True, "backend": "cpu"}, r"cannot hold a step of drift_kernels\.kernels\.cpu"),
     ],
 )
 def test_what_cannot_be_captured(options: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch) -> None:

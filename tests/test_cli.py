@@ -11,9 +11,9 @@ from matplotlib.image import imread
 
 from drift_kernels import Prior
 from drift_kernels.cli import main
-from drift_kernels.prior.groups import group_deltas
 from drift_kernels.prior.names import module_of
 from drift_kernels.prior.plot import projection_lines
+from drift_kernels.prior.summary import group_deltas
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import pytest
 import torch
 from problems import BF16, DEVICE, F32, GRID, Problem, assert_same_bits, coefficients, run, tensors_of
 
-from drift_kernels import backends
-from drift_kernels.backends import cuda as backend
-from drift_kernels.plan import CHUNK
+from drift_kernels.kernels import backends
+from drift_kernels.kernels import cuda as backend
+from drift_kernels.kernels.plan import CHUNK
 
 # What runs the kernels here: a GPU, or the host, thread by thread.
 NAME = "cuda" if DEVICE.type == "cuda" else GRID

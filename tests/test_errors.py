@@ -17,9 +17,9 @@ from drift_kernels import (
     PriorError,
     PriorFormatError,
     PriorMismatchError,
-    backends,
     linear_anneal,
 )
+from drift_kernels.kernels import backends
 
 
 def named() -> list[tuple[str, nn.Parameter]]:

@@ -10,8 +10,9 @@ import torch
 from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients
 from torch import Tensor, nn
 
-from drift_kernels import FusedDriftAdamW, backends
-from drift_kernels.coefficients import FIELDS
+from drift_kernels import FusedDriftAdamW
+from drift_kernels.kernels import backends
+from drift_kernels.kernels.coefficients import FIELDS
 
 INT8 = torch.int8
 BACKENDS = [name for name in (*backends.NAMES, GRID) if backends.load(name).unavailable(DEVICE) is None]

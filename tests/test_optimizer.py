@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from drift_kernels import FusedDriftAdamW, backends
+from drift_kernels import FusedDriftAdamW
+from drift_kernels.kernels import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [name for name in backends.NAMES if backends.load(name).unavailable(DEVICE) is None]

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from drift_kernels import FusedDriftAdamW, backends, codes, lossless
+from drift_kernels import FusedDriftAdamW
+from drift_kernels.formats import blocks, philox, rounding
+from drift_kernels.kernels import backends
 from drift_kernels.prior import quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +61,7 @@ def test_philox_gives_the_published_answers() -> None:
         (0, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
         (0xFFFFFFFF, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
     ):
-        words = lossless.philox([torch.full((1,), word)] * 4, (word, word))
+        words = philox.philox([torch.full((1,), word)] * 4, (word, word))
         assert [int(x) for x in words] == expected
 
 
@@ -70,8 +72,8 @@ def test_stochastic_rounding_is_unbiased(exponent: int) -> None:
     for sign in (1.0, -1.0):
         value = sign * (1.0 + float(torch.rand(()))) * 2.0**exponent
         x = torch.full((n,), value, dtype=F32)
-        bits = lossless.random_bits(int(torch.randint(2**62, ())), 7, lossless.PARAM, torch.arange(n))
-        rounded = lossless.round_stochastically(x, bits).double()
+        bits = philox.random_bits(int(torch.randint(2**62, ())), 7, philox.PARAM, torch.arange(n))
+        rounded = rounding.round_stochastically(x, bits).double()
         exact = x[0].double()
         assert len(rounded.unique()) <= 2
         error = rounded.std() / n**0.5
@@ -80,14 +82,14 @@ def test_stochastic_rounding_is_unbiased(exponent: int) -> None:
 
 def test_bits_differ_where_anything_differs_and_repeat_where_nothing_does() -> None:
     n = 4099
-    base = lossless.random_bits(5, 1, lossless.PARAM, torch.arange(n))
-    assert torch.equal(base, lossless.random_bits(5, 1, lossless.PARAM, torch.arange(n)))
-    assert torch.equal(base[:1000], lossless.random_bits(5, 1, lossless.PARAM, torch.arange(1000)))
+    base = philox.random_bits(5, 1, philox.PARAM, torch.arange(n))
+    assert torch.equal(base, philox.random_bits(5, 1, philox.PARAM, torch.arange(n)))
+    assert torch.equal(base[:1000], philox.random_bits(5, 1, philox.PARAM, torch.arange(1000)))
     assert base.min() >= 0
     assert base.max() < 2**16
     others = [(6, 1, 0), (5 + 2**32, 1, 0), (5, 2, 0), (5, 1, 1), (5, 1, 2)]
     for key, step, stream in others:
-        equal = (lossless.random_bits(key, step, stream, torch.arange(n)) == base).float().mean()
+        equal = (philox.random_bits(key, step, stream, torch.arange(n)) == base).float().mean()
         assert equal < 0.01, (key, step, stream)
     assert len(base.unique()) > 0.9 * n
 
@@ -99,8 +101,8 @@ def test_halves_join_to_what_was_split() -> None:
     bits = torch.randint(-(2**31), 2**31, (1_000_000,)).to(torch.int32)
     edges = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0x3F808000, 0x3F818000, 0x3F807FFF, 0x7F7FFFFF, 0])
     x = torch.cat([bits, edges.to(torch.int32), (edges | 0x80000000).to(torch.int32)]).view(F32)
-    nearest, residual = lossless.split(x)
-    joined = lossless.join(nearest, residual)
+    nearest, residual = rounding.split(x)
+    joined = rounding.join(nearest, residual)
     assert torch.equal(joined.isnan(), x.isnan())
     assert torch.equal(nearest.isnan(), x.isnan()), "a NaN is no number, -0 least of all"
     number = ~x.isnan()
@@ -235,7 +237,9 @@ def test_states_go_from_one_precision_to_another_and_to_torch() -> None:
         for p, w in zip(params.values(), wide.values(), strict=True):
             mine, state = coded.state[p], optimizer.state[w]
             expected = (
-                codes.decode(mine["exp_avg"], mine["exp_avg_scale"]) if "exp_avg_scale" in mine else mine["exp_avg"]
+                blocks.decode_state(mine["exp_avg"], mine["exp_avg_scale"])
+                if "exp_avg_scale" in mine
+                else mine["exp_avg"]
             )
             assert torch.equal(state["exp_avg"], expected)
     again = FusedDriftAdamW(copies(params).items(), state_dtype="int8", master_weights=True)

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from drift_kernels import FusedDriftAdamW, GradientBias
-from drift_kernels.coefficients import SCALINGS
-from drift_kernels.lossless import WHOLE
+from drift_kernels.formats.philox import WHOLE
+from drift_kernels.kernels.coefficients import SCALINGS
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
 from drift_kernels.sharding import Shard as Part
 from drift_kernels.sharding import place_of

@@ -11,8 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..optimizer import FusedDriftAdamW
 from ..schedule import AlphaLambda, AlphaScheduler
-from .groups import named_groups
-from .report import step_figures, unwrap_optimizer
+from .named_groups import named_groups
+from .step_figures import step_figures, unwrap_optimizer
 
 logger = logging.getLogger("drift_kernels")
 

@@ -1,9 +1,10 @@
 """Priors: building them from checkpoints, opening them, binding them to a model's parameters by name."""
 
+from ..formats.blocks import BLOCK
 from .build import build_prior
 from .coverage import Coverage
 from .names import canonical_name
 from .prior import DeltaInfo, Prior
-from .quantized import BLOCK, QuantizedDelta, quantize
+from .quantized import QuantizedDelta, quantize
 
 __all__ = ["BLOCK", "Coverage", "DeltaInfo", "Prior", "QuantizedDelta", "build_prior", "canonical_name", "quantize"]

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, PriorError
+from ..formats.blocks import DELTA_LIMITS, blocks_of
 from .files import Checkpoint, Layout, TensorFileWriter, size_in_bytes
 from .hub import local_folder
 from .names import some
 from .pairing import Pair, pair_up
 from .prior import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, UNFINISHED_MARK, VERSION, Prior
-from .quantized import LARGEST_CODE, blocks_of, scales_name
+from .quantized import scales_name
 from .stream import DeltaStream
 
 logger = logging.getLogger("drift_kernels")
@@ -111,7 +112,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 def _check_names(pairs: Iterable[Pair], dtype: torch.dtype) -> None:
     names = {pair.name for pair in pairs}
-    for name in names if dtype in LARGEST_CODE else ():
+    for name in names if dtype in DELTA_LIMITS else ():
         if scales_name(name) in names:
             raise PriorError(f"{scales_name(name)} is a tensor of the checkpoints, and where the scales of {name} go")
 
@@ -166,7 +167,7 @@ def _plan_shards(pairs: Iterable[Pair], dtype: torch.dtype, max_bytes: int) -> l
 def _layout(shard: Sequence[Pair], dtype: torch.dtype) -> Layout:
     """What is stored of the deltas of a shard: scales, if there are any, come first and so lie aligned."""
     deltas = {pair.name: (dtype, pair.shape) for pair in shard}
-    if dtype not in LARGEST_CODE:
+    if dtype not in DELTA_LIMITS:
         return deltas
     return {scales_name(pair.name): (torch.float32, (blocks_of(pair.numel),)) for pair in shard} | deltas
 

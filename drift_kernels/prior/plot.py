@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from .groups import Group, group_deltas
 from .names import layer_of, module_of
 from .prior import Prior
+from .summary import Group, group_deltas
 
 _COLORMAPS = {"attn": "Blues", "mlp": "Oranges", "norm": "Greens", "other": "Greys"}
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatchError
+from ..formats.blocks import BLOCK, DELTA_LIMITS, blocks_of
 from .coverage import Coverage
 from .files import StoredTensor, byte_view, inspect_shards, read_json
 from .hub import local_folder
 from .names import canonical_name, natural_key
 from .norms import norm
-from .quantized import BLOCK, LARGEST_CODE, Box, QuantizedDelta, blocks_of, scales_name
+from .quantized import Box, QuantizedDelta, scales_name
 
 logger = logging.getLogger("drift_kernels")
 
@@ -30,7 +31,7 @@ PRIOR_INDEX_NAME = "prior.safetensors.index.json"
 FORMAT, VERSION = "drift_prior", 2  # version 1 knew float32 and bfloat16 alone, and no stored_cosine
 UNFINISHED_MARK = ".unfinished-"  # in the name of a folder that a build is still writing
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, *LARGEST_CODE)}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, *DELTA_LIMITS)}
 
 _NORM_TOLERANCE = 1e-5
 _SAMPLED_ABOVE = 1 << 20  # elements; a larger delta in memory is fingerprinted by a sample
@@ -67,7 +68,7 @@ class StoredDelta:
     def find(cls, folder: Path, name: str, info: DeltaInfo, stored: Mapping[str, StoredTensor]) -> StoredDelta:
         """The delta of a name among the tensors of a prior. Raises PriorFormatError if they are not as recorded."""
         expected = {name: (info.dtype, info.shape)}
-        if info.dtype in LARGEST_CODE:
+        if info.dtype in DELTA_LIMITS:
             expected[scales_name(name)] = torch.float32, (blocks_of(math.prod(info.shape)),)
         for tensor, (dtype, shape) in expected.items():
             if tensor not in stored:

@@ -1,4 +1,5 @@
-"""Deltas in eight bits: codes in int8 or float8_e4m3fn, and a float32 scale for every block of 128 elements.
+"""Deltas in eight bits: codes in int8 or float8_e4m3fn, and a float32 scale for every block of 128 elements
+(formats/blocks.py).
 
 delta[i] = float32(code[i]) * scale[i // BLOCK]      i: the flat index; one float32 multiplication
 """
@@ -12,13 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PriorError
+from ..formats.blocks import BLOCK, DELTA_LIMITS, blocks_of, decode_delta, encode_delta
 from .norms import CHUNK, norm
-
-BLOCK = 128  # elements; the last block of a tensor may be shorter
-LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # a subnormal scale has too few bits to divide by
-
 
 Box = tuple[slice, ...]  # the part of a tensor that these slices of its dimensions have in common
 
@@ -35,7 +31,7 @@ class QuantizedDelta:
     scales: Tensor
 
     def __post_init__(self) -> None:
-        if self.codes.dtype not in LARGEST_CODE or not self.codes.is_contiguous():
+        if self.codes.dtype not in DELTA_LIMITS or not self.codes.is_contiguous():
             raise PriorError(f"codes must be int8 or float8_e4m3fn and contiguous, got {_description(self.codes)}")
         expected = (blocks_of(self.codes.numel()),)
         fitting = self.scales.dtype == torch.float32 and self.scales.shape == expected and self.scales.is_contiguous()
@@ -63,11 +59,7 @@ class QuantizedDelta:
 
     def expand(self) -> Tensor:
         """The delta: float32, of the codes' shape, in memory of its own."""
-        flat = self.codes.reshape(-1).to(torch.float32, copy=True)
-        whole = flat.numel() // BLOCK * BLOCK
-        flat[:whole].view(-1, BLOCK).mul_(self.scales[: whole // BLOCK, None])
-        flat[whole:].mul_(self.scales[whole // BLOCK :])
-        return flat.view(self.shape)
+        return decode_delta(self.codes, self.scales)
 
     def part(self, box: Box) -> QuantizedDelta | Tensor:
         """The elements in a box: as codes where it cuts through no block, expanded to float32 otherwise."""
@@ -102,23 +94,9 @@ def quantize(delta: Tensor, dtype: torch.dtype) -> QuantizedDelta:
     subnormal, has scale 0 and codes 0. A NaN or Inf makes its block's scale NaN or Inf. Raises ValueError for another
     dtype.
     """
-    if dtype not in LARGEST_CODE:
+    if dtype not in DELTA_LIMITS:
         raise ValueError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
-    numel = delta.numel()
-    blocks = torch.zeros(blocks_of(numel), BLOCK, device=delta.device)
-    blocks.view(-1)[:numel] = delta.detach().reshape(-1)
-    scales = blocks.abs().amax(1) / LARGEST_CODE[dtype]
-    scales.masked_fill_(scales < _SMALLEST_SCALE, 0)
-    divisors = scales.masked_fill(scales == 0, math.inf)
-    blocks.div_(divisors[:, None]).add_(0.0)  # + 0 turns -0 into 0
-    if dtype == torch.int8:
-        blocks.round_()
-    return QuantizedDelta(blocks.view(-1)[:numel].to(dtype).view(delta.shape), scales)
-
-
-def blocks_of(numel: int) -> int:
-    """How many blocks, and so scales, a tensor of `numel` elements has."""
-    return -(-numel // BLOCK)
+    return QuantizedDelta(*encode_delta(delta, dtype))
 
 
 def scales_name(name: str) -> str:

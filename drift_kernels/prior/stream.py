@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import PriorError
+from ..formats.blocks import DELTA_LIMITS, blocks_of
 from .arithmetic import Products, checksum, dot, subtract, subtract_quantized
 from .files import Checkpoint
 from .norms import CHUNK
 from .pairing import Pair
-from .quantized import LARGEST_CODE, blocks_of, scales_name
+from .quantized import scales_name
 
 _WORKERS = min(4, os.cpu_count() or 1)
 
@@ -68,7 +69,7 @@ class DeltaStream:
         self._workplaces = [
             Workplace(
                 raw={role: torch.empty(CHUNK * 8, dtype=torch.uint8) for role in checkpoints},
-                delta=torch.empty(CHUNK, dtype=torch.float32 if dtype in LARGEST_CODE else dtype),
+                delta=torch.empty(CHUNK, dtype=torch.float32 if dtype in DELTA_LIMITS else dtype),
             )
             for _ in range(_WORKERS + 1)
         ]
@@ -118,7 +119,7 @@ class DeltaStream:
         self, piece: Piece, tensors: Mapping[str, Tensor], delta: Tensor
     ) -> tuple[dict[str, Tensor], Products]:
         name, sources = piece.pair.name, (tensors["expert"], tensors["base"], tensors[self._origin])
-        if self._dtype not in LARGEST_CODE:
+        if self._dtype not in DELTA_LIMITS:
             return {name: delta}, subtract(*sources, delta)
         quantized, products = subtract_quantized(*sources, delta, self._dtype)
         return {name: quantized.codes, scales_name(name): quantized.scales}, products
@@ -126,7 +127,7 @@ class DeltaStream:
     def _zeros(self, piece: Piece, delta: Tensor) -> dict[str, Tensor]:
         """A quantised one has scales for the blocks that begin in it; the one before has that of a block they share."""
         name, end = piece.pair.name, piece.start + piece.count
-        if self._dtype not in LARGEST_CODE:
+        if self._dtype not in DELTA_LIMITS:
             return {name: delta.zero_()}
         scales = torch.zeros(blocks_of(end) - blocks_of(piece.start))
         return {name: torch.zeros(piece.count, dtype=self._dtype), scales_name(name): scales}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import SCALINGS, Hyperparameters
+from ..kernels.coefficients import SCALINGS, Hyperparameters
 
 logger = logging.getLogger("drift_kernels")
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import codes
-from .sharding import is_sharded, keeps_blocks, local, part_for, wrap
+from ..formats.blocks import BLOCK, MOMENT, VARIANCE, blocks_of, decode_state, encode_state, scale_shape
+from ..sharding import is_sharded, keeps_blocks, local, part_for, wrap
 
 STATES = ("exp_avg", "exp_avg_sq")
 SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
@@ -21,7 +21,7 @@ RESIDUAL = "param_residual"
 OPERAND_STATES = {**{key: key for key in (*STATES, *SCALES.values())}, "residual": RESIDUAL}
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-CODES = {"exp_avg": codes.MOMENT, "exp_avg_sq": codes.VARIANCE}
+CODES = {"exp_avg": MOMENT, "exp_avg_sq": VARIANCE}
 WORTH_CODES = 4096  # elements; smaller tensors have float32 states instead of codes
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -31,7 +31,7 @@ class Precision:
     """What the constructor says of it.
 
     Attributes:
-        state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8 for codes (`codes.py`).
+        state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8 for codes (formats/blocks.py).
         stochastic: whether what is bfloat16 is rounded at random, but a parameter that has a master.
         master_weights: whether a bfloat16 parameter has a residual, which makes it a float32.
     """
@@ -77,8 +77,8 @@ class Precision:
         for key in STATES:
             state[key] = zeros(CODES[key] if coded else uncoded)
             if coded:
-                scale = torch.zeros(codes.scale_shape(tuple(own.shape)), device=own.device)
-                state[SCALES[key]] = wrap(scale, param, codes.scale_shape(tuple(param.shape)))
+                scale = torch.zeros(scale_shape(tuple(own.shape)), device=own.device)
+                state[SCALES[key]] = wrap(scale, param, scale_shape(tuple(param.shape)))
         if self.master_weights:
             state[RESIDUAL] = zeros(torch.int16)
         return state
@@ -86,7 +86,7 @@ class Precision:
     def _has_codes(self, param: Tensor) -> bool:
         """Whether its states are codes: not those of a small parameter, or of one whose blocks a sharding may cut."""
         enough = self.state_dtype == torch.int8 and param.numel() >= WORTH_CODES
-        return enough and (not is_sharded(param) or keeps_blocks(param, codes.BLOCK))
+        return enough and (not is_sharded(param) or keeps_blocks(param, BLOCK))
 
     def restored_state(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
         """A saved state as this precision holds it, in memory of its own. A master that was not saved begins anew."""
@@ -103,7 +103,7 @@ class Precision:
                 whole = saved[scale] if is_sharded(saved[scale]) else saved[scale].view(state[scale].shape)
                 fill(scale, part_for(state[scale], whole))
             elif scale in state:
-                coded, scales = codes.encode(part_for(state[key], uncoded(key, saved)).float(), CODES[key])
+                coded, scales = encode_state(part_for(state[key], uncoded(key, saved)).float(), CODES[key])
                 fill(key, coded)
                 fill(scale, scales)
             else:
@@ -117,7 +117,7 @@ def uncoded(key: str, state: Mapping[str, Any]) -> Tensor:
     """exp_avg or exp_avg_sq of a state as floating numbers."""
     if SCALES[key] not in state:
         return state[key]
-    return wrap(codes.decode(local(state[key]), local(state[SCALES[key]])), state[key])
+    return wrap(decode_state(local(state[key]), local(state[SCALES[key]])), state[key])
 
 
 def float32_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,14 +135,14 @@ def check_state(name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
     for key, scale in SCALES.items():
         if scale in saved or not saved[key].dtype.is_floating_point:
             wanted[key] = param.shape, CODES[key]
-            wanted[scale] = codes.scale_shape(tuple(param.shape)), torch.float32
+            wanted[scale] = scale_shape(tuple(param.shape)), torch.float32
     if RESIDUAL in saved:
         wanted[RESIDUAL] = param.shape, torch.int16
     for key, (shape, dtype) in wanted.items():
         found = saved.get(key)
         if found is None:
             raise ValueError(f"the state of parameter {name} has codes without {key}")
-        flat = key in SCALES.values() and tuple(found.shape) == (codes.blocks(param.numel()),)
+        flat = key in SCALES.values() and tuple(found.shape) == (blocks_of(param.numel()),)
         if tuple(found.shape) != tuple(shape) and not flat:
             raise ValueError(
                 f"the state {key} of parameter {name} has shape {tuple(found.shape)}, expected {tuple(shape)}"

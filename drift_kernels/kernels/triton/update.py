@@ -14,8 +14,8 @@ wrongly; float16 it converts rightly, but for the bits of a NaN.
 
 from __future__ import annotations
 
-from .triton_jit import _jit, missing
-from .triton_random import _draw
+from .jit import _jit, missing
+from .random import _draw
 
 if missing is None:
     import triton.language as tl
@@ -86,7 +86,7 @@ def _load_state(pointer, scales, index, end, aligned: tl.constexpr):
 @_jit
 def _store_codes(pointer, scales, start, index, end, x, aligned: tl.constexpr):
     """float32 `x` as codes, int8 of a moment or uint8 of a variance, and the scales of its blocks of 128; as
-    codes.encode."""
+    formats.blocks.encode_state."""
     count: tl.constexpr = index.shape[0] // 128
     moment: tl.constexpr = pointer.dtype.element_ty == tl.int8
     limit: tl.constexpr = 127.0 if moment else 255.0

@@ -1,5 +1,5 @@
 """The specification: what one step does to one tensor, in plain PyTorch; and its bias alone. Every backend gives the
-same bits.
+same bits. At the end, the same as a backend, tensor by tensor on any device.
 
 Arithmetic is IEEE binary32 with every operation rounded by itself, in the order written here (docs/numerics.md). AdamW
 is Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), Algorithm 2, in the form of
@@ -11,25 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import codes
+from ..formats.blocks import decode_delta, decode_state, encode_state
+from ..formats.philox import EXP_AVG, EXP_AVG_SQ, PARAM, random_bits
+from ..formats.rounding import join, round_stochastically, round_to, split, sqrt
 from .coefficients import Coefficients
-from .lossless import EXP_AVG, EXP_AVG_SQ, PARAM, join, random_bits, round_stochastically, split
-from .plan import Operands
+from .plan import Operands, Plan
 
-
-def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 `x` rounded to `dtype`, to nearest, ties to even; a NaN to the canonical quiet NaN."""
-    if dtype == torch.float32:
-        return x
-    return torch.where(x.isnan(), torch.full((), float("nan"), dtype=dtype, device=x.device), x.to(dtype))
-
-
-def sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded float32 root of float32 `x`.
-
-    (`torch.sqrt` on the CPU is an ulp off for a fifth of its inputs; the float64 root, rounded once more, is exact.)
-    """
-    return x.double().sqrt().float()
+CAPTURABLE = True
 
 
 def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delta: bool = True) -> None:
@@ -94,12 +82,13 @@ def read_delta(operands: Operands) -> Tensor | None:
     """The delta in float32, on param's device; of a small prior, each code times the scale of its block."""
     if operands.delta is None:
         return None
-    delta = operands.delta.to(operands.param.device).float()
-    return delta if operands.delta_scale is None else delta * codes.spread(operands.delta_scale.to(delta.device), delta)
+    device = operands.param.device
+    delta = operands.delta.to(device)
+    return delta.float() if operands.delta_scale is None else decode_delta(delta, operands.delta_scale.to(device))
 
 
 def _read(state: Tensor, scale: Tensor | None) -> Tensor:
-    return state.float() if scale is None else codes.decode(state, scale)
+    return state.float() if scale is None else decode_state(state, scale)
 
 
 def _overwrite(targets: tuple[Tensor, ...], values: tuple[Tensor, ...], step: Tensor) -> None:
@@ -111,7 +100,7 @@ def _overwrite(targets: tuple[Tensor, ...], values: tuple[Tensor, ...], step: Te
 def _write(operands: Operands, name: str, x: Tensor, step: Tensor, stream: int) -> None:
     target, scale = getattr(operands, name), getattr(operands, f"{name}_scale", None)
     if scale is not None:
-        _overwrite((target, scale), codes.encode(x, target.dtype), step)
+        _overwrite((target, scale), encode_state(x, target.dtype), step)
     elif operands.random_key is not None and target.dtype == torch.bfloat16:
         bits = random_bits(operands.random_key, step, stream, operands.place.indices(x.numel(), x.device))
         _overwrite((target,), (round_stochastically(x, bits.view(x.shape)),), step)
@@ -119,8 +108,30 @@ def _write(operands: Operands, name: str, x: Tensor, step: Tensor, stream: int) 
         _overwrite((target,), (round_to(x, target.dtype),), step)
 
 
-def grad_stats(grad: Tensor, delta: Tensor | None) -> Tensor:
+def sums(grad: Tensor, delta: Tensor | None) -> Tensor:
     """float64 [2]: sum(g*g) and sum(g*delta) of one tensor (0 for the latter without a delta)."""
     g = grad.flatten().double()
     gd = g.new_zeros(()) if delta is None else torch.dot(g, delta.flatten().double())
     return torch.stack((torch.dot(g, g), gd))
+
+
+# As a backend (`backends.Backend`)
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
+    for t, (operands, grad) in enumerate(zip(plan.operands, plan.grads, strict=True)):
+        out[t] = sums(grad, read_delta(operands) if with_delta else None)
+
+
+def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
+    for operands, grad, row in zip(plan.operands, plan.grads, coefficients, strict=True):
+        drift_adamw_(operands, grad, Coefficients(*row.unbind()), with_delta=with_delta)
+
+
+def bias(plan: Plan, coefficients: Tensor) -> None:
+    for operands, grad, row in zip(plan.operands, plan.grads, coefficients, strict=True):
+        bias_(operands, grad, Coefficients(*row.unbind()))

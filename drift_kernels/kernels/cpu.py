@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import CHUNK, Plan
+from .plan import CHUNK, Plan
 
 CAPTURABLE = False
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .lossless import WHOLE, Place
+from ..formats.philox import WHOLE, Place
 
 # Elements of a chunk, the unit of work and of a reduction's first stage (kChunk in csrc/table.h).
 CHUNK = 16384
@@ -44,11 +44,11 @@ class Operands:
     """The tensors of one parameter but its gradient, contiguous; None for those that it does not have.
 
     Attributes:
-        exp_avg, exp_avg_sq: of param's shape, float32, bfloat16, or int8 and uint8 codes (`codes.py`).
+        exp_avg, exp_avg_sq: of param's shape, float32, bfloat16, or int8 and uint8 codes (formats/blocks.py).
         exp_avg_scale, exp_avg_sq_scale: float32 [blocks], beside codes.
         delta: of param's shape, float32, bfloat16, or int8 or float8_e4m3fn codes of a small prior.
         delta_scale: float32 [blocks], beside codes.
-        residual: int16 of param's shape, the other half of a master (`lossless.py`).
+        residual: int16 of param's shape, the other half of a master (`formats.rounding.split`).
         random_key: seed + 2^32 * the parameter's index, for stochastic rounding of what is bfloat16, but a param that
             has a master.
         place: where the tensors lie in the whole ones that they are shards of, for the same.

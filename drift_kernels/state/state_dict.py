@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from .errors import PriorMismatchError
-from .groups import FINGERPRINT
+from ..engine.hyperparameters import FINGERPRINT
+from ..errors import PriorMismatchError
+from ..sharding import Reduction, Shard, local
 from .precision import Precision, check_state
-from .sharding import Reduction, Shard, local
 
 
 def only_asks_for_states(param_groups: list[dict[str, Any]], grads: list[Tensor | None]) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..plan import CHUNK, Plan, dtype_name
-from . import triton_kernels as kernels
-from .triton_bias import _bias_chunk
-from .triton_jit import missing
+from . import update as kernels
+from .bias import _bias_chunk
+from .jit import missing
 
 if missing is None:
     import triton

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import BatchCache, DeviceBatch
-from .precision import RESIDUAL, SCALES, STATES
+from ..state.precision import RESIDUAL, SCALES, STATES
+from .launches import BatchCache, DeviceBatch
 
 # Kinds of memory, and the operands of a plan that they are.
 KINDS = {

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .batch import BatchCache, DeviceBatch, Launch, Slot
-from .coefficients import GradScale, Hyperparameters
+from ..kernels.coefficients import GradScale, Hyperparameters
+from ..kernels.plan import Plan
+from ..sharding import is_sharded
 from .eager import not_compiled
-from .groups import check_grad, hyperparameters
-from .plan import Plan
-from .sharding import is_sharded
+from .hyperparameters import check_grad, hyperparameters
+from .launches import BatchCache, DeviceBatch, Launch, Slot
 
 
 @dataclass(frozen=True)

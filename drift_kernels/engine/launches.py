@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend
+from ..formats.philox import Place
+from ..kernels.backends import Backend
+from ..kernels.coefficients import UNSCALED, CoefficientTable, GradScale, Hyperparameters
+from ..kernels.plan import Operands, Plan, addresses
+from ..sharding import Reduction, Shard, local
+from ..state.precision import OPERAND_STATES
 from .binding import BoundDelta
-from .coefficients import UNSCALED, CoefficientTable, GradScale, Hyperparameters
-from .lossless import Place
-from .plan import Operands, Plan, addresses
-from .precision import OPERAND_STATES
-from .sharding import Reduction, Shard, local
 
 
 @dataclass(frozen=True)

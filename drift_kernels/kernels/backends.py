@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError
-from ..plan import Plan
+from .plan import Plan
 
 log = logging.getLogger("drift_kernels")
 
@@ -48,7 +48,7 @@ class Backend(Protocol):
 
 
 def load(name: str) -> Backend:
-    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+    return cast(Backend, importlib.import_module(f"{__package__}.{name}"))
 
 
 def check_name(name: str) -> None:

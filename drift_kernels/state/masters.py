@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .lossless import join
+from ..formats.rounding import join
+from ..sharding import local, wrap
 from .precision import RESIDUAL, Precision
-from .sharding import local, wrap
 
 
 class Masters:

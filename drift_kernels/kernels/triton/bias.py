@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from .triton_jit import _jit, missing
-from .triton_kernels import _fields, _load, _load_delta, _pointer, _span, _store
+from .jit import _jit, missing
+from .update import _fields, _load, _load_delta, _pointer, _span, _store
 
 if missing is None:
     import triton.language as tl

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import PriorMismatchError
-from .prior import Prior, QuantizedDelta
-from .prior.norms import norm
-from .sharding import Reduction, Shard
+from ..errors import PriorMismatchError
+from ..prior import Prior, QuantizedDelta
+from ..prior.norms import norm
+from ..sharding import Reduction, Shard
 
 PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor | QuantizedDelta]
 

@@ -1,7 +1,5 @@
-"""bfloat16 without losing small updates: rounding at random, and masters of float32 in two halves. The specification.
-
-csrc/rounding.h and csrc/philox.h do the same element by element.
-"""
+"""Random bits for stochastic rounding, by the index of an element in the whole tensor. The specification of
+csrc/philox.h."""
 
 from __future__ import annotations
 
@@ -74,27 +72,3 @@ def random_bits(key: int, step: int | Tensor, stream: int, indices: Tensor) -> T
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     return torch.stack(halves, dim=1)[which, indices & 7]
-
-
-def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
-    """float32 `x` as bfloat16, rounded up or down by 16 `random` bits so that the mean is x. Inf stays, NaN becomes the
-    canonical quiet NaN."""
-    bits = x.view(torch.int32).to(torch.int64) & _MASK
-    high = torch.where(x.isfinite(), bits + random, bits) >> 16
-    return torch.where(x.isnan(), 0x7FC0, high).to(torch.int16).view(torch.bfloat16)
-
-
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 `x` as the nearest bfloat16 (ties away from zero) and an int16 residual: nothing is lost.
-
-    With ties to even the neighbourhood of an even value would hold one residual too many. A NaN becomes the canonical
-    quiet NaN, with residual 0.
-    """
-    bits = torch.where(x.isnan(), 0x7FC00000, x.view(torch.int32).to(torch.int64))
-    nearest = (bits + 0x8000) >> 16
-    return nearest.to(torch.int16).view(torch.bfloat16), (bits - (nearest << 16)).to(torch.int16)
-
-
-def join(nearest: Tensor, residual: Tensor) -> Tensor:
-    """The float32 that `split` took apart."""
-    return ((nearest.view(torch.int16).to(torch.int32) << 16) + residual.to(torch.int32)).view(torch.float32)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift_kernels import codes
+from drift_kernels.formats import blocks
 
 
 @settings(max_examples=60, deadline=None)
@@ -15,26 +15,26 @@ def test_codes_are_the_nearest_and_a_variance_stays_above_zero(numel: int, scale
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(numel, generator=generator) ** 3 * scale
     x = torch.where(torch.rand(numel, generator=generator) < 0.1, 0.0, x)
-    for values, dtype, largest in ((x, codes.MOMENT, 127), (x.square(), codes.VARIANCE, 255)):
-        coded, scales = codes.encode(values, dtype)
-        decoded = codes.decode(coded, scales)
-        assert scales.shape == (codes.blocks(numel),)
-        root, of_each = values.abs().sqrt().double(), codes.spread(scales, values).double()
-        of_each = of_each.sqrt() if dtype == codes.MOMENT else of_each
-        raised = (dtype == codes.VARIANCE) & (coded == 1) & (values > 0)
+    for values, dtype, largest in ((x, blocks.MOMENT, 127), (x.square(), blocks.VARIANCE, 255)):
+        coded, scales = blocks.encode_state(values, dtype)
+        decoded = blocks.decode_state(coded, scales)
+        assert scales.shape == (blocks.blocks_of(numel),)
+        root, of_each = values.abs().sqrt().double(), blocks.spread(scales, values).double()
+        of_each = of_each.sqrt() if dtype == blocks.MOMENT else of_each
+        raised = (dtype == blocks.VARIANCE) & (coded == 1) & (values > 0)
         off = (decoded.abs().double().sqrt() - root).abs()
         assert (raised | (off <= 0.5001 * of_each + 1e-7 * root)).all()
         assert (decoded.sign() == values.sign())[coded != 0].all()
         assert (coded.int().abs() <= largest).all()
-        if dtype == codes.VARIANCE:
+        if dtype == blocks.VARIANCE:
             assert torch.equal(coded == 0, values == 0)
 
 
 def test_a_nan_takes_its_block_with_it_and_no_other() -> None:
     x = torch.randn(300)
     x[130] = torch.nan
-    coded, scales = codes.encode(x, codes.MOMENT)
-    decoded = codes.decode(coded, scales)
+    coded, scales = blocks.encode_state(x, blocks.MOMENT)
+    decoded = blocks.decode_state(coded, scales)
     assert decoded[128:256].isnan().all()
     assert decoded[:128].isfinite().all()
     assert decoded[256:].isfinite().all()

@@ -1,10 +1,10 @@
-"""Random bits in the triton backend's kernels, as lossless.random_bits has them."""
+"""Random bits in the triton backend's kernels, as formats.philox.random_bits has them."""
 
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
 
-from .triton_jit import _jit, missing
+from .jit import _jit, missing
 
 if missing is None:
     import triton.language as tl
@@ -48,8 +48,8 @@ def _philox_each(i, random, step, stream: tl.constexpr):
 
 @_jit
 def _draw(random, step, stream: tl.constexpr, start, block: tl.constexpr):
-    """16 random bits for each of the elements start .. start + block, as lossless.random_bits has them; start is a
-    multiple of 8. One call for eight elements, where a shard does not cut through the eights of the whole tensor."""
+    """16 random bits for each of the elements start .. start + block, as formats.philox.random_bits has them; start is
+    a multiple of 8. One call for eight elements, where a shard does not cut through the eights of the whole tensor."""
     key, origin, width, pitch = random
     i = (start + tl.arange(0, block // 8) * 8).to(tl.int64)
     if (origin | width | pitch) % 8 == 0:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
+from ..errors import PriorError
+from ..kernels import backends
+from ..kernels.coefficients import GRADIENT_SCALINGS, CoefficientTable, Hyperparameters
+from ..kernels.plan import Operands, Plan
+from ..sharding import Reduction, Shard, local, local_pairs, place_grads
 from .binding import BoundDelta, PriorBinding
-from .coefficients import GRADIENT_SCALINGS, CoefficientTable, Hyperparameters
-from .errors import PriorError
-from .groups import PARAM_DTYPES, check_grad, hyperparameters
-from .plan import Operands, Plan
-from .sharding import Reduction, Shard, local, local_pairs, place_grads
+from .hyperparameters import PARAM_DTYPES, check_grad, hyperparameters
 
 NamedParams = Iterable[tuple[str, Tensor]]
 

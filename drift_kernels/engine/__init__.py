@@ -1,0 +1,1 @@
+"""One step: who takes part, in which launches, with which coefficients."""

@@ -1,0 +1,1 @@
+"""What runs on a device: plans, coefficients, the reference, and the backends."""
