@@ -1,9 +1,8 @@
 """Fused AdamW that injects a directional prior (DRIFT) into every gradient, in one pass."""
 
-from .engine.bias import BiasFigures
+from .engine.figures import BiasFigures
 from .errors import BackendUnavailableError, CheckpointError, PriorError, PriorFormatError, PriorMismatchError
-from .gradients import GradientBias, bias_gradients_
-from .hooks import PriorHooks, attach_prior
+from .gradients import GradientBias, PriorHooks, attach_prior, bias_gradients_
 from .optimizer import FusedDriftAdamW
 from .prior import Coverage, Prior, build_prior
 from .schedule import AlphaScheduler, linear_anneal

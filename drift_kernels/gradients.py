@@ -8,15 +8,98 @@ biased gradient, which it never stores.
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .engine.bias import BiasedTogether, BiasFigures, BiasSettings, NamedParams, covered
 from .engine.binding import PriorBinding, PriorLike
+from .engine.engine import Engine
+from .engine.figures import BiasFigures, bias_figures
+from .engine.hyperparameters import check_dtype, hyperparameters
+from .engine.rules import Bias
+from .engine.seen import Seen
+from .errors import PriorError, PriorMismatchError
 from .kernels import backends
+from .kernels.coefficients import GRADIENT_SCALINGS, SCALINGS
 from .prior import Prior
+from .sharding import is_sharded
+
+NamedParams = Iterable[tuple[str, Tensor]]
+
+# What a param group says of AdamW, of which the bias needs nothing.
+_NO_STEP: dict[str, Any] = {
+    "lr": 0.0,
+    "betas": (0.0, 0.0),
+    "eps": 0.0,
+    "weight_decay": 0.0,
+    "maximize": False,
+    "capturable": False,
+}
+
+
+class BiasSettings:
+    """alpha and the scaling, in a param group as optimizers have it, so that `AlphaScheduler` takes it for one."""
+
+    def __init__(self, alpha: float | Tensor, scaling: str, normalize_to_param: bool) -> None:
+        group = {"alpha": alpha, "prior_scaling": scaling, "normalize_to_param": normalize_to_param}
+        self.param_groups: list[dict[str, Any]] = [group]
+        hyperparameters(self._group([]), 0)
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """Strength of the prior; may be set between steps."""
+        return self.param_groups[0]["alpha"]
+
+    @alpha.setter
+    def alpha(self, alpha: float | Tensor) -> None:
+        self.param_groups[0]["alpha"] = alpha
+
+    def _group(self, named: list[tuple[str, Tensor]]) -> dict[str, Any]:
+        """The param group as an engine takes it, with these parameters."""
+        group = self.param_groups[0]
+        scaling = group["prior_scaling"]
+        if scaling not in GRADIENT_SCALINGS:
+            reason = " (it moves parameters, not gradients: use FusedDriftAdamW)" if scaling in SCALINGS else ""
+            raise ValueError(f"scaling must be one of {', '.join(GRADIENT_SCALINGS)}, got {scaling!r}{reason}")
+        names, params = [name for name, _ in named], [param for _, param in named]
+        return {**_NO_STEP, **group, "param_names": names, "params": params}
+
+
+def _named(named_params: NamedParams) -> list[tuple[str, Tensor]]:
+    """Raises PriorError for parameters without names."""
+    named = list(named_params)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in named):
+        raise PriorError(
+            "a prior is bound by parameter names, and these parameters have none: pass model.named_parameters()"
+        )
+    return named
+
+
+def _covered(named: list[tuple[str, Tensor]], binding: PriorBinding) -> list[tuple[str, Tensor]]:
+    """The parameters that the prior has a delta for.
+
+    Raises:
+        PriorMismatchError: none is covered, or one by name but not by shape.
+        ValueError: one is given twice.
+        TypeError: the gradient of one that is covered cannot be biased.
+    """
+    names: dict[int, str] = {}
+    for name, param in named:
+        if id(param) in names:
+            raise ValueError(f"parameter {name} is {names[id(param)]} too: its gradient would be biased twice")
+        names[id(param)] = name
+    binding.check(named)
+    found = [(name, param) for name, param in named if binding.covers(name)]
+    for name, param in found:
+        check_dtype(name, param)
+    return found
 
 
 class GradientBias(BiasSettings):
@@ -66,9 +149,9 @@ class GradientBias(BiasSettings):
         backends.check_name(backend)
         binding = PriorBinding.of(prior, prior_device)
         self.prior = binding.prior
-        self.named_params = covered(named_params, binding)
+        self.named_params = _covered(_named(named_params), binding)
         backends.check_devices(backend, [param for _, param in self.named_params])
-        self._biased = BiasedTogether(self.named_params, binding, backend)
+        self._engine = Engine(Bias(), binding, backend)
 
     def apply_(self) -> BiasFigures:
         """Biases every gradient that the prior covers, in place; parameters without a gradient wait.
@@ -76,7 +159,7 @@ class GradientBias(BiasSettings):
         Everything is checked before anything changes. Raises TypeError or ValueError for a gradient that is sparse or
         of another dtype, shape or device than it should be, and for an alpha that is not a finite number.
         """
-        return self._biased.apply_(self._hyperparameters([param for _, param in self.named_params[:1]]))
+        return bias_figures(self._engine.step([self._group(self.named_params)]))
 
 
 def bias_gradients_(
@@ -89,9 +172,10 @@ def bias_gradients_(
 ) -> BiasFigures:
     """`GradientBias(...).apply_()` for parameters and a prior that are the same from step to step.
 
-    What was prepared for them is kept with the prior, so deltas are loaded in the first call only, and again when other
-    parameters are given; for several models under one prior make a `GradientBias` of each. alpha, scaling and
-    normalize_to_param may change from call to call. Arguments, result and errors are those of `GradientBias`.
+    What was prepared for them is kept for as long as the prior lives, so deltas are loaded in the first call only, and
+    again when other parameters are given; for several models under one prior make a `GradientBias` of each. The
+    parameters are not kept alive. alpha, scaling and normalize_to_param may change from call to call. Arguments, result
+    and errors are those of `GradientBias`.
 
     Args:
         prior: a `Prior` (`Prior.open(path)`, `Prior.from_mapping(deltas)`); TypeError for anything else, which would
@@ -102,19 +186,121 @@ def bias_gradients_(
             f"prior must be a Prior, which is loaded once (Prior.open, Prior.from_mapping), got {type(prior).__name__}"
         )
     settings = BiasSettings(alpha, scaling, normalize_to_param)
-    named = list(named_params)
-    kept: tuple[list[Any], GradientBias] | None = vars(prior).get(_KEPT)
-    if kept is None or not _same(kept[0], named):
-        kept = named, GradientBias(named, prior)
-        setattr(prior, _KEPT, kept)
-    kept[1].param_groups = settings.param_groups
-    return kept[1].apply_()
+    named = _named(named_params)
+    prepared = _PREPARED.get(prior)
+    if prepared is None or not prepared.fits(named):
+        prepared = _PREPARED[prior] = _Prepared.of(named, prior)
+    covered = [named[i] for i in prepared.covered]
+    return bias_figures(prepared.engine.step([settings._group(covered)]))
 
 
-_KEPT = "_kept_gradient_bias"  # the attribute of a prior
+@dataclass(frozen=True)
+class _Prepared:
+    """What `bias_gradients_` keeps with a prior, which keeps neither the parameters nor the prior alive."""
+
+    names: list[str]
+    params: Seen
+    covered: list[int]  # which of them the prior has a delta for
+    engine: Engine
+
+    @classmethod
+    def of(cls, named: list[tuple[str, Tensor]], prior: Prior) -> _Prepared:
+        binding = PriorBinding.of(weakref.proxy(prior), None)
+        covered = {name for name, _ in _covered(named, binding)}
+        return cls(
+            names=[name for name, _ in named],
+            params=Seen([param for _, param in named]),
+            covered=[i for i, (name, _) in enumerate(named) if name in covered],
+            engine=Engine(Bias(), binding, "auto"),
+        )
+
+    def fits(self, named: list[tuple[str, Tensor]]) -> bool:
+        return self.params.are([param for _, param in named]) and self.names == [name for name, _ in named]
 
 
-def _same(before: list[Any], named: list[Any]) -> bool:
-    return len(before) == len(named) and all(
-        isinstance(new, tuple) and old[0] == new[0] and old[1] is new[1] for old, new in zip(before, named, strict=True)
-    )
+_PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictionary()
+
+
+class PriorHooks(BiasSettings):
+    """What `attach_prior` returns. `alpha` may be set between steps, and `AlphaScheduler` takes it in place of an
+    optimizer."""
+
+    def __init__(self, named: list[tuple[str, Tensor]], binding: PriorBinding, settings: BiasSettings, backend: str):
+        self.param_groups = settings.param_groups
+        self.prior = binding.prior
+        self._paused = False
+        self._lock = threading.Lock()  # autograd has a thread for each device
+        self._engines = {id(param): (name, Engine(Bias(), binding, backend)) for name, param in named}
+        self._hooks: list[RemovableHandle] = [
+            param.register_post_accumulate_grad_hook(self._bias) for _, param in named
+        ]
+
+    def _bias(self, param: Tensor) -> None:
+        """The hook. Another that ran before may have taken the gradient."""
+        if not self._paused and param.grad is not None:
+            with self._lock:
+                name, engine = self._engines[id(param)]
+                engine.step([self._group([(name, param)])])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Backward passes in this context leave gradients as they are: for all micro-batches but the last of a step."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def remove(self) -> None:
+        """Takes the hooks away and lets go of the deltas. A second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._engines = {}
+
+
+def attach_prior(
+    model: nn.Module,
+    prior: PriorLike,
+    *,
+    alpha: float | Tensor = 1.0,
+    scaling: str = "adaptive_cosine",
+    normalize_to_param: bool = False,
+    prior_device: str | torch.device | None = None,
+    backend: str = "auto",
+) -> PriorHooks:
+    """From now on the backward pass biases each gradient as soon as it is accumulated, in place of the authors' hooks:
+    for training loops in which nothing can be called between `backward()` and `optimizer.step()`, or whose gradients
+    are gone by then (optimizers that step in the backward pass). Elsewhere `GradientBias` is better: a launch for all
+    parameters together, not several for each, and on the gradient that the optimizer reads.
+
+    The hooks bias whatever has been accumulated so far on this process:
+
+    - With accumulation over micro-batches they act in each of them, on the sum so far, unless all but the last run
+      `with handle.paused():`. A parameter that the last does not use is then not biased in that step.
+    - Before reductions over processes (DDP, DeepSpeed ZeRO 1 and 2), on this process's gradient: with "absolute" the
+      reduced gradient is the same as if it had been biased afterwards, with the others c follows from norms and cosines
+      of this process. Call this before other hooks are registered (`deepspeed.initialize`): they run in that order.
+    - Under a GradScaler, on scaled gradients: "gradnorm" and "adaptive_cosine" do not mind, "absolute" is off by the
+      scale.
+
+    Args:
+        model: of which the parameters that require gradients now and that the prior covers get a hook. Tied weights are
+            one parameter, under the first of their names. Not of DTensors (FSDP2).
+        prior, alpha, scaling, normalize_to_param, prior_device, backend: as in `GradientBias`.
+
+    Raises:
+        As `GradientBias`, before any hook is registered; PriorMismatchError also if no parameter that is covered
+        requires gradients. A sparse gradient of one that is covered raises TypeError in its backward pass.
+    """
+    settings = BiasSettings(alpha, scaling, normalize_to_param)
+    backends.check_name(backend)
+    binding = PriorBinding.of(prior, prior_device)
+    named = [(name, param) for name, param in _covered(list(model.named_parameters()), binding) if param.requires_grad]
+    for name, param in named:
+        if is_sharded(param):
+            raise TypeError(f"parameter {name} is a DTensor, for which there are no hooks: use GradientBias")
+    if not named:
+        raise PriorMismatchError("no parameter that the prior covers requires gradients")
+    backends.check_devices(backend, [param for _, param in named])
+    return PriorHooks(named, binding, settings, backend)

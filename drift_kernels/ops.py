@@ -135,8 +135,7 @@ def grad_stats(grads: list[Tensor], deltas: list[Tensor]) -> Tensor:
     _uniform("grads", grads, [tuple(g.shape) for g in grads], device)
     _expect("grads", grads[0].dtype, (torch.float32, torch.bfloat16, torch.float16))
     bound = _with_scales("deltas", deltas, grads)
-    # In place of what the sums do not read: the gradients.
-    operands = [Operands(g, g, g, delta, delta_scale=scale) for g, (delta, scale) in zip(grads, bound, strict=True)]
+    operands = [Operands(g, delta=delta, delta_scale=scale) for g, (delta, scale) in zip(grads, bound, strict=True)]
     plan = Plan(operands, grads[0].dtype)
     plan.set_grads(grads)
     out = torch.empty(len(grads), 2, dtype=torch.float64, device=device)

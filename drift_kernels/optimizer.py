@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from .engine.backward import StepInBackward
-from .engine.binding import BoundDelta, PriorBinding, PriorLike
-from .engine.eager import not_compiled
-from .engine.figures import Inspection
-from .engine.hyperparameters import (
-    FINGERPRINT,
-    SEED,
-    check_capture,
-    check_grad,
-    check_param,
-    check_seed,
-    hyperparameters,
-)
-from .engine.launches import BatchCache, DeviceBatch, Slot
+from .engine.backward import BackwardHandle, attach
+from .engine.binding import PriorBinding, PriorLike
+from .engine.engine import Engine, capturing
+from .engine.figures import bias_figures, memory_report
+from .engine.hyperparameters import check_seed, hyperparameters
+from .engine.rules import AdamW
 from .errors import PriorError
 from .kernels import backends
-from .kernels.coefficients import GradScale, Hyperparameters, clip_coefficient
+from .kernels.coefficients import GradScale
 from .prior import Prior
-from .sharding import Shard, local, local_pairs, place_of
-from .state.masters import Masters
+from .state.masters import master_weight, refresh_masters
+from .state.param_groups import FINGERPRINT, SEED, named_params, param_name
 from .state.precision import Precision, float32_state
 from .state.state_dict import check_state_dict, only_asks_for_states, restore_states
+from .torch_private import grad_scaler_says, not_compiled, unscales_gradients
 
 
-def _capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
+@unscales_gradients
+class FusedDriftAdamW(Optimizer):
     """AdamW with decoupled weight decay whose gradient is biased by a prior; without a prior, a fast drop-in for
     `torch.optim.AdamW`.
 
@@ -97,8 +84,7 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler.step then leaves `grad_scale` and `found_inf` on the optimizer
-    _counts_on_device = False  # whether a GradScaler, whose found_inf the host never reads, has been met
+    _in_backward: BackwardHandle | None = None
 
     def __init__(
         self,
@@ -128,8 +114,8 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
         self.precision = Precision.of(state_dtype, rounding, master_weights)
         self.max_grad_norm = max_grad_norm
         self.backend = backend
-        self._binding = None if prior is None else PriorBinding.of(prior, prior_device)
-        self._reset()
+        binding = None if prior is None else PriorBinding.of(prior, prior_device)
+        self._engine = Engine(AdamW(self.precision), binding, backend, max_grad_norm)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -144,31 +130,18 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
             FINGERPRINT: self.prior_fingerprint,
         }
         super().__init__(params, defaults)
-        backends.check_devices(backend, self._params())
-        if self._binding is not None:
-            self._binding.check(self._named_params())
-
-    # What the optimizer is made of
+        named = named_params(self.param_groups)
+        backends.check_devices(backend, [param for _, param in named])
+        if binding is not None:
+            binding.check(named)
 
     @property
     def prior(self) -> Prior | None:
-        return None if self._binding is None else self._binding.prior
+        return None if self._engine.binding is None else self._engine.binding.prior
 
     @property
     def prior_fingerprint(self) -> str | None:
         return None if self.prior is None else self.prior.fingerprint
-
-    def _params(self) -> list[Tensor]:
-        return list(chain.from_iterable([group["params"] for group in self.param_groups]))
-
-    def _named_params(self) -> list[tuple[str, Tensor]]:
-        """Every parameter with its name, or with its position where the groups have no names."""
-        return [
-            (names[i] if names else f"{i} of group {g}", p)
-            for g, group in enumerate(self.param_groups)
-            for names in [group.get("param_names")]
-            for i, p in enumerate(group["params"])
-        ]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; the group is checked and left out if it is wrong."""
@@ -178,22 +151,17 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
         try:
             hyperparameters(group, index)
             check_seed(group, index)
-            names = group.get("param_names")
-            if self._binding is not None and names is None:
+            if self.prior is not None and group.get("param_names") is None:
                 raise PriorError(
                     "a prior is bound by parameter names, and these parameters have none: "
                     f"pass model.named_parameters() (group {index})"
                 )
             for i, param in enumerate(group["params"]):
-                name = names[i] if names else f"{i} of group {index}"
-                check_param(name, local(param))
-                self.precision.check_param(name, param)
+                self._engine.rule.check(param_name(group, index, i), param)
         except Exception:
             del self.param_groups[index]
             raise
-        self._reset()
-
-    # The step
+        self._engine.reset()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -210,108 +178,81 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
 
     @not_compiled
     def _step(self) -> None:
-        grad_scale = GradScale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if self._in_backward is not None:
+        grad_scale = GradScale(*grad_scaler_says(self))
+        if self._in_backward is not None and self._in_backward.attached:
             self._in_backward.finish(grad_scale)
-            return
-        if grad_scale.found_inf is not None and not self._counts_on_device:
-            self._counts_on_device = True
-            self._cache.clear()
-        params = self._params()
-        local_params, grads = local_pairs(params, list(map(attrgetter("grad"), params)))
-        if not self.state and not _capturing() and only_asks_for_states(self.param_groups, grads):
-            for param, grad in zip(params, grads, strict=True):
-                if grad is not None:
-                    self._state_of(param)
-            return
-        groups = [hyperparameters(group, index) for index, group in enumerate(self.param_groups)]
-        self._set_grads(local_params, grads)
-        if _capturing():
-            for index, group in enumerate(self.param_groups):
-                check_capture(group, index)
-            for batch in self._batches:
-                batch.check_capture()
-        for batch in self._batches:
-            batch.advance(groups, grad_scale)
-        self._set_bias(groups)
-        for batch in self._batches:
-            batch.update(groups)
-            batch.release_grads()
+        elif not self.state and not capturing() and only_asks_for_states(self.param_groups):
+            for _, param in named_params(self.param_groups):
+                if param.grad is not None:
+                    self._engine.rule.state_of(self.state, param)
+        else:
+            self._engine.step(self.param_groups, self.state, grad_scale)
 
-    def _set_bias(self, groups: list[Hyperparameters]) -> None:
-        """Gradient statistics, the prior's coefficients, and clipping, over all devices together."""
-        clipping = self.max_grad_norm is not None
-        biases = [(batch.coefficients, batch.bias(groups, all_stats=clipping)) for batch in self._batches]
-        norm = clip = None
-        if self.max_grad_norm is not None and biases:
-            squares = [coefficients.biased_norm_squared(c).to(biases[0][1].device) for coefficients, c in biases]
-            norm = torch.stack(squares).sum().clamp(min=0).sqrt()
-            clip = clip_coefficient(norm, self.max_grad_norm)
-        self._grad_norm = norm
-        for coefficients, c in biases:
-            coefficients.set_gradient_coefficients(c, None if clip is None else clip.to(c.device))
+    def attach_to_backward(self) -> BackwardHandle:
+        """From now on `loss.backward()` updates each parameter as soon as its gradient is complete, and sets the
+        gradient to None: the memory of all gradients falls to that of the few which are not used yet.
 
-    def _set_grads(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
-        """Gives the plans their gradients, after building new ones if anything that they depend on has changed."""
-        if not self._cache.fits(params, grads, self.state.values()):
-            if _capturing():
-                raise RuntimeError("the first step on new parameters, states or dtypes must run before it is captured")
-            self._cache.hold(self._build(grads), params, grads, self.state.values())
-        try:
-            for batch in self._batches:
-                batch.set_grads(grads)
-        except RuntimeError:  # a sparse gradient has no address
-            self._check(grads)
-            raise
+        The updates are those of `step()` after the backward pass, bit for bit. `step()` itself then changes nothing, so
+        training loops, trainers and schedulers stay as they are; it raises RuntimeError under a GradScaler, and for a
+        gradient that did not come by a backward pass. Every backward pass is a step: gradients cannot be accumulated
+        over several. A parameter that is used more than once gets one update (but not under reentrant checkpointing,
+        which completes its gradient piece by piece). For the parameters that require gradients now, all of which get
+        states at the first pass; it ends with the returned handle's `remove()`.
 
-    def _reset(self) -> None:
-        """Forgets the plans; the next step builds them anew."""
-        self._cache = BatchCache()
-        self._grad_norm = None
+        Raises:
+            ValueError: `max_grad_norm` is set (the norm of all gradients would be known too late), or several processes
+                train together, since their gradients are reduced after this.
+            RuntimeError: it is attached already.
+        """
+        if self._in_backward is not None and self._in_backward.attached:
+            raise RuntimeError("the optimizer is attached to the backward pass already: remove() its handle first")
+        self._in_backward = attach(self, self._engine)
+        return self._in_backward
 
-    def _check(self, grads: list[Tensor | None]) -> None:
-        for (name, param), grad in zip(self._named_params(), grads, strict=True):
-            if grad is not None:
-                check_param(name, local(param))
-                self.precision.check_param(name, param)
-                check_grad(name, local(param), grad)
+    # The last step's figures are on the device: reading one is the only thing that waits.
 
-    def _build(self, grads: list[Tensor | None]) -> list[DeviceBatch]:
-        """The batches of the parameters that have a gradient, after every check and before any change."""
-        named = self._named_params()
-        group_of = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
-        present = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
-        self._check(grads)
-        resolved = {p.device: backends.resolve(self.backend, p.device) for _, p in (named[i] for i, _ in present)}
-        parts = {i: (named[i][0], local(named[i][1]), Shard.of(named[i][1])) for i, _ in present}
-        places = {i: place_of(name, shard, self.precision.stochastic) for i, (name, _, shard) in parts.items()}
-        bounds: dict[int, BoundDelta | None] = {}
-        if self._binding is not None:
-            self._binding.check(named)
-            bounds = dict(zip(parts, self._binding.bind(list(parts.values())), strict=True))
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """float64 []: norm of the whole biased gradient, before clipping; None unless `max_grad_norm` is set."""
+        return self._engine.grad_norm
 
-        slots: dict[tuple[torch.device, torch.device], list[Slot]] = {}
-        for i, grad in present:
-            name, param, shard = parts[i]
-            on_device = self._counts_on_device or self.param_groups[group_of[i]]["capturable"]
-            steps_device = param.device if on_device else torch.device("cpu")
-            key = self.param_groups[group_of[i]][SEED] + (i << 32) if self.precision.stochastic else None
-            state = self._state_of(named[i][1])
-            slot = Slot(i, group_of[i], name, param, grad.dtype, state, bounds.get(i), key, places[i], shard)
-            slots.setdefault((param.device, steps_device), []).append(slot)
-        return [
-            DeviceBatch(device, members, steps_device, resolved[device])
-            for (device, steps_device), members in slots.items()
-        ]
+    @property
+    def prior_names(self) -> list[str]:
+        """The biased parameters of the last step, in the order of `prior_cosine` and `prior_ratio`."""
+        return bias_figures(self._engine.batches).names
 
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
-        """The state of a parameter, zeros at its first step."""
-        state: dict[str, Any] = self.state[param]
-        if not state:
-            state.update(self.precision.new_state(param))
-        return state
+    @property
+    def prior_cosine(self) -> Tensor | None:
+        """float64 [len(prior_names)]: cos(g, delta); None if the step needed no gradient statistics."""
+        return bias_figures(self._engine.batches).cosine
 
-    # Saving and loading
+    @property
+    def prior_ratio(self) -> Tensor | None:
+        """float64 [len(prior_names)]: norm(c*delta)/norm(g); None if the step needed no gradient statistics."""
+        return bias_figures(self._engine.batches).ratio
+
+    def memory_report(self) -> dict[str, float]:
+        """Bytes per parameter of what the last step worked on, by kind and in all ("total"), without the gradients.
+
+        "param", "states", "scales" (of codes), "param_residual" (the other halves of masters) and "prior"; as
+        allocated, over the elements of the parameters that had a gradient. Empty before the first step.
+        """
+        return memory_report(self._engine.batches)
+
+    def master_weight(self, param: Tensor) -> Tensor:
+        """The float32 master of a parameter, in memory of its own: of the parameter itself before the first step.
+
+        Raises ValueError without master weights, and KeyError for a parameter that is not this optimizer's.
+        """
+        if not self.precision.master_weights:
+            raise ValueError("there are no masters: the optimizer was built without master_weights=True")
+        if not any(param is own for _, own in named_params(self.param_groups)):
+            raise KeyError("the parameter is not one of this optimizer's")
+        return master_weight(param, self.state.get(param, {}))
+
+    def refresh_masters(self) -> None:
+        """Makes the parameters as they are the masters: to be called after writing to parameters directly."""
+        refresh_masters(self.state.values())
 
     def state_dict(self, *, dtype: torch.dtype | None = None) -> StateDict:
         """As `torch.optim.Optimizer.state_dict`; with dtype=torch.float32, exp_avg and exp_avg_sq are float32 whatever
@@ -343,12 +284,8 @@ class FusedDriftAdamW(Inspection, Masters, StepInBackward, Optimizer):
         restore_states(self, given, self.precision)
         for group in self.param_groups:
             group[FINGERPRINT] = self.prior_fingerprint
-        self._reset()
+        self._engine.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("precision", "max_grad_norm", "backend", "_binding")
+        kept = ("precision", "max_grad_norm", "backend", "_engine")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._reset()

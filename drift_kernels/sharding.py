@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,9 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .formats.philox import WHOLE, Place
-
-_local_tensor = attrgetter("_local_tensor")  # to_local() would make a new object in every call
-_spec = attrgetter("_spec")
+from .torch_private import local_shape_and_offset, local_tensor, spec
 
 
 def _dtensor() -> Any:
@@ -35,18 +33,18 @@ def is_sharded(tensor: object) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of one that is not a DTensor."""
-    return _local_tensor(tensor) if is_sharded(tensor) else tensor
+    return local_tensor(tensor) if is_sharded(tensor) else tensor
 
 
 def local_pairs(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
     """What this rank holds of parameters and gradients; a gradient that is placed otherwise than its parameter (a sum
     that is still partial, say) is first redistributed, by every rank alike."""
     dtensor = _dtensor()
-    types = set(map(type, params))
+    types = set() if dtensor is None else set(map(type, params))
     if dtensor not in types:
         return params, grads
-    if types == {dtensor} == set(map(type, grads)) and all(map(is_, map(_spec, grads), map(_spec, params))):
-        return list(map(_local_tensor, params)), list(map(_local_tensor, grads))
+    if types == {dtensor} == set(map(type, grads)) and all(map(is_, map(spec, grads), map(spec, params))):
+        return list(map(local_tensor, params)), list(map(local_tensor, grads))
     return [local(param) for param in params], [
         grad if grad is None else local(_placed_as(grad, param)) for grad, param in zip(grads, params, strict=True)
     ]
@@ -120,12 +118,10 @@ class Shard:
         """None for a tensor that is not a DTensor. Raises ValueError for a placement that is a partial sum."""
         if not is_sharded(tensor):
             return None
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
         mesh, placements = tensor.device_mesh, tensor.placements
         if any(placement.is_partial() for placement in placements):
             raise ValueError(f"a tensor that is a partial sum ({placements}) cannot be updated")
-        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        sizes, offsets = local_shape_and_offset(tensor)
         box = tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True))
         groups = [mesh.get_group(d) for d, placement in enumerate(placements) if not placement.is_replicate()]
         return cls(tuple(tensor.shape), box, tuple(groups))

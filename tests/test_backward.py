@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from drift_kernels import AlphaScheduler, FusedDriftAdamW, linear_anneal
 from drift_kernels.kernels import backends
+from drift_kernels.state.param_groups import named_params
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [name for name in backends.NAMES if backends.load(name).unavailable(DEVICE) is None]
@@ -64,7 +65,7 @@ def groups(net: nn.Module) -> list[dict[str, Any]]:
 
 
 def assert_same(a: FusedDriftAdamW, b: FusedDriftAdamW) -> None:
-    for (name, p), (_, q) in zip(a._named_params(), b._named_params(), strict=True):
+    for (name, p), (_, q) in zip(named_params(a.param_groups), named_params(b.param_groups), strict=True):
         assert torch.equal(p, q), name
         if q in b.state:
             assert a.state[p].keys() == b.state[q].keys()

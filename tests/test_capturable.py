@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from drift_kernels import AlphaScheduler, FusedDriftAdamW, linear_anneal, optimizer
+from drift_kernels.engine import engine
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALINGS = ["absolute", "gradnorm", "adaptive_cosine", "decoupled"]
@@ -106,7 +107,8 @@ def test_a_tensor_must_be_where_its_parameters_are() -> None:
 
 def capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a graph were being captured."""
-    monkeypatch.setattr(optimizer, "_capturing", lambda: True)
+    for module in (engine, optimizer):
+        monkeypatch.setattr(module, "capturing", lambda: True)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_a_non_contiguous_gradient_is_read_right_and_not_kept() -> None:
     for optimizer in optimizers:
         optimizer.step()
     assert torch.equal(param, other)
-    assert not any(launch.plan.grads for launch in optimizers[0]._batches[0].launches)
+    assert not any(launch.plan.grads for launch in optimizers[0]._engine.batches[0].launches)
 
 
 def test_state_moved_replaced_or_reset_by_the_user_is_followed() -> None:

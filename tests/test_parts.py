@@ -110,7 +110,7 @@ def binding_memory(folder: Path) -> float:
         param = nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False))
         named.append((f"layers.{layer}.mlp.up_proj.weight", param))
     optimizer = FusedDriftAdamW(named, prior=folder)
-    binding = optimizer._binding
+    binding = optimizer._engine.binding
     assert binding is not None
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,15 +37,19 @@ class PriorBinding:
     """A prior matched to named parameters.
 
     Names and shapes are checked by `check`, at once; data is loaded by `bind`, since FSDP2, Accelerate and device moves
-    replace parameters between the two.
+    replace parameters between the two. A copy or a pickled binding loads its own.
     """
 
     def __init__(self, prior: Prior, on_host: bool = False) -> None:
         self.prior = prior
         self._on_host = on_host  # whether deltas stay in pinned host memory
         self._names: dict[str, str] = {}
-        self._checked: list[tuple[str, torch.Size]] = []
+        self._checked: dict[str, torch.Size] = {}
+        self._param_norms: dict[str, float] = {}  # norm(W), of parameters as they were when they were first bound
         self._bound: dict[str, BoundDelta] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_bound": {}}
 
     @classmethod
     def of(cls, prior: PriorLike, device: str | torch.device | None) -> PriorBinding:
@@ -61,13 +66,13 @@ class PriorBinding:
         return cls(prior, on_host=device is not None)
 
     def check(self, named_parameters: list[tuple[str, Tensor]]) -> None:
-        """Matches the parameters, unless they are those of the last time.
+        """Matches the parameters, unless they are among those of the last time.
 
         Raises:
             PriorMismatchError: not one name matches, or a matched delta has another shape than its parameter.
         """
-        shapes = [(name, param.shape) for name, param in named_parameters]
-        if shapes == self._checked:
+        shapes = {name: param.shape for name, param in named_parameters}
+        if shapes and shapes.items() <= self._checked.items():
             return
         coverage = self.prior.match(named_parameters)
         if coverage.shape_mismatches:
@@ -78,6 +83,10 @@ class PriorBinding:
             )
         self._names = dict(coverage.matched)
         self._checked = shapes
+
+    def covers(self, name: str) -> bool:
+        """Whether there is a delta for this parameter, which has been checked."""
+        return name in self._names
 
     def bind(self, named: Sequence[tuple[str, Tensor, Shard | None]]) -> list[BoundDelta | None]:
         """The delta of each parameter, of which this rank holds a shard or all, on its device; None where the prior has
@@ -92,8 +101,13 @@ class PriorBinding:
         ]
         self._compare(Reduction([shard for _, _, shard in new]), new)
         for name, param, shard in new:
+            if name in self._bound:
+                self._param_norms.pop(name, None)  # of another shape
             self._bound[name] = self._load(name, param, shard)
         self._measure([entry for entry in new if entry[2] is not None])
+        for name, _, _ in new:
+            norm_at_first = self._param_norms.setdefault(name, self._bound[name].param_norm)
+            self._bound[name] = replace(self._bound[name], param_norm=norm_at_first)
         return [self._placed(name, param) if name in self._names else None for name, param, _ in named]
 
     def _load(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:

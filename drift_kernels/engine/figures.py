@@ -1,14 +1,17 @@
-"""What an optimizer says of its last step and of the memory that it takes."""
+"""What a step has to say of itself, and of the memory that it works on.
+
+Figures of a step are device tensors: reading one is the only thing that waits.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..state.precision import RESIDUAL, SCALES, STATES
-from .launches import BatchCache, DeviceBatch
+from .launches import DeviceBatch
 
 # Kinds of memory, and the operands of a plan that they are.
 KINDS = {
@@ -20,56 +23,46 @@ KINDS = {
 }
 
 
-class Inspection:
-    """Part of FusedDriftAdamW. Figures of a step are device tensors: reading one is the only thing that waits."""
+class BiasFigures(NamedTuple):
+    """Of one bias, on the device: reading one is the only thing that waits.
 
-    _cache: BatchCache
-    _grad_norm: Tensor | None
+    Attributes:
+        names: the parameters that were biased, n of them.
+        cosine: float64 [n], cos(g, delta); None if the scaling needs no gradient statistics.
+        ratio: float64 [n], norm(c*delta)/norm(g); likewise.
+    """
 
-    @property
-    def _batches(self) -> list[DeviceBatch]:
-        return self._cache.batches
+    names: list[str]
+    cosine: Tensor | None
+    ratio: Tensor | None
 
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """float64 []: norm of the whole biased gradient, before clipping; None unless `max_grad_norm` is set."""
-        return self._grad_norm
 
-    @property
-    def prior_names(self) -> list[str]:
-        """The biased parameters of the last step, in the order of `prior_cosine` and `prior_ratio`."""
-        return [slot.name for batch in self._batches for slot in batch.slots if slot.bound is not None]
+def bias_figures(batches: list[DeviceBatch]) -> BiasFigures:
+    """Of the parameters that have a delta."""
+    return BiasFigures(
+        [name for batch in batches for name in batch.biased_names],
+        _of_biased([(batch, batch.coefficients.prior_cosine) for batch in batches]),
+        _of_biased([(batch, batch.coefficients.prior_ratio) for batch in batches]),
+    )
 
-    @property
-    def prior_cosine(self) -> Tensor | None:
-        """float64 [len(prior_names)]: cos(g, delta); None if the step needed no gradient statistics."""
-        return self._of_biased("prior_cosine")
 
-    @property
-    def prior_ratio(self) -> Tensor | None:
-        """float64 [len(prior_names)]: norm(c*delta)/norm(g); None if the step needed no gradient statistics."""
-        return self._of_biased("prior_ratio")
+def _of_biased(vectors: list[tuple[DeviceBatch, Tensor | None]]) -> Tensor | None:
+    """Those of several devices on the first of them; None if the step needed no statistics."""
+    found = [vector[batch.biased_rows] for batch, vector in vectors if vector is not None]
+    if not found or len(found) < len(vectors):
+        return None
+    return torch.cat([vector.to(found[0].device) for vector in found])
 
-    def _of_biased(self, attribute: str) -> Tensor | None:
-        vectors = [(getattr(batch.coefficients, attribute), batch.biased_rows) for batch in self._batches]
-        if not vectors or any(vector is None for vector, _ in vectors):
-            return None
-        return torch.cat([vector[rows].to(vectors[0][0].device) for vector, rows in vectors])
 
-    def memory_report(self) -> dict[str, float]:
-        """Bytes per parameter of what the last step worked on, by kind and in all ("total"), without the gradients.
-
-        "param", "states", "scales" (of codes), "param_residual" (the other halves of masters) and "prior"; as
-        allocated, over the elements of the parameters that had a gradient. Empty before the first step.
-        """
-        operands = [o for batch in self._batches for launch in batch.launches for o in launch.plan.operands]
-        elements = sum(o.param.numel() for o in operands)
-        if not elements:
-            return {}
-
-        def of_kind(names: tuple[str, ...]) -> float:
-            tensors: list[Any] = [getattr(o, name) for o in operands for name in names]
-            return sum(t.numel() * t.element_size() for t in tensors if t is not None) / elements
-
-        report = {kind: of_kind(names) for kind, names in KINDS.items()}
-        return {**report, "total": sum(report.values())}
+def memory_report(batches: list[DeviceBatch]) -> dict[str, float]:
+    """Bytes per parameter by kind and in all ("total"), over the elements of the parameters in these batches; empty
+    without any."""
+    plans = [launch.plan for batch in batches for launch in batch.launches]
+    elements = sum(plan.numel for plan in plans)
+    if not elements:
+        return {}
+    report = {
+        kind: sum(plan.nbytes.get(name, 0) for plan in plans for name in names) / elements
+        for kind, names in KINDS.items()
+    }
+    return {**report, "total": sum(report.values())}

@@ -1,4 +1,4 @@
-"""What a param group may hold: checked once, at the edge, before anything changes."""
+"""What a param group, its parameters and their gradients may be: checked at the edge, before anything changes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.coefficients import SCALINGS, Hyperparameters
+from ..state.param_groups import FINGERPRINT, SEED
+from ..torch_private import is_fsdp1_shard
 
 logger = logging.getLogger("drift_kernels")
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# The param group key of the seed of stochastic rounding, which a state_dict thus carries.
-SEED = "seed"
-
-# The param group key under which the prior's fingerprint travels in a state_dict (None without a prior).
-FINGERPRINT = "prior_fingerprint"
 
 
 def _number(group: dict[str, Any], key: str, index: int, low: float = -math.inf, high: float = math.inf) -> float:
@@ -103,14 +99,19 @@ def check_capture(group: dict[str, Any], index: int) -> None:
             logger.warning(message, key, group[key], index)
 
 
+def check_dtype(name: str, param: Tensor) -> None:
+    """Raises TypeError, naming the parameter, for one of a dtype that no kernel takes."""
+    if param.dtype not in PARAM_DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
+        raise TypeError(f"parameter {name} has dtype {param.dtype}; expected one of {expected}")
+
+
 def check_param(name: str, param: Tensor) -> None:
     """Raises TypeError or ValueError, naming the parameter, for one that the kernels cannot update."""
     if param.layout != torch.strided:
         raise TypeError(f"parameter {name} is sparse ({param.layout}); only dense parameters are supported")
-    if param.dtype not in PARAM_DTYPES:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
-        raise TypeError(f"parameter {name} has dtype {param.dtype}; expected one of {expected}")
-    if getattr(param, "_fsdp_flattened", False):
+    check_dtype(name, param)
+    if is_fsdp1_shard(param):
         raise TypeError(
             f"parameter {name} is sharded by FullyShardedDataParallel (FSDP1), whose shards are flat and have lost "
             "their shapes: use torch.distributed.fsdp.fully_shard (FSDP2)"

@@ -27,8 +27,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-GRADIENT_SCALINGS = ("absolute", "gradnorm", "adaptive_cosine")
-SCALINGS = (*GRADIENT_SCALINGS, "decoupled")
+
+class Scaling(NamedTuple):
+    """What a scaling mode makes of alpha, per tensor:
+
+    c = alpha * (absolute*r + norm(g)/norm(delta) * (by_ratio + by_cosine*cos(g, delta)))
+
+    and param moves by + lr*alpha*decoupled*delta.
+    """
+
+    absolute: float = 0.0
+    by_ratio: float = 0.0
+    by_cosine: float = 0.0
+    decoupled: float = 0.0
+
+    @property
+    def biases_gradients(self) -> bool:
+        return self.absolute != 0 or self.needs_stats
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether c depends on the gradient's norm."""
+        return self.by_ratio != 0 or self.by_cosine != 0
+
+
+SCALINGS = {
+    "absolute": Scaling(absolute=1.0),
+    "gradnorm": Scaling(by_ratio=1.0),
+    "adaptive_cosine": Scaling(by_ratio=0.5, by_cosine=0.5),
+    "decoupled": Scaling(decoupled=1.0),
+}
+GRADIENT_SCALINGS = tuple(name for name, scaling in SCALINGS.items() if scaling.biases_gradients)
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; so do we.
 CLIP_EPSILON = 1e-6
@@ -75,14 +104,18 @@ class Hyperparameters(NamedTuple):
         return isinstance(self.lr, Tensor) or isinstance(self.alpha, Tensor) or self != before
 
     @property
-    def biases(self) -> bool:
+    def acts(self) -> bool:
         """Whether the prior may act, as far as the host can tell."""
         return isinstance(self.alpha, Tensor) or self.alpha != 0
 
     @property
+    def biases_gradients(self) -> bool:
+        return self.acts and SCALINGS[self.scaling].biases_gradients
+
+    @property
     def needs_stats(self) -> bool:
         """Whether the bias depends on the gradient's norm."""
-        return self.biases and self.scaling in ("gradnorm", "adaptive_cosine")
+        return self.acts and SCALINGS[self.scaling].needs_stats
 
 
 class GradScale(NamedTuple):
@@ -115,11 +148,8 @@ UNSCALED = GradScale(None, None)
 
 
 class _Row(NamedTuple):
-    """What the hyperparameters say about a tensor, in float64.
-
-    The prior's coefficient is c = alpha * (absolute + normalized*norm(W)/norm(delta)
-    + norm(g)/norm(delta) * (by_ratio + by_cosine*cos(g, delta))).
-    """
+    """What the hyperparameters say about a tensor, in float64. `normalized` is what of `absolute` is rescaled to
+    norm(W)."""
 
     lr: float | Tensor
     weight_decay: float
@@ -135,7 +165,7 @@ class _Row(NamedTuple):
 
     @classmethod
     def of(cls, h: Hyperparameters) -> _Row:
-        absolute, cosine = h.scaling == "absolute", h.scaling == "adaptive_cosine"
+        scaling = SCALINGS[h.scaling]
         return cls(
             lr=h.lr,
             weight_decay=h.weight_decay,
@@ -143,11 +173,11 @@ class _Row(NamedTuple):
             beta2=h.beta2,
             sign=-1.0 if h.maximize else 1.0,
             alpha=h.alpha,
-            absolute=float(absolute and not h.normalize_to_param),
-            normalized=float(absolute and h.normalize_to_param),
-            by_ratio=1.0 if h.scaling == "gradnorm" else 0.5 * cosine,
-            by_cosine=0.5 * cosine,
-            decoupled=float(h.scaling == "decoupled"),
+            absolute=0.0 if h.normalize_to_param else scaling.absolute,
+            normalized=scaling.absolute if h.normalize_to_param else 0.0,
+            by_ratio=scaling.by_ratio,
+            by_cosine=scaling.by_cosine,
+            decoupled=scaling.decoupled,
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +46,8 @@ class Operands:
     """The tensors of one parameter but its gradient, contiguous; None for those that it does not have.
 
     Attributes:
-        exp_avg, exp_avg_sq: of param's shape, float32, bfloat16, or int8 and uint8 codes (formats/blocks.py).
+        exp_avg, exp_avg_sq: of param's shape, float32, bfloat16, or int8 and uint8 codes (formats/blocks.py). An update
+            has both.
         exp_avg_scale, exp_avg_sq_scale: float32 [blocks], beside codes.
         delta: of param's shape, float32, bfloat16, or int8 or float8_e4m3fn codes of a small prior.
         delta_scale: float32 [blocks], beside codes.
@@ -55,8 +58,8 @@ class Operands:
     """
 
     param: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Tensor | None = None
+    exp_avg_sq: Tensor | None = None
     delta: Tensor | None = None
     residual: Tensor | None = None
     exp_avg_scale: Tensor | None = None
@@ -66,58 +69,123 @@ class Operands:
     place: Place = WHOLE
 
 
+DTypeNames = tuple[str | None, str | None, str | None, str | None]
+
+
+class DTypes(NamedTuple):
+    """Those of one launch; None for what it does not have."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype | None
+    delta: torch.dtype | None
+
+
+# A plan refers to these only weakly: whoever replaces or drops them frees them.
+WEAK = ("param", "residual", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+
+
+class _WeakOperands:
+    """Operands whose parameter and states belong to others."""
+
+    def __init__(self, operands: Operands) -> None:
+        tensors: dict[str, Any] = {name: getattr(operands, name) for name in WEAK}
+        self._refs = {name: weakref.ref(tensor) for name, tensor in tensors.items() if tensor is not None}
+        without: dict[str, Any] = dict.fromkeys(WEAK)
+        self._rest = replace(operands, **without)
+
+    def __call__(self) -> Operands:
+        tensors: dict[str, Any] = {name: ref() for name, ref in self._refs.items()}
+        for name, tensor in tensors.items():
+            if tensor is None:
+                raise ReferenceError(f"the plan is out of date: its {name} is gone")
+        return replace(self._rest, **tensors)
+
+
 class Plan:
     """The tensors of one launch, all of one device and one combination of dtypes.
 
-    The plan refers to its operands for its lifetime, and to gradients only between `set_grads` and `release_grads`, so
-    that `zero_grad(set_to_none=True)` frees them.
+    The plan holds addresses. It keeps deltas alive, gradients between `set_grads` and `release_grads` (so that
+    `zero_grad(set_to_none=True)` frees them), and neither parameters nor states: who launches it sees to it that they
+    are still those that it was made for.
 
     Args:
         operands: of n parameters; what the first has, all have.
         grad_dtype: dtype that every gradient will have.
+
+    Attributes:
+        dtypes: of what all the operands have.
+        master: whether parameters have a residual.
+        at_random: whether what is bfloat16, but a master, is rounded at random.
+        numel: elements of all parameters together.
+        nbytes: by operand, of all the tensors together.
     """
 
     def __init__(self, operands: Sequence[Operands], grad_dtype: torch.dtype) -> None:
-        self.operands = list(operands)
-        self.grads: list[Tensor] = []
-        self.grad_dtype = grad_dtype
-        first = self.operands[0]
+        first = operands[0]
         self.device = first.param.device
-        self.has_deltas = first.delta is not None
+        states, deltas = (None if t is None else t.dtype for t in (first.exp_avg, first.delta))
+        self.dtypes = DTypes(first.param.dtype, grad_dtype, states, deltas)
+        self.master = first.residual is not None
+        self.at_random = first.random_key is not None
+        self.grads: list[Tensor] = []
+        self._operands = [_WeakOperands(o) for o in operands]
 
-        numels = torch.tensor([o.param.numel() for o in self.operands], dtype=torch.int64)
+        numels = torch.tensor([o.param.numel() for o in operands], dtype=torch.int64)
         chunks = (numels + (CHUNK - 1)) // CHUNK
-        self.chunk_count = int(chunks.sum())
+        self.chunk_count, self.numel = int(chunks.sum()), int(numels.sum())
         self._chunks = chunks
-        self.table = torch.zeros(len(self.operands), len(ROW_FIELDS), dtype=torch.int64)  # on the host
+        self.table = torch.zeros(len(operands), len(ROW_FIELDS), dtype=torch.int64)  # on the host
         self.table[:, NUMEL] = numels
         self.table[:, FIRST_CHUNK] = chunks.cumsum(0) - chunks
+        self.nbytes: dict[str, int] = {}
         for column, name in enumerate(ADDRESSES):
             if getattr(first, name) is not None:
-                tensors = [getattr(o, name) for o in self.operands]
+                tensors = [getattr(o, name) for o in operands]
                 self.table[:, column] = torch.tensor(addresses(tensors), dtype=torch.int64)
-        if first.random_key is not None:
-            self.table[:, RANDOM_KEY] = torch.tensor([o.random_key for o in self.operands], dtype=torch.int64)
-            self.table[:, PLACE] = torch.tensor([astuple(o.place) for o in self.operands], dtype=torch.int64)
-        self.grad_table = torch.zeros(len(self.operands), dtype=torch.int64)  # the gradients' addresses, on the host
+                self.nbytes[name] = sum(t.nbytes for t in tensors)
+        if self.at_random:
+            self.table[:, RANDOM_KEY] = torch.tensor([o.random_key for o in operands], dtype=torch.int64)
+            self.table[:, PLACE] = torch.tensor([astuple(o.place) for o in operands], dtype=torch.int64)
+        self.grad_table = torch.zeros(len(operands), dtype=torch.int64)  # the gradients' addresses, on the host
         self._grad_addresses: list[int] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
 
     def __len__(self) -> int:
-        return len(self.operands)
+        return len(self._operands)
+
+    @property
+    def operands(self) -> list[Operands]:
+        """The tensors. Raises ReferenceError if one is gone."""
+        return [operands() for operands in self._operands]
+
+    @property
+    def first(self) -> Operands:
+        return self._operands[0]()
+
+    @property
+    def has_deltas(self) -> bool:
+        return self.dtypes.delta is not None
 
     def set_grads(self, grads: Sequence[Tensor]) -> None:
         """Takes this step's gradients (a non-contiguous one is copied) and refreshes their addresses if one changed."""
-        self.grads = list(grads)
+        self.grads, self._copied = list(grads), []
         if not all(map(Tensor.is_contiguous, self.grads)):
-            self.grads = [g.contiguous() for g in self.grads]
+            self.grads = [g.contiguous() for g in grads]
+            self._copied = [(grad, copy) for grad, copy in zip(grads, self.grads, strict=True) if copy is not grad]
         grad_addresses = addresses(self.grads)
         if grad_addresses != self._grad_addresses:
             self._grad_addresses = grad_addresses
             self.grad_table = torch.frombuffer(array("q", grad_addresses), dtype=torch.int64)
             self.__dict__.pop("device_grad_table", None)
 
+    def write_back(self) -> None:
+        """What was written to copies of gradients, to the gradients."""
+        for grad, copy in self._copied:
+            grad.copy_(copy)
+
     def release_grads(self) -> None:
-        self.grads = []
+        self.grads, self._copied = [], []
 
     @cached_property
     def device_table(self) -> Tensor:
@@ -140,17 +208,13 @@ class Plan:
         """float64 [chunk_count, 2] on the device: room for the first stage of `grad_stats`."""
         return torch.empty(self.chunk_count, 2, dtype=torch.float64, device=self.device)
 
-    def dtype_names(self, with_delta: bool) -> tuple[str, str, str, str | None]:
-        """The kinds of param, grad, state and delta, which have the names of their dtypes; no delta where there is none
-        or it is left out.
+    def dtype_names(self, with_delta: bool) -> DTypeNames:
+        """The kinds of param, grad, state and delta, which have the names of their dtypes; None for what there is not,
+        or is left out.
 
         But a bfloat16 with a residual is a `master_bfloat16`, one that is rounded at random a `stochastic_bfloat16`.
         """
-        first = self.operands[0]
-        delta = dtype_name(first.delta.dtype) if with_delta and first.delta is not None else None
-        param = self._kind(first.param.dtype) if first.residual is None else "master_bfloat16"
-        return param, dtype_name(self.grad_dtype), self._kind(first.exp_avg.dtype), delta
-
-    def _kind(self, dtype: torch.dtype) -> str:
-        at_random = self.operands[0].random_key is not None and dtype == torch.bfloat16
-        return f"stochastic_{dtype_name(dtype)}" if at_random else dtype_name(dtype)
+        param, grad, state, delta = (None if dtype is None else dtype_name(dtype) for dtype in self.dtypes)
+        if self.at_random:
+            param, state = (f"stochastic_{name}" if name == "bfloat16" else name for name in (param, state))
+        return "master_bfloat16" if self.master else param, grad, state, delta if with_delta else None

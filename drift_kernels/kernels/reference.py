@@ -41,6 +41,8 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
     param (and with states of one byte, a step later, its block).
     """
     o = operands
+    assert o.exp_avg is not None
+    assert o.exp_avg_sq is not None
     p = o.param.float() if o.residual is None else join(o.param, o.residual)
     g = c.grad_coef * grad.float()
     decayed = p * c.decay

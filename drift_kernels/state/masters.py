@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..formats.rounding import join
 from ..sharding import local, wrap
-from .precision import RESIDUAL, Precision
+from .precision import RESIDUAL
 
 
-class Masters:
-    """Part of FusedDriftAdamW."""
+def master_weight(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """The float32 master of a parameter, in memory of its own, sharded as the parameter is; where its state has no
+    residual yet, of the parameter itself."""
+    residual = state.get(RESIDUAL)
+    own = local(param.detach())
+    return wrap(own.float() if residual is None else join(own, local(residual)), param)
 
-    precision: Precision
-    state: defaultdict[Tensor, Any]
 
-    def _params(self) -> list[Tensor]:
-        raise NotImplementedError
-
-    def master_weight(self, param: Tensor) -> Tensor:
-        """The float32 master of a parameter, in memory of its own: of the parameter itself before the first step.
-
-        Raises ValueError without master weights, and KeyError for a parameter that is not this optimizer's.
-        """
-        if not self.precision.master_weights:
-            raise ValueError("there are no masters: the optimizer was built without master_weights=True")
-        if not any(param is own for own in self._params()):
-            raise KeyError("the parameter is not one of this optimizer's")
-        residual = self.state[param].get(RESIDUAL) if param in self.state else None
-        own = local(param.detach())
-        return wrap(own.float() if residual is None else join(own, local(residual)), param)
-
-    def refresh_masters(self) -> None:
-        """Makes the parameters as they are the masters: to be called after writing to parameters directly."""
-        for state in self.state.values():
-            if RESIDUAL in state:
-                local(state[RESIDUAL]).zero_()
+def refresh_masters(states: Iterable[Mapping[str, Any]]) -> None:
+    """Makes the parameters as they are the masters."""
+    for state in states:
+        if RESIDUAL in state:
+            local(state[RESIDUAL]).zero_()

@@ -7,20 +7,21 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from ..engine.hyperparameters import FINGERPRINT
 from ..errors import PriorMismatchError
-from ..sharding import Reduction, Shard, local
+from ..sharding import Reduction, Shard, local, local_pairs
+from .param_groups import FINGERPRINT, named_params
 from .precision import Precision, check_state
 
 
-def only_asks_for_states(param_groups: list[dict[str, Any]], grads: list[Tensor | None]) -> bool:
-    """Whether a first step with these (local) gradients only asks for states: at a learning rate of 0, on zeros.
+def only_asks_for_states(param_groups: list[dict[str, Any]]) -> bool:
+    """Whether a first step only asks for states: at a learning rate of 0, on gradients of zeros.
 
     So does torch.distributed.checkpoint before it loads; a prior must leave no trace in those states.
     """
     if not all(isinstance(lr, (int, float, Tensor)) and lr == 0 for lr in (group["lr"] for group in param_groups)):
         return False
     params = [param for group in param_groups for param in group["params"]]
+    grads = local_pairs(params, [param.grad for param in params])[1]
     found = [0.0 if grad is None or not grad.numel() else float(grad.detach().abs().max()) for grad in grads]
     return not Reduction([Shard.of(param) for param in params]).any_of(found, local(params[0]).device)
 
@@ -30,12 +31,7 @@ def _params_by_saved_id(
 ) -> dict[Any, tuple[str, Tensor]]:
     """What a state_dict's parameter ids mean here: the parameters in order, with their names."""
     ids = [saved_id for group in saved_groups for saved_id in group["params"]]
-    named = [
-        (group["param_names"][i] if "param_names" in group else f"{i} of group {g}", param)
-        for g, group in enumerate(param_groups)
-        for i, param in enumerate(group["params"])
-    ]
-    return dict(zip(ids, named, strict=True))
+    return dict(zip(ids, named_params(param_groups), strict=True))
 
 
 def check_state_dict(

@@ -71,9 +71,8 @@ def unsuitable(arch: int) -> str | None:
 
 def _dtypes(plan: Plan, with_delta: bool) -> list[Any]:
     """The dtypes of a plan, which have the same names in Triton; float8 is read as its bits."""
-    first = plan.operands[0]
-    delta = first.delta.dtype if with_delta and first.delta is not None else None
-    names = [dtype and dtype_name(dtype) for dtype in (first.param.dtype, plan.grad_dtype, first.exp_avg.dtype, delta)]
+    dtypes = plan.dtypes if with_delta else plan.dtypes._replace(delta=None)
+    names = [dtype and dtype_name(dtype) for dtype in dtypes]
     return [name and getattr(tl, "uint8" if name == "float8_e4m3fn" else name) for name in names]
 
 
@@ -93,8 +92,8 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     addresses, dtypes = (plan.device_table, plan.device_grad_table, plan.chunk_tensor), _dtypes(plan, with_delta)
     if plan.chunk_count:
         with _on(plan.device):
-            kinds = plan.dtype_names(with_delta)
-            modes = (kinds[0].startswith("master"), *(kind.startswith("stochastic") for kind in (kinds[0], kinds[2])))
+            param, _, state, _ = (str(kind) for kind in plan.dtype_names(with_delta))
+            modes = param.startswith("master"), param.startswith("stochastic"), state.startswith("stochastic")
             update_chunk = kernels._update_chunk[(plan.chunk_count,)]
             update_chunk(*addresses, coefficients, *dtypes, *modes, CHUNK, UPDATE_BLOCK, **OPTIONS)
 

@@ -1,0 +1,225 @@
+"""One step of one rule over the parameters of param groups: check, bind, group by dtype, plan, table, launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import backends
+from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_coefficient
+from ..kernels.plan import addresses
+from ..sharding import Shard, local, local_pairs, place_grads, place_of
+from ..state.param_groups import SEED, named_params
+from .binding import BoundDelta, PriorBinding
+from .hyperparameters import check_capture, check_grad, hyperparameters
+from .launches import DeviceBatch, Slot
+from .rules import Rule
+from .seen import Seen
+
+ParamGroups = list[dict[str, Any]]
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+class Engine:
+    """Plans are kept from step to step for as long as they fit: nothing that they depend on has been replaced or moved.
+    They keep neither parameters nor states alive. A copy or a pickled engine makes its own.
+
+    Args:
+        rule: what is done to each tensor.
+        binding: of the prior; None without one.
+        backend: "auto" or the name of one.
+        max_grad_norm: to which the biased gradients of all parameters together are clipped.
+
+    Attributes:
+        batches: those of the last step.
+        grad_norm: float64 [], of all biased gradients of the last step, before clipping; None where nothing is clipped.
+    """
+
+    def __init__(
+        self, rule: Rule, binding: PriorBinding | None, backend: str, max_grad_norm: float | None = None
+    ) -> None:
+        self.rule = rule
+        self.binding = binding
+        self.backend = backend
+        self.max_grad_norm = max_grad_norm
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the plans; the next step makes them anew."""
+        self.batches: list[DeviceBatch] = []
+        self.grad_norm: Tensor | None = None
+        self._made_for = _MadeFor([], [], (), [])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("batches", "grad_norm", "_made_for")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.reset()
+
+    @torch.no_grad()
+    def step(
+        self, param_groups: ParamGroups, states: Any = None, grad_scale: GradScale = UNSCALED
+    ) -> list[DeviceBatch]:
+        """A step of every parameter that has a gradient. Everything is checked before anything changes.
+
+        Args:
+            param_groups: with their parameters, the names of these where there is a prior, and hyperparameters.
+            states: parameter -> state, made where there is none; for a rule that has states.
+            grad_scale: what a GradScaler says.
+
+        Returns the batches that took part, whose figures are of this step: none where the prior does not act and
+        nothing else is to be done.
+        """
+        groups = [hyperparameters(group, index) for index, group in enumerate(param_groups)]
+        if self.rule.writes_grads and not any(group.acts for group in groups):
+            return []
+        if grad_scale.found_inf is not None and not self.rule.counts_on_device:
+            self.rule.counts_on_device = True  # the host never reads whether a step was taken
+            self.reset()
+        params, grads = self.local_tensors(param_groups)
+        self.prepare(param_groups, params, grads, states)
+        if capturing():
+            for index, group in enumerate(param_groups):
+                check_capture(group, index)
+            for batch in self.batches:
+                batch.check_capture()
+        for batch in self.batches:
+            batch.begin(groups, grad_scale)
+        self._set_bias(groups)
+        for batch in self.batches:
+            batch.run_all(groups)
+            # So that autograd sees it: a graph that holds a tensor as it was can no longer be run backward.
+            for launch in batch.launches:
+                torch.autograd.graph.increment_version(launch.of(grads if self.rule.writes_grads else params))
+            batch.release_grads()
+        return self.batches
+
+    def local_tensors(self, param_groups: ParamGroups) -> tuple[list[Tensor], list[Tensor | None]]:
+        """What this rank holds of all parameters and of their gradients."""
+        params = list(chain.from_iterable([group["params"] for group in param_groups]))
+        if self.rule.writes_grads:
+            place_grads(params)
+        return local_pairs(params, list(map(attrgetter("grad"), params)))
+
+    def prepare(
+        self, param_groups: ParamGroups, params: list[Tensor], grads: list[Tensor | None], states: Any = None
+    ) -> None:
+        """Gives the plans their gradients, after making new ones if anything that they depend on has changed."""
+        contents = {} if states is None else states
+        if not self._made_for.still(params, grads, contents.values(), self.batches):
+            if capturing():
+                raise RuntimeError("the first step on new parameters, states or dtypes must run before it is captured")
+            self.batches = self._make(param_groups, grads, states)
+            self._made_for = _MadeFor(params, grads, contents.values(), self.batches)
+        try:
+            for batch in self.batches:
+                batch.set_grads(grads)
+        except RuntimeError:  # a sparse gradient has no address
+            self._check(named_params(param_groups), grads)
+            raise
+
+    def _check(self, named: list[tuple[str, Tensor]], grads: list[Tensor | None]) -> None:
+        for (name, param), grad in zip(named, grads, strict=True):
+            if grad is not None:
+                self.rule.check(name, param)
+                check_grad(name, local(param), grad)
+
+    def _make(self, param_groups: ParamGroups, grads: list[Tensor | None], states: Any) -> list[DeviceBatch]:
+        """The batches of the parameters that have a gradient, after every check and before any change."""
+        named = named_params(param_groups)
+        self._check(named, grads)
+        present = [(i, *named[i], grad) for i, grad in enumerate(grads) if grad is not None]
+        resolved = {param.device: backends.resolve(self.backend, param.device) for _, _, param, _ in present}
+        parts = [(name, local(param), Shard.of(param)) for _, name, param, _ in present]
+        places = [place_of(name, shard, self.rule.at_random) for name, _, shard in parts]
+        bounds: list[BoundDelta | None] = [None] * len(parts)
+        if self.binding is not None:
+            self.binding.check(named)
+            bounds = self.binding.bind(parts)
+
+        group_of = [g for g, group in enumerate(param_groups) for _ in group["params"]]
+        slots: dict[tuple[torch.device, torch.device], list[Slot]] = {}
+        for (i, name, whole, grad), (_, param, shard), place, bound in zip(present, parts, places, bounds, strict=True):
+            group = param_groups[group_of[i]]
+            key = group[SEED] + (i << 32) if self.rule.at_random else None
+            state = self.rule.state_of(states, whole)
+            slot = Slot(i, group_of[i], name, param, grad.dtype, state, bound, key, place, shard)
+            slots.setdefault((param.device, self.rule.steps_device(param, group)), []).append(slot)
+        return [
+            DeviceBatch(members, steps_device, self.rule, resolved[device])
+            for (device, steps_device), members in slots.items()
+        ]
+
+    def _set_bias(self, groups: list[Hyperparameters]) -> None:
+        """Gradient statistics, the prior's coefficients, and clipping, over all devices together."""
+        clipping = self.max_grad_norm is not None
+        biases = [(batch.coefficients, batch.bias(groups, all_stats=clipping)) for batch in self.batches]
+        norm = clip = None
+        if self.max_grad_norm is not None and biases:
+            squares = [coefficients.biased_norm_squared(c).to(biases[0][1].device) for coefficients, c in biases]
+            norm = torch.stack(squares).sum().clamp(min=0).sqrt()
+            clip = clip_coefficient(norm, self.max_grad_norm)
+        self.grad_norm = norm
+        for coefficients, c in biases:
+            coefficients.set_gradient_coefficients(c, None if clip is None else clip.to(c.device))
+
+
+class _MadeFor:
+    """What batches were made for: parameters where they were, gradients of their dtypes, states of the same tensors.
+
+    All of it is looked at in every step, so it is mapped in C.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        states: Iterable[dict[str, Any]],
+        batches: list[DeviceBatch],
+    ) -> None:
+        self._tensors = Seen(_tensors(params, states))
+        self._key = _key(params, grads)
+        self._first_states = _first_states(batches)
+
+    def still(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        states: Iterable[dict[str, Any]],
+        batches: list[DeviceBatch],
+    ) -> bool:
+        return (
+            self._tensors.are(_tensors(params, states))
+            and _key(params, grads) == self._key
+            and _first_states(batches) == self._first_states
+        )
+
+
+_END = object()
+
+
+def _tensors(params: list[Tensor], states: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """Parameters and all that the states hold, one after another, and a mark between and behind, which shows where one
+    is shorter."""
+    return chain(params, (_END,), chain.from_iterable(map(dict.values, states)), (_END,))
+
+
+def _key(params: list[Tensor], grads: list[Tensor | None]) -> tuple[Any, ...]:
+    """Where the parameters are, and of which type and dtype their gradients are, None for those that have none."""
+    return addresses(params), list(map(type, grads)), [None if g is None else g.dtype for g in grads]
+
+
+def _first_states(batches: list[DeviceBatch]) -> list[int]:
+    """Where each launch's first states are: whoever moves states in place (offloading) moves all."""
+    firsts = [launch.plan.first for batch in batches for launch in batch.launches]
+    return addresses([t for first in firsts for t in (first.exp_avg, first.exp_avg_sq) if t is not None])

@@ -1,0 +1,98 @@
+"""What an engine does to each tensor: one step of AdamW, or the bias of its gradient alone.
+
+Another update rule is another class here, over a primitive of the backends and coefficients of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.backends import Backend
+from ..kernels.coefficients import CoefficientTable, GradScale
+from ..kernels.plan import Plan
+from ..sharding import local
+from ..state.precision import Precision
+from .hyperparameters import check_dtype, check_param
+
+State = dict[str, Any]
+
+
+class Rule(Protocol):
+    writes_grads: bool  # it changes gradients, and not parameters
+    reads_decoupled: bool  # it has a use for a delta that does not bias the gradient
+    at_random: bool  # it rounds at random, so each tensor needs a key and its place
+    counts_on_device: bool  # step counts live on their parameters' device, as those of capturable groups do
+
+    def check(self, name: str, param: Tensor) -> None:
+        """Raises TypeError or ValueError, naming the parameter, for one that it cannot take."""
+
+    def state_of(self, states: Any, param: Tensor) -> State:
+        """The state of a parameter in `states`, made if it has none yet."""
+
+    def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
+        """Where a parameter's step count lives."""
+
+    def begin(self, coefficients: CoefficientTable, grad_scale: GradScale) -> None:
+        """Fills the coefficients that need no gradient."""
+
+    def run(self, backend: Backend, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
+        """One launch, with the rows of the coefficients that are the plan's."""
+
+
+class AdamW:
+    """`reference.drift_adamw_`, on parameters and states that are held as `precision` says."""
+
+    writes_grads = False
+    reads_decoupled = True
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self.at_random = precision.stochastic
+        self.counts_on_device = False
+
+    def check(self, name: str, param: Tensor) -> None:
+        check_param(name, local(param))
+        self.precision.check_param(name, param)
+
+    def state_of(self, states: Any, param: Tensor) -> State:
+        state: State = states[param]
+        if not state:
+            state.update(self.precision.new_state(param))
+        return state
+
+    def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
+        return param.device if self.counts_on_device or group["capturable"] else torch.device("cpu")
+
+    def begin(self, coefficients: CoefficientTable, grad_scale: GradScale) -> None:
+        coefficients.advance(grad_scale)
+
+    def run(self, backend: Backend, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
+        backend.update(plan, coefficients, with_delta=with_delta)
+
+
+class Bias:
+    """`reference.bias_`: gradients are biased in place, for whatever optimizer comes next."""
+
+    writes_grads = True
+    reads_decoupled = False
+    at_random = False
+    counts_on_device = False
+
+    def check(self, name: str, param: Tensor) -> None:
+        check_dtype(name, param)
+
+    def state_of(self, states: Any, param: Tensor) -> State:
+        return {}
+
+    def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
+        return torch.device("cpu")
+
+    def begin(self, coefficients: CoefficientTable, grad_scale: GradScale) -> None:
+        coefficients.refresh()
+
+    def run(self, backend: Backend, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
+        backend.bias(plan, coefficients)
+        plan.write_back()
