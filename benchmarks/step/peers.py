@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drift_kernels.kernels import coefficients
+
 from .compiled import CompiledAdamW
 from .contender import Contender, nothing
 from .modes import Storage
@@ -177,7 +179,7 @@ def _contender(
 WITHOUT_PRIOR = {"fused": fused, "foreach": foreach}
 WITH_PRIOR = {"foreach_bias": foreach_bias, "hook": hook, "compiled": compiled}
 SCALINGS = {
-    "foreach_bias": ("absolute", "gradnorm", "adaptive_cosine", "decoupled"),
-    "hook": ("absolute", "gradnorm", "adaptive_cosine"),
-    "compiled": ("absolute", "gradnorm", "adaptive_cosine", "decoupled"),
+    "foreach_bias": coefficients.SCALINGS,
+    "hook": coefficients.GRADIENT_SCALINGS,
+    "compiled": coefficients.SCALINGS,
 }
