@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from drift_kernels import FusedDriftAdamW
-from drift_kernels.kernels import coefficients
+from drift_kernels.kernels.coefficients import SCALINGS
 from drift_kernels.prior import quantize
 
 SIZES = [1, 3, 7, 8, 17, 63, 1000, 4099, 16385, 70001]
-SCALINGS = (None, *coefficients.SCALINGS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = ({"state_dtype": torch.float32}, {"state_dtype": torch.bfloat16})
 # Of bfloat16 parameters, under a small prior.
@@ -85,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", help="default: the one named like the device")
     args = parser.parse_args(argv)
     backend, device = args.backend or args.device, torch.device(args.device)
-    cases = list(itertools.product(DTYPES, SCALINGS, PLAIN, (None, 1.0)))
-    cases += itertools.product((torch.bfloat16,), SCALINGS, LOSSLESS, (None, 1.0))
+    cases = list(itertools.product(DTYPES, (None, *SCALINGS), PLAIN, (None, 1.0)))
+    cases += itertools.product((torch.bfloat16,), (None, *SCALINGS), LOSSLESS, (None, 1.0))
     for case in cases:
         step(backend, device, *case)
     print(f"{len(cases)} cases of {STEPS} steps on backend {backend!r}")

@@ -127,7 +127,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="what the prior covers (default: every tensor)",
     )
     parser.add_argument(
-        "--scaling", nargs="+", choices=SCALINGS, default=list(SCALINGS[:4]), help="default: all but decoupled"
+        "--scaling",
+        nargs="+",
+        choices=SCALINGS,
+        default=[name for name in SCALINGS if name != "decoupled"],
+        help="default: all but decoupled",
     )
     parser.add_argument(
         "--clip",

@@ -178,8 +178,4 @@ def _contender(
 # Rivals by name: those that have no prior, and those that have one, with the scalings that they know.
 WITHOUT_PRIOR = {"fused": fused, "foreach": foreach}
 WITH_PRIOR = {"foreach_bias": foreach_bias, "hook": hook, "compiled": compiled}
-SCALINGS = {
-    "foreach_bias": coefficients.SCALINGS,
-    "hook": coefficients.GRADIENT_SCALINGS,
-    "compiled": coefficients.SCALINGS,
-}
+SCALINGS = dict.fromkeys(WITH_PRIOR, coefficients.SCALINGS) | {"hook": coefficients.GRADIENT_SCALINGS}
