@@ -24,13 +24,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from drift_kernels import FusedDriftAdamW
+from drift_kernels.kernels.coefficients import GRADIENT_SCALINGS
 
-from . import shapes
-from .measure import Spread
-from .problem import ADAMW, ALPHA, Problem
 from .rows import row_metadata
-
-SCALINGS = ("absolute", "gradnorm", "adaptive_cosine")
+from .step import shapes
+from .step.measure import Spread
+from .step.problem import ADAMW, ALPHA, Problem
 
 
 def make(problem: Problem, scaling: str, mesh: DeviceMesh | None) -> FusedDriftAdamW:
@@ -51,7 +50,7 @@ def measure(reps: int) -> list[dict[str, Any]]:
     named_shapes = shapes.named_shapes(shapes.TINY)
     problem = Problem.random(named_shapes, ["all"], torch.bfloat16, torch.device("cpu"))
     rows = []
-    for scaling in SCALINGS:
+    for scaling in GRADIENT_SCALINGS:
         optimizers = {"plain": make(problem, scaling, None), "DTensor": make(problem, scaling, mesh)}
         times: dict[str, list[float]] = {kind: [] for kind in optimizers}
         for optimizer in optimizers.values():

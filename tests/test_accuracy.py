@@ -14,8 +14,8 @@ import transformers
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import accuracy, accuracy_plot, finetune
-from benchmarks.finetune import MODES, Mode, SeedRun, Settings
+from benchmarks.accuracy import comparison, curves, finetune
+from benchmarks.accuracy.finetune import MODES, Mode, SeedRun, Settings
 from benchmarks.rows import row_metadata
 
 TINY = Settings(
@@ -42,7 +42,7 @@ def seed_run() -> SeedRun:
 
 @pytest.fixture
 def _process_is_restored() -> Iterator[None]:
-    """`accuracy.main` prepares its process, which is the other tests' too."""
+    """`comparison.main` prepares its process, which is the other tests' too."""
     logger = logging.getLogger("drift_kernels")
     threads, level = torch.get_num_threads(), logger.level
     yield
@@ -135,7 +135,7 @@ def test_figures_of_the_rows() -> None:
         return {"seed": seed, "start_loss": start, "modes": {m.name: r for m, r in zip(MODES, runs, strict=False)}}
 
     records = [record(0, 3.0, (2.0, 2.5)), record(1, 3.0, (1.0, 1.5))]
-    reference, nearest = accuracy.make_rows(records, TINY, MODES[:2], COMMON)
+    reference, nearest = comparison.make_rows(records, TINY, MODES[:2], COMMON)
     assert reference["difference_percent"] == [0, 0]
     assert reference["rounded_difference_percent"] == pytest.approx([1, 1])
     assert nearest["difference_percent"] == pytest.approx([25, 50])
@@ -146,20 +146,20 @@ def test_figures_of_the_rows() -> None:
 
 
 def test_one_seed_has_no_spread(seed_run: SeedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = accuracy.make_rows([seed_run.run(MODES[:2])], TINY, MODES[:2], COMMON)
+    rows = comparison.make_rows([seed_run.run(MODES[:2])], TINY, MODES[:2], COMMON)
     assert [row["difference_in_spreads"] for row in rows] == [None, None]
-    accuracy.print_table(rows, Console(width=120))
+    comparison.print_table(rows, Console(width=120))
     assert ", 1 seed " in capsys.readouterr().out
-    accuracy_plot.draw(rows, tmp_path / "plot.png")
+    curves.draw(rows, tmp_path / "plot.png")
 
 
 @pytest.mark.usefixtures("_process_is_restored")
 def test_rows_are_printed_written_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(accuracy, "SHORT", {name: value for name, value in asdict(TINY).items() if name != "lr"})
+    monkeypatch.setattr(comparison, "SHORT", {name: value for name, value in asdict(TINY).items() if name != "lr"})
     files = rows_file, plot_file = tmp_path / "rows.json", tmp_path / "plot.png"
-    accuracy.main(["--short", "--json", str(rows_file), "--plot", str(plot_file)])
+    comparison.main(["--short", "--json", str(rows_file), "--plot", str(plot_file)])
     rows = json.loads(rows_file.read_text())
     assert [row["mode"] for row in rows] == [mode.name for mode in AVAILABLE]
     assert {"commit", "torch", "device", "settings", "text"} <= rows[0].keys()
@@ -167,5 +167,5 @@ def test_rows_are_printed_written_and_drawn(
     assert all(row["weights"] in printed for row in rows)
     assert printed.count("Left out:") == len(MODES) - len(AVAILABLE)
     assert all(file.stat().st_size > 1000 for file in files)
-    accuracy_plot.main([str(rows_file), str(tmp_path / "again.png")])
+    curves.main([str(rows_file), str(tmp_path / "again.png")])
     assert (tmp_path / "again.png").stat().st_size == plot_file.stat().st_size

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contender, memory, modes, plot, roofline, step
-from benchmarks.modes import BY_LABEL, Mode, Storage
-from benchmarks.parity import ParityError, check_parity
-from benchmarks.problem import Problem
+from benchmarks.step import bars, command, contender, memory, modes, roofline
+from benchmarks.step.modes import BY_LABEL, Mode, Storage
+from benchmarks.step.parity import ParityError, check_parity
+from benchmarks.step.problem import Problem
 from drift_kernels import FusedDriftAdamW
 from drift_kernels.kernels import backends
 
@@ -61,8 +61,8 @@ def refusing(capsys: pytest.CaptureFixture[str], words: str) -> Iterator[None]:
 
 
 def chosen(*options: str) -> list[str]:
-    parser = step.make_parser()
-    return [mode.label for mode in step.chosen_modes(parser, parser.parse_args(options))]
+    parser = command.make_parser()
+    return [mode.label for mode in command.chosen_modes(parser, parser.parse_args(options))]
 
 
 def test_options_are_combined(capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +216,7 @@ def test_a_run_of_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     labels = ["fp32 states", "fp32 states, master", "int8 states, stochastic", "int8 states, stochastic, int8 prior"]
     wanted = ["--scaling", "none", "absolute", "--modes", *labels]
     files = ["--json", str(output[0]), "--plot", str(output[1]), "--roofline", str(output[2])]
-    assert step.main([*SIZE, *wanted, *files]) == 0
+    assert command.main([*SIZE, *wanted, *files]) == 0
 
     rows = json.loads(output[0].read_text())
     keys = ("states", "rounding", "master", "prior_dtype", "prior_device")
@@ -246,7 +246,7 @@ def test_a_run_of_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     table = capsys.readouterr().out
     assert "stored" in table
     assert all(label in table for label in labels)
-    for path, draw in zip(output[1:], (plot, roofline), strict=True):
+    for path, draw in zip(output[1:], (bars, roofline), strict=True):
         assert path.read_bytes().startswith(b"\x89PNG")
         draw.main([str(output[0]), str(path)])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import plot, roofline
+from benchmarks.step import bars, roofline
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -20,10 +20,10 @@ def test_a_slow_rival_leaves_the_others_visible(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     rows = json.loads((RESULTS / "step-cpu.json").read_text())
     rows[-1]["ratio_to_fused"] = {"median": 61.2, "low": 59.0, "high": 70.0}
-    plot.draw(rows, tmp_path / "bars.png")
+    bars.draw(rows, tmp_path / "bars.png")
     (axes,) = figures[0].axes
     lengths = [bar.get_width() for bar in axes.patches]
-    expected = [min(row["ratio_to_fused"]["median"], plot.LONGEST) for row in rows if row["contender"] != "copy"]
+    expected = [min(row["ratio_to_fused"]["median"], bars.LONGEST) for row in rows if row["contender"] != "copy"]
     assert lengths == pytest.approx(expected)
     assert any(text.get_text().startswith("61.20x") for text in axes.texts)
 
@@ -41,7 +41,7 @@ def test_labels_are_spread_out_as_little_as_it_takes() -> None:
 
 
 def test_rows_of_older_runs_can_be_drawn(tmp_path: Path) -> None:
-    plot.main([str(RESULTS / "step-cpu.json"), str(tmp_path / "bars.png")])
+    bars.main([str(RESULTS / "step-cpu.json"), str(tmp_path / "bars.png")])
     roofline.main([str(RESULTS / "step-cpu.json"), str(tmp_path / "roofline.png")])
     with pytest.raises(ValueError, match="copy"):
         roofline.main([str(RESULTS / "tiny-cpu.json"), str(tmp_path / "none.png")])

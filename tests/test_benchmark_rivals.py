@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contender, libraries, lineup, measure, memory, peers
-from benchmarks.modes import BY_LABEL, Mode
-from benchmarks.problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
+from benchmarks.step import contender, libraries, lineup, measure, memory, peers
+from benchmarks.step.modes import BY_LABEL, Mode
+from benchmarks.step.problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
 from drift_kernels.kernels import backends
 
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contender, lineup, measure, rows, shapes, step
-from benchmarks.modes import Mode, Storage
-from benchmarks.parity import ParityError, check_parity
-from benchmarks.problem import Problem
+from benchmarks import rows
+from benchmarks.step import command, contender, lineup, measure, shapes
+from benchmarks.step.modes import Mode, Storage
+from benchmarks.step.parity import ParityError, check_parity
+from benchmarks.step.problem import Problem
 from drift_kernels.kernels import backends
 
 CPU = torch.device("cpu")
@@ -180,13 +181,13 @@ def test_a_gpu_step_is_timed_behind_a_flush_and_apart_from_the_host(monkeypatch:
 
 @pytest.mark.parametrize(("text", "count"), [("64M", 64_000_000), ("1.5b", 1_500_000_000), ("300k", 300_000), ("7", 7)])
 def test_counts(text: str, count: int) -> None:
-    assert step.parse_count(text) == count
+    assert command.parse_count(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "0", "infM", "64 million"])
 def test_bad_counts_are_refused(text: str) -> None:
     with pytest.raises(SystemExit):
-        step.main(["--params", text])
+        command.main(["--params", text])
 
 
 # End to end
@@ -218,7 +219,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     output = ["--json", str(tmp_path / "rows.json"), "--plot", str(plots[0]), "--roofline", str(plots[1])]
     size = ["--model", "qwen2.5-0.5b", "--params", "100k", "--reps", "2"]
     wanted = ["--scaling", "none", "gradnorm", "--contenders", "foreach_bias", "hook", BACKEND]
-    assert step.main([*size, *wanted, *output]) == 0
+    assert command.main([*size, *wanted, *output]) == 0
 
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(set(row) == ROW_KEYS for row in rows)
@@ -252,7 +253,7 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_the_tiny_list_measures_the_cost_per_tensor(tmp_path: Path) -> None:
     rows_path = tmp_path / "rows.json"
     arguments = ["--shapes", "tiny", "--reps", "2", "--scaling", "absolute", "--contenders", BACKEND]
-    assert step.main([*arguments, "--json", str(rows_path)]) == 0
+    assert command.main([*arguments, "--json", str(rows_path)]) == 0
     rows = json.loads(rows_path.read_text())
     assert {(row["tensors"], row["params"], row["gb_per_s"]) for row in rows} == {(729, 729 * 8, None)}
 
@@ -261,7 +262,7 @@ def test_clipping_is_a_contest_of_its_own(tmp_path: Path, capsys: pytest.Capture
     rows_path = tmp_path / "rows.json"
     size = ["--model", "qwen2.5-0.5b", "--params", "100k", "--reps", "2", "--scaling", "absolute"]
     wanted = ["--clip", "no", "yes", "--contenders", "foreach_bias", BACKEND, "--states", "float32"]
-    assert step.main([*size, *wanted, "--json", str(rows_path)]) == 0
+    assert command.main([*size, *wanted, "--json", str(rows_path)]) == 0
     rows = {(row["contender"], row["clip"]): row for row in json.loads(rows_path.read_text())}
     assert list(rows) == [
         *(("copy", False), ("fused", False), ("fused", True)),
@@ -282,7 +283,7 @@ def test_clipping_is_a_contest_of_its_own(tmp_path: Path, capsys: pytest.Capture
 )
 def test_sizes_that_contradict_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
-        step.main(arguments)
+        command.main(arguments)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_allocated(
@@ -291,7 +292,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(
     monkeypatch.setattr(Problem, "random", lambda *_: pytest.fail("allocated"))
     monkeypatch.setattr(lineup, "free_bytes", lambda device: 10**9)
     with pytest.raises(SystemExit):
-        step.main(["--layers", "28", "--scaling", "absolute", "--contenders", BACKEND, "--states", "float32"])
+        command.main(["--layers", "28", "--scaling", "absolute", "--contenders", BACKEND, "--states", "float32"])
     # params, grads and deltas; fused with bfloat16, ours with float32 states; the copy of 4 GiB
     params = shapes.numel(shapes.named_shapes("qwen2.5-vl-7b", layers=28))
     needed = (params * (3 * 2 + 6 + 10) + 2**32) / 1e9 + 8 * 0.545  # and one norm in float64
@@ -332,7 +333,7 @@ def test_nothing_is_reported_while_parity_is_red(
         check_parity("cpu", CPU, torch.float32, Mode(torch.float32))
 
     rows_path = tmp_path / "rows.json"
-    assert step.main(["--model", "tiny", "--json", str(rows_path)]) == 1
+    assert command.main(["--model", "tiny", "--json", str(rows_path)]) == 1
     captured = capsys.readouterr()
     assert "Nothing was measured" in captured.err
     assert not captured.out

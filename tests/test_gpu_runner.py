@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, lineup, sanitize, shapes, stages, step, targets
-from benchmarks.stages import FAILED, NOT_RUN, OK, Outcome, Stage, run_stages
+from benchmarks.gpu import sanitize, stages, suite, targets
+from benchmarks.gpu.stages import FAILED, NOT_RUN, OK, Outcome, Stage, run_stages
+from benchmarks.step import command, lineup, shapes
 
 ROOT = Path(__file__).parents[1]
 FREE = 84_000_000_000  # bytes, of a GPU of 80 GB
@@ -130,11 +131,11 @@ def test_stopping_the_runner_stops_its_stage(tmp_path: Path) -> None:
     program = f"""
 import signal, sys
 from pathlib import Path
-from benchmarks import gpu, stages
+from benchmarks.gpu import stages, suite
 child = "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-gpu.find_gpu = lambda: {{"arch": "90", "free": {FREE}}}
-gpu.make_stages = lambda *_: [stages.Stage("slow", [sys.executable, "-c", child], 600)]
-sys.exit(gpu.main([{str(tmp_path / "out")!r}]))
+suite.find_gpu = lambda: {{"arch": "90", "free": {FREE}}}
+suite.make_stages = lambda *_: [stages.Stage("slow", [sys.executable, "-c", child], 600)]
+sys.exit(suite.main([{str(tmp_path / "out")!r}]))
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     pid = int(wait_for(tmp_path / "pid"))
@@ -151,7 +152,7 @@ sys.exit(gpu.main([{str(tmp_path / "out")!r}]))
 
 @pytest.fixture
 def made(tmp_path: Path) -> dict[str, Stage]:
-    return {stage.name: stage for stage in gpu.make_stages(tmp_path / "out", tmp_path / "work", "90", FREE)}
+    return {stage.name: stage for stage in suite.make_stages(tmp_path / "out", tmp_path / "work", "90", FREE)}
 
 
 def test_a_red_build_stops_everything_and_red_parity_the_measuring(made: dict[str, Stage]) -> None:
@@ -159,7 +160,7 @@ def test_a_red_build_stops_everything_and_red_parity_the_measuring(made: dict[st
     assert made["build"].env == {"DRIFT_KERNELS_CUDA": "1", "DRIFT_KERNELS_CUDA_ARCHS": "90"}
     assert all("build" in stage.needs for name, stage in made.items() if name != "build")
     measuring = {name for name, stage in made.items() if "benchmarks.step" in stage.command}
-    assert measuring == set(gpu.runs(FREE)) == set(gpu.RUN_SECONDS)
+    assert measuring == set(suite.runs(FREE)) == set(suite.RUN_SECONDS)
     assert measuring == {name for name, stage in made.items() if "parity" in stage.needs}
 
 
@@ -175,7 +176,7 @@ def test_the_stages_run_files_and_modules_that_exist(made: dict[str, Stage]) -> 
         words = stage.command
         if "-m" in words and words[words.index("-m") + 1].startswith("benchmarks."):
             module = words[words.index("-m") + 1].replace(".", "/")
-            assert (ROOT / f"{module}.py").exists()
+            assert (ROOT / f"{module}.py").exists() or (ROOT / module / "__main__.py").exists()
     assert set(made["parity"].command) >= {"tests/test_parity.py"}
 
 
@@ -185,14 +186,14 @@ def test_every_run_is_understood_and_fits(free: int, monkeypatch: pytest.MonkeyP
     l2 = SimpleNamespace(L2_cache_size=50 * 2**20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: l2)
     device = torch.device("cuda")
-    for options in gpu.runs(free).values():
-        parser = step.make_parser()
+    for options in suite.runs(free).values():
+        parser = command.make_parser()
         args = parser.parse_args(["--device", "cuda", *options])
-        step.check_arguments(parser, args)
+        command.check_arguments(parser, args)
         ours = lineup.chosen_backends(args.contenders, device)
         assert "cuda" in ours
         libraries = [name for name in lineup.libraries.LIBRARIES if name in args.contenders]
-        modes = step.chosen_modes(parser, args)
+        modes = command.chosen_modes(parser, args)
         clips = [name == "yes" for name in args.clip]
         entries = lineup.entries(args.contenders, ours, libraries, args.scaling, clips, torch.bfloat16, modes, device)
         scale = 1.0 if args.layers or args.model == "tiny" else shapes.fit(args.model, args.params)
@@ -254,12 +255,12 @@ def test_a_run_writes_its_results_and_fails_if_a_stage_does(
             python("tests", f"print('arch {arch}, 1 test failed'); raise SystemExit({status})"),
         ]
 
-    monkeypatch.setattr(gpu, "find_gpu", lambda: {"arch": "90", "free": FREE})
-    monkeypatch.setattr(gpu, "make_stages", fake_stages)
-    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(suite, "find_gpu", lambda: {"arch": "90", "free": FREE})
+    monkeypatch.setattr(suite, "make_stages", fake_stages)
+    monkeypatch.setattr(suite.signal, "signal", lambda *_: None)
     out = tmp_path / "a" / "out"
     for status in (1, 0):
-        assert gpu.main([str(out)]) == status
+        assert suite.main([str(out)]) == status
         results = json.loads((out / "gpu.json").read_text())
         assert [stage["status"] for stage in results["stages"]] == [OK, FAILED if status else OK]
         assert [one["run"] for one in results["rows"]] == ["7b", "7b"]

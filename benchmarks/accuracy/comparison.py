@@ -1,6 +1,6 @@
 """How well each precision mode of FusedDriftAdamW fine-tunes: python -m benchmarks.accuracy
 
-The held-out loss of every mode against float32 weights and states. See README.md in this folder.
+The held-out loss of every mode against float32 weights and states. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import accuracy_plot
+from ..captions import Row, number
+from ..rows import row_metadata
+from . import curves
 from .finetune import MODES, Mode, Record, SeedRun, Settings, text_digest
-from .report import Row, number
-from .rows import row_metadata
 
 SEEDS, SHORT_SEEDS = 3, 2
 SHORT = {"pretraining_steps": 150, "steps": 50, "evaluate_every": 25}
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.plot is not None:
-        accuracy_plot.draw(rows, args.plot)
+        curves.draw(rows, args.plot)
     print_table(rows, console)
 
 
@@ -158,7 +158,7 @@ def make_rows(records: list[Record], settings: Settings, modes: tuple[Mode, ...]
 def print_table(rows: list[Row], console: Console) -> None:
     """The rows, and what the reference loses if its final weights are rounded to bfloat16."""
     first = rows[0]
-    table = Table(box=box.SIMPLE_HEAD, title=accuracy_plot.title(first), caption=accuracy_plot.caption(first))
+    table = Table(box=box.SIMPLE_HEAD, title=curves.title(first), caption=curves.caption(first))
     table.title_justify = table.caption_justify = "left"
     for column in ("weights", "states"):
         table.add_column(column, no_wrap=True)
@@ -194,7 +194,3 @@ def spread(values: list[float], form: str, unit: str = "") -> str:
     """As "+0.012%", or "+0.012% ± 0.003%" over several seeds."""
     middle = f"{mean(values):{form}}{unit}"
     return middle if len(values) == 1 else f"{middle} ± {stdev(values):{form.lstrip('+')}}{unit}"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,7 @@
-"""The rows of the accuracy benchmark as curves and points: python -m benchmarks.accuracy_plot ROWS.json PLOT.png"""
+"""The rows of the accuracy benchmark as curves and points: python -m benchmarks.accuracy.curves ROWS.json PLOT.png"""
 
 from __future__ import annotations
 
-import argparse
-import json
 import textwrap
 from pathlib import Path
 from statistics import mean
@@ -12,7 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .report import Row
+from ..captions import Row, commit
+from ..redraw import redraw
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = {"float32": "#222222", "bf16 nearest": "#d55e00", "bf16 stochastic": "#0072b2", "bf16 + master": "#009e73"}
@@ -108,23 +107,14 @@ def title(row: Row) -> str:
 
 def caption(row: Row) -> str:
     """Where, with what, from which commit."""
-    commit = "no commit"
-    if row["commit"] is not None:
-        commit = f"commit {row['commit'][:10]}{' + changes' if row['dirty'] else ''}"
     return (
         f"{row['device']}, {row['cores']} cores; torch {row['torch']}, transformers {row['transformers']}, "
-        f"Python {row['python']}, text {row['text']}; {commit}; {row['date'][:10]}"
+        f"Python {row['python']}, text {row['text']}; {commit(row)}; {row['date'][:10]}"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.accuracy_plot", description="Draws what benchmarks.accuracy measured."
-    )
-    parser.add_argument("rows", type=Path, help="what benchmarks.accuracy wrote with --json")
-    parser.add_argument("plot", type=Path, help="the image to write")
-    args = parser.parse_args(argv)
-    draw(json.loads(args.rows.read_text()), args.plot)
+    redraw("benchmarks.accuracy.curves", draw, argv)
 
 
 if __name__ == "__main__":

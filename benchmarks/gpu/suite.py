@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command that ends in minutes: python -m benchmarks.gpu OUT (make gpu OUT=folder)
 
 Builds in place, tests, looks for races and stray accesses, measures, profiles. OUT gets at most 8 files: gpu.json (how
-the stages ended, the targets, all rows), log.txt, plots, and what ncu says. See README.md in this folder.
+the stages ended, the targets, all rows), log.txt, plots, and what ncu says. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from .stages import FAILED, OK, Outcome, Stage, run_stages
 from .targets import TARGETS, describe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 480.0  # seconds
 PARITY = ("tests/test_parity.py", "tests/test_bias.py")
 TESTED = ("optimizer", "capturable", "triton", "cuda", "state", "grad_scaler", "backward")
@@ -140,7 +140,7 @@ def _sanitizer(tool: str) -> Stage:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
     return Stage(
         tool,
-        [*command, sys.executable, "-m", "benchmarks.sanitize"],
+        [*command, sys.executable, "-m", "benchmarks.gpu.sanitize"],
         75,
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor its own allocation, whose ends memcheck knows
         needs=("build",),
@@ -161,7 +161,7 @@ def _profile(out: Path) -> Stage:
     command += ["--metrics", ",".join(metrics)]
     return Stage(
         "ncu",
-        [*command, "--log-file", str(out / "ncu.txt"), sys.executable, "-m", "benchmarks.profile_step"],
+        [*command, "--log-file", str(out / "ncu.txt"), sys.executable, "-m", "benchmarks.gpu.profile_step"],
         60,
         needs=("build",),
         missing=_not_on_path("ncu"),
@@ -231,7 +231,3 @@ def summary(outcomes: list[Outcome], targets: list[dict[str, Any]], log: Path) -
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in (OK, FAILED)}
     parts += ["", *map(describe, targets), "", f"{counts[OK]} stages ok, {counts[FAILED]} failed; all output: {log}"]
     return "\n".join(parts)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,13 +1,13 @@
-"""One step of gradnorm, both kernels in it, for ncu --profile-from-start off: python -m benchmarks.profile_step"""
+"""One step of gradnorm, both kernels in it, for ncu --profile-from-start off: python -m benchmarks.gpu.profile_step"""
 
 from __future__ import annotations
 
 import torch
 
-from .contender import drift
-from .modes import Mode
-from .problem import Problem
-from .shapes import fit, named_shapes
+from ..step.contender import drift
+from ..step.modes import Mode
+from ..step.problem import Problem
+from ..step.shapes import fit, named_shapes
 
 MODEL, PARAMS, WARM_STEPS = "qwen2.5-vl-7b", 256_000_000, 2
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..captions import Row, commit, number
 from .contender import Contender
 from .measure import Spread, Timing
 from .memory import Memory
 from .modes import dtype_name, label_of
-
-Row = dict[str, Any]
 
 # Rivals that have a prior too: ours are compared with them in columns of their own.
 RIVALS = {"foreach_bias": "x foreach\n+ fused", "hook": "x hook\n+ fused"}
@@ -116,11 +114,6 @@ def print_table(rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
-def number(x: float) -> str:
-    """Three digits, or all those before the point."""
-    return f"{x:.{0 if x >= 100 else 1 if x >= 10 else 2}f}"
-
-
 def section_title(row: Row) -> str:
     prior = "without a prior" if row["scaling"] == "none" else f"prior, {row['scaling']}"
     return f"{prior}, clipping" if row.get("clip") else prior  # older rows have no clip, and no layers
@@ -144,11 +137,8 @@ def title(row: Row) -> str:
 
 def caption(row: Row) -> str:
     """Where, with what, and how often."""
-    commit = "no commit"
-    if row["commit"] is not None:
-        commit = f"commit {row['commit'][:10]}{' + changes' if row['dirty'] else ''}"
     threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
     return (
         f"{row['device']}{threads}, load {row['load']}; torch {row['torch']}, triton {row['triton'] or 'none'}, "
-        f"Python {row['python']}; {commit}; median and quartiles of {row['reps']} interleaved repetitions"
+        f"Python {row['python']}; {commit(row)}; median and quartiles of {row['reps']} interleaved repetitions"
     )

@@ -1,6 +1,6 @@
 """Times one optimizer step against its rivals, interleaved in one process: python -m benchmarks.step
 
-First every backend is compared with the reference; if one differs, nothing is measured. See README.md in this folder.
+First every backend is compared with the reference; if one differs, nothing is measured. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import lineup, modes, plot, roofline, shapes
+from ..rows import row_metadata
+from . import bars, lineup, modes, roofline, shapes
 from .contender import BACKENDS, copy
 from .libraries import LIBRARIES
 from .lineup import SCALINGS
@@ -23,8 +24,7 @@ from .modes import Mode
 from .parity import ParityError, check_parity
 from .peers import WITH_PRIOR, WITHOUT_PRIOR
 from .problem import Problem
-from .report import make_rows, print_table
-from .rows import row_metadata
+from .table import make_rows, print_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_PARAMS = {"cpu": 64_000_000, "cuda": 256_000_000}
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.plot is not None:
-        plot.draw(rows, args.plot)
+        bars.draw(rows, args.plot)
     if args.roofline is not None:
         roofline.draw(rows, args.roofline)
     print_table(rows, Console(width=max(TABLE_WIDTH[device.type], Console().width)))
@@ -127,7 +127,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="what the prior covers (default: every tensor)",
     )
     parser.add_argument(
-        "--scaling", nargs="+", choices=SCALINGS, default=list(SCALINGS[:4]), help="default: all but decoupled"
+        "--scaling",
+        nargs="+",
+        choices=SCALINGS,
+        default=[name for name in SCALINGS if name != "decoupled"],
+        help="default: all but decoupled",
     )
     parser.add_argument(
         "--clip",
@@ -243,7 +247,3 @@ def parse_count(text: str) -> int:
 def default_states(dtype: str) -> list[str]:
     """Those of torch's optimizers, where ours can have them too, and float32."""
     return ["bfloat16", "float32"] if dtype == "bfloat16" else ["float32"]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""A few steps over awkward tensors, for compute-sanitizer to watch: python -m benchmarks.sanitize
+"""A few steps over awkward tensors, for compute-sanitizer to watch: python -m benchmarks.gpu.sanitize
 
 Every scaling, with and without clipping, every way of holding parameters, states and priors; sizes around the kernels'
 vectors and chunks, and tensors that begin off every alignment but their own. That the results are right is for the
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from drift_kernels import FusedDriftAdamW
+from drift_kernels.kernels.coefficients import SCALINGS
 from drift_kernels.prior import quantize
 
 SIZES = [1, 3, 7, 8, 17, 63, 1000, 4099, 16385, 70001]
-SCALINGS = (None, "absolute", "gradnorm", "adaptive_cosine", "decoupled")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = ({"state_dtype": torch.float32}, {"state_dtype": torch.bfloat16})
 # Of bfloat16 parameters, under a small prior.
@@ -79,13 +79,13 @@ def step(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.sanitize", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu.sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backend", help="default: the one named like the device")
     args = parser.parse_args(argv)
     backend, device = args.backend or args.device, torch.device(args.device)
-    cases = list(itertools.product(DTYPES, SCALINGS, PLAIN, (None, 1.0)))
-    cases += itertools.product((torch.bfloat16,), SCALINGS, LOSSLESS, (None, 1.0))
+    cases = list(itertools.product(DTYPES, (None, *SCALINGS), PLAIN, (None, 1.0)))
+    cases += itertools.product((torch.bfloat16,), (None, *SCALINGS), LOSSLESS, (None, 1.0))
     for case in cases:
         step(backend, device, *case)
     print(f"{len(cases)} cases of {STEPS} steps on backend {backend!r}")

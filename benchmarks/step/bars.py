@@ -1,9 +1,7 @@
-"""The rows of a step benchmark as bars: python -m benchmarks.plot ROWS.json PLOT.png"""
+"""The rows of a step benchmark as bars: python -m benchmarks.step.bars ROWS.json PLOT.png"""
 
 from __future__ import annotations
 
-import argparse
-import json
 import textwrap
 from itertools import groupby
 from pathlib import Path
@@ -11,8 +9,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from ..captions import Row, number
+from ..redraw import redraw
 from .modes import label_of
-from .report import Row, caption, number, section_title, title
+from .table import caption, section_title, title
 
 OURS, RIVAL, BASELINE = "#1f6f5c", "#c9ccd1", "#7d838c"
 INK, FAINT = "#222222", "#666666"
@@ -87,11 +87,7 @@ def _note(row: Row) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.plot", description="Draws what benchmarks.step measured.")
-    parser.add_argument("rows", type=Path, help="what benchmarks.step wrote with --json")
-    parser.add_argument("plot", type=Path, help="the image to write")
-    args = parser.parse_args(argv)
-    draw(json.loads(args.rows.read_text()), args.plot)
+    redraw("benchmarks.step.bars", draw, argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""The rows of a step benchmark as bytes against time: python -m benchmarks.roofline ROWS.json PLOT.png
+"""The rows of a step benchmark as bytes against time: python -m benchmarks.step.roofline ROWS.json PLOT.png
 
 On a GPU a step that moves b bytes a parameter takes no less time than a copy of b bytes: the line that no point is
-under. On a CPU a copy moves more than it counts (README.md in this folder), and a point can be under it.
+under. On a CPU a copy moves more than it counts (benchmarks/README.md), and a point can be under it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import textwrap
 from pathlib import Path
 
@@ -16,9 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from ..captions import Row, number
+from ..redraw import redraw
+from .bars import FAINT, INK, OURS
 from .modes import label_of
-from .plot import FAINT, INK, OURS
-from .report import Row, caption, number, title
+from .table import caption, title
 
 MARKERS = {"none": "o", "absolute": "s", "gradnorm": "^", "adaptive_cosine": "D", "decoupled": "v"}
 THEIRS = "#8a9099"
@@ -152,13 +152,7 @@ def _label(row: Row) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.roofline", description="Draws what benchmarks.step measured."
-    )
-    parser.add_argument("rows", type=Path, help="what benchmarks.step wrote with --json")
-    parser.add_argument("plot", type=Path, help="the image to write")
-    args = parser.parse_args(argv)
-    draw(json.loads(args.rows.read_text()), args.plot)
+    redraw("benchmarks.step.roofline", draw, argv)
 
 
 if __name__ == "__main__":

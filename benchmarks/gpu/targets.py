@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Row = dict[str, Any]
+from ..captions import Row
 
 # Ours with the states that torch has, and a row of the run that holds matrices of the real size.
 OURS = {"contender": "cuda", "scaling": "absolute", "clip": False, "states": "bfloat16"}

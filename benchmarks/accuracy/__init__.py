@@ -1,0 +1,1 @@
+"""How well each precision mode fine-tunes: python -m benchmarks.accuracy"""

@@ -1,0 +1,1 @@
+"""One optimizer step against its rivals: python -m benchmarks.step"""
