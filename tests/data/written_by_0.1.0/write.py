@@ -70,7 +70,7 @@ class Built:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-BLOCKS = {"name_map": {"transformer.h.": "layers."}}
+NAME_MAP = {"name_map": {"transformer.h.": "layers."}}
 PRIORS = {
     "prior_float32": Built(F32),
     "prior_bfloat16": Built(BF16),
@@ -79,7 +79,7 @@ PRIORS = {
     "prior_of_a_layer": Built(
         BF16,
         {name.replace("model.layers", "transformer.h"): shape for name, shape in SMALL.items()},
-        {**BLOCKS, "modules": ("mlp", "re:norm"), "layers": [1], "max_shard_bytes": 200},
+        {**NAME_MAP, "modules": ("mlp", "re:norm"), "layers": [1], "max_shard_bytes": 200},
     ),
 }
 
