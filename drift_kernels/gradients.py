@@ -153,6 +153,7 @@ class GradientBias(BiasSettings):
         backends.check_devices(backend, [param for _, param in self.named_params])
         self._engine = Engine(Bias(), binding, backend)
 
+    @torch.no_grad()
     def apply_(self) -> BiasFigures:
         """Biases every gradient that the prior covers, in place; parameters without a gradient wait.
 
@@ -162,6 +163,7 @@ class GradientBias(BiasSettings):
         return bias_figures(self._engine.step([self._group(self.named_params)]))
 
 
+@torch.no_grad()
 def bias_gradients_(
     named_params: NamedParams,
     prior: Prior,
@@ -235,6 +237,7 @@ class PriorHooks(BiasSettings):
             param.register_post_accumulate_grad_hook(self._bias) for _, param in named
         ]
 
+    @torch.no_grad()
     def _bias(self, param: Tensor) -> None:
         """The hook. Another that ran before may have taken the gradient."""
         if not self._paused and param.grad is not None:

@@ -66,11 +66,11 @@ class Engine:
         self.__dict__.update(state)
         self.reset()
 
-    @torch.no_grad()
     def step(
         self, param_groups: ParamGroups, states: Any = None, grad_scale: GradScale = UNSCALED
     ) -> list[DeviceBatch]:
-        """A step of every parameter that has a gradient. Everything is checked before anything changes.
+        """A step of every parameter that has a gradient, called under `torch.no_grad()`. Everything is checked before
+        anything changes.
 
         Args:
             param_groups: with their parameters, the names of these where there is a prior, and hyperparameters.
@@ -106,7 +106,8 @@ class Engine:
 
     def local_tensors(self, param_groups: ParamGroups) -> tuple[list[Tensor], list[Tensor | None]]:
         """What this rank holds of all parameters and of their gradients."""
-        params = list(chain.from_iterable([group["params"] for group in param_groups]))
+        members: list[list[Tensor]] = [group["params"] for group in param_groups]
+        params = members[0] if len(members) == 1 else list(chain.from_iterable(members))
         if self.rule.writes_grads:
             place_grads(params)
         return local_pairs(params, list(map(attrgetter("grad"), params)))
@@ -215,11 +216,10 @@ def _tensors(params: list[Tensor], states: Iterable[dict[str, Any]]) -> Iterator
 
 
 def _key(params: list[Tensor], grads: list[Tensor | None]) -> tuple[Any, ...]:
-    """Where the parameters are, and of which type and dtype their gradients are, None for those that have none."""
-    return addresses(params), list(map(type, grads)), [None if g is None else g.dtype for g in grads]
+    """Where the parameters are, and of which dtype their gradients are, None for those that have none."""
+    return addresses(params), [None if g is None else g.dtype for g in grads]
 
 
 def _first_states(batches: list[DeviceBatch]) -> list[int]:
     """Where each launch's first states are: whoever moves states in place (offloading) moves all."""
-    firsts = [launch.plan.first for batch in batches for launch in batch.launches]
-    return addresses([t for first in firsts for t in (first.exp_avg, first.exp_avg_sq) if t is not None])
+    return [address for batch in batches for launch in batch.launches for address in launch.plan.first_states()]

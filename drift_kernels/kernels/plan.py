@@ -90,12 +90,12 @@ class _WeakOperands:
 
     def __init__(self, operands: Operands) -> None:
         tensors: dict[str, Any] = {name: getattr(operands, name) for name in WEAK}
-        self._refs = {name: weakref.ref(tensor) for name, tensor in tensors.items() if tensor is not None}
+        self.refs = {name: weakref.ref(tensor) for name, tensor in tensors.items() if tensor is not None}
         without: dict[str, Any] = dict.fromkeys(WEAK)
         self._rest = replace(operands, **without)
 
     def __call__(self) -> Operands:
-        tensors: dict[str, Any] = {name: ref() for name, ref in self._refs.items()}
+        tensors: dict[str, Any] = {name: ref() for name, ref in self.refs.items()}
         for name, tensor in tensors.items():
             if tensor is None:
                 raise ReferenceError(f"the plan is out of date: its {name} is gone")
@@ -159,9 +159,11 @@ class Plan:
         """The tensors. Raises ReferenceError if one is gone."""
         return [operands() for operands in self._operands]
 
-    @property
-    def first(self) -> Operands:
-        return self._operands[0]()
+    def first_states(self) -> list[int]:
+        """Where the first parameter's exp_avg and exp_avg_sq are now."""
+        refs = self._operands[0].refs
+        states = [refs[name]() for name in ("exp_avg", "exp_avg_sq") if name in refs]
+        return [0 if state is None else state.data_ptr() for state in states]
 
     @property
     def has_deltas(self) -> bool:
