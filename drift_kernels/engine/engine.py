@@ -157,7 +157,7 @@ class Engine:
             slot = Slot(i, group_of[i], name, param, grad.dtype, state, bound, key, place, shard)
             slots.setdefault((param.device, self.rule.steps_device(param, group)), []).append(slot)
         return [
-            DeviceBatch(members, steps_device, self.rule, resolved[device])
+            DeviceBatch(members, len(grads), steps_device, self.rule, resolved[device])
             for (device, steps_device), members in slots.items()
         ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -60,7 +60,7 @@ class Launch:
 
     plan: Plan
     rows: slice
-    of: Callable[[list[Any]], tuple[Any, ...]]  # from a list over all parameters of the engine, those of the launch
+    of: Callable[[list[Any]], Sequence[Any]]  # from a list over all parameters of the engine, those of the launch
     group_rows: list[tuple[int, slice]]
 
     def reads_delta(self, groups: list[Hyperparameters], decoupled: bool) -> bool:
@@ -82,14 +82,19 @@ def _runs(slots: list[Slot], rows: slice, key: Callable[[Slot], Any]) -> Iterato
             start = stop
 
 
-def _launch(slots: list[Slot], rows: slice) -> Launch:
+def _selection(indices: list[int], count: int) -> Callable[[list[Any]], Sequence[Any]]:
+    """From a list of `count` things, those of these indices."""
+    if indices == list(range(count)):
+        return lambda everything: everything
+    # itemgetter gives one thing, not a tuple of one, for one index.
+    return itemgetter(*indices) if len(indices) > 1 else lambda everything: (everything[indices[0]],)
+
+
+def _launch(slots: list[Slot], rows: slice, count: int) -> Launch:
     members = slots[rows]
     plan = Plan([slot.operands for slot in members], members[0].grad_dtype)
     group_rows = [(slots[r.start].group, r) for r in _runs(slots, rows, lambda slot: slot.group)]
-    indices = [slot.index for slot in members]
-    # itemgetter gives one thing, not a tuple of one, for one index.
-    of = itemgetter(*indices) if len(indices) > 1 else lambda everything: (everything[indices[0]],)
-    return Launch(plan, rows, of, group_rows)
+    return Launch(plan, rows, _selection([slot.index for slot in members], count), group_rows)
 
 
 def _share_steps(slots: list[Slot], device: torch.device) -> Tensor:
@@ -107,6 +112,7 @@ class DeviceBatch:
 
     Args:
         slots: at least one, of params, states and deltas on one device.
+        count: of all parameters of the engine.
         steps_device: where the step counts live.
         rule: what is done to them.
         backend: one that runs on the device.
@@ -116,12 +122,16 @@ class DeviceBatch:
         biased_rows: int64 on the device, those that have a delta.
     """
 
-    def __init__(self, slots: list[Slot], steps_device: torch.device, rule: Rule, backend: Backend) -> None:
+    def __init__(
+        self, slots: list[Slot], count: int, steps_device: torch.device, rule: Rule, backend: Backend
+    ) -> None:
         device = slots[0].param.device
         slots = sorted(slots, key=lambda slot: (slot.dtypes, slot.group, slot.index))
         self.backend = backend
         self.names = [slot.name for slot in slots]
-        self.launches = [_launch(slots, rows) for rows in _runs(slots, slice(0, len(slots)), lambda slot: slot.dtypes)]
+        self.launches = [
+            _launch(slots, rows, count) for rows in _runs(slots, slice(0, len(slots)), lambda slot: slot.dtypes)
+        ]
         bounds = [slot.bound for slot in slots]
         self.coefficients = CoefficientTable(
             device,
