@@ -1,4 +1,4 @@
-"""The triton backend: the kernels in Triton, for GPUs of any maker, and in its interpreter.
+"""The triton backend: kernels that Triton compiles for the GPU, or runs in its interpreter.
 
 jit       Triton, where it is installed        layout  columns by name
 access    rows, coefficients, elements         codes   elements of one byte       random  bits for rounding
