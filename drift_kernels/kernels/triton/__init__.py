@@ -1,9 +1,10 @@
 """The triton backend: kernels that Triton compiles for the GPU, or runs in its interpreter.
 
-jit       Triton, where it is installed        layout  columns by name
-access    rows, coefficients, elements         codes   elements of one byte       random  bits for rounding
-update    one kernel                           sums    two                        bias    one
-backend   the launches
+jit, layout       Triton, where it is installed; columns by their names
+access, codes     how kernels reach rows, coefficients and elements; elements of one byte
+random            bits for rounding
+update            one kernel; likewise bias, and sums with two
+backend           the launches
 """
 
 from .backend import (
