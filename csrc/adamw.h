@@ -1,4 +1,4 @@
-// The element update: one function for host and device, line by line that of drift_kernels/reference.py.
+// The element update: one function for host and device, line by line that of drift_kernels/kernels/reference.py.
 //
 //   g          = grad_coef*grad [- delta_coef*delta]
 //   exp_avg    = beta1*exp_avg + one_minus_beta1*g

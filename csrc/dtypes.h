@@ -29,7 +29,7 @@ inline DType parse_dtype(const std::optional<std::string>& name) {
   throw std::invalid_argument("unknown dtype " + *name);
 }
 
-// As drift_kernels/plan.py names them.
+// As drift_kernels/kernels/plan.py names them.
 using DTypeName = std::optional<std::string>;
 using DTypeNames = std::tuple<DTypeName, DTypeName, DTypeName, DTypeName>;
 

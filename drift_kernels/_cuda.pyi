@@ -1,4 +1,4 @@
-CHUNK: int
+LAYOUT: dict[str, tuple[str, ...] | int]
 
 class Target:
     def __init__(

@@ -1,6 +1,7 @@
 // The cuda backend's kernels on the host: every block of a grid, and every thread of a block, one after another.
 #include "../csrc/cuda/plan.h"
 #include "../csrc/dtypes.h"
+#include "../csrc/layout.h"
 
 namespace drift {
 namespace {
@@ -28,6 +29,21 @@ DTypes parse(const char* const* names) {
 }  // namespace drift
 
 using namespace drift;
+
+// As the modules' LAYOUT, written as Python would.
+extern "C" const char* layout() {
+  static std::string text;
+  text = "{";
+  for_each_part(
+      [](const std::string& key, const auto& names) {
+        text += "'" + key + "': (";
+        for (const std::string name : names) text += "'" + name + "',";
+        text += "),";
+      },
+      [](const std::string& key, int64_t value) { text += "'" + key + "': " + std::to_string(value) + ","; });
+  text += "}";
+  return text.c_str();
+}
 
 // From chunk `begin` of each launch on, so that the end of a huge tensor can be run alone.
 extern "C" void update(const Plan* plan, const char* const* dtypes, const Coefficients* coefficients, int64_t begin) {

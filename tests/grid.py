@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import shutil
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from drift_kernels.kernels.layout import mismatch
 from drift_kernels.kernels.plan import Plan
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -30,11 +33,20 @@ class _Plan(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _built() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "grid.so"
         subprocess.run([str(COMPILER), *FLAGS.split(), str(SOURCE), "-o", str(target)], check=True)
         return ctypes.CDLL(str(target))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = _built()
+    library.layout.restype = ctypes.c_char_p
+    reason = mismatch(SimpleNamespace(LAYOUT=ast.literal_eval(library.layout().decode())))
+    assert reason is None, reason
+    return library
 
 
 def _arguments(plan: Plan, with_delta: bool) -> tuple[object, object]:

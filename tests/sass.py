@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from drift_kernels.kernels import triton as backend
 from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.plan import Operands, Plan
+from drift_kernels.kernels.triton import backend
 
 # param, grad, states, delta; whether there is a master, and whether rounding is stochastic
 LAUNCHES = [

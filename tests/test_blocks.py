@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drift_kernels.formats import blocks
+from drift_kernels.formats.blocks import BLOCK
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,10 +32,10 @@ def test_codes_are_the_nearest_and_a_variance_stays_above_zero(numel: int, scale
 
 
 def test_a_nan_takes_its_block_with_it_and_no_other() -> None:
-    x = torch.randn(300)
-    x[130] = torch.nan
+    x = torch.randn(2 * BLOCK + 44)
+    x[BLOCK + 2] = torch.nan
     coded, scales = blocks.encode_state(x, blocks.MOMENT)
     decoded = blocks.decode_state(coded, scales)
-    assert decoded[128:256].isnan().all()
-    assert decoded[:128].isfinite().all()
-    assert decoded[256:].isfinite().all()
+    assert decoded[BLOCK : 2 * BLOCK].isnan().all()
+    assert decoded[:BLOCK].isfinite().all()
+    assert decoded[2 * BLOCK :].isfinite().all()

@@ -47,7 +47,7 @@ def quantize_by_block(delta: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, np
 
 @both_dtypes
 @pytest.mark.parametrize(
-    "shape", [(), (0,), (0, 4), (1,), (127,), (128,), (129,), (3, 5, 7), (33, 128), (257, 31)], ids=str
+    "shape", [(), (0,), (0, 4), (1,), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (3, 5, 7), (33, BLOCK), (257, 31)], ids=str
 )
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e30, 3e-37])
 def test_codes_scales_and_expansion_are_the_formulas(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> None:

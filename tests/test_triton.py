@@ -16,8 +16,8 @@ import torch
 from disassembly import assert_nothing_was_contracted
 from problems import BF16, DEVICE, F32, Problem, assert_same_bits, run
 
-from drift_kernels.kernels import triton as backend
 from drift_kernels.kernels.plan import CHUNK
+from drift_kernels.kernels.triton import backend
 
 triton = pytest.importorskip("triton")
 
@@ -203,7 +203,7 @@ def test_it_can_be_imported_where_triton_is_not() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from drift_kernels.kernels import triton
+from drift_kernels.kernels.triton import backend as triton
 print(triton.unavailable(torch.device("cuda")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

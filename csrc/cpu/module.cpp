@@ -7,6 +7,7 @@
 #include <cfenv>
 #include <vector>
 
+#include "../export.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -141,7 +142,7 @@ void sum_words(uint64_t words, int64_t rows, int64_t width, uint64_t row_sums, u
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace drift;
-  m.attr("CHUNK") = kChunk;
+  export_layout(m);
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const InstructionSet* set : supported()) names.emplace_back(set->name);

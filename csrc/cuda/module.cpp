@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../export.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -72,7 +73,7 @@ std::optional<std::string> unusable(int device) {
 
 PYBIND11_MODULE(_cuda, m) {
   using namespace drift;
-  m.attr("CHUNK") = kChunk;
+  export_layout(m);
   m.def("unusable", &unusable, py::arg("device"));
   py::class_<Target>(m, "Target")
       .def(py::init([](uint64_t rows, uint64_t device_rows, uint64_t chunk_rows, uint64_t grads, int64_t count,

@@ -7,7 +7,7 @@
 
 namespace drift {
 
-// What drift_kernels/plan.py holds of the tensors of one plan.
+// What drift_kernels/kernels/plan.py holds of the tensors of one plan.
 struct Plan {
   const Row* rows;            // on the host
   const Row* device_rows;     // the same on the device

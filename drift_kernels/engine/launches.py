@@ -122,9 +122,7 @@ class DeviceBatch:
         biased_rows: int64 on the device, those that have a delta.
     """
 
-    def __init__(
-        self, slots: list[Slot], count: int, steps_device: torch.device, rule: Rule, backend: Backend
-    ) -> None:
+    def __init__(self, slots: list[Slot], count: int, steps_device: torch.device, rule: Rule, backend: Backend) -> None:
         device = slots[0].param.device
         slots = sorted(slots, key=lambda slot: (slot.dtypes, slot.group, slot.index))
         self.backend = backend

@@ -1,6 +1,6 @@
 """The backends: three primitives over a Plan, for one kind of device each.
 
-A backend is a module with the contents of `Backend`. `resolve` picks one.
+A backend is a module of this folder with the contents of `Backend`. `resolve` picks one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Backend(Protocol):
 
 
 def load(name: str) -> Backend:
-    return cast(Backend, importlib.import_module(f"{__package__}.{name}"))
+    module = "triton.backend" if name == "triton" else name
+    return cast(Backend, importlib.import_module(f"{__package__}.{module}"))
 
 
 def check_name(name: str) -> None:

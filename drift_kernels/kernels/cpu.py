@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .plan import CHUNK, Plan
+from .layout import mismatch
+from .plan import Plan
 
 CAPTURABLE = False
 
@@ -14,14 +15,12 @@ try:
     from drift_kernels import _cpu
 except ImportError as error:
     _reason = f"its compiled extension cannot be imported ({error}); reinstall drift_kernels with a C++17 compiler"
-else:
-    assert _cpu.CHUNK == CHUNK, "drift_kernels._cpu was built from other sources: reinstall drift_kernels"
 
 
 def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it runs on CPU tensors, not on {device.type}"
-    return _reason
+    return _reason or mismatch(_cpu)
 
 
 def _launch(plan: Plan, with_delta: bool) -> _cpu.Launch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .plan import CHUNK, Plan
+from .layout import mismatch
+from .plan import Plan
 
 CAPTURABLE = True  # new gradient addresses travel in the kernels' parameters
 
@@ -17,14 +18,12 @@ except ImportError as error:
         f"its compiled extension cannot be imported ({error}); install CUDA's compiler (nvcc, of CUDA 12.1 or newer; "
         "on PATH or under CUDA_HOME), then reinstall drift_kernels with DRIFT_KERNELS_CUDA=1"
     )
-else:
-    assert _cuda.CHUNK == CHUNK, "drift_kernels._cuda was built from other sources: reinstall drift_kernels"
 
 
 def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it runs on NVIDIA GPUs, not on {'ROCm' if device.type == 'cuda' else device.type}"
-    return _reason or _cuda.unusable(_index(device))
+    return _reason or mismatch(_cuda) or _cuda.unusable(_index(device))
 
 
 def _index(device: torch.device) -> int:

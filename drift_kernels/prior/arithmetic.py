@@ -12,15 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.layout import mismatch
 from .files import byte_view
 from .quantized import QuantizedDelta, quantize
 
 try:
     from drift_kernels import _cpu
-except ImportError:  # installed without a compiler; backends/cpu.py keeps the reason
+except ImportError:  # installed without a compiler; kernels/cpu.py keeps the reason
     _compiled = False
-else:
-    _compiled = True
+else:  # these two functions know no layout; but with another one they are of other sources, and may be others too
+    _compiled = mismatch(_cpu) is None
 
 _COMPILED_WEIGHTS = (torch.bfloat16, torch.float16, torch.float32)
 _CHECKSUM_ROW = 1024  # words

@@ -1,11 +1,13 @@
-"""The triton backend's kernel of the bias alone; how it reaches its elements is said in triton_kernels.py."""
+"""The triton backend's kernel of the bias alone; how it reaches its elements is said in access.py."""
 
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
 
+from .access import _fields, _load, _pointer, _span, _store
+from .codes import _load_delta
 from .jit import _jit, missing
-from .update import _fields, _load, _load_delta, _pointer, _span, _store
+from .layout import COEFFICIENTS, DELTA, DELTA_COEF, DELTA_SCALE, FIRST_CHUNK, NUMEL, ROW
 
 if missing is None:
     import triton.language as tl
@@ -46,10 +48,10 @@ def _bias_chunk(
     block: tl.constexpr,
 ):
     tensor = tl.load(chunk_tensor + tl.program_id(0)).to(tl.int64)
-    delta, delta_scale, numel, first_chunk = _fields(table, tensor, 14)[6:10]
+    row = _fields(table, tensor, ROW)
     grad = tl.load(grads + tensor)
-    delta_coef = _fields(coefficients, tensor, 12)[1]
-    begin, middle, end = _span(numel, first_chunk, grad | delta, chunk_size, block)
-    tensors = (grad, delta, delta_scale, delta_coef)
+    delta_coef = _fields(coefficients, tensor, COEFFICIENTS)[DELTA_COEF]
+    begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], grad | row[DELTA], chunk_size, block)
+    tensors = (grad, row[DELTA], row[DELTA_SCALE], delta_coef)
     _bias(*tensors, begin, middle, grad_dtype, delta_dtype, block, True)
     _bias(*tensors, middle, end, grad_dtype, delta_dtype, block // 2, False)

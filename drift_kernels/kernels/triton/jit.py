@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 try:
     import triton
@@ -13,6 +14,11 @@ except ImportError as error:
     missing: str | None = f"Triton cannot be imported ({error})"
 else:
     missing = None
+
+
+def constant(value: int) -> Any:
+    """`value` for kernels to read from their module; without Triton the number itself."""
+    return value if triton is None else triton.language.constexpr(value)
 
 
 def _jit(function):

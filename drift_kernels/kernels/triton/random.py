@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from .jit import _jit, missing
+from .layout import ORIGIN, PITCH, RANDOM_KEY, WIDTH
 
 if missing is None:
     import triton.language as tl
@@ -32,9 +33,9 @@ def _whole_index(i, origin, width, pitch):
 
 
 @_jit
-def _philox_each(i, random, step, stream: tl.constexpr):
+def _philox_each(i, row, step, stream: tl.constexpr):
     """The words of the elements i .. i + 7, of which each may be anywhere in the whole tensor: a queue of halves."""
-    key, origin, width, pitch = random
+    key, origin, width, pitch = row[RANDOM_KEY], row[ORIGIN], row[WIDTH], row[PITCH]
     words0, words1, words2, words3 = i.to(tl.uint32), i.to(tl.uint32), i.to(tl.uint32), i.to(tl.uint32)
     for j in range(8):
         index = _whole_index(i + j, origin, width, pitch)
@@ -47,14 +48,14 @@ def _philox_each(i, random, step, stream: tl.constexpr):
 
 
 @_jit
-def _draw(random, step, stream: tl.constexpr, start, block: tl.constexpr):
+def _draw(row, step, stream: tl.constexpr, start, block: tl.constexpr):
     """16 random bits for each of the elements start .. start + block, as formats.philox.random_bits has them; start is
     a multiple of 8. One call for eight elements, where a shard does not cut through the eights of the whole tensor."""
-    key, origin, width, pitch = random
+    key, origin, width, pitch = row[RANDOM_KEY], row[ORIGIN], row[WIDTH], row[PITCH]
     i = (start + tl.arange(0, block // 8) * 8).to(tl.int64)
     if (origin | width | pitch) % 8 == 0:
         x0, x1, x2, x3 = _philox(_whole_index(i, origin, width, pitch) // 8, key, step, stream)
     else:
-        x0, x1, x2, x3 = _philox_each(i, random, step, stream)
+        x0, x1, x2, x3 = _philox_each(i, row, step, stream)
     words = tl.permute(tl.join(tl.join(x0, x1), tl.join(x2, x3)), 0, 2, 1)
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block])

@@ -1,0 +1,25 @@
+// What the modules of both compiled backends export.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <iterator>
+
+#include "layout.h"
+
+namespace drift {
+
+// LAYOUT: a dict of tuples of str, and of int.
+inline void export_layout(pybind11::module_& m) {
+  pybind11::dict layout;
+  for_each_part(
+      [&](const char* key, const auto& names) {
+        pybind11::tuple all(std::size(names));
+        for (size_t i = 0; i < std::size(names); ++i) all[i] = names[i];
+        layout[key] = all;
+      },
+      [&](const char* key, int64_t value) { layout[key] = value; });
+  m.attr("LAYOUT") = layout;
+}
+
+}  // namespace drift

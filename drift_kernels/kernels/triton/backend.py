@@ -1,0 +1,112 @@
+"""The launches of the triton backend: one per primitive for all tensors of a plan, from a table of addresses."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import CHUNK, Plan, dtype_name
+from .bias import _bias_chunk
+from .jit import missing
+from .sums import _sum_chunk, _sum_tensor
+from .update import _update_chunk
+
+if missing is None:
+    import triton
+    import triton.language as tl
+
+CAPTURABLE = False  # new gradient addresses take a copy from the host
+
+# Eight elements a thread: 16 bytes of each bfloat16 tensor, 32 of each float32 one, requested before the first is used.
+UPDATE_BLOCK = 1024
+# Sixteen elements a thread, since only two tensors are read. A float32 lane adds up CHUNK / (STATS_BLOCK / 2) = 16
+# products at most, so the error is within 16 * 2^-24 = 9.5e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
+STATS_BLOCK = 2048
+BIAS_BLOCK = 2048
+# The chunks whose sums the second stage reads at once.
+TOTAL_BLOCK = 512
+
+# No contraction: every operation is rounded by itself. (And no autotuning: each trial would update the tensors.)
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def unavailable(device: torch.device) -> str | None:
+    if missing is not None:
+        return missing
+    # TRITON_INTERPRET counts where `triton.jit` is called; for Triton's own functions, when Triton is imported.
+    compiled = [isinstance(function, triton.JITFunction) for function in (tl.sum, _update_chunk)]
+    if device.type == "cpu":
+        wanting = "it runs on CPU tensors in Triton's interpreter alone: set TRITON_INTERPRET=1 before the first import"
+        return wanting if any(compiled) else None
+    if device.type not in ("cuda", "xpu"):
+        return f"Triton does not compile for {device.type}"
+    if not all(compiled):
+        return f"TRITON_INTERPRET is set, and the interpreter does not reach the memory of {device.type}"
+    try:
+        with _on(device):
+            target = triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # no driver, no C compiler, no Python headers: the message says which
+        return f"Triton cannot launch ({error!r})"
+    return unsuitable(target.arch) if target.backend == "cuda" else None
+
+
+def unsuitable(arch: int) -> str | None:
+    """Why NVIDIA's architecture `arch` (90 for sm_90) will not do."""
+    if arch < 80:
+        return f"Triton needs compute capability 8.0, not {arch // 10}.{arch % 10}"
+    if arch >= 100 and triton.__version__.startswith("3.6."):
+        # Its ptxas (12.9) makes one FFMA of mul.rn.f32x2 and add.rn.f32x2, whatever --fmad says.
+        return "Triton 3.6 contracts multiplications and additions on Blackwell: install another version"
+    return None
+
+
+def _dtypes(plan: Plan, with_delta: bool) -> list[Any]:
+    """The dtypes of a plan, which have the same names in Triton; float8 is read as its bits."""
+    dtypes = plan.dtypes if with_delta else plan.dtypes._replace(delta=None)
+    names = [dtype and dtype_name(dtype) for dtype in dtypes]
+    return [name and getattr(tl, "uint8" if name == "float8_e4m3fn" else name) for name in names]
+
+
+def _tables(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    return plan.device_table, plan.device_grad_table, plan.chunk_tensor
+
+
+def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
+    _, grad_dtype, _, delta_dtype = _dtypes(plan, with_delta)
+    table, grads, chunk_tensor = _tables(plan)
+    with _on(plan.device):
+        if plan.chunk_count:
+            _sum_chunk[(plan.chunk_count,)](
+                *(table, grads, chunk_tensor, plan.partials, grad_dtype, delta_dtype), CHUNK, STATS_BLOCK, **OPTIONS
+            )
+        _sum_tensor[(len(plan),)](table, plan.partials, out, CHUNK, TOTAL_BLOCK, **OPTIONS)
+
+
+def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
+    dtypes = _dtypes(plan, with_delta)
+    param, _, state, _ = (str(kind) for kind in plan.dtype_names(with_delta))
+    modes = param.startswith("master"), param.startswith("stochastic"), state.startswith("stochastic")
+    if plan.chunk_count:
+        with _on(plan.device):
+            _update_chunk[(plan.chunk_count,)](
+                *_tables(plan), coefficients, *dtypes, *modes, CHUNK, UPDATE_BLOCK, **OPTIONS
+            )
+
+
+def bias(plan: Plan, coefficients: Tensor) -> None:
+    _, grad_dtype, _, delta_dtype = _dtypes(plan, True)
+    if plan.chunk_count:
+        with _on(plan.device):
+            _bias_chunk[(plan.chunk_count,)](
+                *_tables(plan), coefficients, grad_dtype, delta_dtype, CHUNK, BIAS_BLOCK, **OPTIONS
+            )
