@@ -4,69 +4,118 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SOURCES = {".py", ".h", ".inc", ".cpp", ".cu", ".cuh"}
 
-# drift_kernels/<module>: what of the package it may import (design: nothing imports upward).
-LAYERS = {
-    "errors": set(),
-    "coefficients": set(),
-    "plan": {"lossless"},
-    "lossless": set(),
-    "codes": set(),
-    "reference": {"codes", "coefficients", "lossless", "plan"},
-    "groups": {"coefficients"},
-    "schedule": set(),
-    "prior": {"errors", "_cpu"},
-    "sharding": {"lossless"},
-    "binding": {"errors", "prior", "sharding"},
-    "backends": {"errors", "plan", "reference", "coefficients", "_cpu", "_cuda"},
-    "precision": {"codes", "sharding"},
-    "batch": {"backends", "binding", "coefficients", "lossless", "plan", "precision", "sharding"},
-    "eager": set(),
-    "ops": {"backends", "codes", "coefficients", "plan"},
-    "backward": {"batch", "coefficients", "eager", "groups", "plan", "sharding"},
-    "inspection": {"batch", "precision"},
-    "masters": {"lossless", "precision", "sharding"},
-    "state": {"errors", "groups", "precision", "sharding"},
-    "optimizer": {
-        "backends", "backward", "batch", "binding", "coefficients", "eager", "errors", "groups", "inspection",
-        "masters", "precision", "prior", "sharding", "state",
-    },
-    "bias": {"backends", "binding", "coefficients", "errors", "groups", "plan", "sharding"},
-    "gradients": {"backends", "bias", "binding", "prior"},
-    "hooks": {"backends", "bias", "binding", "errors", "sharding"},
-    "cli": {"prior", "errors"},
-    "integrations": {"optimizer", "prior", "schedule"},
+PACKAGE = ROOT / "drift_kernels"
+
+# The floors of the package from the ground up, then those inside each folder: a module imports only from floors below
+# its own. (`_cpu` and `_cuda` are the compiled extensions.)
+FLOORS = {
+    "": [
+        {"errors", "torch_private", "schedule", "_cpu", "_cuda"},
+        {"formats"},
+        {"sharding"},
+        {"kernels", "state"},
+        {"prior", "ops"},
+        {"engine"},
+        {"optimizer", "gradients"},
+        {"cli", "integrations"},
+        {"__init__"},
+    ],
+    "formats": [{"rounding", "philox"}, {"blocks"}],
+    "kernels": [{"plan", "coefficients"}, {"layout", "reference"}, {"cpu", "cuda", "triton"}, {"backends"}],
+    "kernels/triton": [
+        {"jit"}, {"layout"}, {"access", "random"}, {"codes"}, {"update", "sums", "bias"}, {"backend"},
+    ],
+    "state": [{"param_groups", "precision"}, {"masters", "state_dict"}],
+    "prior": [
+        {"names", "norms", "hub"}, {"files", "coverage", "quantized"}, {"arithmetic", "pairing", "prior"},
+        {"stream", "summary"}, {"build", "plot"}, {"__init__"},
+    ],
+    "engine": [
+        {"seen", "hyperparameters", "binding"}, {"rules"}, {"launches"}, {"engine", "figures"}, {"backward"},
+    ],
+    "integrations": [{"named_groups", "step_figures"}, {"transformers"}, {"__init__"}],
 }  # fmt: skip
 
+# Names of files that stand for one thing, seen from two sides: steps in the backward pass, and what they take; the
+# layout of rows and coefficients, and its names in Triton.
+NAMED_TWICE = {"__init__", "__main__", "backward", "layout"}
 
-def imported_modules(path: Path) -> set[str]:
-    """The modules of the package that a file imports, by their first name."""
-    package = ("drift_kernels", *path.relative_to(ROOT / "drift_kernels").with_suffix("").parts)
-    found: set[str] = set()
+
+def modules() -> dict[tuple[str, ...], Path]:
+    return {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(module: tuple[str, ...], path: Path) -> set[tuple[str, ...]]:
+    """The modules of the package that a module imports, wherever in its file."""
+    found: set[tuple[str, ...]] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level] if node.level else ()
-            full = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{full}.{alias.name}" for alias in node.names}
+            base = ("drift_kernels", *module)[: 1 + len(module) - node.level] if node.level else ()
+            full = (*base, *(node.module.split(".") if node.module else ()))
+            found |= {(*full, alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in found if name.startswith("drift_kernels.")}
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+    return {name[1:] for name in found if name[0] == "drift_kernels" and len(name) > 1}
+
+
+def floor_of(folder: str, name: str) -> int:
+    (floor,) = [index for index, names in enumerate(FLOORS[folder]) if name in names] or [None]
+    assert floor is not None, f"{folder}/{name} has no floor"
+    return floor
 
 
 def test_nothing_imports_upward() -> None:
-    for path in (ROOT / "drift_kernels").rglob("*.py"):
-        module = path.relative_to(ROOT / "drift_kernels").with_suffix("").parts[0]
-        if module != "__init__":
-            assert imported_modules(path) - {module} <= LAYERS[module], path.name
+    """Neither between folders nor inside one."""
+    for module, path in modules().items():
+        for imported in imports(module, path):
+            shared = 0
+            while shared < len(module) - 1 and shared < len(imported) - 1 and module[shared] == imported[shared]:
+                shared += 1
+            mine, other = module[shared], imported[shared]
+            folder = "/".join(module[:shared])
+            if (PACKAGE / folder / f"{other}.py").exists() or (PACKAGE / folder / other).is_dir() or other[0] == "_":
+                assert floor_of(folder, other) < floor_of(folder, mine), f"{path}: {'.'.join(imported)}"
+
+
+def test_every_module_has_a_floor() -> None:
+    for module in modules():
+        for depth, name in enumerate(module):
+            if name != "__init__" or not module[:depth] or "__init__" in set().union(*FLOORS["/".join(module[:depth])]):
+                floor_of("/".join(module[:depth]), name)
+
+
+def test_no_two_files_of_one_name_have_different_jobs() -> None:
+    names = Counter(path.stem for folder in (PACKAGE, ROOT / "benchmarks") for path in folder.rglob("*.py"))
+    assert {name for name, count in names.items() if count > 1} <= NAMED_TWICE
+
+
+def test_what_is_private_to_torch_is_used_in_one_file() -> None:
+    """Attributes of torch's modules and tensors with a leading underscore, and its private modules."""
+    private = re.compile(
+        r"torch(?:\.\w+)*\._(?!_)\w+|\b_(?:local_tensor|spec|execution_engine|fsdp_flattened|step_supports_amp_scaling)\b"
+    )
+    used = {path.name for path in modules().values() if private.search(path.read_text())}
+    assert used == {"torch_private.py"}
+
+
+def test_no_file_is_too_long() -> None:
+    folders = ("drift_kernels", "csrc", "benchmarks", "tests", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
+    lengths = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
 
 
 def test_importing_the_package_imports_no_triton_matplotlib_or_trainer() -> None:
@@ -111,7 +160,7 @@ def test_without_a_compiler_it_installs_and_says_so(tmp_path: Path, reason: str)
     else:
         env["CXX"] = shutil.which("false") or "/bin/false"
     names, output = build_wheel(tmp_path, env)
-    assert "drift_kernels/reference.py" in names
+    assert "drift_kernels/kernels/reference.py" in names
     assert not has_extension(names)
     assert "WITHOUT its compiled cpu backend" in output
     assert reason in output
