@@ -132,6 +132,18 @@ def test_a_parameter_in_the_place_of_another_begins_anew() -> None:
     assert float(optimizer.state[old]["step"]) == 2.0
 
 
+def test_a_module_may_swap_its_parameters() -> None:
+    """As `torch.__future__.set_swap_module_params_on_conversion` has it."""
+    param, other = nn.Parameter(torch.ones(100)), nn.Parameter(torch.full((100,), 2.0))
+    optimizer = FusedDriftAdamW([param], lr=0.0, weight_decay=0.0)
+    take({"": param}, optimizer, 0)
+    take({"": param}, optimizer, 1)
+    torch.utils.swap_tensors(param, other)
+    take({"": param}, optimizer, 2)
+    assert float(optimizer.state[param]["step"]) == 3.0
+    assert bool((param == 2).all())
+
+
 def test_a_memory_report_outlives_the_states() -> None:
     params, optimizer = pair(state_dtype="int8")
     before = optimizer.memory_report()
@@ -226,7 +238,7 @@ def test_removed_hooks_let_go_of_the_deltas() -> None:
 def test_an_id_that_another_tensor_has_taken_is_not_the_tensor() -> None:
     for _ in range(1000):
         tensor = torch.zeros(1)
-        seen, taken = Seen([tensor]), id(tensor)
+        seen, taken = Seen((), [tensor]), id(tensor)
         assert seen.are([tensor])
         del tensor
         another = torch.zeros(1)

@@ -7,7 +7,9 @@ gradient of a backward pass, in the table that `step()` uses; each parameter has
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +21,9 @@ from ..kernels.plan import Plan
 from ..sharding import is_sharded
 from ..state.param_groups import named_params
 from ..torch_private import at_end_of_backward, not_compiled
-from .engine import Engine
+from .engine import Engine, StepTensors
 from .hyperparameters import check_grad, hyperparameters
-from .launches import DeviceBatch, Launch
+from .launches import DeviceBatch, Launch, Slot
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,22 @@ class _Single:
 
     batch: DeviceBatch
     launch: Launch
+    slot: Slot
     plan: Plan
     row: slice
     step: Tensor  # its count
 
-    def update(self, grad: Tensor, groups: list[Hyperparameters]) -> None:
+    def update(self, param: Tensor, state: dict[str, Any], grad: Tensor, groups: list[Hyperparameters]) -> None:
         coefficients = self.batch.coefficients
+        if self.batch.backend.READS_TENSORS:
+            self.plan.operands = [self.slot.operands(param, state)]
         self.plan.set_grads([grad])
         if self.launch.needs_stats(groups):
             self.batch.measure(self.plan, self.row, self.launch, groups)
             coefficients.set_gradient_coefficients(coefficients.bias(with_stats=True), None)
         self.batch.run(self.plan, self.row, self.launch, groups)
         self.step.add_(1)
-        self.plan.release_grads()
+        self.plan.release()
 
 
 class BackwardHandle:
@@ -99,11 +104,12 @@ class BackwardHandle:
             if self._groups is None or id(param) in self._updated:
                 self._groups = self._begin()
             single = self._singles[id(param)]
-            check_grad(single.batch.names[single.row.start], param, grad)
+            check_grad(single.slot.name, param, grad)
+            state = self._optimizer.state[param]
             if grad.dtype != single.plan.dtypes.grad:
-                single = replace(single, plan=Plan(single.plan.operands, grad.dtype))
+                single = replace(single, plan=Plan([single.slot.operands(param, state)], grad.dtype))
                 self._singles[id(param)] = single
-            single.update(grad, self._groups)
+            single.update(param, state, grad, self._groups)
             self._updated.add(id(param))
         torch.autograd.graph.increment_version(param)
         param.grad = None
@@ -115,18 +121,27 @@ class BackwardHandle:
         params, hooked = [p for group in param_groups for p in group["params"]], {id(p) for p in self._params}
         # In place of the gradients that are still to come: of the same dtypes.
         stand_ins: list[Tensor | None] = [p.detach() if id(p) in hooked else None for p in params]
-        engine.prepare(param_groups, params, stand_ins, self._optimizer.state)
+        engine.prepare(param_groups, StepTensors(params, params, stand_ins), self._optimizer.state)
         for batch in engine.batches:
-            batch.release_grads()
+            batch.release()
             batch.begin(groups, UNSCALED)
             batch.coefficients.steps -= 1
             batch.coefficients.set_gradient_coefficients(batch.coefficients.bias(with_stats=False), None)
         if self._batches is not engine.batches:
             self._batches = engine.batches
-            self._singles = dict(_singles(self._batches))
+            self._singles = {id(params[single.slot.index]): single for single in self._make_singles(params)}
         self._updated.clear()
         at_end_of_backward(self._end)
         return groups
+
+    def _make_singles(self, params: list[Tensor]) -> Iterator[_Single]:
+        for batch in self._batches:
+            for launch in batch.launches:
+                for row, slot in zip(range(launch.rows.start, launch.rows.stop), batch.slots[launch.rows], strict=True):
+                    param = params[slot.index]
+                    plan = Plan([slot.operands(param, self._optimizer.state[param])], launch.plan.dtypes.grad)
+                    plan.release()
+                    yield _Single(batch, launch, slot, plan, slice(row, row + 1), batch.coefficients.steps[row])
 
     def _end(self) -> None:
         self._groups = None
@@ -149,22 +164,3 @@ def attach(optimizer: Optimizer, engine: Engine) -> BackwardHandle:
             "attach_to_backward() is for a single process: gradients are not reduced yet when they are used"
         )
     return BackwardHandle(optimizer, engine)
-
-
-def _singles(batches: list[DeviceBatch]) -> list[tuple[int, _Single]]:
-    """By the id of the parameter."""
-    return [
-        (
-            id(operands.param),
-            _Single(
-                batch,
-                launch,
-                Plan([operands], launch.plan.dtypes.grad),
-                slice(row, row + 1),
-                batch.coefficients.steps[row],
-            ),
-        )
-        for batch in batches
-        for launch in batch.launches
-        for row, operands in zip(range(launch.rows.start, launch.rows.stop), launch.plan.operands, strict=True)
-    ]

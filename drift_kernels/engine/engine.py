@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +15,33 @@ from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_co
 from ..kernels.plan import addresses
 from ..sharding import Shard, local, local_pairs, place_grads, place_of
 from ..state.param_groups import SEED, named_params
+from ..state.precision import STATES
 from .binding import BoundDelta, PriorBinding
 from .hyperparameters import check_capture, check_grad, hyperparameters
-from .launches import DeviceBatch, Slot
+from .launches import DeviceBatch, Member, Slot
 from .rules import Rule
 from .seen import Seen
 
 ParamGroups = list[dict[str, Any]]
+States = Mapping[Tensor, dict[str, Any]]
 
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+class StepTensors(NamedTuple):
+    """What a step works on, of all parameters.
+
+    Attributes:
+        whole: the parameters as their groups and states have them.
+        params, grads: what this rank holds of them and of their gradients.
+    """
+
+    whole: list[Tensor]
+    params: list[Tensor]
+    grads: list[Tensor | None]
 
 
 class Engine:
@@ -57,7 +72,7 @@ class Engine:
         """Forgets the plans; the next step makes them anew."""
         self.batches: list[DeviceBatch] = []
         self.grad_norm: Tensor | None = None
-        self._made_for = _MadeFor([], [], (), [])
+        self._made_for: _MadeFor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("batches", "grad_norm", "_made_for")}
@@ -67,7 +82,7 @@ class Engine:
         self.reset()
 
     def step(
-        self, param_groups: ParamGroups, states: Any = None, grad_scale: GradScale = UNSCALED
+        self, param_groups: ParamGroups, states: States | None = None, grad_scale: GradScale = UNSCALED
     ) -> list[DeviceBatch]:
         """A step of every parameter that has a gradient, called under `torch.no_grad()`. Everything is checked before
         anything changes.
@@ -86,8 +101,8 @@ class Engine:
         if grad_scale.found_inf is not None and not self.rule.counts_on_device:
             self.rule.counts_on_device = True  # the host never reads whether a step was taken
             self.reset()
-        params, grads = self.local_tensors(param_groups)
-        self.prepare(param_groups, params, grads, states)
+        tensors = self._tensors(param_groups)
+        self.prepare(param_groups, tensors, {} if states is None else states)
         if capturing():
             for index, group in enumerate(param_groups):
                 check_capture(group, index)
@@ -100,34 +115,34 @@ class Engine:
             batch.run_all(groups)
             # So that autograd sees it: a graph that holds a tensor as it was can no longer be run backward.
             for launch in batch.launches:
-                torch.autograd.graph.increment_version(launch.of(grads if self.rule.writes_grads else params))
-            batch.release_grads()
+                written = tensors.grads if self.rule.writes_grads else tensors.params
+                torch.autograd.graph.increment_version(launch.of(written))
+            batch.release()
         return self.batches
 
-    def local_tensors(self, param_groups: ParamGroups) -> tuple[list[Tensor], list[Tensor | None]]:
-        """What this rank holds of all parameters and of their gradients."""
+    def _tensors(self, param_groups: ParamGroups) -> StepTensors:
         members: list[list[Tensor]] = [group["params"] for group in param_groups]
-        params = members[0] if len(members) == 1 else list(chain.from_iterable(members))
+        whole = members[0] if len(members) == 1 else list(chain.from_iterable(members))
         if self.rule.writes_grads:
-            place_grads(params)
-        return local_pairs(params, list(map(attrgetter("grad"), params)))
+            place_grads(whole)
+        return StepTensors(whole, *local_pairs(whole, list(map(attrgetter("grad"), whole))))
 
-    def prepare(
-        self, param_groups: ParamGroups, params: list[Tensor], grads: list[Tensor | None], states: Any = None
-    ) -> None:
+    def prepare(self, param_groups: ParamGroups, tensors: StepTensors, states: States) -> None:
         """Gives the plans their gradients, after making new ones if anything that they depend on has changed."""
-        contents = {} if states is None else states
-        if not self._made_for.still(params, grads, contents.values(), self.batches):
+        if self._made_for is None or not self._made_for.still(tensors, states, self.batches):
             if capturing():
                 raise RuntimeError("the first step on new parameters, states or dtypes must run before it is captured")
-            self.batches = self._make(param_groups, grads, states)
-            self._made_for = _MadeFor(params, grads, contents.values(), self.batches)
+            self.batches = self._make(param_groups, tensors.grads, states)
+            self._made_for = _MadeFor(tensors, states, self.batches)
         try:
             for batch in self.batches:
-                batch.set_grads(grads)
+                batch.set_grads(tensors.grads)
         except RuntimeError:  # a sparse gradient has no address
-            self._check(named_params(param_groups), grads)
+            self._check(named_params(param_groups), tensors.grads)
             raise
+        for batch in self.batches:
+            if batch.backend.READS_TENSORS:
+                batch.lend(tensors.whole, states)
 
     def _check(self, named: list[tuple[str, Tensor]], grads: list[Tensor | None]) -> None:
         for (name, param), grad in zip(named, grads, strict=True):
@@ -135,7 +150,7 @@ class Engine:
                 self.rule.check(name, param)
                 check_grad(name, local(param), grad)
 
-    def _make(self, param_groups: ParamGroups, grads: list[Tensor | None], states: Any) -> list[DeviceBatch]:
+    def _make(self, param_groups: ParamGroups, grads: list[Tensor | None], states: States) -> list[DeviceBatch]:
         """The batches of the parameters that have a gradient, after every check and before any change."""
         named = named_params(param_groups)
         self._check(named, grads)
@@ -149,16 +164,19 @@ class Engine:
             bounds = self.binding.bind(parts)
 
         group_of = [g for g, group in enumerate(param_groups) for _ in group["params"]]
-        slots: dict[tuple[torch.device, torch.device], list[Slot]] = {}
-        for (i, name, whole, grad), (_, param, shard), place, bound in zip(present, parts, places, bounds, strict=True):
+        members: dict[tuple[torch.device, torch.device], list[Member]] = {}
+        for (i, name, param, grad), (_, own, shard), place, bound in zip(present, parts, places, bounds, strict=True):
             group = param_groups[group_of[i]]
             key = group[SEED] + (i << 32) if self.rule.at_random else None
-            state = self.rule.state_of(states, whole)
-            slot = Slot(i, group_of[i], name, param, grad.dtype, state, bound, key, place, shard)
-            slots.setdefault((param.device, self.rule.steps_device(param, group)), []).append(slot)
+            state = self.rule.state_of(states, param)
+            kinds = own, grad, state.get("exp_avg"), None if bound is None else bound.delta
+            dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)
+            slot = Slot(i, group_of[i], name, dtypes, bound, key, place, shard)
+            where = param.device, self.rule.steps_device(param, group)
+            members.setdefault(where, []).append(Member(slot, param, grad.dtype, state))
         return [
-            DeviceBatch(members, len(grads), steps_device, self.rule, resolved[device])
-            for (device, steps_device), members in slots.items()
+            DeviceBatch(those, len(grads), steps_device, self.rule, resolved[device])
+            for (device, steps_device), those in members.items()
         ]
 
     def _set_bias(self, groups: list[Hyperparameters]) -> None:
@@ -181,45 +199,35 @@ class _MadeFor:
     All of it is looked at in every step, so it is mapped in C.
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        states: Iterable[dict[str, Any]],
-        batches: list[DeviceBatch],
-    ) -> None:
-        self._tensors = Seen(_tensors(params, states))
-        self._key = _key(params, grads)
-        self._first_states = _first_states(batches)
+    def __init__(self, tensors: StepTensors, states: States, batches: list[DeviceBatch]) -> None:
+        # A parameter lives for as long as its state does, whose key it is.
+        self._tensors = Seen(tensors.params, _contents([], states))
+        self._key = _key(tensors)
+        self._first_states = _first_states(tensors, states, batches)
 
-    def still(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        states: Iterable[dict[str, Any]],
-        batches: list[DeviceBatch],
-    ) -> bool:
+    def still(self, tensors: StepTensors, states: States, batches: list[DeviceBatch]) -> bool:
         return (
-            self._tensors.are(_tensors(params, states))
-            and _key(params, grads) == self._key
-            and _first_states(batches) == self._first_states
+            self._tensors.are(_contents(tensors.params, states))
+            and _key(tensors) == self._key
+            and _first_states(tensors, states, batches) == self._first_states
         )
 
 
 _END = object()
 
 
-def _tensors(params: list[Tensor], states: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    """Parameters and all that the states hold, one after another, and a mark between and behind, which shows where one
-    is shorter."""
-    return chain(params, (_END,), chain.from_iterable(map(dict.values, states)), (_END,))
+def _contents(params: list[Tensor], states: States) -> Iterator[Any]:
+    """The parameters, all that the states hold, one after another, and a mark behind the last, which shows where one is
+    shorter."""
+    return chain(params, chain.from_iterable(map(dict.values, states.values())), (_END,))
 
 
-def _key(params: list[Tensor], grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _key(tensors: StepTensors) -> tuple[Any, ...]:
     """Where the parameters are, and of which dtype their gradients are, None for those that have none."""
-    return addresses(params), [None if g is None else g.dtype for g in grads]
+    return addresses(tensors.params), [None if grad is None else grad.dtype for grad in tensors.grads]
 
 
-def _first_states(batches: list[DeviceBatch]) -> list[int]:
+def _first_states(tensors: StepTensors, states: States, batches: list[DeviceBatch]) -> list[int]:
     """Where each launch's first states are: whoever moves states in place (offloading) moves all."""
-    return [address for batch in batches for launch in batch.launches for address in launch.plan.first_states()]
+    firsts = [states[tensors.whole[i]] for batch in batches for i in batch.first_of_launches] if states else []
+    return addresses([local(state[key]) for state in firsts for key in STATES if key in state])

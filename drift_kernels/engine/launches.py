@@ -22,36 +22,33 @@ from .rules import Rule
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter with a gradient, and what the step needs of it; tensors are what this rank holds.
-
-    Slots are read while batches are built, and not kept.
-    """
+    """One parameter with a gradient, and what stays the same from step to step. Of tensors it keeps the delta alone."""
 
     index: int  # among all parameters of the engine
     group: int
     name: str
-    param: Tensor
-    grad_dtype: torch.dtype
-    state: dict[str, Any]
+    dtypes: tuple[str, ...]  # what tensors of one plan have in common
     bound: BoundDelta | None
     random_key: int | None  # for stochastic rounding
     place: Place
     shard: Shard | None
 
-    @property
-    def operands(self) -> Operands:
-        state = self.state
+    def operands(self, param: Tensor, state: dict[str, Any]) -> Operands:
+        """What this rank holds of the parameter and of its state, and the delta."""
         tensors: dict[str, Any] = {name: local(state[key]) for name, key in OPERAND_STATES.items() if key in state}
         if self.bound is not None:
             tensors |= {"delta": self.bound.delta, "delta_scale": self.bound.delta_scale}
-        return Operands(self.param, **tensors, random_key=self.random_key, place=self.place)
+        return Operands(local(param), **tensors, random_key=self.random_key, place=self.place)
 
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """What tensors of one plan have in common."""
-        delta = None if self.bound is None else self.bound.delta.dtype
-        state = self.state["exp_avg"].dtype if self.state else None
-        return str(self.param.dtype), str(self.grad_dtype), str(state), str(delta)
+
+@dataclass(frozen=True)
+class Member:
+    """A slot with its tensors, for as long as a batch is made."""
+
+    slot: Slot
+    param: Tensor
+    grad_dtype: torch.dtype
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,20 +87,13 @@ def _selection(indices: list[int], count: int) -> Callable[[list[Any]], Sequence
     return itemgetter(*indices) if len(indices) > 1 else lambda everything: (everything[indices[0]],)
 
 
-def _launch(slots: list[Slot], rows: slice, count: int) -> Launch:
-    members = slots[rows]
-    plan = Plan([slot.operands for slot in members], members[0].grad_dtype)
-    group_rows = [(slots[r.start].group, r) for r in _runs(slots, rows, lambda slot: slot.group)]
-    return Launch(plan, rows, _selection([slot.index for slot in members], count), group_rows)
-
-
-def _share_steps(slots: list[Slot], device: torch.device) -> Tensor:
+def _share_steps(members: list[Member], device: torch.device) -> Tensor:
     """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all."""
-    counts = [slot.state.get("step", 0.0) for slot in slots]
+    counts = [member.state.get("step", 0.0) for member in members]
     steps = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
-    for slot, step in zip(slots, steps, strict=True):
-        if slot.state:
-            slot.state["step"] = step
+    for member, step in zip(members, steps, strict=True):
+        if member.state:
+            member.state["step"] = step
     return steps
 
 
@@ -111,38 +101,48 @@ class DeviceBatch:
     """The tensors of one device, in the order of their plans, then of their groups.
 
     Args:
-        slots: at least one, of params, states and deltas on one device.
+        members: at least one, with params, states and deltas on one device.
         count: of all parameters of the engine.
         steps_device: where the step counts live.
         rule: what is done to them.
         backend: one that runs on the device.
 
     Attributes:
-        names: of the parameters, row by row.
+        slots: row by row.
+        first_of_launches: the index of each launch's first parameter.
         biased_rows: int64 on the device, those that have a delta.
     """
 
-    def __init__(self, slots: list[Slot], count: int, steps_device: torch.device, rule: Rule, backend: Backend) -> None:
-        device = slots[0].param.device
-        slots = sorted(slots, key=lambda slot: (slot.dtypes, slot.group, slot.index))
+    def __init__(
+        self, members: list[Member], count: int, steps_device: torch.device, rule: Rule, backend: Backend
+    ) -> None:
+        members = sorted(members, key=lambda member: (member.slot.dtypes, member.slot.group, member.slot.index))
+        device = members[0].param.device
         self.backend = backend
-        self.names = [slot.name for slot in slots]
+        self.slots = [member.slot for member in members]
         self.launches = [
-            _launch(slots, rows, count) for rows in _runs(slots, slice(0, len(slots)), lambda slot: slot.dtypes)
+            self._launch(members[rows], rows, count)
+            for rows in _runs(self.slots, slice(0, len(self.slots)), lambda slot: slot.dtypes)
         ]
-        bounds = [slot.bound for slot in slots]
+        self.first_of_launches = [self.slots[launch.rows.start].index for launch in self.launches]
+        bounds = [slot.bound for slot in self.slots]
         self.coefficients = CoefficientTable(
             device,
-            _share_steps(slots, steps_device),
+            _share_steps(members, steps_device),
             [0.0 if bound is None else bound.delta_norm for bound in bounds],
             [0.0 if bound is None else bound.param_norm for bound in bounds],
         )
         biased = [row for row, bound in enumerate(bounds) if bound is not None]
-        self.biased_names = [self.names[row] for row in biased]
+        self.biased_names = [self.slots[row].name for row in biased]
         self.biased_rows = torch.tensor(biased, dtype=torch.int64, device=device)
         self._rule = rule
-        self._reduction = Reduction([slot.shard for slot in slots])
+        self._reduction = Reduction([slot.shard for slot in self.slots])
         self._groups: dict[int, Hyperparameters] = {}
+
+    def _launch(self, members: list[Member], rows: slice, count: int) -> Launch:
+        plan = Plan([m.slot.operands(m.param, m.state) for m in members], members[0].grad_dtype)
+        group_rows = [(self.slots[r.start].group, r) for r in _runs(self.slots, rows, lambda slot: slot.group)]
+        return Launch(plan, rows, _selection([m.slot.index for m in members], count), group_rows)
 
     def check_capture(self) -> None:
         """Raises RuntimeError if a CUDA graph cannot hold this step."""
@@ -154,9 +154,18 @@ class DeviceBatch:
         for launch in self.launches:
             launch.plan.set_grads(launch.of(grads))
 
-    def release_grads(self) -> None:
+    def lend(self, params: list[Tensor], states: Any) -> None:
+        """Gives the plans their tensors again. `params`: all of them, whole, as `states` has them."""
         for launch in self.launches:
-            launch.plan.release_grads()
+            launch.plan.operands = [
+                slot.operands(params[slot.index], self._rule.state_of(states, params[slot.index]))
+                for slot in self.slots[launch.rows]
+            ]
+
+    def release(self) -> None:
+        """Lets go of parameters, states and gradients."""
+        for launch in self.launches:
+            launch.plan.release()
 
     def begin(self, groups: list[Hyperparameters], grad_scale: GradScale) -> None:
         """Takes this step's hyperparameters, of all groups, and fills what needs no gradient."""

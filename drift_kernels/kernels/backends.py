@@ -28,6 +28,7 @@ AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 class Backend(Protocol):
     __name__: str
     CAPTURABLE: bool  # whether a CUDA graph can hold its launches
+    READS_TENSORS: bool  # whether it reads `plan.operands`, and not only what stands in the plan's tables
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why the backend cannot run on `device`; None if it can."""

@@ -219,6 +219,8 @@ class CoefficientTable:
         self._of: Any = _Row._make(self._rows)
         self._out = Coefficients._make(self.table.unbind(1))
         self._betas = self._rows[_Row._fields.index("beta1") : _Row._fields.index("beta2") + 1]
+        self._corrections = torch.empty_like(self._betas)  # 1 - beta^step
+        self._bc1, self._bc2 = self._corrections.unbind()
         self._written: Tensor | None = None  # the prior's coefficients that the table has, unclipped and unscaled
         self._inv_scale: Tensor | None = None  # of this step's gradients
         self._sums = self.stats  # `stats` without the scale
@@ -253,9 +255,10 @@ class CoefficientTable:
         self._inv_scale, taken = grad_scale.on(self._rows.device)
         self.steps += 1 if taken is None else taken.to(self.steps.device)
         steps = self.steps.to(self._rows.device, self._rows.dtype, non_blocking=True)  # blocking, it would wait
-        bc1, bc2 = (1 - self._betas**steps).unbind()
-        torch.div(self._of.lr, bc1, out=self._out.step_size)
-        torch.rsqrt(bc2, out=self._out.inv_sqrt_bc2)
+        torch.pow(self._betas, steps, out=self._corrections)
+        torch.sub(self._one, self._corrections, out=self._corrections)
+        torch.div(self._of.lr, self._bc1, out=self._out.step_size)
+        torch.rsqrt(self._bc2, out=self._out.inv_sqrt_bc2)
         self._out.step.copy_(steps if taken is None else steps * taken)
 
     def bias(self, with_stats: bool) -> Tensor:

@@ -9,6 +9,7 @@ from .layout import mismatch
 from .plan import Plan
 
 CAPTURABLE = False
+READS_TENSORS = False
 
 _reason: str | None = None
 try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from array import array
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,39 +80,19 @@ class DTypes(NamedTuple):
     delta: torch.dtype | None
 
 
-# A plan refers to these only weakly: whoever replaces or drops them frees them.
-WEAK = ("param", "residual", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-
-
-class _WeakOperands:
-    """Operands whose parameter and states belong to others."""
-
-    def __init__(self, operands: Operands) -> None:
-        tensors: dict[str, Any] = {name: getattr(operands, name) for name in WEAK}
-        self.refs = {name: weakref.ref(tensor) for name, tensor in tensors.items() if tensor is not None}
-        without: dict[str, Any] = dict.fromkeys(WEAK)
-        self._rest = replace(operands, **without)
-
-    def __call__(self) -> Operands:
-        tensors: dict[str, Any] = {name: ref() for name, ref in self.refs.items()}
-        for name, tensor in tensors.items():
-            if tensor is None:
-                raise ReferenceError(f"the plan is out of date: its {name} is gone")
-        return replace(self._rest, **tensors)
-
-
 class Plan:
     """The tensors of one launch, all of one device and one combination of dtypes.
 
-    The plan holds addresses. It keeps deltas alive, gradients between `set_grads` and `release_grads` (so that
-    `zero_grad(set_to_none=True)` frees them), and neither parameters nor states: who launches it sees to it that they
-    are still those that it was made for.
+    The plan works on addresses, and refers to tensors only until `release`: who launches it later sees to it that they
+    are still there, and lends those that a backend reads (`operands`, `set_grads`).
 
     Args:
         operands: of n parameters; what the first has, all have.
         grad_dtype: dtype that every gradient will have.
 
     Attributes:
+        operands: as given, or as lent since; none after `release`.
+        grads: this step's, contiguous; none after `release`.
         dtypes: of what all the operands have.
         master: whether parameters have a residual.
         at_random: whether what is bfloat16, but a master, is rounded at random.
@@ -128,8 +107,11 @@ class Plan:
         self.dtypes = DTypes(first.param.dtype, grad_dtype, states, deltas)
         self.master = first.residual is not None
         self.at_random = first.random_key is not None
+        self._names = self._kinds()
+        self._names_without_delta = (*self._names[:3], None)
+        self.operands = list(operands)
         self.grads: list[Tensor] = []
-        self._operands = [_WeakOperands(o) for o in operands]
+        self._count = len(operands)
 
         numels = torch.tensor([o.param.numel() for o in operands], dtype=torch.int64)
         chunks = (numels + (CHUNK - 1)) // CHUNK
@@ -152,18 +134,7 @@ class Plan:
         self._copied: list[tuple[Tensor, Tensor]] = []
 
     def __len__(self) -> int:
-        return len(self._operands)
-
-    @property
-    def operands(self) -> list[Operands]:
-        """The tensors. Raises ReferenceError if one is gone."""
-        return [operands() for operands in self._operands]
-
-    def first_states(self) -> list[int]:
-        """Where the first parameter's exp_avg and exp_avg_sq are now."""
-        refs = self._operands[0].refs
-        states = [refs[name]() for name in ("exp_avg", "exp_avg_sq") if name in refs]
-        return [0 if state is None else state.data_ptr() for state in states]
+        return self._count
 
     @property
     def has_deltas(self) -> bool:
@@ -186,8 +157,9 @@ class Plan:
         for grad, copy in self._copied:
             grad.copy_(copy)
 
-    def release_grads(self) -> None:
-        self.grads, self._copied = [], []
+    def release(self) -> None:
+        """Lets go of all tensors, so that their owners can free them: of gradients, `zero_grad(set_to_none=True)`."""
+        self.operands, self.grads, self._copied = [], [], []
 
     @cached_property
     def device_table(self) -> Tensor:
@@ -216,7 +188,10 @@ class Plan:
 
         But a bfloat16 with a residual is a `master_bfloat16`, one that is rounded at random a `stochastic_bfloat16`.
         """
+        return self._names if with_delta else self._names_without_delta
+
+    def _kinds(self) -> DTypeNames:
         param, grad, state, delta = (None if dtype is None else dtype_name(dtype) for dtype in self.dtypes)
         if self.at_random:
             param, state = (f"stochastic_{name}" if name == "bfloat16" else name for name in (param, state))
-        return "master_bfloat16" if self.master else param, grad, state, delta if with_delta else None
+        return "master_bfloat16" if self.master else param, grad, state, delta

@@ -18,6 +18,7 @@ from .coefficients import Coefficients
 from .plan import Operands, Plan
 
 CAPTURABLE = True
+READS_TENSORS = True
 
 
 def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delta: bool = True) -> None:
