@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from drift_kernels import FusedDriftAdamW
-from drift_kernels.kernels.coefficients import GRADIENT_SCALINGS
+from drift_kernels.kernels.scalings import GRADIENT_SCALINGS
 
 from .rows import row_metadata
 from .step import shapes

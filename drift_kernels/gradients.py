@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .engine.binding import PriorBinding, PriorLike
+from .engine.binding import PriorBinding
 from .engine.engine import Engine
 from .engine.figures import BiasFigures, bias_figures
 from .engine.hyperparameters import check_dtype, hyperparameters
@@ -27,8 +27,8 @@ from .engine.rules import Bias
 from .engine.seen import Seen
 from .errors import PriorError, PriorMismatchError
 from .kernels import backends
-from .kernels.coefficients import GRADIENT_SCALINGS, SCALINGS
-from .prior import Prior
+from .kernels.scalings import GRADIENT_SCALINGS, SCALINGS
+from .prior import Prior, PriorLike
 from .sharding import is_sharded
 
 NamedParams = Iterable[tuple[str, Tensor]]

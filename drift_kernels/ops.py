@@ -14,7 +14,8 @@ from torch import Tensor
 from .formats.blocks import blocks_of, scale_shape
 from .kernels import backends
 from .kernels.coefficients import Coefficients
-from .kernels.plan import Operands, Plan
+from .kernels.operands import Operands
+from .kernels.plan import Plan
 
 CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from .engine.backward import BackwardHandle, attach
-from .engine.binding import PriorBinding, PriorLike
+from .engine.binding import PriorBinding
 from .engine.engine import Engine, capturing
 from .engine.figures import bias_figures, memory_report
 from .engine.hyperparameters import check_seed, hyperparameters
@@ -18,7 +18,7 @@ from .engine.rules import AdamW
 from .errors import PriorError
 from .kernels import backends
 from .kernels.coefficients import GradScale
-from .prior import Prior
+from .prior import Prior, PriorLike
 from .state.masters import master_weight, refresh_masters
 from .state.param_groups import FINGERPRINT, SEED, named_params, param_name
 from .state.precision import Precision, float32_state

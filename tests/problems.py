@@ -15,7 +15,8 @@ from drift_kernels.formats import blocks
 from drift_kernels.formats.philox import Place
 from drift_kernels.kernels import backends
 from drift_kernels.kernels.coefficients import CoefficientTable, Hyperparameters
-from drift_kernels.kernels.plan import ADDRESSES, Operands, Plan
+from drift_kernels.kernels.operands import Operands
+from drift_kernels.kernels.plan import ADDRESSES, Plan
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

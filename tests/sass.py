@@ -23,7 +23,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from drift_kernels.kernels.coefficients import Coefficients
-from drift_kernels.kernels.plan import Operands, Plan
+from drift_kernels.kernels.operands import Operands
+from drift_kernels.kernels.plan import Plan
 from drift_kernels.kernels.triton import backend
 
 # param, grad, states, delta; whether there is a master, and whether rounding is stochastic

@@ -11,7 +11,8 @@ from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, co
 
 from drift_kernels.kernels import backends, reference
 from drift_kernels.kernels.coefficients import Coefficients
-from drift_kernels.kernels.plan import CHUNK, Operands
+from drift_kernels.kernels.operands import Operands
+from drift_kernels.kernels.plan import CHUNK
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 DTYPES = [

@@ -34,7 +34,10 @@ FLOORS = {
         {"__init__"},
     ],
     "formats": [{"rounding", "philox"}, {"blocks"}],
-    "kernels": [{"plan", "coefficients"}, {"layout", "reference"}, {"cpu", "cuda", "triton"}, {"backends"}],
+    "kernels": [
+        {"operands", "scalings"}, {"plan", "coefficients"}, {"layout", "reference"}, {"cpu", "cuda", "triton"},
+        {"backends"},
+    ],
     "kernels/triton": [
         {"jit"}, {"layout"}, {"access", "random"}, {"codes"}, {"update", "sums", "bias"}, {"backend"},
     ],

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from drift_kernels import FusedDriftAdamW, GradientBias
 from drift_kernels.formats.philox import WHOLE
-from drift_kernels.kernels.coefficients import SCALINGS
+from drift_kernels.kernels.scalings import SCALINGS
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
 from drift_kernels.sharding import Shard as Part
 from drift_kernels.sharding import place_of

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import FusedDriftAdamW
-from drift_kernels.kernels.coefficients import SCALINGS
+from drift_kernels.kernels.scalings import SCALINGS
 from drift_kernels.prior import quantize
 
 SIZES = [1, 3, 7, 8, 17, 63, 1000, 4099, 16385, 70001]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PriorMismatchError
-from ..prior import Prior, QuantizedDelta
+from ..prior import Prior, PriorLike, QuantizedDelta
 from ..prior.norms import norm
 from ..sharding import Reduction, Shard
-
-PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor | QuantizedDelta]
 
 
 @dataclass(frozen=True)
@@ -56,14 +53,7 @@ class PriorBinding:
         """A binding of a prior, of the folder of one, or of a mapping from names to deltas; `device`: "cpu" or None."""
         if device is not None and torch.device(device).type != "cpu":
             raise ValueError(f"prior_device must be 'cpu', or None for that of each parameter, got {device}")
-        if isinstance(prior, Mapping):
-            prior = Prior.from_mapping(prior)
-        elif isinstance(prior, (str, os.PathLike)):
-            prior = Prior.open(prior)
-        if not isinstance(prior, Prior):
-            found = type(prior).__name__
-            raise TypeError(f"prior must be a Prior, a path, or a mapping from names to deltas, got {found}")
-        return cls(prior, on_host=device is not None)
+        return cls(Prior.of(prior), on_host=device is not None)
 
     def check(self, named_parameters: list[tuple[str, Tensor]]) -> None:
         """Matches the parameters, unless they are among those of the last time.

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.coefficients import SCALINGS, Hyperparameters
+from ..kernels.coefficients import Hyperparameters
+from ..kernels.scalings import SCALINGS
 from ..state.param_groups import FINGERPRINT, SEED
 from ..torch_private import is_fsdp1_shard
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..formats.philox import Place
 from ..kernels.backends import Backend
 from ..kernels.coefficients import CoefficientTable, GradScale, Hyperparameters
-from ..kernels.plan import Operands, Plan
+from ..kernels.operands import Operands
+from ..kernels.plan import Plan
 from ..sharding import Reduction, Shard, local
 from ..state.precision import OPERAND_STATES
 from .binding import BoundDelta

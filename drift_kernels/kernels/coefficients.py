@@ -4,18 +4,12 @@ A `CoefficientTable` holds one row per tensor, so tensors of different param gro
 launch. All arithmetic is float64 on vectors of length n, on the device, never read by the host, and rounded once to
 the float32 table that the kernels read.
 
-With g the gradient of the descent direction (negated by `maximize`), delta the prior's delta and k the clip
-coefficient:
+With g the gradient of the descent direction (negated by `maximize`), delta the prior's delta, c the prior's
+coefficient (scalings.py) and k the clip coefficient:
 
     g'   = g - c*delta                                     the biased gradient
     g"   = k*g'                                            what AdamW sees
 
-    absolute         c = alpha * r        r = 1, or norm(W)/norm(delta) with normalize_to_param
-    gradnorm         c = alpha * norm(g)/norm(delta)
-    adaptive_cosine  c = alpha * (1 + cos(g, delta))/2 * norm(g)/norm(delta)
-    decoupled        c = 0, and param moves by + lr*alpha*delta
-
-(arXiv 2510.15050, with the sign of its code: alpha > 0 pulls toward the expert; `decoupled` is this package's own.)
 The clip coefficient follows from the same sums, norm(g')^2 = norm(g)^2 - 2 c <g, delta> + c^2 norm(delta)^2, over all
 tensors. Gradients that a GradScaler has scaled are not rewritten: 1/scale goes into their coefficients and the sums.
 """
@@ -27,37 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
-class Scaling(NamedTuple):
-    """What a scaling mode makes of alpha, per tensor:
-
-    c = alpha * (absolute*r + norm(g)/norm(delta) * (by_ratio + by_cosine*cos(g, delta)))
-
-    and param moves by + lr*alpha*decoupled*delta.
-    """
-
-    absolute: float = 0.0
-    by_ratio: float = 0.0
-    by_cosine: float = 0.0
-    decoupled: float = 0.0
-
-    @property
-    def biases_gradients(self) -> bool:
-        return self.absolute != 0 or self.needs_stats
-
-    @property
-    def needs_stats(self) -> bool:
-        """Whether c depends on the gradient's norm."""
-        return self.by_ratio != 0 or self.by_cosine != 0
-
-
-SCALINGS = {
-    "absolute": Scaling(absolute=1.0),
-    "gradnorm": Scaling(by_ratio=1.0),
-    "adaptive_cosine": Scaling(by_ratio=0.5, by_cosine=0.5),
-    "decoupled": Scaling(decoupled=1.0),
-}
-GRADIENT_SCALINGS = tuple(name for name, scaling in SCALINGS.items() if scaling.biases_gradients)
+from .scalings import SCALINGS
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; so do we.
 CLIP_EPSILON = 1e-6

@@ -15,7 +15,8 @@ from ..formats.blocks import decode_delta, decode_state, encode_state
 from ..formats.philox import EXP_AVG, EXP_AVG_SQ, PARAM, random_bits
 from ..formats.rounding import join, round_stochastically, round_to, split, sqrt
 from .coefficients import Coefficients
-from .plan import Operands, Plan
+from .operands import Operands
+from .plan import Plan
 
 CAPTURABLE = True
 READS_TENSORS = True

@@ -4,7 +4,17 @@ from ..formats.blocks import BLOCK
 from .build import build_prior
 from .coverage import Coverage
 from .names import canonical_name
-from .prior import DeltaInfo, Prior
+from .prior import DeltaInfo, Prior, PriorLike
 from .quantized import QuantizedDelta, quantize
 
-__all__ = ["BLOCK", "Coverage", "DeltaInfo", "Prior", "QuantizedDelta", "build_prior", "canonical_name", "quantize"]
+__all__ = [
+    "BLOCK",
+    "Coverage",
+    "DeltaInfo",
+    "Prior",
+    "PriorLike",
+    "QuantizedDelta",
+    "build_prior",
+    "canonical_name",
+    "quantize",
+]

@@ -115,6 +115,19 @@ class Prior:
         self._deltas = deltas
 
     @classmethod
+    def of(cls, prior: PriorLike) -> Prior:
+        """A prior itself, the prior of a folder or a Hub id (`open`), or of a mapping (`from_mapping`); TypeError for
+        anything else."""
+        if isinstance(prior, Mapping):
+            return cls.from_mapping(prior)
+        if isinstance(prior, (str, os.PathLike)):
+            return cls.open(prior)
+        if not isinstance(prior, Prior):
+            found = type(prior).__name__
+            raise TypeError(f"prior must be a Prior, a path, or a mapping from names to deltas, got {found}")
+        return prior
+
+    @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Prior:
         """Open a prior's folder, or a Hub id; reads metadata only.
 
@@ -245,6 +258,9 @@ class Prior:
             raise PriorMismatchError(f"the prior matches only in part: {coverage.summary()}")
         logger.log(logging.INFO if coverage.complete else logging.WARNING, "%s", coverage.summary())
         return coverage
+
+
+PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor | QuantizedDelta]
 
 
 def _read_infos(folder: Path, record: Mapping[str, Any]) -> dict[str, DeltaInfo]:

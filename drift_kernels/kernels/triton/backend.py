@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import CHUNK, Plan, dtype_name
+from ..operands import dtype_name
+from ..plan import CHUNK, Plan
 from .bias import _bias_chunk
 from .jit import missing
 from .sums import _sum_chunk, _sum_tensor
