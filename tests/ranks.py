@@ -43,6 +43,7 @@ def run(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> l
 
 def _rank(function: Callable[..., Any], rank: int, world: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or Accelerate gives every rank all cores
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         torch.save(function(*args), folder / f"{rank}.pt")
