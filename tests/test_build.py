@@ -282,7 +282,7 @@ def test_a_killed_build_leaves_nothing_that_opens(pair: Pair, dtype: str) -> Non
     time.sleep(random.uniform(0, 0.05))
     builds["from outside"].kill()
     for moment, process in builds.items():
-        assert process.wait(timeout=120) == -signal.SIGKILL, moment
+        assert process.wait(timeout=600) == -signal.SIGKILL, moment
         for leftover in (pair.folder / moment).glob("prior*"):
             if moment != "from outside":
                 assert leftover.name != "prior"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from drift_kernels.integrations import unwrap_optimizer
 from examples import tiny, transformers_trainer
 
 STEPS, BATCH = 4, 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    tiny.quiet()
+    yield
+    torch.set_num_threads(threads)
 
 
 def trained(folder: Path, prior: tiny.Prior, state: dict[str, Tensor], sharded: bool) -> dict[str, Any]:
