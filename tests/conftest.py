@@ -29,6 +29,15 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What takes long in a process of its own, and is of a module that is collected, begins now (its `begin`)."""
+    if not session.config.option.collectonly:
+        modules = dict.fromkeys(getattr(item, "module", None) for item in session.items)
+        for begin in dict.fromkeys(getattr(module, "begin", None) for module in modules):
+            if begin is not None:
+                begin()
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     value = int(os.environ.get("DRIFT_TEST_SEED", int.from_bytes(os.urandom(4), "little")))

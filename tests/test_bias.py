@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import grid
 import pytest
 import torch
 from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, tensors_of
@@ -14,6 +15,7 @@ from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.plan import CHUNK, Operands
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
+begin = grid.begin
 DTYPES = [
     (grad, delta)
     for grad in (F32, BF16, F16)

@@ -28,6 +28,8 @@ from drift_kernels.kernels.plan import CHUNK
 NAME = "cuda" if DEVICE.type == "cuda" else GRID
 THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in csrc/cuda/block.h
 
+begin = grid.begin
+
 # For each architecture, by kernel, such as "update<bfloat16, bfloat16, float, Nothing>".
 Kernels = dict[str, dict[str, Any]]
 SIZES = {

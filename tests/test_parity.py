@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import grid
 import pytest
 import torch
 from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, run, tensors_of
@@ -15,6 +16,7 @@ from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.plan import CHUNK, Operands
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
+begin = grid.begin
 NUMELS = [0, 1, 63, 1000, CHUNK - 1, 65_537]
 
 DTYPES = [
