@@ -15,6 +15,10 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The tests' tensors are small: where there is other work, threads that wait for each other take many times as long.
+# What is to have several is given them (problems.threads).
+torch.set_num_threads(1)
+
 # Nothing depends on how fast the machine is: there is no deadline, and examples may be made slowly. The fixtures of a
 # function are a folder and the seed, which every example may share. What is random in an example is drawn, and printed
 # with it, or comes of a seed that is drawn.

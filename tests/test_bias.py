@@ -8,7 +8,7 @@ import math
 import grid
 import pytest
 import torch
-from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, tensors_of
+from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, tensors_of, threads
 
 from drift_kernels.kernels import backends, reference
 from drift_kernels.kernels.coefficients import Coefficients
@@ -41,7 +41,9 @@ def biased(name: str, problem: Problem) -> list[torch.Tensor]:
     """The gradients after two biases, with other coefficients for each tensor."""
     plan = problem.plan()
     for _ in range(2):
-        backends.load(name).bias(plan, coefficients(len(plan), "absolute").table)
+        table = coefficients(len(plan), "absolute").table
+        with threads(name):
+            backends.load(name).bias(plan, table)
     return problem.grads
 
 
