@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,8 @@ STEPS, BATCH = 4, 16
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _quiet() -> None:
     tiny.quiet()
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(folder: Path, prior: tiny.Prior, state: dict[str, Tensor], sharded: bool) -> dict[str, Any]:
