@@ -1,4 +1,7 @@
-"""Random inputs are fresh in every run; the seed is printed with a failure and can be given back as DRIFT_TEST_SEED."""
+"""Random inputs are fresh in every run; the seed is printed with a failure and can be given back as DRIFT_TEST_SEED.
+
+Hypothesis prints the example that fails, and a line that repeats it: `@reproduce_failure(...)`, to put above the test.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,37 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Triton's kernels run in its interpreter where there is no GPU. Set before anything imports triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The tests' tensors are small: where there is other work, threads that wait for each other take many times as long.
+# What is to have several is given them (problems.threads).
+torch.set_num_threads(1)
+
+# Nothing depends on how fast the machine is: there is no deadline, and examples may be made slowly. The fixtures of a
+# function are a folder and the seed, which every example may share. What is random in an example is drawn, and printed
+# with it, or comes of a seed that is drawn.
+settings.register_profile(
+    "suite",
+    max_examples=100,
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("suite")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What takes long in a process of its own, and is of a module that is collected, begins now (its `begin`)."""
+    if not session.config.option.collectonly:
+        modules = dict.fromkeys(getattr(item, "module", None) for item in session.items)
+        for begin in dict.fromkeys(getattr(module, "begin", None) for module in modules):
+            if begin is not None:
+                begin()
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,11 +147,22 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
             )
 
 
+@contextmanager
+def threads(name: str) -> Iterator[None]:
+    """Several for the cpu backend, which divides its work among them; one for the others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, os.cpu_count() or 1) if name == "cpu" else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run(name: str, problem: Problem, steps: int, with_delta: bool = True) -> list[Tensor]:
     backend = backends.load(name)
     plan = problem.plan()
     for step in range(steps):
-        backend.update(
-            plan, coefficients(len(plan), "decoupled" if step % 2 else "absolute").table, with_delta=with_delta
-        )
+        table = coefficients(len(plan), "decoupled" if step % 2 else "absolute").table
+        with threads(name):
+            backend.update(plan, table, with_delta=with_delta)
     return problem.outputs()

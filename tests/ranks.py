@@ -13,7 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(minutes=10)  # of what hangs; less than pytest's, so that the ranks say where
+
+# Ranks are forked from a process that has imported what takes long, and has done nothing else.
+FORK_SERVER = mp.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(
+    [
+        *("torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"),
+        *("torch.distributed.tensor.parallel", "hypothesis", "pytest", "safetensors.torch"),
+    ]
+)
 
 
 def run(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
@@ -21,8 +30,7 @@ def run(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> l
     its traceback."""
     folder = folder / f"{function.__name__}-{world}-{len(list(folder.iterdir()))}"
     folder.mkdir()
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(function, rank, world, folder, args)) for rank in range(world)]
+    processes = [FORK_SERVER.Process(target=_rank, args=(function, rank, world, folder, args)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
@@ -35,6 +43,7 @@ def run(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> l
 
 def _rank(function: Callable[..., Any], rank: int, world: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or Accelerate gives every rank all cores
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         torch.save(function(*args), folder / f"{rank}.pt")

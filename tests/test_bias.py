@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 
+import grid
 import pytest
 import torch
-from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, tensors_of
+from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, tensors_of, threads
 
 from drift_kernels.kernels import backends, reference
 from drift_kernels.kernels.coefficients import Coefficients
@@ -15,6 +16,7 @@ from drift_kernels.kernels.operands import Operands
 from drift_kernels.kernels.plan import CHUNK
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
+begin = grid.begin
 DTYPES = [
     (grad, delta)
     for grad in (F32, BF16, F16)
@@ -40,7 +42,9 @@ def biased(name: str, problem: Problem) -> list[torch.Tensor]:
     """The gradients after two biases, with other coefficients for each tensor."""
     plan = problem.plan()
     for _ in range(2):
-        backends.load(name).bias(plan, coefficients(len(plan), "absolute").table)
+        table = coefficients(len(plan), "absolute").table
+        with threads(name):
+            backends.load(name).bias(plan, table)
     return problem.grads
 
 

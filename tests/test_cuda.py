@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from drift_kernels.kernels.plan import CHUNK
 # What runs the kernels here: a GPU, or the host, thread by thread.
 NAME = "cuda" if DEVICE.type == "cuda" else GRID
 THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in csrc/cuda/block.h
+
+begin = grid.begin
 
 # For each architecture, by kernel, such as "update<bfloat16, bfloat16, float, Nothing>".
 Kernels = dict[str, dict[str, Any]]
@@ -60,11 +64,14 @@ def extension() -> Path:
 
 @pytest.fixture(scope="module")
 def by_arch(extension: Path) -> dict[str, Kernels]:
-    found = {}
-    for arch in sorted(set(re.findall(r"\.(sm_\w+)\.cubin", disassembly.run("-lelf", extension)))):
-        kernels = disassembly.kernels(extension, "-arch", arch)
-        found[arch] = dict(zip(demangled(list(kernels)), kernels.values(), strict=True))
-    return found
+    archs = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", disassembly.run("-lelf", extension))))
+
+    def kernels(arch: str) -> Kernels:
+        found = disassembly.kernels(extension, "-arch", arch)
+        return dict(zip(demangled(list(found)), found.values(), strict=True))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(archs, pool.map(kernels, archs), strict=True))
 
 
 def each(by_arch: dict[str, Kernels], kernel: str) -> Iterator[tuple[str, list[int], Counter[str]]]:

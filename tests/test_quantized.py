@@ -82,7 +82,7 @@ def test_ties_go_to_the_even_code(dtype: torch.dtype) -> None:
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(values=st.lists(numbers, max_size=300), dtype=st.sampled_from(DTYPES))
 def test_no_element_is_off_by_more_than_its_code_allows(values: list[float], dtype: torch.dtype) -> None:
     """int8: half a scale. fp8: half of its last bit, or of its smallest code. To float32's rounding, for any values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +73,34 @@ def make_prior(codes: torch.dtype | None = None) -> Prior:
     )
 
 
+def sharded(tensor: Tensor, mesh: Any, placements: tuple[Placement, ...]) -> Tensor:
+    if mesh is None:
+        return tensor
+    own = [Shard(min(p.dim, tensor.dim() - 1)) if isinstance(p, Shard) else p for p in placements]
+    return distribute_tensor(tensor, mesh, own)
+
+
+@cache
+def gradients(step: int, dtype: torch.dtype, mesh: Any, placements: tuple[Placement, ...]) -> dict[str, Tensor]:
+    """They are scattered once for all runs, which takes longer than the steps on them; each step has a copy."""
+    return {name: sharded(grad, mesh, placements) for name, grad in values(100 + step, dtype).items()}
+
+
 class Run:
     """Steps on gradients that the seed gives, of parameters as `place` shards them."""
 
     def __init__(self, mesh: Any = None, placements: tuple[Placement, ...] = (), **options: Any) -> None:
         self.mesh, self.placements = mesh, placements
         self.dtype = options.pop("dtype", BF16)
-        self.params = {name: nn.Parameter(self.sharded(t)) for name, t in values(0, self.dtype).items()}
+        self.params = {name: nn.Parameter(sharded(t, mesh, placements)) for name, t in values(0, self.dtype).items()}
         options = {"prior": make_prior(options.pop("codes", None)), "prior_scaling": "absolute", "seed": 7} | options
         self.optimizer = FusedDriftAdamW(self.params.items(), lr=1e-2, alpha=0.3, **options)
 
-    def sharded(self, tensor: Tensor) -> Tensor:
-        if self.mesh is None:
-            return tensor
-        own = [Shard(min(p.dim, tensor.dim() - 1)) if isinstance(p, Shard) else p for p in self.placements]
-        return distribute_tensor(tensor, self.mesh, own)
-
     def steps(self, begin: int, end: int) -> None:
         for step in range(begin, end):
-            for name, grad in values(100 + step, self.dtype).items():
+            for name, grad in gradients(step, self.dtype, self.mesh, self.placements).items():
                 skipped = name == SKIPS and step % 3 == 2
-                self.params[name].grad = None if skipped else self.sharded(grad)  # type: ignore[assignment]
+                self.params[name].grad = None if skipped else grad.clone()
             self.optimizer.step()
 
     def result(self) -> dict[str, Tensor]:
@@ -159,8 +167,8 @@ def biased(mesh: Any, scaling: str) -> dict[str, Tensor]:
     run = Run(mesh, (Shard(0),))
     bias = GradientBias(run.params.items(), make_prior(), alpha=0.3, scaling=scaling)
     for step in range(3):
-        for name, grad in values(100 + step, BF16).items():
-            run.params[name].grad = run.sharded(grad)  # type: ignore[assignment]
+        for name, grad in gradients(step, BF16, run.mesh, run.placements).items():
+            run.params[name].grad = grad.clone()
         bias.apply_()
     return {name: whole(param.grad) for name, param in run.params.items() if param.grad is not None}
 
@@ -260,7 +268,7 @@ def loaded_both_ways() -> dict[tuple[str, bool], dict[str, Tensor]]:
             first, second = runs if from_plain else reversed(runs)
             first.steps(0, 3)
             for name, param in first.params.items():
-                second.params[name].data.copy_(second.sharded(whole(param.detach())))
+                second.params[name].data.copy_(sharded(whole(param.detach()), second.mesh, second.placements))
             second.optimizer.load_state_dict(first.optimizer.state_dict())
             second.steps(3, 6)
             results[case, from_plain] = second.result()

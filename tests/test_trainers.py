@@ -4,7 +4,7 @@ that did not. What is trained is in examples/."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,8 @@ Train = Callable[..., nn.Module]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _quiet() -> None:
     tiny.quiet()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=EXAMPLES, ids=lambda module: module.__name__.rpartition(".")[2])

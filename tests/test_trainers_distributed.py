@@ -19,6 +19,11 @@ from examples import tiny, transformers_trainer
 STEPS, BATCH = 4, 16
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> None:
+    tiny.quiet()
+
+
 def trained(folder: Path, prior: tiny.Prior, state: dict[str, Tensor], sharded: bool) -> dict[str, Any]:
     """The example in this rank: its parameters, and the figures in its log."""
     from accelerate import FullyShardedDataParallelPlugin

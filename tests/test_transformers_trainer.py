@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -24,11 +23,8 @@ OPTIONS = {"alpha": 2.0, "prior_scaling": "gradnorm"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _quiet() -> None:
     tiny.quiet()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
