@@ -186,6 +186,7 @@ def test_parity_sees_a_wrong_bit_of_what_a_mode_adds(
             tensor.view(-1).view(torch.uint8)[-1:].bitwise_xor_(1)
 
     monkeypatch.setattr(backend, "unavailable", lambda device: None)
+    monkeypatch.setattr(backend, "READS_TENSORS", True)  # as the reference, which it is made to be
     monkeypatch.setattr(backend, "grad_stats", reference.grad_stats)
     monkeypatch.setattr(backend, "update", wrong)
     with pytest.raises(ParityError, match=rf"{mode.label}, scaling none.*: {key} differs"):
@@ -201,6 +202,7 @@ def test_parity_sees_a_wrong_small_prior(monkeypatch: pytest.MonkeyPatch) -> Non
             out[:, 1] += 0.01 * out[:, 0]
 
     monkeypatch.setattr(backend, "unavailable", lambda device: None)
+    monkeypatch.setattr(backend, "READS_TENSORS", True)  # as the reference, which it is made to be
     monkeypatch.setattr(backend, "grad_stats", wrong)
     monkeypatch.setattr(backend, "update", reference.update)
     check_parity("cpu", CPU, BF16, Mode(INT8))

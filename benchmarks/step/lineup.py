@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from drift_kernels.kernels import backends, coefficients
+from drift_kernels.kernels import backends, scalings
 
 from . import libraries, peers
 from .contender import BACKENDS, Contender, copy_bytes, drift, is_ours
@@ -19,7 +19,7 @@ from .modes import Mode, Storage, coded_bytes
 from .problem import Problem
 from .shapes import NamedShape, covered, numel
 
-SCALINGS = ("none", *coefficients.SCALINGS)
+SCALINGS = ("none", *scalings.SCALINGS)
 
 # Run only when asked for: the reference is slow, and so is a C++ compiler over hundreds of tensors.
 ASKED_FOR = {"cpu": ("reference", "compiled"), "cuda": ("reference",)}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from drift_kernels.formats import blocks
+from drift_kernels.kernels.operands import dtype_name
 from drift_kernels.state.precision import WORTH_CODES
 
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -109,10 +110,6 @@ class Mode:
 def coded_bytes(numel: int) -> int:
     """Of codes of one byte and the scales of their blocks."""
     return numel + SCALE_BYTES * blocks.blocks_of(numel)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def combinations(

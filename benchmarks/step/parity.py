@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from drift_kernels.kernels.scalings import SCALINGS
+
 from .contender import drift_optimizer
 from .modes import Mode
 from .problem import Problem
@@ -37,13 +39,13 @@ def check_parity(backend: str, device: torch.device, dtype: torch.dtype, mode: M
     Raises:
         ParityError: they do not; says where.
     """
-    for scaling in (None, "absolute", "decoupled"):
+    for scaling in (None, *(name for name, scaling in SCALINGS.items() if not scaling.needs_stats)):
         problem = Problem.random(SHAPES, ["all"], dtype, device)
         for where, tensors in _side_by_side(problem, backend, scaling, mode):
             for key, (ours, reference) in tensors.items():
                 if not torch.equal(_bits(ours), _bits(reference)):
                     raise ParityError(f"{where}: {key} differs from the reference's")
-    for scaling in ("gradnorm", "adaptive_cosine"):
+    for scaling in (name for name, scaling in SCALINGS.items() if scaling.needs_stats):
         problem = Problem.random(SHAPES, ["all"], dtype, device)
         for where, tensors in _side_by_side(problem, backend, scaling, replace(mode, states=torch.float32)):
             ours, reference = tensors["exp_avg"]

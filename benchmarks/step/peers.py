@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drift_kernels.kernels import coefficients
-
 from .compiled import CompiledAdamW
 from .contender import Contender, nothing
 from .modes import Storage
@@ -178,4 +176,9 @@ def _contender(
 # Rivals by name: those that have no prior, and those that have one, with the scalings that they know.
 WITHOUT_PRIOR = {"fused": fused, "foreach": foreach}
 WITH_PRIOR = {"foreach_bias": foreach_bias, "hook": hook, "compiled": compiled}
-SCALINGS = dict.fromkeys(WITH_PRIOR, coefficients.SCALINGS) | {"hook": coefficients.GRADIENT_SCALINGS}
+# What each can do.
+SCALINGS = {
+    "foreach_bias": ("absolute", "gradnorm", "adaptive_cosine", "decoupled"),
+    "hook": ("absolute", "gradnorm", "adaptive_cosine"),
+    "compiled": ("absolute", "gradnorm", "adaptive_cosine", "decoupled"),
+}

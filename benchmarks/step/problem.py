@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from drift_kernels import Prior
+from drift_kernels.kernels.scalings import SCALINGS
 from drift_kernels.prior import quantize
 
 from .modes import Storage
@@ -111,7 +112,7 @@ class Problem:
         for param, grad, delta in zip(self.params, self.grads, self.deltas, strict=True):
             bias = None if delta is None else scaling
             total += 2 * param.nbytes + grad.nbytes + 2 * storage.states(param.numel())
-            total += grad.nbytes if clip or bias in ("gradnorm", "adaptive_cosine") else 0
+            total += grad.nbytes if clip or (bias is not None and SCALINGS[bias].needs_stats) else 0
             if bias is not None:
                 needs_dot = bias == "adaptive_cosine" or (clip and bias != "decoupled")
                 total += storage.delta(param.numel()) * (2 if needs_dot else 1)

@@ -8,11 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from drift_kernels.kernels.operands import dtype_name
+
 from ..captions import Row, commit, number
 from .contender import Contender
 from .measure import Spread, Timing
 from .memory import Memory
-from .modes import dtype_name, label_of
+from .modes import label_of
 
 # Rivals that have a prior too: ours are compared with them in columns of their own.
 RIVALS = {"foreach_bias": "x foreach\n+ fused", "hook": "x hook\n+ fused"}
