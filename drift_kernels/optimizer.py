@@ -112,8 +112,6 @@ class FusedDriftAdamW(Optimizer):
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
         backends.check_name(backend)
         self.precision = Precision.of(state_dtype, rounding, master_weights)
-        self.max_grad_norm = max_grad_norm
-        self.backend = backend
         binding = None if prior is None else PriorBinding.of(prior, prior_device)
         self._engine = Engine(AdamW(self.precision), binding, backend, max_grad_norm)
         defaults = {
@@ -134,6 +132,19 @@ class FusedDriftAdamW(Optimizer):
         backends.check_devices(backend, [param for _, param in named])
         if binding is not None:
             binding.check(named)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """May be set between steps."""
+        return self._engine.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        self._engine.max_grad_norm = max_grad_norm
+
+    @property
+    def backend(self) -> str:
+        return self._engine.backend
 
     @property
     def prior(self) -> Prior | None:
@@ -287,5 +298,4 @@ class FusedDriftAdamW(Optimizer):
         self._engine.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("precision", "max_grad_norm", "backend", "_engine")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        return {**super().__getstate__(), "precision": self.precision, "_engine": self._engine}

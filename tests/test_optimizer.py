@@ -196,6 +196,23 @@ def test_groups_keep_their_own_hyperparameters_and_tensors_their_own_steps() -> 
     assert steps == dict.fromkeys(params, 4.0)
 
 
+def test_max_grad_norm_may_be_set_between_steps() -> None:
+    """As other hyperparameters; None for no clipping from then on."""
+    params = make_params()
+    others = copies(params)
+    ours = FusedDriftAdamW(params.values(), lr=1e-2, max_grad_norm=1e-3)
+    for max_grad_norm in (1e-3, 0.5, None, 1.0):
+        theirs = FusedDriftAdamW(others.values(), lr=1e-2, max_grad_norm=max_grad_norm)
+        theirs.load_state_dict(ours.state_dict())
+        ours.max_grad_norm = max_grad_norm
+        random_grads(params, others)
+        ours.step()
+        theirs.step()
+        assert (ours.grad_norm is None) == (max_grad_norm is None)
+        for name in params:
+            assert torch.equal(params[name], others[name]), (name, max_grad_norm)
+
+
 def test_alpha_zero_is_plain_adamw() -> None:
     params = make_params()
     plain = copies(params)
