@@ -43,7 +43,8 @@ FLOORS = {
     ],
     "state": [{"param_groups", "precision"}, {"masters", "state_dict"}],
     "prior": [
-        {"names", "norms", "hub"}, {"files", "coverage", "quantized"}, {"arithmetic", "pairing", "prior"},
+        {"names", "norms", "hub"}, {"files", "coverage", "quantized"},
+        {"arithmetic", "pairing", "deltas"}, {"fingerprint"}, {"prior"},
         {"stream", "summary"}, {"build", "plot"}, {"__init__"},
     ],
     "engine": [

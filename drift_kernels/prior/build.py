@@ -17,11 +17,12 @@ import torch
 
 from ..errors import CheckpointError, PriorError
 from ..formats.blocks import DELTA_LIMITS, blocks_of
+from .deltas import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, VERSION
 from .files import Checkpoint, Layout, TensorFileWriter, size_in_bytes
 from .hub import local_folder
 from .names import some
 from .pairing import Pair, pair_up
-from .prior import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, UNFINISHED_MARK, VERSION, Prior
+from .prior import UNFINISHED_MARK, Prior
 from .quantized import scales_name
 from .stream import DeltaStream
 
