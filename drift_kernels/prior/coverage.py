@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import PriorMismatchError
+from .fusion import find_sources
 from .names import natural_key, some
 
 Shape = tuple[int, ...]
@@ -30,20 +30,19 @@ class Coverage:
 
         Raises PriorMismatchError when two parameters claim one delta.
         """
-        claimed: dict[str, str] = {}
+        live = list(live)
+        sources = find_sources(live, shapes)
         matched, shape_mismatches, model_only = {}, [], []
         for param, name, shape in live:
-            if name not in shapes:
+            source = sources.get(param)
+            if source is None:
                 model_only.append(param)
-                continue
-            if name in claimed:
-                raise PriorMismatchError(f"{claimed[name]} and {param} both claim the delta {name}")
-            claimed[name] = param
-            if shape == shapes[name]:
+            elif shape == source.shape:
                 matched[param] = name
             else:
-                shape_mismatches.append((param, name, shape, shapes[name]))
-        prior_only = sorted(shapes.keys() - claimed.keys(), key=natural_key)
+                shape_mismatches.append((param, name, shape, source.shape))
+        used = {part.name for source in sources.values() for part in source.parts}
+        prior_only = sorted(shapes.keys() - used, key=natural_key)
         return cls(matched, shape_mismatches, prior_only, model_only)
 
     @property

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatchError
+from .assembly import assemble, assembled_info
 from .coverage import Coverage
 from .deltas import PRIOR_INDEX_NAME, RECORD_NAME, DeltaInfo, StoredDelta, read_infos
 from .files import inspect_shards, read_json
 from .fingerprint import fingerprint_of_deltas, fingerprint_of_record
+from .fusion import Source, find_sources
 from .hub import local_folder
 from .names import canonical_name, natural_key
 from .norms import norm
@@ -115,8 +117,11 @@ class Prior:
         """Elements of all deltas together."""
         return sum(math.prod(info.shape) for info in self._infos.values())
 
-    def info(self, name: str) -> DeltaInfo:
-        """What is known about the delta of a canonical name. Raises KeyError when there is none."""
+    def info(self, name: str | Source) -> DeltaInfo:
+        """What is known about the delta of a canonical name, or of one that is made of several (`sources`). Raises
+        KeyError when there is none."""
+        if isinstance(name, Source):
+            return assembled_info(name, self._infos, lambda part: _norm_of(self.load_stored(part.name, box=part.of)))
         return self._infos[name]
 
     def load(self, name: str, device: torch.device | str | None = None, *, copy: bool = True) -> Tensor:
@@ -133,13 +138,19 @@ class Prior:
         return stored.expand() if isinstance(stored, QuantizedDelta) else stored
 
     def load_stored(
-        self, name: str, device: torch.device | str | None = None, *, copy: bool = True, box: Box | None = None
+        self, name: str | Source, device: torch.device | str | None = None, *, copy: bool = True, box: Box | None = None
     ) -> Tensor | QuantizedDelta:
-        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales.
+        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales. Of a
+        source, the delta of its parameter: float32 where its parts are quantised and their blocks do not fit together.
 
         With a box (a slice of each dimension), the part in it, of which no more is read than its rows; float32 where it
         cuts through blocks of codes. Its norm is not checked, since only that of the whole is recorded.
         """
+        if isinstance(name, Source):
+            if name.single is None:
+                ndims = {part.name: len(self._infos[part.name].shape) for part in name.parts}
+                return assemble(name, ndims, lambda part, of: self.load_stored(part, box=of, copy=False), box, device)
+            name = name.single.name
         delta = self._deltas[name]
         if isinstance(delta, Tensor):
             part = delta if box is None else delta[box]
@@ -156,25 +167,37 @@ class Prior:
             self._check_norm(name, delta.values.path, _norm_of(loaded))
         return loaded if device is None else loaded.to(device)
 
-    def check_norm_of_parts(self, name: str, found: float) -> None:
+    def check_norm_of_parts(self, name: str | Source, found: float) -> None:
         """Raises PriorFormatError when the parts of a delta do not have the recorded norm together."""
-        delta = self._deltas[name]
+        delta = self._deltas[name.parts[0].name if isinstance(name, Source) else name]
         if isinstance(delta, StoredDelta):
             self._check_norm(name, delta.values.path, found)
 
-    def _check_norm(self, name: str, path: Path, found: float) -> None:
-        recorded = self._infos[name].delta_norm
+    def _check_norm(self, name: str | Source, path: Path, found: float) -> None:
+        recorded = self.info(name).delta_norm
         if not math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
-            raise PriorFormatError(f"{path}: {name} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}")
+            what = name.name if isinstance(name, Source) else name
+            raise PriorFormatError(f"{path}: {what} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}")
+
+    def sources(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Source]:
+        """What the delta of each live parameter is made of, by live name, for those that have one.
+
+        That is a delta of the parameter's name; or, where the model holds in memory other tensors than its checkpoint
+        (transformers 5 fuses experts), the deltas of what it is made of. Raises PriorMismatchError when two parameters
+        claim one delta.
+        """
+        return find_sources(self._live(named_parameters), {name: info.shape for name, info in self._infos.items()})
+
+    def _live(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str, tuple[int, ...]]]:
+        name_map = self.record.get("name_map")
+        return [(name, canonical_name(name, name_map), tuple(param.shape)) for name, param in named_parameters]
 
     def coverage(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Coverage:
         """How live parameters and deltas match by canonical name and shape; values are not looked at.
 
         Raises PriorMismatchError when two parameters claim one delta.
         """
-        name_map = self.record.get("name_map")
-        live = [(name, canonical_name(name, name_map), tuple(param.shape)) for name, param in named_parameters]
-        return Coverage.of(live, {name: info.shape for name, info in self._infos.items()})
+        return Coverage.of(self._live(named_parameters), {name: info.shape for name, info in self._infos.items()})
 
     def match(self, named_parameters: Iterable[tuple[str, Tensor]], strict: bool = False) -> Coverage:
         """The coverage, for use: a partial one is logged as a warning.
