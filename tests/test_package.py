@@ -43,7 +43,7 @@ FLOORS = {
     ],
     "state": [{"param_groups", "precision"}, {"masters", "state_dict"}],
     "prior": [
-        {"names", "norms", "hub"}, {"files", "quantized"}, {"arithmetic", "deltas", "fusion", "pairing"},
+        {"names", "norms", "hub"}, {"files", "quantized"}, {"alignment", "arithmetic", "deltas", "fusion", "live", "pairing"},
         {"assembly", "coverage", "fingerprint"}, {"prior"}, {"stream", "summary"}, {"build", "plot"}, {"__init__"},
     ],
     "engine": [

@@ -33,6 +33,11 @@ _SPELLINGS = (
     (".self_attn.forget_gate.", ".self_attn."),  # Kimi-Linear, GLM 5 Next
     (".self_attn.q_gate_proj.", ".self_attn.q_b_proj."),  # A.X K2
     (".self_attn.g_proj.", ".self_attn.gate_proj."),  # LFM 3
+    (".gate_proj.", ".linear_gate."),  # HunYuan 4
+    (".mlp.router.", ".block_sparse_moe.gate."),  # routers: Phi-3.5-MoE
+    (".mlp.gate.", ".mlp.router.gate."),  # HunYuan 3
+    (".mlp.gate.", ".moe.gate."),  # Step 3.7
+    (".block_sparse_moe.router.", ".block_sparse_moe.router.layer."),  # Granite
     (".self_attn.", ".attention."),  # Bailing, as the next
     (".attention.o_proj.", ".attention.dense."),
 )

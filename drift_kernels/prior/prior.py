@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatchError
+from .alignment import align_live
 from .assembly import assemble, assembled_info
 from .coverage import Coverage
 from .deltas import PRIOR_INDEX_NAME, RECORD_NAME, DeltaInfo, StoredDelta, read_infos
@@ -186,18 +187,27 @@ class Prior:
         (transformers 5 fuses experts), the deltas of what it is made of. Raises PriorMismatchError when two parameters
         claim one delta.
         """
-        return find_sources(self._live(named_parameters), {name: info.shape for name, info in self._infos.items()})
+        return find_sources(self._live(named_parameters), self._shapes())
 
     def _live(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str, tuple[int, ...]]]:
-        name_map = self.record.get("name_map")
-        return [(name, canonical_name(name, name_map), tuple(param.shape)) for name, param in named_parameters]
+        """Live name, canonical name and shape. Names that are not known are aligned by shape, which is logged."""
+        rules = self.record.get("name_map") or {}
+        live = [(name, canonical_name(name, rules), tuple(param.shape)) for name, param in named_parameters]
+        found, note = align_live({name: shape for _, name, shape in live}, self._shapes())
+        if note is not None:
+            logger.info("%s", note)
+            live = [(param, canonical_name(name, found), shape) for param, name, shape in live]
+        return live
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self._infos.items()}
 
     def coverage(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Coverage:
         """How live parameters and deltas match by canonical name and shape; values are not looked at.
 
         Raises PriorMismatchError when two parameters claim one delta.
         """
-        return Coverage.of(self._live(named_parameters), {name: info.shape for name, info in self._infos.items()})
+        return Coverage.of(self._live(named_parameters), self._shapes())
 
     def match(self, named_parameters: Iterable[tuple[str, Tensor]], strict: bool = False) -> Coverage:
         """The coverage, for use: a partial one is logged as a warning.
