@@ -12,8 +12,8 @@ import transformers as hf
 from checkpoints import TEXT, VISION, randomised
 from torch import Tensor, nn
 
-from drift_kernels import Prior, build_prior
-from drift_kernels.engine.binding import PriorBinding
+from drift_kernels import Prior, PriorFormatError, build_prior
+from drift_kernels.engine.binding import BoundDelta, PriorBinding
 from drift_kernels.prior import QuantizedDelta, quantize
 from drift_kernels.prior.fusion import find_sources
 from drift_kernels.prior.names import canonical_name, layer_of, module_of
@@ -78,11 +78,15 @@ def two_models(family: str, folder: Path) -> tuple[nn.Module, nn.Module]:
     return expert, base
 
 
-def bound(prior: Prior, model: nn.Module) -> dict[str, Tensor]:
+def bind(prior: Prior, named: list[tuple[str, Tensor, Shard | None]]) -> list[BoundDelta | None]:
     binding = PriorBinding(prior)
+    binding.check([(name, param) for name, param, _ in named])
+    return binding.bind(named)
+
+
+def bound(prior: Prior, model: nn.Module) -> dict[str, Tensor]:
     named = list(model.named_parameters())
-    binding.check(named)
-    found = binding.bind([(name, param, None) for name, param in named])
+    found = bind(prior, [(name, param, None) for name, param in named])
     deltas = {}
     for (name, param), delta in zip(named, found, strict=True):
         if delta is not None:
@@ -113,9 +117,8 @@ def test_every_projection_is_bound_to_the_difference_of_the_live_models(family: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_small_priors_of_single_experts(dtype: torch.dtype, tmp_path: Path) -> None:
     """The delta is what the parts hold, expanded: joined as codes beside bfloat16 where their blocks fit together."""
-    expert, base = two_models("mixtral", tmp_path)
+    _, base = two_models("mixtral", tmp_path)
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", dtype=dtype)
-    (base := base.to(torch.bfloat16))
     sources = prior.sources(base.named_parameters())
     name = "model.layers.1.mlp.experts.gate_up_proj"
     stored = prior.load_stored(sources[name])
@@ -124,7 +127,23 @@ def test_small_priors_of_single_experts(dtype: torch.dtype, tmp_path: Path) -> N
     gates = [[prior.load(f"layers.1.block_sparse_moe.experts.{e}.{w}.weight") for w in ("w1", "w3")] for e in range(4)]
     assert torch.equal(whole, torch.stack([torch.cat(pair) for pair in gates]))
     assert prior.info(sources[name]).delta_norm == pytest.approx(whole.double().norm().item(), rel=1e-6)
-    del expert
+    for kind in (torch.float32, torch.bfloat16):  # codes are bound as they are beside bfloat16 alone
+        (delta,) = bind(prior, [(name, base.get_parameter(name).to(kind), None)])
+        held = delta.delta if delta.delta_scale is None else QuantizedDelta(delta.delta, delta.delta_scale).expand()
+        assert (delta.delta_scale is not None) == (kind == torch.bfloat16 and dtype != torch.bfloat16)
+        assert torch.equal(held, whole)
+
+
+def test_the_norm_of_shards_is_compared_with_that_of_the_parts(tmp_path: Path) -> None:
+    _, base = two_models("mixtral", tmp_path)
+    prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    param = base.get_parameter(name)
+    whole, half = (slice(0, 4), slice(0, 96), slice(0, 32)), (slice(0, 2), slice(0, 96), slice(0, 32))
+    (delta,) = bind(prior, [(name, param, Shard((4, 96, 32), whole, ()))])
+    assert torch.equal(delta.delta, prior.load_stored(prior.sources([(name, param)])[name]))
+    with pytest.raises(PriorFormatError, match=r"layers\.1\.mlp\.experts\.gate_up_proj is damaged: its norm is"):
+        bind(prior, [(name, param, Shard((4, 96, 32), half, ()))])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +169,6 @@ def test_a_prior_of_fused_names_binds_to_single_experts() -> None:
         "layers.0.mlp.experts.down_proj": torch.randn(3, 7, 5),
     }
     prior = Prior.from_mapping({f"model.{name}": delta for name, delta in fused.items()})
-    live = nn.ParameterDict()
     named = [
         (
             f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight",
@@ -159,11 +177,9 @@ def test_a_prior_of_fused_names_binds_to_single_experts() -> None:
         for e in range(3)
         for w in ("w1", "w2", "w3")
     ]
-    del live
     assert prior.match(named, strict=True).matched
-    binding = PriorBinding(prior)
-    binding.check(named)
-    deltas = {name: d.delta for (name, _), d in zip(named, binding.bind([(*n, None) for n in named]), strict=True)}
+    found = bind(prior, [(name, param, None) for name, param in named])
+    deltas = {name: delta.delta for (name, _), delta in zip(named, found, strict=True)}
     for e in range(3):
         stem = f"model.layers.0.block_sparse_moe.experts.{e}"
         gate, up = fused["layers.0.mlp.experts.gate_up_proj"][e].chunk(2)
