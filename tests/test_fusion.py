@@ -46,6 +46,49 @@ def aria() -> hf.PretrainedConfig:
     )
 
 
+def glm4v_moe() -> hf.PretrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+    text = {**TEXT, **EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 32, "intermediate_size": 48}
+    vision |= {"image_size": 28, "patch_size": 14}
+    return hf.Glm4vMoeConfig(text_config={**text, "first_k_dense_replace": 1}, vision_config=vision)
+
+
+def qwen3_5_moe() -> hf.PretrainedConfig:
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text = {**QWEN_MOE, **linear, "shared_expert_intermediate_size": 16, "layer_types": kinds}
+    vision = {key: value for key, value in VISION_3.items() if key != "deepstack_visual_indexes"}
+    return hf.Qwen3_5MoeConfig(
+        text_config={**text, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}, vision_config=vision
+    )
+
+
+def qwen3_omni() -> hf.PretrainedConfig:
+    audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "output_dim": 32}
+    audio |= {"num_mel_bins": 8, "downsample_hidden_size": 8, "n_window": 4}
+    text = {**QWEN_MOE, "rope_parameters": MROPE}
+    return hf.Qwen3OmniMoeThinkerConfig(text_config=text, vision_config=VISION_3, audio_config=audio)
+
+
+def emu3() -> hf.PretrainedConfig:
+    images = {"codebook_size": 16, "embed_dim": 8, "latent_channels": 8, "base_channels": 32, "hidden_size": 32}
+    images |= {"channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "num_attention_heads": 1}
+    text = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    return hf.Emu3Config(text_config=text, vq_config=images, vocabulary_map={"<image>": 3})
+
+
+def kimi_k25() -> hf.PretrainedConfig:
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    return hf.Kimi_K25Config(text_config=hf.DeepseekV3Config(**DEEPSEEK), vision_config=vision)
+
+
+def lfm2_moe() -> hf.PretrainedConfig:
+    kinds = ["conv", "full_attention", "conv"]
+    return hf.Lfm2MoeConfig(**TEXT, **EXPERTS, num_experts=4, num_dense_layers=1, layer_types=kinds)
+
+
 MODELS: dict[str, tuple[str, Any]] = {
     "mixtral": ("MixtralForCausalLM", lambda: hf.MixtralConfig(**TEXT, num_local_experts=4)),
     "phimoe": ("PhimoeForCausalLM", lambda: hf.PhimoeConfig(**TEXT, num_local_experts=4)),
@@ -58,6 +101,12 @@ MODELS: dict[str, tuple[str, Any]] = {
     ),
     "granite_moe": ("GraniteMoeForCausalLM", lambda: hf.GraniteMoeConfig(**TEXT, num_local_experts=4)),
     "aria": ("AriaForConditionalGeneration", aria),
+    "glm4v_moe": ("Glm4vMoeForConditionalGeneration", glm4v_moe),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", qwen3_5_moe),
+    "qwen3_omni": ("Qwen3OmniMoeThinkerForConditionalGeneration", qwen3_omni),
+    "emu3": ("Emu3ForConditionalGeneration", emu3),
+    "kimi_k25": ("Kimi_K25ForConditionalGeneration", kimi_k25),
+    "lfm2_moe": ("Lfm2MoeForCausalLM", lfm2_moe),
     "phi": ("PhiForCausalLM", lambda: hf.PhiConfig(**{k: v for k, v in TEXT.items() if k != "head_dim"})),
     "starcoder2": ("Starcoder2ForCausalLM", lambda: hf.Starcoder2Config(**TEXT)),
     "gpt_neox": ("GPTNeoXForCausalLM", lambda: hf.GPTNeoXConfig(**TEXT)),
