@@ -82,6 +82,13 @@ def test_no_alignment_is_an_error_that_says_what_was_found(tmp_path: Path) -> No
         build(tmp_path, tower("novel.vision.layers.", 40))
 
 
+def test_checkpoints_without_matrices_or_layers_need_no_alignment(tmp_path: Path) -> None:
+    vectors = {"model.layers.0.input_layernorm.weight": torch.randn(4), "model.embed_tokens.weight": torch.randn(4, 4)}
+    assert len(build(tmp_path / "vectors", dict(vectors), vectors, modules=("norm", "embed"))) == 2
+    vectors.pop("model.layers.0.input_layernorm.weight")
+    assert len(build(tmp_path / "bare", dict(vectors), vectors, modules=("embed",))) == 1
+
+
 def test_matrices_that_no_module_claims_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     extra = {f"model.layers.{n}.{part}.weight": torch.randn(4, 4) for n in (0, 1) for part in ("novel", "mlp.gate")}
     extra |= {
