@@ -17,7 +17,8 @@ C = TypeVar("C", bound=type)
 
 # Of a DTensor, what this rank holds. Public: `to_local()`, which makes a new object in every call; for hundreds of
 # parameters it takes as long as the rest of a step's host work.
-local_tensor = attrgetter("_local_tensor")
+LOCAL_TENSOR = "_local_tensor"
+local_tensor = attrgetter(LOCAL_TENSOR)
 
 # Of a DTensor, its mesh, placements and whole shape as one object, which gradients share with their parameters. Public:
 # `device_mesh` and `placements`, two comparisons of many objects.

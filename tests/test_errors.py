@@ -74,7 +74,7 @@ def test_a_hyperparameter_spoiled_between_steps_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("tensor", "error", "words"),
     [
-        (torch.zeros(3, 4).t(), ValueError, "parameter w is not contiguous"),
+        (torch.zeros(1, 4).expand(3, 4), ValueError, "parameter w has several elements in one place"),
         (torch.zeros(3, dtype=torch.float64), TypeError, "parameter w has dtype torch.float64; expected one of"),
         (torch.zeros(3, dtype=torch.complex64), TypeError, "parameter w has dtype torch.complex64"),
         (torch.eye(3).to_sparse(), TypeError, "parameter w is sparse"),

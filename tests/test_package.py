@@ -35,13 +35,13 @@ FLOORS = {
     ],
     "formats": [{"rounding", "philox"}, {"blocks"}],
     "kernels": [
-        {"operands", "scalings"}, {"plan", "coefficients"}, {"layout", "reference"}, {"cpu", "cuda", "triton"},
-        {"backends"},
+        {"operands", "scalings"}, {"plan", "coefficients"}, {"layout", "reference"},
+        {"cpu", "cuda", "triton", "describe"}, {"backends"},
     ],
     "kernels/triton": [
         {"jit"}, {"layout"}, {"access", "random"}, {"codes"}, {"update", "sums", "bias"}, {"backend"},
     ],
-    "state": [{"param_groups", "precision"}, {"masters", "state_dict"}],
+    "state": [{"param_groups", "precision"}, {"masters", "state_dict", "live"}],
     "prior": [
         {"names", "norms", "hub"}, {"files", "coverage", "quantized"}, {"arithmetic", "pairing", "prior"},
         {"stream", "summary"}, {"build", "plot"}, {"__init__"},

@@ -45,7 +45,9 @@ class _Single:
         if self.launch.needs_stats(groups):
             self.batch.measure(self.plan, self.row, self.launch, groups)
             coefficients.set_gradient_coefficients(coefficients.bias(with_stats=True), None)
+        self.slot.copy_in(param)
         self.batch.run(self.plan, self.row, self.launch, groups)
+        self.slot.copy_out(param)
         self.step.add_(1)
         self.plan.release()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.coefficients import Hyperparameters
+from ..kernels.describe import address_of
 from ..kernels.scalings import SCALINGS
 from ..state.param_groups import FINGERPRINT, SEED
 from ..torch_private import is_fsdp1_shard
@@ -117,11 +118,25 @@ def check_param(name: str, param: Tensor) -> None:
             f"parameter {name} is sharded by FullyShardedDataParallel (FSDP1), whose shards are flat and have lost "
             "their shapes: use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
-    if not param.is_contiguous():
+    if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(
-            f"parameter {name} is not contiguous (shape {tuple(param.shape)}, strides {param.stride()}); "
-            "make it so before the optimizer is built: param.data = param.data.contiguous()"
+            f"parameter {name} has several elements in one place (shape {tuple(param.shape)}, strides "
+            f"{param.stride()}): it is expanded, and cannot be written to; param.data = param.data.contiguous()"
         )
+
+
+def _check_memory(what: str, tensor: Tensor) -> None:
+    if tensor.numel() and not address_of(tensor):
+        raise TypeError(
+            f"{what} has no memory of its own: it is on the meta device, fake, or a {type(tensor).__name__} around "
+            "other tensors; only plain dense tensors and DTensors of them are supported"
+        )
+
+
+def check_memory(name: str, param: Tensor) -> None:
+    """Raises TypeError, naming the parameter, for one without memory of its own. Not before it is stepped: a model may
+    be materialised after its optimizer is built."""
+    _check_memory(f"parameter {name}", param)
 
 
 def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
@@ -130,6 +145,7 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         raise TypeError(
             f"the gradient of parameter {name} is sparse ({grad.layout}); only dense gradients are supported"
         )
+    _check_memory(f"the gradient of parameter {name}", grad)
     if grad.dtype not in (param.dtype, torch.float32):
         raise TypeError(
             f"the gradient of parameter {name} has dtype {grad.dtype}; expected {param.dtype} or torch.float32"

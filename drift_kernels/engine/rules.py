@@ -14,6 +14,7 @@ from ..kernels.backends import Backend
 from ..kernels.coefficients import CoefficientTable, GradScale
 from ..kernels.plan import Plan
 from ..sharding import local
+from ..state.live import check_live_state, make_contiguous
 from ..state.precision import Precision
 from .hyperparameters import check_dtype, check_param
 
@@ -31,6 +32,9 @@ class Rule(Protocol):
 
     def state_of(self, states: Any, param: Tensor) -> State:
         """The state of a parameter in `states`, made if it has none yet."""
+
+    def check_state(self, name: str, states: Any, param: Tensor) -> None:
+        """Raises ValueError, naming the parameter, for a state in `states` that is not one of it."""
 
     def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
         """Where a parameter's step count lives."""
@@ -61,7 +65,12 @@ class AdamW:
         state: State = states[param]
         if not state:
             state.update(self.precision.new_state(param))
+        make_contiguous(state)
         return state
+
+    def check_state(self, name: str, states: Any, param: Tensor) -> None:
+        if states.get(param):
+            check_live_state(name, param, states[param])
 
     def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
         return param.device if self.counts_on_device or group["capturable"] else torch.device("cpu")
@@ -86,6 +95,9 @@ class Bias:
 
     def state_of(self, states: Any, param: Tensor) -> State:
         return {}
+
+    def check_state(self, name: str, states: Any, param: Tensor) -> None:
+        pass
 
     def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
         return torch.device("cpu")

@@ -85,7 +85,7 @@ class Plan:
             self.table[:, RANDOM_KEY] = torch.tensor([o.random_key for o in operands], dtype=torch.int64)
             self.table[:, PLACE] = torch.tensor([astuple(o.place) for o in operands], dtype=torch.int64)
         self.grad_table = torch.zeros(len(operands), dtype=torch.int64)  # the gradients' addresses, on the host
-        self._grad_addresses: list[int] = []
+        self._grad_addresses = b""
         self._copied: list[tuple[Tensor, Tensor]] = []
 
     def __len__(self) -> int:
@@ -95,16 +95,19 @@ class Plan:
     def has_deltas(self) -> bool:
         return self.dtypes.delta is not None
 
-    def set_grads(self, grads: Sequence[Tensor]) -> None:
-        """Takes this step's gradients (a non-contiguous one is copied) and refreshes their addresses if one changed."""
+    def set_grads(self, grads: Sequence[Tensor], grad_addresses: bytes | None = None) -> None:
+        """Takes this step's gradients (a non-contiguous one is copied) and refreshes their addresses if one changed.
+
+        `grad_addresses`, int64 each, if they are known; then all gradients are contiguous.
+        """
         self.grads, self._copied = list(grads), []
-        if not all(map(Tensor.is_contiguous, self.grads)):
+        if grad_addresses is None:
             self.grads = [g.contiguous() for g in grads]
             self._copied = [(grad, copy) for grad, copy in zip(grads, self.grads, strict=True) if copy is not grad]
-        grad_addresses = addresses(self.grads)
+            grad_addresses = array("q", addresses(self.grads)).tobytes()
         if grad_addresses != self._grad_addresses:
             self._grad_addresses = grad_addresses
-            self.grad_table = torch.frombuffer(array("q", grad_addresses), dtype=torch.int64)
+            self.grad_table = torch.frombuffer(bytearray(grad_addresses), dtype=torch.int64)
             self.__dict__.pop("device_grad_table", None)
 
     def write_back(self) -> None:
