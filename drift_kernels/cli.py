@@ -115,7 +115,9 @@ def _inspect(arguments: argparse.Namespace, errors: Console) -> int:
 def _check(arguments: argparse.Namespace, errors: Console) -> int:
     prior = Prior.open(arguments.prior)
     with open_checkpoint(arguments.model) as checkpoint:
-        parameters = {name: torch.empty(t.shape, device="meta") for name, t in checkpoint.tensors.items()}
+        parameters = {
+            name: torch.empty(t.shape, dtype=torch.float32, device="meta") for name, t in checkpoint.tensors.items()
+        }
     coverage = prior.coverage(parameters.items())
     print(coverage.summary())
     return 0 if coverage.complete else 1

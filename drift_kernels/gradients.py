@@ -30,6 +30,7 @@ from .kernels import backends
 from .kernels.scalings import GRADIENT_SCALINGS, SCALINGS
 from .prior import Prior, PriorLike
 from .sharding import is_sharded
+from .torch_private import not_compiled
 
 NamedParams = Iterable[tuple[str, Tensor]]
 
@@ -134,6 +135,7 @@ class GradientBias(BiasSettings):
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
 
+    @not_compiled
     def __init__(
         self,
         named_params: NamedParams,
@@ -153,6 +155,7 @@ class GradientBias(BiasSettings):
         backends.check_devices(backend, [param for _, param in self.named_params])
         self._engine = Engine(Bias(), binding, backend)
 
+    @not_compiled
     @torch.no_grad()
     def apply_(self) -> BiasFigures:
         """Biases every gradient that the prior covers, in place; parameters without a gradient wait.
@@ -163,6 +166,7 @@ class GradientBias(BiasSettings):
         return bias_figures(self._engine.step([self._group(self.named_params)]))
 
 
+@not_compiled
 @torch.no_grad()
 def bias_gradients_(
     named_params: NamedParams,
@@ -237,6 +241,7 @@ class PriorHooks(BiasSettings):
             param.register_post_accumulate_grad_hook(self._bias) for _, param in named
         ]
 
+    @not_compiled
     @torch.no_grad()
     def _bias(self, param: Tensor) -> None:
         """The hook. Another that ran before may have taken the gradient."""
@@ -262,6 +267,7 @@ class PriorHooks(BiasSettings):
         self._engines = {}
 
 
+@not_compiled
 def attach_prior(
     model: nn.Module,
     prior: PriorLike,

@@ -86,6 +86,7 @@ class FusedDriftAdamW(Optimizer):
 
     _in_backward: BackwardHandle | None = None
 
+    @not_compiled
     def __init__(
         self,
         params: ParamsT,
@@ -154,6 +155,7 @@ class FusedDriftAdamW(Optimizer):
     def prior_fingerprint(self) -> str | None:
         return None if self.prior is None else self.prior.fingerprint
 
+    @not_compiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; the group is checked and left out if it is wrong."""
         super().add_param_group(param_group)

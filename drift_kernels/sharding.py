@@ -160,7 +160,10 @@ class Reduction:
         for row, shard in enumerate(shards):
             for group in () if shard is None else shard.groups:
                 rows.setdefault(group, []).append(row)
-        self._steps = [(group, None if len(of) == len(shards) else torch.tensor(of)) for group, of in rows.items()]
+        self._steps = [
+            (group, None if len(of) == len(shards) else torch.tensor(of, dtype=torch.int64, device="cpu"))
+            for group, of in rows.items()
+        ]
 
     def __bool__(self) -> bool:
         return bool(self._steps)

@@ -46,6 +46,11 @@ def not_compiled(function: F) -> F:
     return disable(function)
 
 
+def makes_fake_tensors() -> bool:
+    """Whether new tensors are fake, without memory, as under FakeTensorMode. Public: none."""
+    return type(torch.empty(0, dtype=torch.float32, device="cpu")).__name__ == "FakeTensor"
+
+
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Calls it when the backward pass that is going on has ended. Public: none."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)

@@ -120,8 +120,8 @@ class PriorBinding:
         if not new:
             return
         found = [self._bound[name] for name, _, _ in new]
-        squares = torch.tensor([[_norm(bound) ** 2, bound.param_norm**2] for bound in found], dtype=torch.float64)
-        squares = squares.to(new[0][1].device)
+        rows = [[_norm(bound) ** 2, bound.param_norm**2] for bound in found]
+        squares = torch.tensor(rows, dtype=torch.float64, device=new[0][1].device)
         Reduction([shard for _, _, shard in new]).sum_(squares)
         for (name, _, _), bound, (delta_norm, param_norm) in zip(new, found, squares.sqrt().tolist(), strict=True):
             self.prior.check_norm_of_parts(self._names[name], delta_norm)
@@ -131,7 +131,7 @@ class PriorBinding:
     def _compare(self, reduction: Reduction, new: list[tuple[str, Tensor, Shard | None]]) -> None:
         for group in reduction.groups:
             mark = int(self.prior.fingerprint[:12], 16)
-            marks = torch.tensor([mark, -mark], device=new[0][1].device)
+            marks = torch.tensor([mark, -mark], dtype=torch.int64, device=new[0][1].device)
             dist.all_reduce(marks, dist.ReduceOp.MIN, group=group)
             if int(marks.sum()) != 0:
                 raise PriorMismatchError(

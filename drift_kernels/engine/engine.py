@@ -14,6 +14,7 @@ from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_co
 from ..kernels.describe import Description, describe, describe_values
 from ..sharding import Shard, local, local_pairs, place_grads, place_of
 from ..state.param_groups import SEED, named_params
+from ..torch_private import makes_fake_tensors
 from .binding import BoundDelta, PriorBinding
 from .hyperparameters import check_capture, check_grad, check_memory, hyperparameters
 from .launches import DeviceBatch, Member, Slot
@@ -148,8 +149,11 @@ class Engine:
                 check_memory(name, local(param))
                 check_grad(name, local(param), grad)
 
+    @torch.inference_mode(False)
     def _make(self, param_groups: ParamGroups, grads: list[Tensor | None], states: States) -> list[DeviceBatch]:
         """The batches of the parameters that have a gradient, after every check and before any change."""
+        if makes_fake_tensors():
+            raise RuntimeError("a step cannot be taken under FakeTensorMode: states would have no memory")
         named = named_params(param_groups)
         self._check(named, grads)
         present = [(i, *named[i], grad) for i, grad in enumerate(grads) if grad is not None]

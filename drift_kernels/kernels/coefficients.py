@@ -101,8 +101,8 @@ class GradScale(NamedTuple):
             if value is None:
                 return None
             # A copy to the host has to arrive before it is used; to a GPU it is ordered by the stream.
-            tensor = torch.as_tensor(value).detach().to(device, torch.float64, non_blocking=device.type != "cpu")
-            return tensor.reshape(())
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=device)
+            return tensor.detach().to(device, torch.float64, non_blocking=device.type != "cpu").reshape(())
 
         scale, found_inf = moved(self.scale), moved(self.found_inf)
         return None if scale is None else 1 / scale, None if found_inf is None else found_inf == 0

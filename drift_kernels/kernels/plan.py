@@ -28,7 +28,6 @@ ADDRESSES = (
 )
 ROW_FIELDS = (*ADDRESSES, "numel", "first_chunk", "random_key", "origin", "width", "pitch")
 NUMEL, FIRST_CHUNK, RANDOM_KEY = range(len(ADDRESSES), len(ADDRESSES) + 3)
-PLACE = slice(len(ADDRESSES) + 3, len(ROW_FIELDS))
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -68,23 +67,23 @@ class Plan:
         self.grads: list[Tensor] = []
         self._count = len(operands)
 
-        numels = torch.tensor([o.param.numel() for o in operands], dtype=torch.int64)
+        numels = torch.tensor([o.param.numel() for o in operands], dtype=torch.int64, device="cpu")
         chunks = (numels + (CHUNK - 1)) // CHUNK
         self.chunk_count, self.numel = int(chunks.sum()), int(numels.sum())
         self._chunks = chunks
-        self.table = torch.zeros(len(operands), len(ROW_FIELDS), dtype=torch.int64)  # on the host
+        self.table = torch.zeros(len(operands), len(ROW_FIELDS), dtype=torch.int64, device="cpu")
         self.table[:, NUMEL] = numels
         self.table[:, FIRST_CHUNK] = chunks.cumsum(0) - chunks
         self.nbytes: dict[str, int] = {}
         for column, name in enumerate(ADDRESSES):
             if getattr(first, name) is not None:
                 tensors = [getattr(o, name) for o in operands]
-                self.table[:, column] = torch.tensor(addresses(tensors), dtype=torch.int64)
+                self.table[:, column] = torch.tensor(addresses(tensors), dtype=torch.int64, device="cpu")
                 self.nbytes[name] = sum(t.nbytes for t in tensors)
         if self.at_random:
-            self.table[:, RANDOM_KEY] = torch.tensor([o.random_key for o in operands], dtype=torch.int64)
-            self.table[:, PLACE] = torch.tensor([astuple(o.place) for o in operands], dtype=torch.int64)
-        self.grad_table = torch.zeros(len(operands), dtype=torch.int64)  # the gradients' addresses, on the host
+            drawn = [[o.random_key, *astuple(o.place)] for o in operands]
+            self.table[:, RANDOM_KEY:] = torch.tensor(drawn, dtype=torch.int64, device="cpu")
+        self.grad_table = torch.zeros(len(operands), dtype=torch.int64, device="cpu")  # the gradients' addresses
         self._grad_addresses = b""
         self._copied: list[tuple[Tensor, Tensor]] = []
 
@@ -132,7 +131,7 @@ class Plan:
     @cached_property
     def chunk_tensor(self) -> Tensor:
         """int32 [chunk_count] on the device: the row that each chunk belongs to."""
-        rows = torch.arange(len(self), dtype=torch.int32)
+        rows = torch.arange(len(self), dtype=torch.int32, device="cpu")
         return rows.repeat_interleave(self._chunks).to(self.device)
 
     @cached_property

@@ -69,7 +69,7 @@ class StoredTensor:
         """Its elements from `begin` to `end`, in flat order, in memory of their own."""
         if not isinstance(self.dtype, torch.dtype):
             raise CheckpointError(f"{self.path}: torch has no dtype {self.dtype}")
-        flat = torch.empty(end - begin, dtype=self.dtype)
+        flat = torch.empty(end - begin, dtype=self.dtype, device="cpu")
         with _open(self.path) as file:
             _read_exactly(file, byte_view(flat), self.offset + begin * flat.element_size())
         return flat

@@ -328,7 +328,8 @@ def _fingerprint_of_deltas(deltas: Mapping[str, Tensor | QuantizedDelta]) -> str
         for tensor in (delta.codes, delta.scales) if isinstance(delta, QuantizedDelta) else (delta,):
             flat = tensor.reshape(-1)
             if flat.numel() > _SAMPLED_ABOVE:
-                starts = torch.linspace(0, flat.numel() - _SAMPLE_BLOCK, _SAMPLE_BLOCKS, dtype=torch.float64).long()
+                last = flat.numel() - _SAMPLE_BLOCK
+                starts = torch.linspace(0, last, _SAMPLE_BLOCKS, dtype=torch.float64, device="cpu").long()
                 flat = torch.cat([flat[start : start + _SAMPLE_BLOCK] for start in starts.tolist()])
             digest.update(byte_view(flat.cpu().contiguous()))
     return digest.hexdigest()

@@ -68,8 +68,8 @@ class DeltaStream:
         self._dtype = dtype
         self._workplaces = [
             Workplace(
-                raw={role: torch.empty(CHUNK * 8, dtype=torch.uint8) for role in checkpoints},
-                delta=torch.empty(CHUNK, dtype=torch.float32 if dtype in DELTA_LIMITS else dtype),
+                raw={role: torch.empty(CHUNK * 8, dtype=torch.uint8, device="cpu") for role in checkpoints},
+                delta=torch.empty(CHUNK, dtype=torch.float32 if dtype in DELTA_LIMITS else dtype, device="cpu"),
             )
             for _ in range(_WORKERS + 1)
         ]
@@ -129,8 +129,9 @@ class DeltaStream:
         name, end = piece.pair.name, piece.start + piece.count
         if self._dtype not in DELTA_LIMITS:
             return {name: delta.zero_()}
-        scales = torch.zeros(blocks_of(end) - blocks_of(piece.start))
-        return {name: torch.zeros(piece.count, dtype=self._dtype), scales_name(name): scales}
+        scales = torch.zeros(blocks_of(end) - blocks_of(piece.start), dtype=torch.float32, device="cpu")
+        codes = torch.zeros(piece.count, dtype=self._dtype, device="cpu")
+        return {name: codes, scales_name(name): scales}
 
     def _read(self, role: str, piece: Piece, raw: Tensor) -> Tensor:
         source = piece.pair.sources[role]

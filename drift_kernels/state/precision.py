@@ -64,9 +64,10 @@ class Precision:
         if self.state_dtype == torch.int8 and param.dtype == torch.float16:
             raise TypeError(f"int8 states are for bfloat16 and float32 parameters, and parameter {name} is float16")
 
+    @torch.inference_mode(False)
     def new_state(self, param: Tensor) -> dict[str, Any]:
         """Zeros, sharded as the parameter is: the state before the first step. A master begins as its parameter."""
-        state = {"step": torch.zeros((), dtype=torch.float32)}
+        state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         coded = self._has_codes(param)
         uncoded = torch.float32 if self.state_dtype == torch.int8 else self.state_dtype
         own = local(param)
@@ -77,7 +78,7 @@ class Precision:
         for key in STATES:
             state[key] = zeros(CODES[key] if coded else uncoded)
             if coded:
-                scale = torch.zeros(scale_shape(tuple(own.shape)), device=own.device)
+                scale = torch.zeros(scale_shape(tuple(own.shape)), dtype=torch.float32, device=own.device)
                 state[SCALES[key]] = wrap(scale, param, scale_shape(tuple(param.shape)))
         if self.master_weights:
             state[RESIDUAL] = zeros(torch.int16)
@@ -91,7 +92,7 @@ class Precision:
     def restored_state(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
         """A saved state as this precision holds it, in memory of its own. A master that was not saved begins anew."""
         state = self.new_state(param)
-        state["step"].copy_(torch.as_tensor(saved["step"]).reshape(()))
+        state["step"].fill_(float(saved["step"]))
 
         def fill(key: str, value: Tensor) -> None:
             target = local(state[key])
