@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from drift_kernels import FusedDriftAdamW
+from drift_kernels import FusedDriftAdamW, GradientBias
 from drift_kernels.kernels import describe
 
 SHAPE = (100, 64)
@@ -228,6 +228,55 @@ def test_a_state_that_does_not_fit(change: str) -> None:
     with pytest.raises(ValueError, match=words):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("what", ["param", "grad", "exp_avg", "exp_avg_sq"])
+def test_memory_that_has_been_given_back(what: str) -> None:
+    """As sharding frameworks free parameters, and offloading frees states: the tensor stays, its storage is empty."""
+    params, optimizer = stepped()
+    for p in params:
+        p.grad = torch.ones(SHAPE)
+    if what != "grad":  # also of a view into a larger buffer
+        target = params[1] if what == "param" else optimizer.state[params[1]][what]
+        target.data = torch.cat([torch.zeros(3, 64), target.data])[3:]
+    of = {"param": params[1], "grad": params[1].grad, **optimizer.state[params[1]]}
+    of[what].untyped_storage().resize_(0)
+    name = {"param": "parameter", "grad": "the gradient of parameter"}.get(what, f"the state {what} of parameter")
+    with pytest.raises(TypeError, match=rf"^{name} layer1.weight has no memory of its own: .* freed"):
+        optimizer.step()
+    assert float(optimizer.state[params[0]]["step"]) == 1.0
+
+
+def test_a_bias_on_a_gradient_of_another_shape() -> None:
+    param = nn.Parameter(torch.zeros(SHAPE))
+    bias = GradientBias([("w", param)], {"w": torch.ones(SHAPE)}, scaling="absolute")
+    for wrong in (False, True):
+        param.grad = torch.ones(SHAPE)
+        if wrong:
+            param.grad.data = torch.ones(64, 100)
+            with pytest.raises(ValueError, match=r"the gradient of parameter w is \(64, 100\)"):
+                bias.apply_()
+        else:
+            bias.apply_()
+    assert bool((param.grad == 1).all())
+
+
+def test_a_parameter_that_is_not_contiguous_is_stepped_in_the_backward_pass() -> None:
+    ours = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    theirs = copy.deepcopy(ours).to(memory_format=torch.contiguous_format)
+    assert not ours.weight.is_contiguous()
+    x = torch.randn(2, 4, 5, 5)
+    optimizers = [FusedDriftAdamW(m.parameters(), lr=0.1) for m in (ours, theirs)]
+    optimizers[0].attach_to_backward()
+    for _ in range(3):
+        gradient = torch.autograd.grad(theirs(x).square().sum(), list(theirs.parameters()))
+        for p, grad in zip(theirs.parameters(), gradient, strict=True):
+            p.grad = grad
+        optimizers[1].step()
+        sum((p * grad).sum() for p, grad in zip(ours.parameters(), gradient, strict=True)).backward()  # type: ignore[union-attr]
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p, q)
+    assert ours.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

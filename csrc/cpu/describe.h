@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -87,7 +88,7 @@ class Descriptions {
       dlpack::Tensor tensor;
       if (api_->tensor_from_py_object_no_sync(thing, &tensor) == 0) {
         address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
-        fact.has_memory = 1;
+        fact.has_memory = tensor.data != nullptr || is_empty(tensor);
         fact.dtype = tensor.dtype;
         fact.device = tensor.device;
         fact.shape = hash_on(0xcbf29ce484222325u ^ static_cast<uint64_t>(tensor.ndim), tensor.shape, tensor.ndim);
@@ -117,6 +118,10 @@ class Descriptions {
   static uint64_t hash_on(uint64_t hash, const int64_t* words, int32_t count) {
     for (int32_t i = 0; i < count; ++i) hash = (hash ^ static_cast<uint64_t>(words[i])) * 0x100000001b3u;
     return hash;
+  }
+
+  static bool is_empty(const dlpack::Tensor& tensor) {
+    return std::any_of(tensor.shape, tensor.shape + tensor.ndim, [](int64_t size) { return size == 0; });
   }
 
   static bool is_contiguous(const dlpack::Tensor& tensor) {

@@ -146,7 +146,7 @@ class Engine:
         for (name, param), grad in zip(named, grads, strict=True):
             if grad is not None:
                 self.rule.check(name, param)
-                check_memory(name, local(param))
+                check_memory(f"parameter {name}", local(param))
                 check_grad(name, local(param), grad)
 
     @torch.inference_mode(False)

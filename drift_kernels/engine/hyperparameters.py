@@ -125,18 +125,14 @@ def check_param(name: str, param: Tensor) -> None:
         )
 
 
-def _check_memory(what: str, tensor: Tensor) -> None:
+def check_memory(what: str, tensor: Tensor) -> None:
+    """Raises TypeError for a tensor without memory of its own. Of parameters it is asked when they are stepped: a model
+    may be materialised after its optimizer is built."""
     if tensor.numel() and not address_of(tensor):
         raise TypeError(
-            f"{what} has no memory of its own: it is on the meta device, fake, or a {type(tensor).__name__} around "
-            "other tensors; only plain dense tensors and DTensors of them are supported"
+            f"{what} has no memory of its own: it is on the meta device, freed, fake, or a {type(tensor).__name__} "
+            "around other tensors; only plain dense tensors and DTensors of them are supported"
         )
-
-
-def check_memory(name: str, param: Tensor) -> None:
-    """Raises TypeError, naming the parameter, for one without memory of its own. Not before it is stepped: a model may
-    be materialised after its optimizer is built."""
-    _check_memory(f"parameter {name}", param)
 
 
 def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
@@ -145,7 +141,7 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         raise TypeError(
             f"the gradient of parameter {name} is sparse ({grad.layout}); only dense gradients are supported"
         )
-    _check_memory(f"the gradient of parameter {name}", grad)
+    check_memory(f"the gradient of parameter {name}", grad)
     if grad.dtype not in (param.dtype, torch.float32):
         raise TypeError(
             f"the gradient of parameter {name} has dtype {grad.dtype}; expected {param.dtype} or torch.float32"

@@ -16,7 +16,7 @@ from ..kernels.plan import Plan
 from ..sharding import local
 from ..state.live import check_live_state, make_contiguous
 from ..state.precision import Precision
-from .hyperparameters import check_dtype, check_param
+from .hyperparameters import check_dtype, check_memory, check_param
 
 State = dict[str, Any]
 
@@ -34,7 +34,7 @@ class Rule(Protocol):
         """The state of a parameter in `states`, made if it has none yet."""
 
     def check_state(self, name: str, states: Any, param: Tensor) -> None:
-        """Raises ValueError, naming the parameter, for a state in `states` that is not one of it."""
+        """Raises TypeError or ValueError, naming the parameter, for a state in `states` that is not one of it."""
 
     def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
         """Where a parameter's step count lives."""
@@ -71,6 +71,9 @@ class AdamW:
     def check_state(self, name: str, states: Any, param: Tensor) -> None:
         if states.get(param):
             check_live_state(name, param, states[param])
+            for key, value in states[param].items():
+                if isinstance(value, Tensor):
+                    check_memory(f"the state {key} of parameter {name}", local(value))
 
     def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
         return param.device if self.counts_on_device or group["capturable"] else torch.device("cpu")

@@ -29,7 +29,7 @@ class Description(NamedTuple):
 
     Attributes:
         addresses: int64 each; 0 for what is no tensor, and for one without memory of its own.
-        facts: equal where all shapes, dtypes and devices are.
+        facts: equal where all shapes, dtypes and devices are, and whether there is memory.
         contiguous: whether all the tensors are.
     """
 
@@ -62,7 +62,10 @@ def _by_getters(things: Iterable[Any], exact: bool) -> Description:
     """By Python's getters, which takes several times as long."""
     own = [local(thing) if isinstance(thing, Tensor) else None for thing in things]
     addresses = array("q", [0 if tensor is None else address_of(tensor) for tensor in own])
-    facts = [None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in own]
+    facts = [
+        None if t is None else (t.shape, t.dtype, t.device, t.layout, address != 0 or t.numel() == 0)
+        for t, address in zip(own, addresses, strict=True)
+    ]
     dense = [t for t in own if t is not None and t.layout == torch.strided]
     contiguous = all(t.is_contiguous() for t in dense)
     strides = [t.stride() for t in dense] if exact and not contiguous else None
@@ -70,9 +73,9 @@ def _by_getters(things: Iterable[Any], exact: bool) -> Description:
 
 
 def address_of(tensor: Tensor) -> int:
-    """Where its elements are; 0 if it has none, or no memory of its own: sparse, on the meta device, fake, or a wrapper
-    around other tensors."""
+    """Where its elements are; 0 if it has none, or no memory of its own: sparse, on the meta device, freed, fake, or a
+    wrapper around other tensors."""
     try:
-        return tensor.data_ptr()
+        return tensor.data_ptr() if tensor.untyped_storage().data_ptr() else 0
     except RuntimeError:
         return 0
