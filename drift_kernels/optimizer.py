@@ -15,12 +15,12 @@ from .engine.engine import Engine, capturing
 from .engine.figures import bias_figures, memory_report
 from .engine.hyperparameters import check_seed, hyperparameters
 from .engine.rules import AdamW
-from .errors import PriorError
 from .kernels import backends
 from .kernels.coefficients import GradScale
 from .prior import Prior, PriorLike
+from .prior.names import without_wrappers
 from .state.masters import master_weight, refresh_masters
-from .state.param_groups import FINGERPRINT, SEED, named_params, param_name
+from .state.param_groups import FINGERPRINT, SEED, check_names, labels, named_params
 from .state.precision import Precision, float32_state
 from .state.state_dict import check_state_dict, only_asks_for_states, restore_states
 from .torch_private import grad_scaler_says, not_compiled, unscales_gradients
@@ -162,13 +162,11 @@ class FusedDriftAdamW(Optimizer):
         try:
             hyperparameters(group, index)
             check_seed(group, index)
-            if self.prior is not None and group.get("param_names") is None:
-                raise PriorError(
-                    "a prior is bound by parameter names, and these parameters have none: "
-                    f"pass model.named_parameters() (group {index})"
-                )
-            for i, param in enumerate(group["params"]):
-                self._engine.rule.check(param_name(group, index, i), param)
+            if self.prior is not None:
+                check_names(group, index)
+            for name, param in zip(labels(group, index), group["params"], strict=True):
+                if param.requires_grad:
+                    self._engine.rule.check(name, param)
         except Exception:
             del self.param_groups[index]
             raise
@@ -284,12 +282,16 @@ class FusedDriftAdamW(Optimizer):
             PriorMismatchError: it was saved under another prior than this optimizer's.
             ValueError: its groups, parameters or states do not fit this optimizer's. Nothing has been changed.
         """
-        checked = check_state_dict(state_dict, self.param_groups, self.prior_fingerprint)
         # torch casts states to their parameter's dtype; this keeps what it was given, after the user's own hooks.
         given: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: given.update(loaded))
+
+        def check(_: Optimizer, loaded: StateDict) -> StateDict:
+            given.update(check_state_dict(loaded, self.param_groups, self.prior_fingerprint, without_wrappers))
+            return given
+
+        hook = self.register_load_state_dict_pre_hook(check)
         try:
-            super().load_state_dict(checked)
+            super().load_state_dict(state_dict)
         finally:
             hook.remove()
         restore_states(self, given, self.precision)

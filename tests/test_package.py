@@ -41,7 +41,7 @@ FLOORS = {
     "kernels/triton": [
         {"jit"}, {"layout"}, {"access", "random"}, {"codes"}, {"update", "sums", "bias"}, {"backend"},
     ],
-    "state": [{"param_groups", "precision"}, {"masters", "state_dict"}],
+    "state": [{"param_groups", "precision"}, {"masters", "arrangement"}, {"state_dict"}],
     "prior": [
         {"names", "norms", "hub"}, {"files", "coverage", "quantized"}, {"arithmetic", "pairing", "prior"},
         {"stream", "summary"}, {"build", "plot"}, {"__init__"},

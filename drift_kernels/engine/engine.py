@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, compress
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from ..kernels import backends
 from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_coefficient
 from ..kernels.plan import addresses
 from ..sharding import Shard, local, local_pairs, place_grads, place_of
-from ..state.param_groups import SEED, named_params
-from ..state.precision import STATES
+from ..state.param_groups import SEED, check_names, named_params
+from ..state.precision import MOMENTS, held
 from .binding import BoundDelta, PriorBinding
 from .hyperparameters import check_capture, check_grad, hyperparameters
 from .launches import DeviceBatch, Member, Slot
@@ -157,9 +157,12 @@ class Engine:
         present = [(i, *named[i], grad) for i, grad in enumerate(grads) if grad is not None]
         resolved = {param.device: backends.resolve(self.backend, param.device) for _, _, param, _ in present}
         parts = [(name, local(param), Shard.of(param)) for _, name, param, _ in present]
-        places = [place_of(name, shard, self.rule.at_random) for name, _, shard in parts]
+        at_random = [self.rule.at_random(own) for _, own, _ in parts]
+        places = [place_of(name, shard, drawn) for (name, _, shard), drawn in zip(parts, at_random, strict=True)]
         bounds: list[BoundDelta | None] = [None] * len(parts)
         if self.binding is not None:
+            for index, group in enumerate(param_groups):
+                check_names(group, index)
             self.binding.check(named)
             bounds = self.binding.bind(parts)
 
@@ -167,9 +170,9 @@ class Engine:
         members: dict[tuple[torch.device, torch.device], list[Member]] = {}
         for (i, name, param, grad), (_, own, shard), place, bound in zip(present, parts, places, bounds, strict=True):
             group = param_groups[group_of[i]]
-            key = group[SEED] + (i << 32) if self.rule.at_random else None
+            key = int(group[SEED]) + (i << 32) if self.rule.at_random(own) else None
             state = self.rule.state_of(states, param)
-            kinds = own, grad, state.get("exp_avg"), None if bound is None else bound.delta
+            kinds = own, grad, held("exp_avg", state), None if bound is None else bound.delta
             dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)
             slot = Slot(i, group_of[i], name, dtypes, bound, key, place, shard)
             where = param.device, self.rule.steps_device(param, group)
@@ -223,11 +226,13 @@ def _contents(params: list[Tensor], states: States) -> Iterator[Any]:
 
 
 def _key(tensors: StepTensors) -> tuple[Any, ...]:
-    """Where the parameters are, and of which dtype their gradients are, None for those that have none."""
-    return addresses(tensors.params), [None if grad is None else grad.dtype for grad in tensors.grads]
+    """Of which dtype the gradients are, None where there is none, and where the parameters of the others are: one
+    without a gradient may be of a kind that has no address."""
+    dtypes = [None if grad is None else grad.dtype for grad in tensors.grads]
+    return addresses(compress(tensors.params, dtypes)), dtypes
 
 
 def _first_states(tensors: StepTensors, states: States, batches: list[DeviceBatch]) -> list[int]:
     """Where each launch's first states are: whoever moves states in place (offloading) moves all."""
     firsts = [states[tensors.whole[i]] for batch in batches for i in batch.first_of_launches] if states else []
-    return addresses([local(state[key]) for state in firsts for key in STATES if key in state])
+    return addresses([local(state[key]) for state in firsts for key in MOMENTS if key in state])

@@ -16,7 +16,7 @@ from ..kernels.coefficients import CoefficientTable, GradScale, Hyperparameters
 from ..kernels.operands import Operands
 from ..kernels.plan import Plan
 from ..sharding import Reduction, Shard, local
-from ..state.precision import OPERAND_STATES
+from ..state.precision import OPERANDS
 from .binding import BoundDelta
 from .rules import Rule
 
@@ -36,7 +36,7 @@ class Slot:
 
     def operands(self, param: Tensor, state: dict[str, Any]) -> Operands:
         """What this rank holds of the parameter and of its state, and the delta."""
-        tensors: dict[str, Any] = {name: local(state[key]) for name, key in OPERAND_STATES.items() if key in state}
+        tensors: dict[str, Any] = {name: local(state[key]) for key, name in OPERANDS.items() if key in state}
         if self.bound is not None:
             tensors |= {"delta": self.bound.delta, "delta_scale": self.bound.delta_scale}
         return Operands(local(param), **tensors, random_key=self.random_key, place=self.place)

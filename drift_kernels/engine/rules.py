@@ -14,7 +14,7 @@ from ..kernels.backends import Backend
 from ..kernels.coefficients import CoefficientTable, GradScale
 from ..kernels.plan import Plan
 from ..sharding import local
-from ..state.precision import Precision
+from ..state.precision import Precision, has_begun
 from .hyperparameters import check_dtype, check_param
 
 State = dict[str, Any]
@@ -23,11 +23,13 @@ State = dict[str, Any]
 class Rule(Protocol):
     writes_grads: bool  # it changes gradients, and not parameters
     reads_decoupled: bool  # it has a use for a delta that does not bias the gradient
-    at_random: bool  # it rounds at random, so each tensor needs a key and its place
     counts_on_device: bool  # step counts live on their parameters' device, as those of capturable groups do
 
     def check(self, name: str, param: Tensor) -> None:
         """Raises TypeError or ValueError, naming the parameter, for one that it cannot take."""
+
+    def at_random(self, param: Tensor) -> bool:
+        """Whether it rounds at random, so that the parameter needs a key and its place."""
 
     def state_of(self, states: Any, param: Tensor) -> State:
         """The state of a parameter in `states`, made if it has none yet."""
@@ -50,16 +52,18 @@ class AdamW:
 
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
-        self.at_random = precision.stochastic
         self.counts_on_device = False
 
     def check(self, name: str, param: Tensor) -> None:
         check_param(name, local(param))
         self.precision.check_param(name, param)
 
+    def at_random(self, param: Tensor) -> bool:
+        return self.precision.at_random(param)
+
     def state_of(self, states: Any, param: Tensor) -> State:
         state: State = states[param]
-        if not state:
+        if not has_begun(state):
             state.update(self.precision.new_state(param))
         return state
 
@@ -78,11 +82,13 @@ class Bias:
 
     writes_grads = True
     reads_decoupled = False
-    at_random = False
     counts_on_device = False
 
     def check(self, name: str, param: Tensor) -> None:
         check_dtype(name, param)
+
+    def at_random(self, param: Tensor) -> bool:
+        return False
 
     def state_of(self, states: Any, param: Tensor) -> State:
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from functools import cached_property
 
@@ -31,7 +31,7 @@ NUMEL, FIRST_CHUNK, RANDOM_KEY = range(len(ADDRESSES), len(ADDRESSES) + 3)
 PLACE = slice(len(ADDRESSES) + 3, len(ROW_FIELDS))
 
 
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
