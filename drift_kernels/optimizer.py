@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,16 @@ from .engine.backward import BackwardHandle, attach
 from .engine.binding import PriorBinding
 from .engine.engine import Engine, capturing
 from .engine.figures import bias_figures, memory_report
-from .engine.hyperparameters import check_seed, hyperparameters
+from .engine.hyperparameters import check_max_grad_norm, check_seed, hyperparameters
 from .engine.rules import AdamW
 from .kernels import backends
 from .kernels.coefficients import GradScale
+from .kernels.scalings import PriorScaling
 from .prior import Prior, PriorLike
 from .prior.names import without_wrappers
 from .state.masters import master_weight, refresh_masters
 from .state.param_groups import FINGERPRINT, SEED, check_names, labels, named_params
-from .state.precision import Precision, float32_state
+from .state.precision import Precision, Rounding, StateDType, float32_state
 from .state.state_dict import check_state_dict, only_asks_for_states, restore_states
 from .torch_private import grad_scaler_says, not_compiled, unscales_gradients
 
@@ -63,6 +64,8 @@ class FusedDriftAdamW(Optimizer):
         capturable: a CUDA graph may hold the step. Step counts are kept on the parameters' device, and an lr or alpha
             that is a tensor there is read in every replay (schedulers fill it in place); one that is a number stays
             what it was at the capture. The first step must run before the capture.
+        amsgrad, differentiable: False; what torch.optim.AdamW does otherwise, this does not.
+        foreach, fused: without effect; taken so that the arguments of torch.optim.AdamW are.
         backend: "auto" or the name of one.
 
     lr, betas, eps, weight_decay, alpha, prior_scaling, normalize_to_param and maximize are per param group and may
@@ -90,26 +93,29 @@ class FusedDriftAdamW(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         prior: PriorLike | None = None,
-        alpha: float = 1.0,
-        prior_scaling: str = "adaptive_cosine",
+        alpha: float | Tensor = 1.0,
+        prior_scaling: PriorScaling = "adaptive_cosine",
         normalize_to_param: bool = False,
         prior_device: str | torch.device | None = None,
         max_grad_norm: float | None = None,
-        state_dtype: torch.dtype | str = torch.float32,
-        rounding: str = "nearest",
+        state_dtype: torch.dtype | StateDType = torch.float32,
+        rounding: Rounding = "nearest",
         seed: int = 0,
         master_weights: bool = False,
         maximize: bool = False,
         capturable: bool = False,
-        backend: str = "auto",
+        differentiable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        backend: backends.Name = "auto",
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+        max_grad_norm = check_max_grad_norm(max_grad_norm)
         backends.check_name(backend)
         self.precision = Precision.of(state_dtype, rounding, master_weights)
         binding = None if prior is None else PriorBinding.of(prior, prior_device)
@@ -124,12 +130,16 @@ class FusedDriftAdamW(Optimizer):
             "normalize_to_param": normalize_to_param,
             "maximize": maximize,
             "capturable": capturable,
+            "amsgrad": amsgrad,
+            "differentiable": differentiable,
+            "foreach": foreach,
+            "fused": fused,
             SEED: seed,
             FINGERPRINT: self.prior_fingerprint,
         }
         super().__init__(params, defaults)
         named = named_params(self.param_groups)
-        backends.check_devices(backend, [param for _, param in named])
+        backends.check_devices(backend, [param for _, param in named if param.requires_grad])
         if binding is not None:
             binding.check(named)
 
@@ -140,7 +150,7 @@ class FusedDriftAdamW(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        self._engine.max_grad_norm = max_grad_norm
+        self._engine.max_grad_norm = check_max_grad_norm(max_grad_norm)
 
     @property
     def backend(self) -> str:

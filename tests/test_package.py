@@ -23,7 +23,7 @@ PACKAGE = ROOT / "drift_kernels"
 # its own. (`_cpu` and `_cuda` are the compiled extensions.)
 FLOORS = {
     "": [
-        {"errors", "torch_private", "schedule", "_cpu", "_cuda"},
+        {"errors", "torch_private", "schedule", "deprecation", "_cpu", "_cuda"},
         {"formats"},
         {"sharding"},
         {"kernels", "state"},

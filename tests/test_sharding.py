@@ -165,7 +165,7 @@ def test_all_scalings_and_clipping_are_those_of_one_process(world: int, tmp_path
 
 def biased(mesh: Any, scaling: str) -> dict[str, Tensor]:
     run = Run(mesh, (Shard(0),))
-    bias = GradientBias(run.params.items(), make_prior(), alpha=0.3, scaling=scaling)
+    bias = GradientBias(run.params.items(), make_prior(), alpha=0.3, prior_scaling=scaling)
     for step in range(3):
         for name, grad in gradients(step, BF16, run.mesh, run.placements).items():
             run.params[name].grad = grad.clone()

@@ -48,7 +48,7 @@ def arranged(param_groups: ParamGroups, saved_groups: ParamGroups, plain: Callab
 def _source(index: int, members: list[tuple[int, Any]], saved_groups: ParamGroups) -> dict[str, Any] | None:
     """The saved group of these parameters and no others; of no parameters at all, the one at the same place."""
     found = {group for group, _ in members} or {index}
-    if len(found) > 1 or index >= len(saved_groups) and not members:
+    if len(found) > 1 or (not members and index >= len(saved_groups)):
         return None
     source = saved_groups[found.pop()]
     return source if len(source["params"]) == len(members) else None
