@@ -1,9 +1,7 @@
-"""What torch.optim.AdamW takes, this takes: keywords, numbers of other packages, parameters it has nothing to do with,
-hand-edited groups."""
+"""What torch.optim.AdamW takes, this takes: keywords, and numbers of other packages. Names and types of arguments."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from drift_kernels import FusedDriftAdamW, GradientBias, Prior, PriorError, attach_prior, bias_gradients_
+from drift_kernels import FusedDriftAdamW, GradientBias, Prior, attach_prior, bias_gradients_
 from drift_kernels.kernels import backends, scalings
 from drift_kernels.state import precision
 
@@ -55,7 +53,8 @@ def test_every_keyword_of_torch_is_taken_with_its_default() -> None:
     for name, parameter in theirs.items():
         assert (ours[name].default, ours[name].kind) == (parameter.default, parameter.kind), name
     params = [nn.Parameter(torch.zeros(2))]
-    assert torch.optim.AdamW(params).param_groups[0].keys() <= FusedDriftAdamW(params).param_groups[0].keys()
+    keys = torch.optim.AdamW(params).param_groups[0].keys() - {"decoupled_weight_decay"}  # which torch sets by itself
+    assert keys <= FusedDriftAdamW(params).param_groups[0].keys()
 
 
 @pytest.mark.parametrize(
@@ -170,134 +169,6 @@ def test_a_norm_set_between_steps_is_checked() -> None:
     with pytest.raises(TypeError, match="max_grad_norm must be a number or None"):
         optimizer.max_grad_norm = "much"  # type: ignore[assignment]
     assert optimizer.max_grad_norm == 1.0
-
-
-# Parameters that it has nothing to do with
-
-FROZEN = {
-    "uint8": torch.zeros(3, dtype=torch.uint8),
-    "int8": torch.zeros(3, dtype=torch.int8),
-    "float64": torch.zeros(3, dtype=torch.float64),
-    "complex": torch.zeros(3, dtype=torch.complex64),
-    "transposed": torch.zeros(3, 4).t(),
-    "sparse": torch.eye(3).to_sparse(),
-    "meta": torch.zeros(3, device="meta"),
-    "float16": torch.zeros(3, dtype=torch.float16),
-}
-
-
-@pytest.mark.parametrize("options", [{}, {"backend": "reference"}, {"backend": "cpu"}, {"rounding": "stochastic"}])
-@pytest.mark.parametrize("kind", FROZEN)
-def test_a_frozen_parameter_of_any_kind_is_ignored(kind: str, options: dict[str, Any]) -> None:
-    frozen = nn.Parameter(FROZEN[kind], requires_grad=False)
-    param, alone = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    optimizer = FusedDriftAdamW([("frozen", frozen), ("w", param)], **options)
-    optimizer.add_param_group({"params": [("more", nn.Parameter(FROZEN[kind], requires_grad=False))]})
-    expected = FusedDriftAdamW([alone], **options)
-    for _ in range(2):
-        param.grad, alone.grad = torch.ones(3), torch.ones(3)
-        optimizer.step()
-        expected.step()
-    assert torch.equal(param, alone)
-    assert list(optimizer.state) == [param]
-    again = FusedDriftAdamW([("frozen", frozen), ("w", param)], **options)
-    again.add_param_group({"params": [("more", nn.Parameter(FROZEN[kind], requires_grad=False))]})
-    again.load_state_dict(optimizer.state_dict())
-    assert list(again.state) == [param]
-
-
-def test_it_is_checked_when_it_has_a_gradient() -> None:
-    thawed, other = nn.Parameter(torch.zeros(3, dtype=torch.float64), requires_grad=False), nn.Parameter(torch.ones(3))
-    optimizer = FusedDriftAdamW([("thawed", thawed), ("w", other)])
-    thawed.requires_grad_(True)
-    thawed.grad, other.grad = torch.ones(3, dtype=torch.float64), torch.ones(3)
-    with pytest.raises(TypeError, match=r"parameter thawed has dtype torch\.float64; expected one of float32"):
-        optimizer.step()
-    assert not optimizer.state
-    assert torch.equal(other, torch.ones(3))
-
-
-# Groups edited by hand
-
-
-def unnamed(group: dict[str, Any]) -> None:
-    del group["param_names"]
-
-
-def too_few(group: dict[str, Any]) -> None:
-    group["param_names"] = group["param_names"][:1]
-
-
-def appended(group: dict[str, Any]) -> None:
-    group["params"].append(nn.Parameter(torch.ones(4)))
-
-
-def removed(group: dict[str, Any]) -> None:
-    group["params"].pop()
-
-
-EDITS = [unnamed, too_few, appended, removed]
-
-
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("stepped", [False, True])
-def test_a_group_edited_by_hand_steps_as_torchs_does(edit: Callable[[dict[str, Any]], None], stepped: bool) -> None:
-    results = []
-    for optimizer_class in BOTH:
-        params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-        optimizer = optimizer_class([("a", params[0]), ("b", params[1])], lr=0.5)
-        for _ in range(1 + stepped):
-            for param in params:
-                param.grad = torch.ones_like(param)
-            if stepped:
-                optimizer.step()
-        edit(optimizer.param_groups[0])
-        params = optimizer.param_groups[0]["params"]
-        for param in params:
-            param.grad = torch.ones_like(param)
-        optimizer.step()
-        results.append([param.detach() for param in params])
-        again = optimizer_class(copy.deepcopy(params), lr=0.5)
-        again.load_state_dict(optimizer.state_dict())
-        assert [float(state["step"]) for state in again.state.values()] == [
-            float(state["step"]) for state in map(optimizer.state.get, params)
-        ]
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("stepped", [False, True])
-def test_under_a_prior_an_edit_without_names_is_an_error(edit: Callable[..., None], stepped: bool) -> None:
-    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-    optimizer = FusedDriftAdamW([("a", params[0]), ("b", params[1])], prior={"a": torch.ones(3)})
-    for _ in range(1 + stepped):
-        for param in params:
-            param.grad = torch.ones_like(param)
-        if stepped:
-            optimizer.step()
-    before = [param.detach().clone() for param in params]
-    edit(optimizer.param_groups[0])
-    for param in optimizer.param_groups[0]["params"]:
-        param.grad = torch.ones_like(param)
-    if edit is unnamed and stepped:
-        optimizer.load_state_dict(optimizer.state_dict())  # plans are made anew
-    words = "pass model.named_parameters" if edit is unnamed else r"names for \d parameters: add .*add_param_group"
-    with pytest.raises(PriorError, match=words):
-        optimizer.step()
-    assert all(torch.equal(param, was) for param, was in zip(params, before, strict=True))
-
-
-def test_a_parameter_appended_with_its_name_is_bound() -> None:
-    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    prior = {"a": torch.ones(3), "b": torch.ones(3)}
-    optimizer = FusedDriftAdamW([("a", first)], prior=prior, prior_scaling="absolute")
-    optimizer.param_groups[0]["params"].append(second)
-    optimizer.param_groups[0]["param_names"].append("b")
-    first.grad, second.grad = torch.zeros(3), torch.zeros(3)
-    optimizer.step()
-    assert optimizer.prior_names == ["a", "b"]
-    assert torch.equal(first, second)
-    assert (second > 1).all()
 
 
 # Names and types of arguments

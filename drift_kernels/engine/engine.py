@@ -167,7 +167,8 @@ class Engine:
             bounds = self.binding.bind(parts)
 
         group_of = [g for g, group in enumerate(param_groups) for _ in group["params"]]
-        members: dict[tuple[torch.device, torch.device], list[Member]] = {}
+        members: dict[tuple[torch.device, torch.device, int], list[Member]] = {}
+        met: set[int] = set()
         for (i, name, param, grad), (_, own, shard), place, bound in zip(present, parts, places, bounds, strict=True):
             group = param_groups[group_of[i]]
             key = int(group[SEED]) + (i << 32) if self.rule.at_random(own) else None
@@ -175,11 +176,13 @@ class Engine:
             kinds = own, grad, held("exp_avg", state), None if bound is None else bound.delta
             dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)
             slot = Slot(i, group_of[i], name, dtypes, bound, key, place, shard)
-            where = param.device, self.rule.steps_device(param, group)
+            # A parameter that is given twice steps twice, one after the other.
+            where = param.device, self.rule.steps_device(param, group), i if id(param) in met else -1
+            met.add(id(param))
             members.setdefault(where, []).append(Member(slot, param, grad.dtype, state))
         return [
             DeviceBatch(those, len(grads), steps_device, self.rule, resolved[device])
-            for (device, steps_device), those in members.items()
+            for (device, steps_device, _), those in members.items()
         ]
 
     def _set_bias(self, groups: list[Hyperparameters]) -> None:

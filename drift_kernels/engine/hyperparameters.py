@@ -170,9 +170,11 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
         raise TypeError(
             f"the gradient of parameter {name} is sparse ({grad.layout}); only dense gradients are supported"
         )
-    if grad.dtype not in (param.dtype, torch.float32):
+    expected = PARAM_DTYPES if param.dtype == torch.float32 else (param.dtype, torch.float32)
+    if grad.dtype not in expected:
         raise TypeError(
-            f"the gradient of parameter {name} has dtype {grad.dtype}; expected {param.dtype} or torch.float32"
+            f"the gradient of parameter {name}, which is {param.dtype}, has dtype {grad.dtype}; expected one of "
+            f"{', '.join(map(str, expected))}"
         )
     if grad.shape != param.shape or grad.device != param.device:
         raise ValueError(

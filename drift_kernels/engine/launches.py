@@ -89,9 +89,13 @@ def _selection(indices: list[int], count: int) -> Callable[[list[Any]], Sequence
 
 
 def _share_steps(members: list[Member], device: torch.device) -> Tensor:
-    """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all."""
+    """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all.
+
+    A count that is alone stays where it is: of a parameter that is given twice, the batches that advance it share it.
+    """
     counts = [member.state.get("step", 0.0) for member in members]
-    steps = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
+    own = [torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts]
+    steps = own[0].reshape(1) if len(own) == 1 else torch.stack(own)
     for member, step in zip(members, steps, strict=True):
         if member.state:
             member.state["step"] = step

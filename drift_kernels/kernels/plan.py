@@ -43,11 +43,13 @@ class Plan:
 
     Args:
         operands: of n parameters; what the first has, all have.
-        grad_dtype: dtype that every gradient will have.
+        grad_dtype: dtype that every gradient will have. Kernels read those of float32 parameters as float32: others are
+            cast.
 
     Attributes:
         operands: as given, or as lent since; none after `release`.
-        grads: this step's, contiguous; none after `release`.
+        grad_dtype: as given.
+        grads: this step's as they are read, contiguous; none after `release`.
         dtypes: of what all the operands have.
         master: whether parameters have a residual.
         at_random: whether what is bfloat16, but a master, is rounded at random.
@@ -59,7 +61,9 @@ class Plan:
         first = operands[0]
         self.device = first.param.device
         states, deltas = (None if t is None else t.dtype for t in (first.exp_avg, first.delta))
-        self.dtypes = DTypes(first.param.dtype, grad_dtype, states, deltas)
+        self.grad_dtype = grad_dtype
+        read_as = torch.float32 if first.param.dtype == torch.float32 else grad_dtype
+        self.dtypes = DTypes(first.param.dtype, read_as, states, deltas)
         self.master = first.residual is not None
         self.at_random = first.random_key is not None
         self._names = self._kinds()
@@ -96,10 +100,11 @@ class Plan:
         return self.dtypes.delta is not None
 
     def set_grads(self, grads: Sequence[Tensor]) -> None:
-        """Takes this step's gradients (a non-contiguous one is copied) and refreshes their addresses if one changed."""
+        """Takes this step's gradients (one that is not contiguous, or of a dtype that is not read, is copied) and
+        refreshes their addresses if one changed."""
         self.grads, self._copied = list(grads), []
-        if not all(map(Tensor.is_contiguous, self.grads)):
-            self.grads = [g.contiguous() for g in grads]
+        if self.grad_dtype != self.dtypes.grad or not all(map(Tensor.is_contiguous, self.grads)):
+            self.grads = [g.to(self.dtypes.grad).contiguous() for g in grads]
             self._copied = [(grad, copy) for grad, copy in zip(grads, self.grads, strict=True) if copy is not grad]
         grad_addresses = addresses(self.grads)
         if grad_addresses != self._grad_addresses:
