@@ -119,7 +119,8 @@ class GradientBias(BiasSettings):
 
     Args:
         named_params: `model.named_parameters()`; those without a delta are left alone. Parameters that the prior covers
-            are float32, bfloat16 or float16, their gradients of their own dtype or float32, dense, of any strides.
+            are float32, bfloat16 or float16, their gradients of their own dtype or float32 (of float32 ones bfloat16 or
+            float16 too), dense, of any strides.
         prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name. Each delta is
             loaded once, when its parameter first has a gradient.
         alpha: strength of the prior; positive pulls toward the expert, at 0 nothing is done. May be set between steps.

@@ -38,8 +38,8 @@ class FusedDriftAdamW(Optimizer):
 
     Args:
         params: parameters, or groups of them, as `torch.optim.AdamW` takes; named ones (`model.named_parameters()`)
-            with a prior. Each contiguous, float32, bfloat16 or float16, its gradient of its own dtype or float32;
-            DTensors too (docs/distributed.md).
+            with a prior. Each contiguous, float32, bfloat16 or float16, its gradient of its own dtype or float32, of a
+            float32 one bfloat16 or float16 too; DTensors too (docs/distributed.md). What needs no gradient is ignored.
         lr: learning rate, a number or a tensor of one element.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
@@ -55,11 +55,14 @@ class FusedDriftAdamW(Optimizer):
         max_grad_norm: clip the biased gradient of all parameters together to this norm, inside the step; `math.inf`
             only measures it. Leave None when the trainer clips.
         state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8: codes of one byte with a scale for each 128
-            elements (formats/blocks.py), for parameters of 4096 elements or more.
-        rounding: "nearest", or "stochastic" for bfloat16 parameters (without masters) and states.
+            elements (formats/blocks.py), for parameters of 4096 elements or more. Also "float32", "fp32", "bfloat16",
+            "bf16", "int8".
+        rounding: "nearest", or "stochastic" for bfloat16 parameters (without masters) and their states; float32
+            parameters have float32 states then. Not for float16.
         seed: of the stochastic rounding, in [0, 2^32); the state_dict carries it.
         master_weights: a bfloat16 parameter and 16 bits more (the state `param_residual`) are a float32 that is updated
-            exactly as a float32 parameter would be; the parameter is its nearest bfloat16.
+            exactly as a float32 parameter would be; the parameter is its nearest bfloat16. float32 parameters need
+            none. Not for float16.
         maximize: ascend the objective. The prior still pulls toward the expert.
         capturable: a CUDA graph may hold the step. Step counts are kept on the parameters' device, and an lr or alpha
             that is a tensor there is read in every replay (schedulers fill it in place); one that is a number stays
@@ -76,7 +79,7 @@ class FusedDriftAdamW(Optimizer):
     `max_grad_norm`, a NaN norm makes every element NaN, as `torch.nn.utils.clip_grad_norm_` does.
 
     A `torch.amp.GradScaler` may hold the step: `scaler.step(optimizer)` unscales inside the pass (gradients keep their
-    scale; `max_grad_norm` and `grad_norm` are of the unscaled ones), and where a gradient is not finite the device
+    scale, where `torch.optim.AdamW(fused=True)` leaves them unscaled; `max_grad_norm` and `grad_norm` are of the unscaled ones), and where a gradient is not finite the device
     leaves parameters, states and step counts as they are. From then on step counts are on the parameters' device.
 
     Raises:
@@ -288,9 +291,15 @@ class FusedDriftAdamW(Optimizer):
 
         Hyperparameters that the state_dict does not have (torch's has no alpha) keep their present values.
 
+        Where both have names (`param_names`), a state reaches the parameter of its name, in whatever order and groups
+        they come; a group then has the hyperparameters of the saved group of the same parameters, and keeps its own if
+        there is none. Names differ by what wrappers add ("module.", "_orig_mod.") at most. Without names on one side
+        it goes by position, as in torch. Hooks that were registered see the state_dict first.
+
         Raises:
             PriorMismatchError: it was saved under another prior than this optimizer's.
-            ValueError: its groups, parameters or states do not fit this optimizer's. Nothing has been changed.
+            ValueError: its groups, parameters, their names or states do not fit this optimizer's. Nothing has been
+                changed.
         """
         # torch casts states to their parameter's dtype; this keeps what it was given, after the user's own hooks.
         given: dict[str, Any] = {}
