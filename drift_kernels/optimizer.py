@@ -79,8 +79,9 @@ class FusedDriftAdamW(Optimizer):
     `max_grad_norm`, a NaN norm makes every element NaN, as `torch.nn.utils.clip_grad_norm_` does.
 
     A `torch.amp.GradScaler` may hold the step: `scaler.step(optimizer)` unscales inside the pass (gradients keep their
-    scale, where `torch.optim.AdamW(fused=True)` leaves them unscaled; `max_grad_norm` and `grad_norm` are of the unscaled ones), and where a gradient is not finite the device
-    leaves parameters, states and step counts as they are. From then on step counts are on the parameters' device.
+    scale, where `torch.optim.AdamW(fused=True)` leaves them unscaled; `max_grad_norm` and `grad_norm` are of the
+    unscaled ones), and where a gradient is not finite the device leaves parameters, states and step counts as they are.
+    From then on step counts are on the parameters' device.
 
     Raises:
         TypeError, ValueError: a hyperparameter or a parameter of a wrong type, value, dtype or layout; named in the
