@@ -229,10 +229,12 @@ def _contents(params: list[Tensor], states: States) -> Iterator[Any]:
 
 
 def _key(tensors: StepTensors) -> tuple[Any, ...]:
-    """Of which dtype the gradients are, None where there is none, and where the parameters of the others are: one
-    without a gradient may be of a kind that has no address."""
+    """Where the parameters are, and of which dtype their gradients are, None for those that have none."""
     dtypes = [None if grad is None else grad.dtype for grad in tensors.grads]
-    return addresses(compress(tensors.params, dtypes)), dtypes
+    try:
+        return addresses(tensors.params), dtypes
+    except RuntimeError:  # a sparse parameter has no address; a frozen one needs none
+        return addresses(compress(tensors.params, dtypes)), dtypes
 
 
 def _first_states(tensors: StepTensors, states: States, batches: list[DeviceBatch]) -> list[int]:
