@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .deprecation import renamed
 from .engine.binding import PriorBinding
 from .engine.engine import Engine
 from .engine.figures import BiasFigures, bias_figures
@@ -27,12 +28,14 @@ from .engine.rules import Bias
 from .engine.seen import Seen
 from .errors import PriorError, PriorMismatchError
 from .kernels import backends
-from .kernels.scalings import GRADIENT_SCALINGS, SCALINGS
+from .kernels.scalings import GRADIENT_SCALINGS, SCALINGS, GradientScaling
 from .prior import Prior, PriorLike
 from .sharding import is_sharded
 from .torch_private import not_compiled
 
 NamedParams = Iterable[tuple[str, Tensor]]
+
+_scaling = renamed("scaling", "prior_scaling")
 
 # What a param group says of AdamW, of which the bias needs nothing.
 _NO_STEP: dict[str, Any] = {
@@ -46,10 +49,10 @@ _NO_STEP: dict[str, Any] = {
 
 
 class BiasSettings:
-    """alpha and the scaling, in a param group as optimizers have it, so that `AlphaScheduler` takes it for one."""
+    """alpha and prior_scaling, in a param group as optimizers have it, so that `AlphaScheduler` takes it for one."""
 
-    def __init__(self, alpha: float | Tensor, scaling: str, normalize_to_param: bool) -> None:
-        group = {"alpha": alpha, "prior_scaling": scaling, "normalize_to_param": normalize_to_param}
+    def __init__(self, alpha: float | Tensor, prior_scaling: GradientScaling, normalize_to_param: bool) -> None:
+        group = {"alpha": alpha, "prior_scaling": prior_scaling, "normalize_to_param": normalize_to_param}
         self.param_groups: list[dict[str, Any]] = [group]
         hyperparameters(self._group([]), 0)
 
@@ -68,7 +71,7 @@ class BiasSettings:
         scaling = group["prior_scaling"]
         if scaling not in GRADIENT_SCALINGS:
             reason = " (it moves parameters, not gradients: use FusedDriftAdamW)" if scaling in SCALINGS else ""
-            raise ValueError(f"scaling must be one of {', '.join(GRADIENT_SCALINGS)}, got {scaling!r}{reason}")
+            raise ValueError(f"prior_scaling must be one of {', '.join(GRADIENT_SCALINGS)}, got {scaling!r}{reason}")
         names, params = [name for name, _ in named], [param for _, param in named]
         return {**_NO_STEP, **group, "param_names": names, "params": params}
 
@@ -117,11 +120,12 @@ class GradientBias(BiasSettings):
 
     Args:
         named_params: `model.named_parameters()`; those without a delta are left alone. Parameters that the prior covers
-            are float32, bfloat16 or float16, their gradients of their own dtype or float32, dense, of any strides.
+            are float32, bfloat16 or float16, their gradients of their own dtype or float32 (of float32 ones bfloat16 or
+            float16 too), dense, of any strides.
         prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name. Each delta is
             loaded once, when its parameter first has a gradient.
         alpha: strength of the prior; positive pulls toward the expert, at 0 nothing is done. May be set between steps.
-        scaling: "absolute", "gradnorm" or "adaptive_cosine" (docs/method.md). ("decoupled" moves parameters, not
+        prior_scaling: "absolute", "gradnorm" or "adaptive_cosine" (docs/method.md). ("decoupled" moves parameters, not
             gradients.)
         normalize_to_param: with "absolute", rescale each delta to norm(W), as in FusedDriftAdamW.
         prior_device: "cpu" leaves the deltas of CUDA parameters in pinned host memory; None moves each to its
@@ -135,6 +139,7 @@ class GradientBias(BiasSettings):
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
 
+    @_scaling
     @not_compiled
     def __init__(
         self,
@@ -142,12 +147,12 @@ class GradientBias(BiasSettings):
         prior: PriorLike,
         *,
         alpha: float | Tensor = 1.0,
-        scaling: str = "adaptive_cosine",
+        prior_scaling: GradientScaling = "adaptive_cosine",
         normalize_to_param: bool = False,
         prior_device: str | torch.device | None = None,
-        backend: str = "auto",
+        backend: backends.Name = "auto",
     ) -> None:
-        super().__init__(alpha, scaling, normalize_to_param)
+        super().__init__(alpha, prior_scaling, normalize_to_param)
         backends.check_name(backend)
         binding = PriorBinding.of(prior, prior_device)
         self.prior = binding.prior
@@ -166,13 +171,14 @@ class GradientBias(BiasSettings):
         return bias_figures(self._engine.step([self._group(self.named_params)]))
 
 
+@_scaling
 @not_compiled
 @torch.no_grad()
 def bias_gradients_(
     named_params: NamedParams,
     prior: Prior,
     alpha: float | Tensor = 1.0,
-    scaling: str = "adaptive_cosine",
+    prior_scaling: GradientScaling = "adaptive_cosine",
     *,
     normalize_to_param: bool = False,
 ) -> BiasFigures:
@@ -180,8 +186,8 @@ def bias_gradients_(
 
     What was prepared for them is kept for as long as the prior lives, so deltas are loaded in the first call only, and
     again when other parameters are given; for several models under one prior make a `GradientBias` of each. The
-    parameters are not kept alive. alpha, scaling and normalize_to_param may change from call to call. Arguments, result
-    and errors are those of `GradientBias`.
+    parameters are not kept alive. alpha, prior_scaling and normalize_to_param may change from call to call. Arguments,
+    result and errors are those of `GradientBias`.
 
     Args:
         prior: a `Prior` (`Prior.open(path)`, `Prior.from_mapping(deltas)`); TypeError for anything else, which would
@@ -191,7 +197,7 @@ def bias_gradients_(
         raise TypeError(
             f"prior must be a Prior, which is loaded once (Prior.open, Prior.from_mapping), got {type(prior).__name__}"
         )
-    settings = BiasSettings(alpha, scaling, normalize_to_param)
+    settings = BiasSettings(alpha, prior_scaling, normalize_to_param)
     named = _named(named_params)
     prepared = _PREPARED.get(prior)
     if prepared is None or not prepared.fits(named):
@@ -267,16 +273,17 @@ class PriorHooks(BiasSettings):
         self._engines = {}
 
 
+@_scaling
 @not_compiled
 def attach_prior(
     model: nn.Module,
     prior: PriorLike,
     *,
     alpha: float | Tensor = 1.0,
-    scaling: str = "adaptive_cosine",
+    prior_scaling: GradientScaling = "adaptive_cosine",
     normalize_to_param: bool = False,
     prior_device: str | torch.device | None = None,
-    backend: str = "auto",
+    backend: backends.Name = "auto",
 ) -> PriorHooks:
     """From now on the backward pass biases each gradient as soon as it is accumulated, in place of the authors' hooks:
     for training loops in which nothing can be called between `backward()` and `optimizer.step()`, or whose gradients
@@ -296,13 +303,13 @@ def attach_prior(
     Args:
         model: of which the parameters that require gradients now and that the prior covers get a hook. Tied weights are
             one parameter, under the first of their names. Not of DTensors (FSDP2).
-        prior, alpha, scaling, normalize_to_param, prior_device, backend: as in `GradientBias`.
+        prior, alpha, prior_scaling, normalize_to_param, prior_device, backend: as in `GradientBias`.
 
     Raises:
         As `GradientBias`, before any hook is registered; PriorMismatchError also if no parameter that is covered
         requires gradients. A sparse gradient of one that is covered raises TypeError in its backward pass.
     """
-    settings = BiasSettings(alpha, scaling, normalize_to_param)
+    settings = BiasSettings(alpha, prior_scaling, normalize_to_param)
     backends.check_name(backend)
     binding = PriorBinding.of(prior, prior_device)
     named = [(name, param) for name, param in _covered(list(model.named_parameters()), binding) if param.requires_grad]

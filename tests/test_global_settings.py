@@ -207,7 +207,7 @@ def test_what_is_made_and_used_inside_a_compiled_function() -> None:
 
     def train(p: Tensor, deltas: dict[str, Tensor]) -> Tensor:
         optimizer = FusedDriftAdamW([("w", p)], lr=0.1, prior=deltas, prior_scaling="absolute")
-        bias = GradientBias([("w", p)], deltas, scaling="absolute")
+        bias = GradientBias([("w", p)], deltas, prior_scaling="absolute")
         bias.apply_()
         optimizer.step()
         return p.grad * 1
@@ -225,7 +225,7 @@ def test_what_is_made_and_used_inside_a_compiled_function() -> None:
 def test_hooks_inside_autocast() -> None:
     model = nn.Linear(8, 8, bias=False)
     deltas, x = {"weight": torch.randn(8, 8)}, torch.randn(3, 8)
-    handle = attach_prior(model, deltas, alpha=0.5, scaling="absolute")
+    handle = attach_prior(model, deltas, alpha=0.5, prior_scaling="absolute")
     with torch.autocast("cpu", dtype=BF16):
         model(x).sum().backward()
     biased = model.weight.grad.clone()

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "drift_kernels"
 # its own. (`_cpu` and `_cuda` are the compiled extensions.)
 FLOORS = {
     "": [
-        {"errors", "torch_private", "schedule", "_cpu", "_cuda"},
+        {"errors", "torch_private", "schedule", "deprecation", "_cpu", "_cuda"},
         {"formats"},
         {"sharding"},
         {"kernels", "state"},
@@ -41,7 +41,7 @@ FLOORS = {
     "kernels/triton": [
         {"jit"}, {"layout"}, {"access", "random"}, {"codes"}, {"update", "sums", "bias"}, {"backend"},
     ],
-    "state": [{"param_groups", "precision"}, {"masters", "state_dict", "live"}],
+    "state": [{"param_groups", "precision"}, {"masters", "arrangement", "live"}, {"state_dict"}],
     "prior": [
         {"names", "norms", "hub"}, {"files", "coverage", "quantized"}, {"arithmetic", "pairing", "prior"},
         {"stream", "summary"}, {"build", "plot"}, {"__init__"},

@@ -13,7 +13,8 @@ from ..kernels import backends
 from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_coefficient
 from ..kernels.describe import Description, describe, describe_values
 from ..sharding import Shard, local, local_pairs, place_grads, place_of
-from ..state.param_groups import SEED, named_params
+from ..state.param_groups import SEED, check_names, named_params
+from ..state.precision import held
 from ..torch_private import makes_fake_tensors
 from .binding import BoundDelta, PriorBinding
 from .hyperparameters import check_capture, check_grad, check_memory, hyperparameters
@@ -161,27 +162,33 @@ class Engine:
             self.rule.check_state(name, states, param)
         resolved = {param.device: backends.resolve(self.backend, param.device) for _, _, param, _ in present}
         parts = [(name, local(param), Shard.of(param)) for _, name, param, _ in present]
-        places = [place_of(name, shard, self.rule.at_random) for name, _, shard in parts]
+        at_random = [self.rule.at_random(own) for _, own, _ in parts]
+        places = [place_of(name, shard, drawn) for (name, _, shard), drawn in zip(parts, at_random, strict=True)]
         bounds: list[BoundDelta | None] = [None] * len(parts)
         if self.binding is not None:
+            for index, group in enumerate(param_groups):
+                check_names(group, index)
             self.binding.check(named)
             bounds = self.binding.bind(parts)
 
         group_of = [g for g, group in enumerate(param_groups) for _ in group["params"]]
-        members: dict[tuple[torch.device, torch.device], list[Member]] = {}
+        members: dict[tuple[torch.device, torch.device, int], list[Member]] = {}
+        met: set[int] = set()
         for (i, name, param, grad), (_, own, shard), place, bound in zip(present, parts, places, bounds, strict=True):
             group = param_groups[group_of[i]]
-            key = group[SEED] + (i << 32) if self.rule.at_random else None
+            key = int(group[SEED]) + (i << 32) if self.rule.at_random(own) else None
             state = self.rule.state_of(states, param)
-            kinds = own, grad, state.get("exp_avg"), None if bound is None else bound.delta
+            kinds = own, grad, held("exp_avg", state), None if bound is None else bound.delta
             dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)
             copy = None if self.rule.writes_grads or own.is_contiguous() else own.detach().contiguous()
             slot = Slot(i, group_of[i], name, dtypes, bound, key, place, shard, copy)
-            where = param.device, self.rule.steps_device(param, group)
+            # A parameter that is given twice steps twice, one after the other.
+            where = param.device, self.rule.steps_device(param, group), i if id(param) in met else -1
+            met.add(id(param))
             members.setdefault(where, []).append(Member(slot, param, grad.dtype, state))
         return [
             DeviceBatch(those, len(grads), steps_device, self.rule, resolved[device])
-            for (device, steps_device), those in members.items()
+            for (device, steps_device, _), those in members.items()
         ]
 
     def _set_bias(self, groups: list[Hyperparameters]) -> None:

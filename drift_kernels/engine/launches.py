@@ -18,7 +18,7 @@ from ..kernels.describe import Description
 from ..kernels.operands import Operands
 from ..kernels.plan import Plan
 from ..sharding import Reduction, Shard, local
-from ..state.precision import OPERAND_STATES
+from ..state.precision import OPERANDS
 from .binding import BoundDelta
 from .rules import Rule
 
@@ -40,7 +40,7 @@ class Slot:
 
     def operands(self, param: Tensor, state: dict[str, Any]) -> Operands:
         """What this rank holds of the parameter and of its state, and the delta."""
-        tensors: dict[str, Any] = {name: local(state[key]) for name, key in OPERAND_STATES.items() if key in state}
+        tensors: dict[str, Any] = {name: local(state[key]) for key, name in OPERANDS.items() if key in state}
         if self.bound is not None:
             tensors |= {"delta": self.bound.delta, "delta_scale": self.bound.delta_scale}
         own = local(param) if self.copy is None else self.copy
@@ -99,9 +99,13 @@ def _runs(slots: list[Slot], rows: slice, key: Callable[[Slot], Any]) -> Iterato
 
 
 def _share_steps(members: list[Member], device: torch.device) -> Tensor:
-    """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all."""
+    """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all.
+
+    A count that is alone stays where it is: of a parameter that is given twice, the batches that advance it share it.
+    """
     counts = [member.state.get("step", 0.0) for member in members]
-    steps = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
+    own = [torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts]
+    steps = own[0].reshape(1) if len(own) == 1 else torch.stack(own)
     for member, step in zip(members, steps, strict=True):
         if member.state:
             member.state["step"] = step

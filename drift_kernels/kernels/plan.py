@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from functools import cached_property
 
@@ -30,7 +30,7 @@ ROW_FIELDS = (*ADDRESSES, "numel", "first_chunk", "random_key", "origin", "width
 NUMEL, FIRST_CHUNK, RANDOM_KEY = range(len(ADDRESSES), len(ADDRESSES) + 3)
 
 
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
@@ -42,11 +42,13 @@ class Plan:
 
     Args:
         operands: of n parameters; what the first has, all have.
-        grad_dtype: dtype that every gradient will have.
+        grad_dtype: dtype that every gradient will have. Kernels read those of float32 parameters as float32: others are
+            cast.
 
     Attributes:
         operands: as given, or as lent since; none after `release`.
-        grads: this step's, contiguous; none after `release`.
+        grad_dtype: as given.
+        grads: this step's as they are read, contiguous; none after `release`.
         dtypes: of what all the operands have.
         master: whether parameters have a residual.
         at_random: whether what is bfloat16, but a master, is rounded at random.
@@ -58,7 +60,9 @@ class Plan:
         first = operands[0]
         self.device = first.param.device
         states, deltas = (None if t is None else t.dtype for t in (first.exp_avg, first.delta))
-        self.dtypes = DTypes(first.param.dtype, grad_dtype, states, deltas)
+        self.grad_dtype = grad_dtype
+        read_as = torch.float32 if first.param.dtype == torch.float32 else grad_dtype
+        self.dtypes = DTypes(first.param.dtype, read_as, states, deltas)
         self.master = first.residual is not None
         self.at_random = first.random_key is not None
         self._names = self._kinds()
@@ -95,13 +99,14 @@ class Plan:
         return self.dtypes.delta is not None
 
     def set_grads(self, grads: Sequence[Tensor], grad_addresses: bytes | None = None) -> None:
-        """Takes this step's gradients (a non-contiguous one is copied) and refreshes their addresses if one changed.
+        """Takes this step's gradients (one that is not contiguous, or of a dtype that is not read, is copied) and
+        refreshes their addresses if one changed.
 
         `grad_addresses`, int64 each, if they are known; then all gradients are contiguous.
         """
         self.grads, self._copied = list(grads), []
-        if grad_addresses is None:
-            self.grads = [g.contiguous() for g in grads]
+        if grad_addresses is None or self.grad_dtype != self.dtypes.grad:
+            self.grads = [g.to(self.dtypes.grad).contiguous() for g in grads]
             self._copied = [(grad, copy) for grad, copy in zip(grads, self.grads, strict=True) if copy is not grad]
             grad_addresses = array("q", addresses(self.grads)).tobytes()
         if grad_addresses != self._grad_addresses:

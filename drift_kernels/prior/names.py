@@ -53,13 +53,18 @@ _MODULE_RULES = (
 )
 
 
+def without_wrappers(name: str) -> str:
+    """A live parameter's name without what wrappers of its module add."""
+    return _WRAPPER.sub("", name)
+
+
 def canonical_name(name: str, name_map: Mapping[str, str] | None = None) -> str:
     """Name of a stored tensor or of a live parameter -> canonical name; an unknown name stands for itself.
 
     `name_map` adds families that the table does not know: prefix -> canonical prefix, the longest matching
     prefix first, tried before the table. `{"transformer.h.": "layers."}` reads `transformer.h.3.x` as `layers.3.x`.
     """
-    name = _WRAPPER.sub("", name)
+    name = without_wrappers(name)
     for prefix in sorted(name_map or (), key=len, reverse=True):
         if name.startswith(prefix):
             return name_map[prefix] + name[len(prefix) :]  # type: ignore[index]
