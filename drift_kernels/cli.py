@@ -28,8 +28,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "f
 
 
 _EXIT_STATUS = (
-    "Exit status: 0 when all is well; 1 when it failed, or found a prior that does not fit or is damaged; 2 for a wrong "
-    "command line; 129, 130 or 143 when SIGHUP, Ctrl-C or SIGTERM stopped it. Errors and warnings go to stderr."
+    "Exit status: 0 when all is well; 1 when it failed, or found a prior that does not fit or is damaged; 2 for a "
+    "wrong command line; 129, 130 or 143 when SIGHUP, Ctrl-C or SIGTERM stopped it. Errors and warnings go to stderr."
 )
 
 

@@ -11,9 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
-_WIDE = (
-    1000  # columns of what is no terminal: whoever reads it there can break lines, and cannot bring back what is cut
-)
+_WIDE = 1000  # columns of what is no terminal: its reader can break lines, and cannot bring back what is cut
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -30,7 +30,7 @@ def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: st
         raise CheckpointError(f"{source}: a link to {path.readlink()}, which is not there")
     if exists(path):
         if not path.is_dir():
-            raise CheckpointError(f"{source}: it is a file, and a folder was expected: {_advice(path)}")
+            raise CheckpointError(f"{source}: expected a folder, found {_kind(path)}")
         return path
     hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
     if not hub_id:
@@ -80,7 +80,6 @@ def _fetch(repository: str, revision: str | None, files: Sequence[str], index: s
     return Path(snapshot_download(repository, revision=revision, allow_patterns=shards)).absolute(), None
 
 
-def _advice(path: Path) -> str:
+def _kind(path: Path) -> str:
     with open_file(path) as file:
-        what = what_begins(file.read(64))
-    return what or "give the folder that it is in"
+        return what_begins(file.read(64)) or "a file: give the folder that it is in"
