@@ -37,8 +37,11 @@ _CHECKPOINT = "a checkpoint's folder, or a Hub id: org/name or org/name@revision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status (`--help` lists them); usage errors exit with 2. Once a signal has
-    stopped it, the process is expected to end."""
+    """Run a command and return its exit status (`--help` lists them); usage errors exit with 2.
+
+    Without `argv` it takes the process's own, and the process is expected to end with it; likewise when a signal has
+    stopped it.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.run is _check and not (arguments.model or arguments.verify):
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = LogLines(errors)
     logging.getLogger("drift_kernels").addHandler(handler)
     try:
-        with stoppable():
+        with stoppable(to_the_end=argv is None):
             status: int = arguments.run(arguments, errors)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
@@ -119,7 +122,9 @@ def _print_groups(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) 
     for warning in prior.record["warnings"]:
         print(f"warning: {warning}")
     quantised = any(group.stored_cosine is not None for group in groups.values())
-    table = Table("layer", "module", show_edge=False, pad_edge=False)
+    table = Table(show_edge=False, pad_edge=False)
+    for title in ("layer", "module"):
+        table.add_column(title, overflow="fold")
     for title in ("tensors", "norm(delta)", "norm(W)", "ratio", "cosine", *(["worst\nstored"] if quantised else [])):
         table.add_column(title, justify="right", overflow="fold")
     previous: int | None = -1

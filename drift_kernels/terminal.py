@@ -27,9 +27,13 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(*, to_the_end: bool) -> Iterator[None]:
     """The first of SIGINT, SIGTERM and SIGHUP raises Stopped here; from then on they are ignored, so that nothing
-    disturbs the clearing up and the end of the process. What was ignored before (nohup) stays ignored."""
+    disturbs the clearing up and the end of the process. What was ignored before (nohup) stays ignored.
+
+    With `to_the_end` the process has nothing else to do afterwards: a signal then ends it, without a traceback from
+    Python's own clearing up.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,7 +55,7 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         for number in () if stopped else heard:
-            signal.signal(number, before[number])
+            signal.signal(number, signal.SIG_DFL if to_the_end else before[number])
 
 
 def console(*, stderr: bool = False) -> Console:

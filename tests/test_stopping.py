@@ -23,7 +23,7 @@ for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # whatever the tests run under
     signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 from drift_kernels import cli
 from drift_kernels.prior import build
-folder, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
+folder, moment, words = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 
 def pausing(function, when=lambda: True, seconds=60):
     def paused(*arguments, **options):
@@ -45,12 +45,13 @@ elif moment == "in a thread":
     build.DeltaStream._work = pausing(build.DeltaStream._work, seconds=0.5)
 elif moment == "any":
     cli.build_prior = pausing(cli.build_prior, seconds=0)
-if "twice" in sys.argv:
+if "twice" in words:
     shutil.rmtree = pausing(shutil.rmtree, seconds=0.5)
-if "nohup" in sys.argv:
+if "nohup" in words:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 paths = ["--expert", folder / "expert", "--base", folder / "base", "--out", folder / "prior"]
-sys.exit(cli.main(["build", *map(str, paths), "--overwrite"]))
+sys.argv = ["drift-prior", "build", *map(str, paths), "--overwrite"]
+sys.exit(cli.main())
 """
 
 
@@ -146,7 +147,7 @@ def test_at_any_moment(folder: Path) -> None:
         builds[-1].send("SIGINT")
     for number, build in enumerate(builds):
         status, errors = build.end()
-        # -SIGINT: the build was done, and Python itself was on its way out.
+        # -SIGINT: the build was done, and and the process on its way out.
         assert (status, errors) in ((0, ""), (130, "drift-prior: stopped by SIGINT\n"), (-signal.SIGINT, ""))
         assert leftovers(folder / str(number)) in ([], ["prior"])
         if leftovers(folder / str(number)):
