@@ -265,7 +265,7 @@ def progress(done, total):
         die()
 
 if moment == "before the record":
-    build._write_json = die
+    build.write_json = die
 if moment == "before the rename":
     pathlib.Path.rename = die
 print("building", flush=True)

@@ -184,25 +184,3 @@ def test_usage_errors_exit_with_2(
         build(folder, option, value)
     assert exit_.value.code == 2
     assert words in capsys.readouterr().err
-
-
-def test_hub_ids_are_downloaded(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = {}
-
-    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
-        asked[repo_id] = allow_patterns
-        if repo_id == "org/gone":
-            raise OSError("404 Client Error\nand more")
-        return str(folder / repo_id.removeprefix("org/"))
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert main(["build", "--expert", "org/expert", "--base", "org/base", "--out", str(folder / "prior")]) == 0
-    assert "*.safetensors" in asked["org/expert"]
-    assert main(["inspect", "org/prior"]) == 0
-    assert "drift_prior.json" in asked["org/prior"]
-    assert Prior.open("org/prior").record["sources"]["expert"]["name"] == "org/expert"
-    capsys.readouterr()
-    assert main(["inspect", "org/gone"]) == 1
-    assert "org/gone: no such folder, and not fetched from the Hub (OSError: 404" in one_line(capsys.readouterr().err)

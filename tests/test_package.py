@@ -23,7 +23,7 @@ PACKAGE = ROOT / "drift_kernels"
 # its own. (`_cpu` and `_cuda` are the compiled extensions.)
 FLOORS = {
     "": [
-        {"errors", "torch_private", "schedule", "deprecation", "_cpu", "_cuda"},
+        {"errors", "torch_private", "schedule", "deprecation", "terminal", "_cpu", "_cuda"},
         {"formats"},
         {"sharding"},
         {"kernels", "state"},
@@ -43,8 +43,9 @@ FLOORS = {
     ],
     "state": [{"param_groups", "precision"}, {"masters", "arrangement", "live"}, {"state_dict"}],
     "prior": [
-        {"names", "norms", "hub"}, {"files", "coverage", "quantized"}, {"arithmetic", "pairing", "prior"},
-        {"stream", "summary"}, {"build", "plot"}, {"__init__"},
+        {"names", "norms", "verification"}, {"foreign", "coverage", "quantized"}, {"reading", "record"}, {"files"},
+        {"arithmetic", "pairing", "hub", "stored", "writing"}, {"prior", "stream"}, {"summary"}, {"build", "plot"},
+        {"__init__"},
     ],
     "engine": [
         {"seen", "hyperparameters", "binding"}, {"rules"}, {"launches"}, {"engine", "figures"}, {"backward"},

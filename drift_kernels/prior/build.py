@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, PriorError
+from ..errors import PriorError
 from ..formats.blocks import DELTA_LIMITS, blocks_of
-from .files import Checkpoint, Layout, TensorFileWriter, size_in_bytes
-from .hub import local_folder
+from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, Layout, size_in_bytes
+from .hub import local_folder, public_name
 from .names import some
 from .pairing import Pair, pair_up
-from .prior import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, UNFINISHED_MARK, VERSION, Prior
+from .prior import Prior
 from .quantized import scales_name
+from .record import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, UNFINISHED_MARK, VERSION, checksum_fields
 from .stream import DeltaStream
+from .writing import TensorFileWriter, sync_folder, write_json
 
 logger = logging.getLogger("drift_kernels")
 
 Progress = Callable[[int, int], None]
 """Called with the elements done so far and the elements in all."""
+
+_WRITERS = 3  # shards that are open at a time: one is written, two may wait for the disk
 
 
 def build_prior(
@@ -55,8 +57,9 @@ def build_prior(
     whatever the checkpoints' size.
 
     The folder appears under its name when it is complete; an existing prior is replaced only if `overwrite`. Raises
-    CheckpointError for damaged, incomplete or foreign checkpoints, PriorError for checkpoints that do not fit each
-    other, a NaN or Inf, and an `out` in the way; ValueError for an unknown module or dtype.
+    CheckpointError for damaged, incomplete, foreign or unreadable checkpoints, PriorError for checkpoints that do not
+    fit each other, a NaN or Inf, and an `out` in the way; ValueError for an unknown module or dtype; OSError when `out`
+    cannot be written.
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
@@ -75,7 +78,8 @@ def build_prior(
         with _folder_that_appears_complete(target, overwrite) as folder:
             stream = DeltaStream(checkpoints, dtype)
             with _one_thread():
-                _write_shards(folder, _plan_shards(pairs, dtype, max_shard_bytes), stream, dtype, progress)
+                shards = _plan_shards(pairs, dtype, max_shard_bytes)
+                checksums = _write_shards(folder, shards, stream, dtype, progress)
             record = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -86,21 +90,25 @@ def build_prior(
                 "name_map": dict(name_map or {}),
                 "warnings": warnings,
                 "sources": {
-                    role: {"name": _public_name(source), "sha256": stream.digests[role].hexdigest()}
+                    role: {"name": public_name(source), "sha256": stream.digests[role].hexdigest()}
                     for role, source in chosen.items()
                 },
-                "tensors": {pair.name: {"shape": list(pair.shape), **stream.measure(pair)} for pair in pairs},
+                "tensors": {
+                    pair.name: {
+                        "shape": list(pair.shape),
+                        **stream.measure(pair),
+                        **checksum_fields(pair.name, checksums),
+                    }
+                    for pair in pairs
+                },
             }
-            _write_json(folder / RECORD_NAME, record)
+            write_json(folder / RECORD_NAME, record)
     return Prior.open(target)
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """The safetensors checkpoint of a local folder or a Hub id. Raises CheckpointError."""
-    try:
-        return Checkpoint(local_folder(source, ("*.safetensors", "*.safetensors.index.json", "config.json")))
-    except FileNotFoundError as error:
-        raise CheckpointError(str(error)) from error
+    return Checkpoint(local_folder(source, (SINGLE_NAME, INDEX_NAME, "config.json"), INDEX_NAME))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -122,20 +130,21 @@ def _folder_that_appears_complete(target: Path, overwrite: bool) -> Iterator[Pat
     """A folder beside `target` that takes its name when the block ends, and is removed when the block fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f"{target.name}{UNFINISHED_MARK}{secrets.token_hex(4)}")
-    folder.mkdir()
+    old = target.with_name(folder.name + ".old")
     try:
+        folder.mkdir()
         yield folder
-        _sync_folder(folder)
+        sync_folder(folder)
         _check_target(target, overwrite)
-        old = target.with_name(folder.name + ".old")
         if target.exists():
             target.rename(old)
         folder.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        _sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        sync_folder(target.parent)
+    finally:
+        if old.exists() and not target.exists():  # interrupted between the two renames
+            old.rename(target)
+        for leftover in (folder, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
@@ -174,46 +183,32 @@ def _layout(shard: Sequence[Pair], dtype: torch.dtype) -> Layout:
 
 def _write_shards(
     folder: Path, shards: list[list[Pair]], stream: DeltaStream, dtype: torch.dtype, progress: Progress | None
-) -> None:
-    """The shards and their index; each shard is brought to the disk while the next is made."""
+) -> dict[str, int]:
+    """The shards and their index; each shard is brought to the disk while the next is made. Returns the checksums of
+    the tensors in them."""
     total, done = sum(pair.numel for shard in shards for pair in shard), 0
-    total_size, weight_map = 0, {}
+    total_size, weight_map, checksums = 0, {}, {}
     with ExitStack() as files, ThreadPoolExecutor(max_workers=1) as disk:
         synced = []
         for number, shard in enumerate(shards, 1):
             name = f"prior-{number:05d}-of-{len(shards):05d}.safetensors"
             layout = _layout(shard, dtype)
             writer = files.enter_context(TensorFileWriter(folder / name, layout))
-            for piece, stored in stream.deltas(shard):
-                for tensor, flat in stored.items():
-                    writer.append(tensor, flat)
-                done += piece.count
-                if progress is not None:
-                    progress(done, total)
-            synced.append(disk.submit(writer.sync))
+            with closing(stream.deltas(shard)) as deltas:  # its threads end before the files do, whatever happens
+                for piece, stored in deltas:
+                    for tensor, flat in stored.items():
+                        writer.append(tensor, flat)
+                    done += piece.count
+                    if progress is not None:
+                        progress(done, total)
+            checksums.update(writer.checksums)
+            synced.append(disk.submit(writer.finish))
+            if len(synced) >= _WRITERS:
+                synced[-_WRITERS].result()
             total_size += sum(map(size_in_bytes, layout.values()))
             weight_map.update(dict.fromkeys(layout, name))
         for future in synced:
             future.result()
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    _write_json(folder / PRIOR_INDEX_NAME, index)
-
-
-def _public_name(source: str | os.PathLike[str]) -> str:
-    """A Hub id, or a folder's own name: the record goes wherever the prior goes, and no machine's paths with it."""
-    return str(source) if not Path(source).is_dir() else Path(source).resolve().name
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_json(folder / PRIOR_INDEX_NAME, index)
+    return checksums

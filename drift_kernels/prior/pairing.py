@@ -19,12 +19,14 @@ EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
 _CROSS_ATTENTION = re.compile(r"layers\.\d+\.cross_attn\.")
+_FURTHER_LAYER = re.compile(r"layers\.\d+\.eh_proj\.")
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """One checkpoint's tensors by canonical name. `layers` are its ordinary ones, without cross-attention layers."""
+    """One checkpoint's tensors by canonical name, without layers that predict further tokens (transformers does not
+    load them either). `layers` are its ordinary ones, without cross-attention layers."""
 
     checkpoint: Checkpoint
     tensors: dict[str, StoredTensor]
@@ -38,20 +40,28 @@ class LanguageModel:
             if name in tensors:
                 raise CheckpointError(f"{checkpoint.folder}: two tensors have the canonical name {name}")
             tensors[name] = tensor
+        further = _further_layers(tensors, _text_config(checkpoint.config))
+        tensors = {name: tensor for name, tensor in tensors.items() if layer_of(name) not in further}
         crossing = {layer_of(name) for name in tensors if _CROSS_ATTENTION.match(name)}
         layers = {layer for name in tensors if (layer := layer_of(name)) is not None}
         return cls(checkpoint, tensors, sorted(layers - crossing))
 
-    def numbered_like(self, base: LanguageModel) -> LanguageModel:
+    def numbered_like(self, base: LanguageModel, asked: Iterable[int] | None) -> LanguageModel:
         """The same tensors under the base's layer numbers.
 
         Mllama inserts cross-attention layers between those of the text model, so that text layer 3 is its layer 4.
-        Raises PriorError when the two have different numbers of ordinary layers.
+        Raises PriorError when the two have different numbers of ordinary layers, unless one only goes on where the
+        other ends, and the layers asked for are in both.
         """
         if len(self.layers) != len(base.layers):
+            shorter, longer = sorted((self.layers, base.layers), key=len)
+            goes_on = bool(shorter) and longer[: len(shorter)] == shorter
+            if goes_on and asked is not None and set(asked) <= set(shorter):
+                return self
             raise PriorError(
                 f"the checkpoints do not fit: {self.checkpoint.folder} has {len(self.layers)} layers, "
                 f"{base.checkpoint.folder} has {len(base.layers)}"
+                + (f"; layers (--layers) may choose among {shorter[0]}-{shorter[-1]}" if goes_on else "")
             )
         number = dict(zip(self.layers, base.layers, strict=True))
         if self.layers == base.layers:
@@ -97,7 +107,7 @@ def pair_up(
     base = LanguageModel.of(checkpoints["base"], name_map)
     models = {"base": base}
     for role in checkpoints.keys() - {"base"}:
-        models[role] = LanguageModel.of(checkpoints[role], name_map).numbered_like(base)
+        models[role] = LanguageModel.of(checkpoints[role], name_map).numbered_like(base, layers)
     warnings = _config_warnings(checkpoints) + _vocabulary_warnings(models)
     if select_names([HEAD], modules, layers):
         _untie_heads(models, warnings)
@@ -117,6 +127,15 @@ def pair_up(
         for name in sorted(shared, key=natural_key)
     ]
     return pairs, warnings
+
+
+def _further_layers(tensors: Iterable[str], config: Mapping[str, Any]) -> set[int | None]:
+    """Layers for multi-token prediction behind the last ordinary one (GLM-4.5, DeepSeek-V3): by the config's count, or
+    by the projection that no other layer has."""
+    layers = {layer_of(name) for name in tensors} - {None}
+    last, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    counted = range(last, last + further) if isinstance(last, int) and isinstance(further, int) else ()
+    return layers & {*counted, *(layer_of(name) for name in tensors if _FURTHER_LAYER.match(name))}
 
 
 def _pair(name: str, sources: dict[str, StoredTensor]) -> Pair:

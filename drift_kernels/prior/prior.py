@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +14,28 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatchError
-from ..formats.blocks import BLOCK, DELTA_LIMITS, blocks_of
 from .coverage import Coverage
-from .files import StoredTensor, byte_view, inspect_shards, read_json
+from .files import byte_view, inspect_shards
 from .hub import local_folder
 from .names import canonical_name, natural_key
-from .norms import norm
 from .quantized import Box, QuantizedDelta, scales_name
+from .reading import exists, read_json
+from .record import (
+    PRIOR_INDEX_NAME,
+    RECORD_NAME,
+    UNFINISHED_MARK,
+    DeltaInfo,
+    fingerprint_of_record,
+    read_infos,
+    recorded_checksums,
+)
+from .stored import StoredDelta, norm_fault, norm_of
+from .verification import Verification
 
 logger = logging.getLogger("drift_kernels")
 
-RECORD_NAME = "drift_prior.json"
-PRIOR_INDEX_NAME = "prior.safetensors.index.json"
-FORMAT, VERSION = "drift_prior", 2  # version 1 knew float32 and bfloat16 alone, and no stored_cosine
-UNFINISHED_MARK = ".unfinished-"  # in the name of a folder that a build is still writing
-
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, *DELTA_LIMITS)}
-
-_NORM_TOLERANCE = 1e-5
 _SAMPLED_ABOVE = 1 << 20  # elements; a larger delta in memory is fingerprinted by a sample
 _SAMPLE_BLOCKS, _SAMPLE_BLOCK = 16, 1 << 14
-
-
-@dataclass(frozen=True)
-class DeltaInfo:
-    """What a prior knows about one delta without reading it.
-
-    `dtype` is that of the delta as stored: float32, bfloat16, or that of its codes, int8 or float8_e4m3fn. `delta_norm`
-    is the norm of the delta as stored, `param_norm` the norm of the base's weight, and `cosine` the cosine of the
-    expert's weight and the base's; `stored_cosine` is the cosine of the delta as stored and the exact one. None stands
-    for a cosine with a vector of zeros. For deltas that were given in memory the last three are None, and
-    `stored_cosine` also for deltas stored in float32 or bfloat16.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    delta_norm: float
-    param_norm: float | None = None
-    cosine: float | None = None
-    stored_cosine: float | None = None
-
-
-@dataclass(frozen=True)
-class StoredDelta:
-    """Where a delta lies: its values or codes, and the scales of codes."""
-
-    values: StoredTensor
-    scales: StoredTensor | None
-
-    @classmethod
-    def find(cls, folder: Path, name: str, info: DeltaInfo, stored: Mapping[str, StoredTensor]) -> StoredDelta:
-        """The delta of a name among the tensors of a prior. Raises PriorFormatError if they are not as recorded."""
-        expected = {name: (info.dtype, info.shape)}
-        if info.dtype in DELTA_LIMITS:
-            expected[scales_name(name)] = torch.float32, (blocks_of(math.prod(info.shape)),)
-        for tensor, (dtype, shape) in expected.items():
-            if tensor not in stored:
-                raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {tensor}")
-            if (stored[tensor].dtype, stored[tensor].shape) != (dtype, shape):
-                found = f"{stored[tensor].dtype} {list(stored[tensor].shape)}"
-                raise PriorFormatError(f"{folder}: {tensor} is recorded as {dtype} {list(shape)}, stored as {found}")
-        return cls(stored[name], stored.get(scales_name(name)) if len(expected) > 1 else None)
-
-    def read(self, box: Box | None = None) -> Tensor | QuantizedDelta:
-        """The delta, or the part in a box, for which it reads no row beyond. Raises CheckpointError when its file is
-        gone or too short."""
-        if box is None:
-            values = self.values.read()
-            return values if self.scales is None else QuantizedDelta(values, self.scales.read())
-        row = math.prod(self.values.shape[1:])
-        begin, end = box[0].start * row, box[0].stop * row
-        shape, inner = (box[0].stop - box[0].start, *self.values.shape[1:]), (slice(None), *box[1:])
-        if self.scales is None:
-            return self.values.read_flat(begin, end).view(shape)[inner].contiguous()
-        first, last = begin // BLOCK, blocks_of(end)
-        codes = self.values.read_flat(first * BLOCK, min(last * BLOCK, self.values.numel))
-        delta = QuantizedDelta(codes, self.scales.read_flat(first, last))
-        if begin % BLOCK == 0 and codes.numel() == end - begin:
-            return QuantizedDelta(codes.view(shape), delta.scales).part(inner)
-        begin -= first * BLOCK
-        return delta.expand()[begin : begin + math.prod(shape)].view(shape)[inner].contiguous()
 
 
 class Prior:
@@ -129,24 +69,26 @@ class Prior:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Prior:
-        """Open a prior's folder, or a Hub id; reads metadata only.
+        """Open a prior's folder, or a Hub id; reads metadata only. What is opened is the folder as it is found now,
+        whatever becomes of the working directory, or of a link to it.
 
-        Raises PriorFormatError when it is not a prior, is incomplete or damaged, or comes from a newer version.
+        Raises PriorFormatError when it is not a prior, is incomplete, damaged or unreadable, or comes from a newer
+        version.
         """
         try:
-            folder = local_folder(path, ("prior*", RECORD_NAME))
-            if UNFINISHED_MARK in folder.name or not (folder / RECORD_NAME).exists():
+            folder = local_folder(path, (RECORD_NAME, PRIOR_INDEX_NAME), PRIOR_INDEX_NAME).resolve()
+            if UNFINISHED_MARK in folder.name or not exists(folder / RECORD_NAME):
                 raise PriorFormatError(f"{folder}: not a prior: no {RECORD_NAME}, or its build was never finished")
             record = read_json(folder / RECORD_NAME)
-            _, stored = inspect_shards(folder, PRIOR_INDEX_NAME)
-        except (FileNotFoundError, CheckpointError) as error:
+            stored = inspect_shards(folder, PRIOR_INDEX_NAME)
+        except CheckpointError as error:
             raise PriorFormatError(str(error)) from error
-        infos = _read_infos(folder, record)
+        infos = read_infos(folder, record)
         deltas = {name: StoredDelta.find(folder, name, info, stored) for name, info in infos.items()}
         scales = {scales_name(name) for name, delta in deltas.items() if delta.scales is not None}
         for name in stored.keys() - deltas.keys() - scales:
             raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {name}")
-        return cls(infos, deltas, _fingerprint_of_record(record), record)
+        return cls(infos, deltas, fingerprint_of_record(record), record)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Tensor | QuantizedDelta]) -> Prior:
@@ -168,7 +110,7 @@ class Prior:
         deltas = {name: _checked_delta(key, mapping[key]) for name, key in keys.items()}
         infos = {}
         for name, delta in deltas.items():
-            infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, _norm_of(delta))
+            infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, norm_of(delta))
             if not math.isfinite(infos[name].delta_norm):
                 raise PriorError(f"the delta of {keys[name]} holds NaN or Inf")
         return cls(infos, deltas, _fingerprint_of_deltas(deltas), {})
@@ -195,8 +137,8 @@ class Prior:
         Without `copy`, a delta that was given in memory as a tensor, contiguous and on the device already, is returned
         itself.
 
-        Raises KeyError for an unknown name, and PriorFormatError when the stored bytes do not have the recorded norm or
-        hold a scale that is negative or not finite.
+        Raises KeyError for an unknown name, and PriorFormatError when the stored bytes cannot be read, do not have the
+        recorded norm, or hold a scale that is negative or not finite.
         """
         stored = self.load_stored(name, device, copy=copy)
         return stored.expand() if isinstance(stored, QuantizedDelta) else stored
@@ -219,10 +161,12 @@ class Prior:
             loaded = delta.read(box)
             if isinstance(loaded, QuantizedDelta):
                 loaded.check_scales()
-        except (CheckpointError, PriorError) as error:
+        except CheckpointError as error:
+            raise PriorFormatError(f"{name} of the prior: {error}") from error
+        except PriorError as error:
             raise PriorFormatError(f"{delta.values.path}: {name} is damaged: {error}") from error
         if box is None:
-            self._check_norm(name, delta.values.path, _norm_of(loaded))
+            self._check_norm(name, delta.values.path, norm_of(loaded))
         return loaded if device is None else loaded.to(device)
 
     def check_norm_of_parts(self, name: str, found: float) -> None:
@@ -232,9 +176,27 @@ class Prior:
             self._check_norm(name, delta.values.path, found)
 
     def _check_norm(self, name: str, path: Path, found: float) -> None:
-        recorded = self._infos[name].delta_norm
-        if not math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
-            raise PriorFormatError(f"{path}: {name} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}")
+        if fault := norm_fault(found, self._infos[name].delta_norm):
+            raise PriorFormatError(f"{path}: {name} is {fault}")
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> Verification:
+        """Read every byte of the prior, in flat memory, and compare it with what was recorded when it was built.
+
+        A changed bit shows, wherever in the deltas it is; in priors that were built before there were checksums, only
+        what changes a norm. Never raises for what it finds: ask `intact`. Deltas in memory have nothing to compare.
+        `progress` is called with the elements done so far and the elements in all.
+        """
+        done, checked, faults = 0, {True: 0, False: 0}, {}
+        for name, delta in self._deltas.items():
+            if isinstance(delta, StoredDelta):
+                checksums = recorded_checksums(self.record, name)
+                checked[checksums is not None] += 1
+                if fault := delta.fault(self._infos[name], checksums):
+                    faults[name] = fault
+            done += math.prod(self._infos[name].shape)
+            if progress is not None:
+                progress(done, self.numel)
+        return Verification(by_checksum=checked[True], by_norm=checked[False], faults=faults)
 
     def coverage(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Coverage:
         """How live parameters and deltas match by canonical name and shape; values are not looked at.
@@ -263,29 +225,6 @@ class Prior:
 PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor | QuantizedDelta]
 
 
-def _read_infos(folder: Path, record: Mapping[str, Any]) -> dict[str, DeltaInfo]:
-    if record.get("format") != FORMAT or record.get("version") not in range(1, VERSION + 1):
-        found = f"format {record.get('format')!r}, version {record.get('version')!r}"
-        raise PriorFormatError(
-            f"{folder / RECORD_NAME}: expected format {FORMAT!r}, version 1 to {VERSION}; found {found}"
-        )
-    try:
-        dtype = DTYPES[record["dtype"]]
-        return {
-            name: DeltaInfo(
-                shape=tuple(row["shape"]),
-                dtype=dtype,
-                delta_norm=row["delta_norm"],
-                param_norm=row["param_norm"],
-                cosine=row["cosine"],
-                stored_cosine=row.get("stored_cosine"),
-            )
-            for name, row in record["tensors"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PriorFormatError(f"{folder / RECORD_NAME}: lacks or garbles {error}") from error
-
-
 def _checked_delta(key: str, delta: Tensor | QuantizedDelta) -> Tensor | QuantizedDelta:
     if isinstance(delta, QuantizedDelta):
         try:
@@ -298,26 +237,6 @@ def _checked_delta(key: str, delta: Tensor | QuantizedDelta) -> Tensor | Quantiz
         raise PriorError(f"the delta of {key} must be a dense floating tensor, got {kind}")
     delta = delta.detach()
     return delta if delta.dtype in (torch.float32, torch.bfloat16) else delta.float()
-
-
-def _norm_of(delta: Tensor | QuantizedDelta) -> float:
-    return delta.norm() if isinstance(delta, QuantizedDelta) else norm(delta)
-
-
-def _fingerprint_of_record(record: Mapping[str, Any]) -> str:
-    """Names, shapes, dtype and the content hashes of the sources: what determines every byte of the deltas.
-
-    The norms follow from these, and are left out because their last digits depend on the machine.
-    """
-    try:
-        content = {
-            "tensors": {name: row["shape"] for name, row in record["tensors"].items()},
-            "dtype": record["dtype"],
-            "sources": {role: source["sha256"] for role, source in record["sources"].items()},
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PriorFormatError(f"{RECORD_NAME}: lacks or garbles {error}") from error
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint_of_deltas(deltas: Mapping[str, Tensor | QuantizedDelta]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -76,7 +76,7 @@ class DeltaStream:
         self._products: dict[str, Products] = {}  # of the common part
         self._base_squares: dict[str, float] = {}  # of the whole
 
-    def deltas(self, pairs: Iterable[Pair]) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+    def deltas(self, pairs: Iterable[Pair]) -> Generator[tuple[Piece, dict[str, Tensor]], None, None]:
         """The deltas of `pairs`, end to end, in pieces: what to append, 1-D, to which tensors of the prior's files.
 
         A piece is valid until the next is asked for. Raises PriorError, naming the tensor, once a delta turns out to
