@@ -23,7 +23,7 @@ PACKAGE = ROOT / "drift_kernels"
 # its own. (`_cpu` and `_cuda` are the compiled extensions.)
 FLOORS = {
     "": [
-        {"errors", "torch_private", "schedule", "_cpu", "_cuda"},
+        {"errors", "messages", "torch_private", "schedule", "_cpu", "_cuda"},
         {"formats"},
         {"sharding"},
         {"kernels", "state"},
@@ -43,8 +43,8 @@ FLOORS = {
     ],
     "state": [{"param_groups", "precision"}, {"masters", "state_dict"}],
     "prior": [
-        {"names", "norms", "hub"}, {"files", "coverage", "quantized"}, {"arithmetic", "pairing", "prior"},
-        {"stream", "summary"}, {"build", "plot"}, {"__init__"},
+        {"names", "norms", "hub"}, {"files", "coverage", "quantized"}, {"arithmetic", "encodings", "deltas"},
+        {"pairing", "fingerprint", "plausible"}, {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
     ],
     "engine": [
         {"seen", "hyperparameters", "binding"}, {"rules"}, {"launches"}, {"engine", "figures"}, {"backward"},

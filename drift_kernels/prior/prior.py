@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +13,25 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatchError
-from ..formats.blocks import BLOCK, DELTA_LIMITS, blocks_of
+from ..formats.blocks import DELTA_LIMITS
 from .coverage import Coverage
-from .files import StoredTensor, byte_view, inspect_shards, read_json
+from .deltas import PRIOR_INDEX_NAME, RECORD_NAME, DeltaInfo, StoredDelta
+from .files import inspect_shards, read_json
+from .fingerprint import fingerprint_of_deltas, fingerprint_of_record
 from .hub import local_folder
 from .names import canonical_name, natural_key
 from .norms import norm
+from .plausible import check_values
 from .quantized import Box, QuantizedDelta, scales_name
 
 logger = logging.getLogger("drift_kernels")
 
-RECORD_NAME = "drift_prior.json"
-PRIOR_INDEX_NAME = "prior.safetensors.index.json"
 FORMAT, VERSION = "drift_prior", 2  # version 1 knew float32 and bfloat16 alone, and no stored_cosine
 UNFINISHED_MARK = ".unfinished-"  # in the name of a folder that a build is still writing
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, *DELTA_LIMITS)}
 
 _NORM_TOLERANCE = 1e-5
-_SAMPLED_ABOVE = 1 << 20  # elements; a larger delta in memory is fingerprinted by a sample
-_SAMPLE_BLOCKS, _SAMPLE_BLOCK = 16, 1 << 14
-
-
-@dataclass(frozen=True)
-class DeltaInfo:
-    """What a prior knows about one delta without reading it.
-
-    `dtype` is that of the delta as stored: float32, bfloat16, or that of its codes, int8 or float8_e4m3fn. `delta_norm`
-    is the norm of the delta as stored, `param_norm` the norm of the base's weight, and `cosine` the cosine of the
-    expert's weight and the base's; `stored_cosine` is the cosine of the delta as stored and the exact one. None stands
-    for a cosine with a vector of zeros. For deltas that were given in memory the last three are None, and
-    `stored_cosine` also for deltas stored in float32 or bfloat16.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    delta_norm: float
-    param_norm: float | None = None
-    cosine: float | None = None
-    stored_cosine: float | None = None
-
-
-@dataclass(frozen=True)
-class StoredDelta:
-    """Where a delta lies: its values or codes, and the scales of codes."""
-
-    values: StoredTensor
-    scales: StoredTensor | None
-
-    @classmethod
-    def find(cls, folder: Path, name: str, info: DeltaInfo, stored: Mapping[str, StoredTensor]) -> StoredDelta:
-        """The delta of a name among the tensors of a prior. Raises PriorFormatError if they are not as recorded."""
-        expected = {name: (info.dtype, info.shape)}
-        if info.dtype in DELTA_LIMITS:
-            expected[scales_name(name)] = torch.float32, (blocks_of(math.prod(info.shape)),)
-        for tensor, (dtype, shape) in expected.items():
-            if tensor not in stored:
-                raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {tensor}")
-            if (stored[tensor].dtype, stored[tensor].shape) != (dtype, shape):
-                found = f"{stored[tensor].dtype} {list(stored[tensor].shape)}"
-                raise PriorFormatError(f"{folder}: {tensor} is recorded as {dtype} {list(shape)}, stored as {found}")
-        return cls(stored[name], stored.get(scales_name(name)) if len(expected) > 1 else None)
-
-    def read(self, box: Box | None = None) -> Tensor | QuantizedDelta:
-        """The delta, or the part in a box, for which it reads no row beyond. Raises CheckpointError when its file is
-        gone or too short."""
-        if box is None:
-            values = self.values.read()
-            return values if self.scales is None else QuantizedDelta(values, self.scales.read())
-        row = math.prod(self.values.shape[1:])
-        begin, end = box[0].start * row, box[0].stop * row
-        shape, inner = (box[0].stop - box[0].start, *self.values.shape[1:]), (slice(None), *box[1:])
-        if self.scales is None:
-            return self.values.read_flat(begin, end).view(shape)[inner].contiguous()
-        first, last = begin // BLOCK, blocks_of(end)
-        codes = self.values.read_flat(first * BLOCK, min(last * BLOCK, self.values.numel))
-        delta = QuantizedDelta(codes, self.scales.read_flat(first, last))
-        if begin % BLOCK == 0 and codes.numel() == end - begin:
-            return QuantizedDelta(codes.view(shape), delta.scales).part(inner)
-        begin -= first * BLOCK
-        return delta.expand()[begin : begin + math.prod(shape)].view(shape)[inner].contiguous()
 
 
 class Prior:
@@ -146,7 +82,7 @@ class Prior:
         scales = {scales_name(name) for name, delta in deltas.items() if delta.scales is not None}
         for name in stored.keys() - deltas.keys() - scales:
             raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {name}")
-        return cls(infos, deltas, _fingerprint_of_record(record), record)
+        return cls(infos, deltas, fingerprint_of_record(record), record)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Tensor | QuantizedDelta]) -> Prior:
@@ -154,8 +90,8 @@ class Prior:
 
         float32, bfloat16 and quantised deltas are kept as they are and not copied, so they must not be written to;
         tensors of other floating dtypes become float32.
-        Raises PriorError for an empty mapping, two keys of one canonical name, and a delta that is not a floating
-        tensor or a QuantizedDelta, or not finite.
+        Raises PriorError for an empty mapping, two keys of one canonical name, a delta that is not a floating tensor or
+        a QuantizedDelta, or not finite, and deltas that are all zero; if some are, a warning is logged.
         """
         keys: dict[str, str] = {}
         for key in mapping:
@@ -171,7 +107,9 @@ class Prior:
             infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, _norm_of(delta))
             if not math.isfinite(infos[name].delta_norm):
                 raise PriorError(f"the delta of {keys[name]} holds NaN or Inf")
-        return cls(infos, deltas, _fingerprint_of_deltas(deltas), {})
+        for warning in check_values(infos):
+            logger.warning("%s", warning)
+        return cls(infos, deltas, fingerprint_of_deltas(deltas), {})
 
     def __len__(self) -> int:
         return len(self.names)
@@ -256,7 +194,8 @@ class Prior:
             raise PriorMismatchError(f"no parameter matches the prior: {coverage.summary()}")
         if strict and not coverage.complete:
             raise PriorMismatchError(f"the prior matches only in part: {coverage.summary()}")
-        logger.log(logging.INFO if coverage.complete else logging.WARNING, "%s", coverage.summary())
+        if not coverage.complete:
+            logger.warning("%s", coverage.summary())
         return coverage
 
 
@@ -302,33 +241,3 @@ def _checked_delta(key: str, delta: Tensor | QuantizedDelta) -> Tensor | Quantiz
 
 def _norm_of(delta: Tensor | QuantizedDelta) -> float:
     return delta.norm() if isinstance(delta, QuantizedDelta) else norm(delta)
-
-
-def _fingerprint_of_record(record: Mapping[str, Any]) -> str:
-    """Names, shapes, dtype and the content hashes of the sources: what determines every byte of the deltas.
-
-    The norms follow from these, and are left out because their last digits depend on the machine.
-    """
-    try:
-        content = {
-            "tensors": {name: row["shape"] for name, row in record["tensors"].items()},
-            "dtype": record["dtype"],
-            "sources": {role: source["sha256"] for role, source in record["sources"].items()},
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PriorFormatError(f"{RECORD_NAME}: lacks or garbles {error}") from error
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint_of_deltas(deltas: Mapping[str, Tensor | QuantizedDelta]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(deltas):
-        delta = deltas[name]
-        digest.update(f"{name} {delta.dtype} {list(delta.shape)}\n".encode())
-        for tensor in (delta.codes, delta.scales) if isinstance(delta, QuantizedDelta) else (delta,):
-            flat = tensor.reshape(-1)
-            if flat.numel() > _SAMPLED_ABOVE:
-                starts = torch.linspace(0, flat.numel() - _SAMPLE_BLOCK, _SAMPLE_BLOCKS, dtype=torch.float64).long()
-                flat = torch.cat([flat[start : start + _SAMPLE_BLOCK] for start in starts.tolist()])
-            digest.update(byte_view(flat.cpu().contiguous()))
-    return digest.hexdigest()
