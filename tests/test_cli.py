@@ -36,10 +36,10 @@ def one_line(text: str) -> str:
 
 
 def test_build_then_inspect_then_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert build(folder, "--modules", "attn,norm,embed", "--layers", "0,2", "--dtype", "fp32") == 0
+    assert build(folder, "--modules", "attn,norms,embed", "--layers", "0,2", "--dtype", "fp32") == 0
     prior = Prior.open(folder / "prior")
     assert f"{len(prior)} deltas" in one_line(capsys.readouterr().out)
-    assert prior.record["modules"] == ["attn", "norm", "embed"]
+    assert prior.record["modules"] == ["attn", "norms", "embed"]
     assert prior.record["layers"] == [0, 2]
     assert prior.info("norm.weight").dtype == torch.float32
 
@@ -139,9 +139,8 @@ def test_overwrite_regex_reference_and_name_map(folder: Path, capsys: pytest.Cap
     assert len(prior) == 3 * (1 + 2) + 1 + 3
     assert build(folder, "--overwrite", "--modules", r"re:layers.0.*q_proj,re:mlp\.up_proj$", "--no-bias") == 0
     prior = Prior.open(folder / "prior")
-    assert prior.names == ("layers.0.mlp.up_proj.weight", "layers.0.self_attn.q_proj.weight") + tuple(
-        f"layers.{layer}.mlp.up_proj.weight" for layer in (1, 2)
-    )
+    ups = [f"layers.{layer}.mlp.up_proj.weight" for layer in (0, 1, 2)]
+    assert set(prior.names) == {"layers.0.self_attn.q_proj.weight", *ups}
     assert prior.record["modules"] == ["re:layers.0.*q_proj", r"re:mlp\.up_proj$"]
     assert prior.record["include_bias"] is False
 

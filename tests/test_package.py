@@ -44,10 +44,12 @@ FLOORS = {
     "state": [{"param_groups", "precision"}, {"masters", "state_dict"}],
     "prior": [
         {"names", "norms", "hub"}, {"files", "coverage", "quantized"}, {"arithmetic", "encodings", "deltas"},
-        {"pairing", "fingerprint", "plausible"}, {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
+        {"pairing", "fingerprint", "plausible", "strengths"}, {"prior", "stream"}, {"summary"}, {"build", "plot"},
+        {"__init__"},
     ],
     "engine": [
-        {"seen", "hyperparameters", "binding"}, {"rules"}, {"launches"}, {"engine", "figures"}, {"backward"},
+        {"seen", "hyperparameters", "reach", "lookalikes"}, {"binding", "rules"}, {"launches"}, {"engine", "figures"},
+        {"backward"},
     ],
     "integrations": [{"named_groups", "step_figures"}, {"transformers"}, {"__init__"}],
 }  # fmt: skip

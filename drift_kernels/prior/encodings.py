@@ -38,6 +38,12 @@ _ADAPTED = re.compile(_ADAPTER)
 _GGUF = re.compile(r"blk\.\d+\.(?:attn|ffn)_\w+\.weight")
 
 
+def check_not_gguf(role: str, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raises CheckpointError for the tensor names of GGUF, among which there is no layer to be found."""
+    if found := list(filter(_GGUF.fullmatch, names)):
+        raise CheckpointError(_quantised(role, checkpoint, found[0], "GGUF names", len(found)))
+
+
 def check_encodings(
     role: str, checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], wanted: Iterable[str], found: set[str]
 ) -> None:
@@ -48,8 +54,6 @@ def check_encodings(
         wanted: canonical names that are asked for and that another checkpoint has.
         found: the names that `marked_weights` gave for this one and that are asked for.
     """
-    if gguf := next(filter(_GGUF.fullmatch, tensors), None):
-        raise CheckpointError(_quantised(role, checkpoint, gguf, "GGUF names", 1))
     parts = _parts_of_modules(tensors)
     adapted: list[str] = []
     quantised: list[tuple[str, str]] = []  # name, method

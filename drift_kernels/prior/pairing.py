@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError, PriorError
-from .encodings import FLOATING, check_encodings, marked_weights
+from .encodings import check_encodings, check_not_gguf, marked_weights
 from .files import Checkpoint, StoredTensor
 from .names import canonical_name, layer_of, module_of, natural_key, select_names, some, with_layer
 
@@ -109,10 +109,10 @@ def pair_up(
     that was asked for, and CheckpointError for tensors that cannot be subtracted (quantised ones, and those with
     adapters that are not merged).
     """
-    base = LanguageModel.of(checkpoints["base"], name_map)
-    models = {"base": base}
-    for role in checkpoints.keys() - {"base"}:
-        models[role] = LanguageModel.of(checkpoints[role], name_map).numbered_like(base)
+    models = {role: LanguageModel.of(checkpoint, name_map) for role, checkpoint in checkpoints.items()}
+    for role, model in models.items():
+        check_not_gguf(role, model.checkpoint, model.tensors)
+    models = {role: model.numbered_like(models["base"]) for role, model in models.items()}
     warnings = _config_warnings(checkpoints) + _vocabulary_warnings(models)
     if selection.of([HEAD]):
         _untie_heads(models, warnings)
@@ -163,8 +163,6 @@ def _lone_biases(models: Mapping[str, LanguageModel], candidates: set[str]) -> s
 def _pair(name: str, sources: dict[str, StoredTensor]) -> Pair:
     shape = sources["base"].shape
     for role, tensor in sources.items():
-        if tensor.dtype not in FLOATING:
-            raise CheckpointError(f"{tensor.path}: {name} is stored as {tensor.dtype}: dequantise the checkpoint first")
         same_but_vocabulary = module_of(name) in ("embed", "head") and tensor.shape[1:] == shape[1:]
         if tensor.shape != shape and not same_but_vocabulary:
             raise PriorError(
