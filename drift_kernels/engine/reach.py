@@ -41,9 +41,9 @@ def all_frozen(names: Sequence[str]) -> PriorMismatchError:
     """What is raised where these parameters are all that the prior covers, and do not require gradients."""
     return PriorMismatchError(
         f"no parameter that the prior covers requires gradients: all {len(names)} are frozen ({some(names)}), so it "
-        "would bias nothing. Unfreeze them (requires_grad_()) before this is made; they may be frozen again until their "
-        "turn comes. A prior acts on weights that are trained themselves: with adapters (LoRA) over frozen weights, or a "
-        "frozen language model, it cannot be used"
+        "would bias nothing. Unfreeze them (requires_grad_()) before this is made; they may be frozen again until it "
+        "is their turn. A prior acts on weights that are trained themselves: with adapters (LoRA) over frozen weights, "
+        "or a frozen language model, it cannot be used"
     )
 
 
