@@ -29,11 +29,14 @@ QUANTISED = {
         {"weight_packed": I32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64},
         "compressed-tensors",
     ),
-    "fp8 of compressed-tensors": ({"weight": F8, "weight_scale": torch.bfloat16}, "FP8 or compressed-tensors"),
+    "fp8 of compressed-tensors": ({"weight": F8, "weight_scale": torch.bfloat16}, "FP8, NVFP4 or compressed-tensors"),
+    "nvfp4": ({"weight": U8, "weight_scale": F8, "weight_scale_2": torch.float32}, "FP8, NVFP4 or compressed-tensors"),
     "fp8 in blocks": ({"weight": F8, "weight_scale_inv": torch.float32}, "FP8"),
     "fp8 alone": ({"weight": F8}, "its dtype is torch.float8_e4m3fn"),
     "hqq": ({"W_q": U8, "scale": torch.bfloat16, "zero": torch.bfloat16}, "HQQ"),
     "quanto": ({"weight._data": torch.int8, "weight._scale": torch.float32}, "Quanto"),
+    "eetq": ({"weight": torch.int8, "weight_scales": torch.float16}, "EETQ"),
+    "torchao": ({"_weight_qdata": torch.int8, "_weight_scale": torch.float32}, "torchao"),
     "aqlm": ({"codes": torch.int16, "codebooks": torch.float16, "scales": torch.float16}, "AQLM"),
 }
 

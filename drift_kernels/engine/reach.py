@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import PriorMismatchError
 from ..prior import Prior
 from ..prior.names import some
+from ..prior.plausible import all_zero
 
 logger = logging.getLogger("drift_kernels")
 
@@ -30,7 +31,7 @@ def check_reach(prior: Prior, named: Sequence[tuple[str, Tensor]], deltas: Mappi
     covered = [(name, param) for name, param in named if name in deltas]
     if not any(trains(param) for _, param in covered):
         raise all_frozen([name for name, _ in covered])
-    if not any(prior.info(deltas[name]).delta_norm for name, _ in covered):
+    if all_zero({name: prior.info(deltas[name]) for name, _ in covered}):
         raise PriorMismatchError(
             f"the deltas of all {len(covered)} parameters that the prior covers are zero, so it would bias nothing: "
             "the expert that it was built from equals what was subtracted"

@@ -24,7 +24,7 @@ _QUANTISED = (
     ("GPTQ or AWQ", r"\.(?:qweight|qzeros|g_idx)"),
     ("compressed-tensors", r"\.weight_(?:packed|shape|zero_point|g_idx)"),
     ("FP8", r"\.weight_scale_inv"),
-    ("FP8 or compressed-tensors", r"\.weight_scale(?:_2)?"),
+    ("FP8, NVFP4 or compressed-tensors", r"\.weight_scale(?:_2)?"),
     ("HQQ", r"\.W_q"),
     ("AQLM", r"\.(?:codes|codebooks)"),
     ("Quanto", r"\.weight\._(?:data|scale|shift)"),

@@ -17,7 +17,7 @@ _UNRELATED = 1.0
 def check_values(infos: Mapping[str, DeltaInfo]) -> list[str]:
     """Warnings about deltas by name. Raises PriorError if all are zero: training with them is plain fine-tuning."""
     zero = zero_deltas(infos)
-    if zero and all(name in zero or not _numel(info) for name, info in infos.items()):
+    if all_zero(infos):
         raise PriorError(
             f"all {len(zero)} deltas are zero, so that training with them would be plain fine-tuning: what was "
             "subtracted equals the expert, or the expert was saved without its changes"
@@ -35,6 +35,11 @@ def check_values(infos: Mapping[str, DeltaInfo]) -> list[str]:
 def zero_deltas(infos: Mapping[str, DeltaInfo]) -> list[str]:
     """The names of those that have elements, all of them zero."""
     return [name for name, info in infos.items() if info.delta_norm == 0 and _numel(info)]
+
+
+def all_zero(infos: Mapping[str, DeltaInfo]) -> bool:
+    """Whether there are elements, all of them zero."""
+    return any(map(_numel, infos.values())) and not any(info.delta_norm for info in infos.values())
 
 
 def _numel(info: DeltaInfo) -> int:
