@@ -135,6 +135,18 @@ def test_a_prior_of_zeros_that_was_built_before_is_refused() -> None:
         optimizer(Model(), prior)
 
 
+def test_adapters_alone_are_explained() -> None:
+    """What PEFT leaves to train, of a model whose frozen parameters are not given to the optimizer."""
+    adapters = {
+        f"layers.0.self_attn.q_proj.lora_{part}.default.weight": nn.Parameter(torch.ones(2, 2)) for part in "AB"
+    }
+    prior = {"layers.0.self_attn.q_proj.weight": delta(4, 4)}
+    with pytest.raises(
+        PriorMismatchError, match=r"(?s)no parameter matches the prior.*adapters \(LoRA\) have no deltas"
+    ):
+        GradientBias(adapters.items(), prior)
+
+
 # What is said
 
 
@@ -153,6 +165,20 @@ def test_a_binding_is_said_once(entry: Callable[..., Any], caplog: pytest.LogCap
         "the prior acts on 1 of 3 trainable parameters, 4,096 of 5,632 elements"
     ]
     assert records[0].levelno == logging.INFO
+
+
+def test_good_news_are_said_by_the_first_rank_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is frozen is said by every rank."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    model, prior = Model(), {"o_proj.weight": delta(64, 64), "adapter.weight": delta(4, 64)}
+    gradient_bias(model, prior)
+    assert not caplog.records
+    model.adapter.requires_grad_(False)
+    gradient_bias(model, prior)
+    assert "1 that it covers are frozen: adapter.weight" in caplog.text
 
 
 SCRIPT = """

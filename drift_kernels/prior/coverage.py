@@ -63,6 +63,8 @@ class Coverage:
             lines.append(f"  {len(self.prior_only)} deltas have no parameter: {some(self.prior_only)}")
         if self.model_only:
             lines.append(f"  {len(self.model_only)} parameters have no delta: {some(self.model_only)}")
+        if any("lora_" in param for param in self.model_only):
+            lines.append("  adapters (LoRA) have no deltas: a prior acts on weights that are trained themselves")
         if any(map(_SINGLE_EXPERT.search, self.prior_only)) and any(map(_FUSED_EXPERTS.search, self.model_only)):
             lines.append("  this model holds its experts fused in one parameter; the prior holds them one by one")
         return "\n".join(lines)
