@@ -54,10 +54,11 @@ def check_encodings(
         wanted: canonical names that are asked for and that another checkpoint has.
         found: the names that `marked_weights` gave for this one and that are asked for.
     """
-    parts = _parts_of_modules(tensors)
+    asked = {*wanted, *found}
+    parts = _parts_of_modules(tensors, {name.removesuffix(".weight") for name in asked})
     adapted: list[str] = []
     quantised: list[tuple[str, str]] = []  # name, method
-    for name in sorted({*wanted, *found}):
+    for name in sorted(asked):
         stem = name.removesuffix(".weight")
         beside = sorted(parts.get(stem, set()) - {"weight", "bias"}) if stem != name else []
         methods = [method for part in beside if (method := _method(f"{stem}.{part}"))]
@@ -107,13 +108,14 @@ def _method(name: str) -> str | None:
     return next((method for method, mark in _MARKS if mark.fullmatch(name)), None)
 
 
-def _parts_of_modules(names: Iterable[str]) -> dict[str, set[str]]:
-    """Module -> what follows its name in the tensors below it."""
+def _parts_of_modules(names: Iterable[str], modules: set[str]) -> dict[str, set[str]]:
+    """Each of these modules -> what follows its name in the tensors below it."""
     parts: dict[str, set[str]] = {}
     for name in names:
         end = name.rfind(".")
         while end > 0:
-            parts.setdefault(name[:end], set()).add(name[end + 1 :])
+            if name[:end] in modules:
+                parts.setdefault(name[:end], set()).add(name[end + 1 :])
             end = name.rfind(".", 0, end)
     return parts
 
