@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from rich.table import Table
 from .errors import CheckpointError, PriorError
 from .prior import Coverage, Prior, Verification, build_prior
 from .prior.build import open_checkpoint
-from .prior.names import MODULES, layer_of, module_of, parse_layers, select_names
+from .prior.names import PRESETS, layer_of, module_of, parse_layers, select_names
 from .prior.summary import Group, group_deltas
 from .terminal import LogLines, Stopped, console, say, stoppable
 
@@ -89,6 +90,7 @@ def _build(arguments: argparse.Namespace, errors: Console) -> int:
             reference=arguments.reference,
             modules=arguments.modules,
             layers=arguments.layers,
+            include_bias=arguments.include_bias,
             dtype=_DTYPES[arguments.dtype],
             name_map=dict(arguments.name_map),
             overwrite=arguments.overwrite,
@@ -215,8 +217,10 @@ def _parser() -> argparse.ArgumentParser:
         "--modules",
         type=_modules,
         default=["attn", "mlp"],
-        help=f"some of {','.join(MODULES)}, and last re:REGEX over canonical names (default: attn,mlp)",
+        help=f"some of {','.join(PRESETS)}, and last re:REGEX over canonical names, or several, each with its re: "
+        "(default: attn,mlp)",
     )
+    build.add_argument("--no-bias", dest="include_bias", action="store_false", help="leave biases out")
     build.add_argument("--layers", type=_layers, help="layers of the base, such as 0-27 or 0-3,8 (default: all)")
     build.add_argument(
         "--dtype",
@@ -258,9 +262,9 @@ def _command(
 
 
 def _modules(text: str) -> list[str]:
-    """A regular expression may hold commas, so `re:` takes all that follows."""
-    presets, marker, pattern = text.partition("re:")
-    modules = [module for module in presets.split(",") if module] + ([marker + pattern] if marker else [])
+    """A regular expression may hold commas, so `re:` takes all that follows, up to the next `,re:`."""
+    presets, *patterns = re.split(r"(?:^|,)re:", text)
+    modules = [module for module in presets.split(",") if module] + [f"re:{pattern}" for pattern in patterns]
     _checked(select_names, (), modules)
     return modules
 

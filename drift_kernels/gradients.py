@@ -24,12 +24,14 @@ from .engine.binding import PriorBinding
 from .engine.engine import Engine
 from .engine.figures import BiasFigures, bias_figures
 from .engine.hyperparameters import check_dtype, hyperparameters
+from .engine.reach import all_frozen
 from .engine.rules import Bias
 from .engine.seen import Seen
-from .errors import PriorError, PriorMismatchError
+from .errors import PriorError
 from .kernels import backends
 from .kernels.scalings import GRADIENT_SCALINGS, SCALINGS, GradientScaling
 from .prior import Prior, PriorLike
+from .prior.strengths import AlphaLike, Strengths
 from .sharding import is_sharded
 from .torch_private import not_compiled
 
@@ -51,8 +53,9 @@ _NO_STEP: dict[str, Any] = {
 class BiasSettings:
     """alpha and prior_scaling, in a param group as optimizers have it, so that `AlphaScheduler` takes it for one."""
 
-    def __init__(self, alpha: float | Tensor, prior_scaling: GradientScaling, normalize_to_param: bool) -> None:
-        group = {"alpha": alpha, "prior_scaling": prior_scaling, "normalize_to_param": normalize_to_param}
+    def __init__(self, alpha: AlphaLike, prior_scaling: GradientScaling, normalize_to_param: bool) -> None:
+        group_alpha, self.strengths = Strengths.split(alpha)
+        group = {"alpha": group_alpha, "prior_scaling": prior_scaling, "normalize_to_param": normalize_to_param}
         self.param_groups: list[dict[str, Any]] = [group]
         hyperparameters(self._group([]), 0)
 
@@ -90,7 +93,7 @@ def _covered(named: list[tuple[str, Tensor]], binding: PriorBinding) -> list[tup
     """The parameters that the prior has a delta for.
 
     Raises:
-        PriorMismatchError: none is covered, or one by name but not by shape.
+        PriorMismatchError: none is covered, only frozen ones are, or one by name but not by shape.
         ValueError: one is given twice.
         TypeError: the gradient of one that is covered cannot be biased.
     """
@@ -125,6 +128,7 @@ class GradientBias(BiasSettings):
         prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name. Each delta is
             loaded once, when its parameter first has a gradient.
         alpha: strength of the prior; positive pulls toward the expert, at 0 nothing is done. May be set between steps.
+            Or by pattern, as in FusedDriftAdamW: the alpha to be set is then 1, and multiplies these.
         prior_scaling: "absolute", "gradnorm" or "adaptive_cosine" (docs/method.md). ("decoupled" moves parameters, not
             gradients.)
         normalize_to_param: with "absolute", rescale each delta to norm(W), as in FusedDriftAdamW.
@@ -134,8 +138,8 @@ class GradientBias(BiasSettings):
 
     Raises:
         TypeError, ValueError: an argument or a parameter of a wrong type or value; a parameter that is given twice.
-        PriorError: parameters without names; a damaged prior (PriorFormatError); one that matches no parameter, or
-            matches by name but not by shape (PriorMismatchError).
+        PriorError: parameters without names; a damaged prior (PriorFormatError); one that matches no parameter, only
+            frozen ones, or one by name but not by shape (PriorMismatchError).
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
 
@@ -146,7 +150,7 @@ class GradientBias(BiasSettings):
         named_params: NamedParams,
         prior: PriorLike,
         *,
-        alpha: float | Tensor = 1.0,
+        alpha: AlphaLike = 1.0,
         prior_scaling: GradientScaling = "adaptive_cosine",
         normalize_to_param: bool = False,
         prior_device: str | torch.device | None = None,
@@ -154,7 +158,7 @@ class GradientBias(BiasSettings):
     ) -> None:
         super().__init__(alpha, prior_scaling, normalize_to_param)
         backends.check_name(backend)
-        binding = PriorBinding.of(prior, prior_device)
+        binding = PriorBinding.of(prior, prior_device, self.strengths)
         self.prior = binding.prior
         self.named_params = _covered(_named(named_params), binding)
         backends.check_devices(backend, [param for _, param in self.named_params])
@@ -177,7 +181,7 @@ class GradientBias(BiasSettings):
 def bias_gradients_(
     named_params: NamedParams,
     prior: Prior,
-    alpha: float | Tensor = 1.0,
+    alpha: AlphaLike = 1.0,
     prior_scaling: GradientScaling = "adaptive_cosine",
     *,
     normalize_to_param: bool = False,
@@ -200,8 +204,8 @@ def bias_gradients_(
     settings = BiasSettings(alpha, prior_scaling, normalize_to_param)
     named = _named(named_params)
     prepared = _PREPARED.get(prior)
-    if prepared is None or not prepared.fits(named):
-        prepared = _PREPARED[prior] = _Prepared.of(named, prior)
+    if prepared is None or not prepared.fits(named, settings.strengths):
+        prepared = _PREPARED[prior] = _Prepared.of(named, prior, settings.strengths)
     covered = [named[i] for i in prepared.covered]
     return bias_figures(prepared.engine.step([settings._group(covered)]))
 
@@ -213,21 +217,24 @@ class _Prepared:
     names: list[str]
     params: Seen
     covered: list[int]  # which of them the prior has a delta for
+    strengths: Strengths | None
     engine: Engine
 
     @classmethod
-    def of(cls, named: list[tuple[str, Tensor]], prior: Prior) -> _Prepared:
-        binding = PriorBinding.of(weakref.proxy(prior), None)
+    def of(cls, named: list[tuple[str, Tensor]], prior: Prior, strengths: Strengths | None) -> _Prepared:
+        binding = PriorBinding.of(weakref.proxy(prior), None, strengths)
         covered = {name for name, _ in _covered(named, binding)}
         return cls(
             names=[name for name, _ in named],
             params=Seen((), [param for _, param in named]),
             covered=[i for i, (name, _) in enumerate(named) if name in covered],
+            strengths=strengths,
             engine=Engine(Bias(), binding, "auto"),
         )
 
-    def fits(self, named: list[tuple[str, Tensor]]) -> bool:
-        return self.params.are([param for _, param in named]) and self.names == [name for name, _ in named]
+    def fits(self, named: list[tuple[str, Tensor]], strengths: Strengths | None) -> bool:
+        same = self.strengths == strengths and self.names == [name for name, _ in named]
+        return same and self.params.are([param for _, param in named])
 
 
 _PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictionary()
@@ -279,7 +286,7 @@ def attach_prior(
     model: nn.Module,
     prior: PriorLike,
     *,
-    alpha: float | Tensor = 1.0,
+    alpha: AlphaLike = 1.0,
     prior_scaling: GradientScaling = "adaptive_cosine",
     normalize_to_param: bool = False,
     prior_device: str | torch.device | None = None,
@@ -306,17 +313,18 @@ def attach_prior(
         prior, alpha, prior_scaling, normalize_to_param, prior_device, backend: as in `GradientBias`.
 
     Raises:
-        As `GradientBias`, before any hook is registered; PriorMismatchError also if no parameter that is covered
-        requires gradients. A sparse gradient of one that is covered raises TypeError in its backward pass.
+        As `GradientBias`, before any hook is registered. A sparse gradient of one that is covered raises TypeError in
+        its backward pass.
     """
     settings = BiasSettings(alpha, prior_scaling, normalize_to_param)
     backends.check_name(backend)
-    binding = PriorBinding.of(prior, prior_device)
-    named = [(name, param) for name, param in _covered(list(model.named_parameters()), binding) if param.requires_grad]
+    binding = PriorBinding.of(prior, prior_device, settings.strengths)
+    covered = _covered(list(model.named_parameters()), binding)
+    named = [(name, param) for name, param in covered if param.requires_grad]
+    if not named:
+        raise all_frozen([name for name, _ in covered])
     for name, param in named:
         if is_sharded(param):
             raise TypeError(f"parameter {name} is a DTensor, for which there are no hooks: use GradientBias")
-    if not named:
-        raise PriorMismatchError("no parameter that the prior covers requires gradients")
     backends.check_devices(backend, [param for _, param in named])
     return PriorHooks(named, binding, settings, backend)

@@ -20,6 +20,7 @@ from .kernels.coefficients import GradScale
 from .kernels.scalings import PriorScaling
 from .prior import Prior, PriorLike
 from .prior.names import without_wrappers
+from .prior.strengths import AlphaLike, Strengths
 from .state.masters import master_weight, refresh_masters
 from .state.param_groups import FINGERPRINT, SEED, check_names, labels, named_params
 from .state.precision import Precision, Rounding, StateDType, float32_state
@@ -46,7 +47,8 @@ class FusedDriftAdamW(Optimizer):
         weight_decay: decoupled; acts in float32, before the one rounding of the parameter.
         prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name.
         alpha: strength of the prior; positive pulls toward the expert. A schedule may change it (`AlphaScheduler`);
-            at 0 the step is plain AdamW.
+            at 0 the step is plain AdamW. Or by pattern, `{"re:self_attn": 1.0, "mlp": 0.5}`: the first that fits
+            decides, what none fits is left alone; the groups' alpha is then 1, and multiplies these.
         prior_scaling: "absolute", "gradnorm", "adaptive_cosine" or "decoupled" (docs/method.md).
         normalize_to_param: with "absolute", rescale each delta to norm(W): of the base checkpoint, or, for a mapping,
             of the parameter when it is first stepped.
@@ -87,7 +89,7 @@ class FusedDriftAdamW(Optimizer):
         TypeError, ValueError: a hyperparameter or a parameter of a wrong type, value, dtype or layout; named in the
             message.
         PriorError: a prior without names to bind by; a damaged prior (PriorFormatError); one that matches no parameter,
-            or matches by name but not by shape (PriorMismatchError).
+            only frozen ones, or one by name but not by shape (PriorMismatchError).
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
 
@@ -104,7 +106,7 @@ class FusedDriftAdamW(Optimizer):
         amsgrad: bool = False,
         *,
         prior: PriorLike | None = None,
-        alpha: float | Tensor = 1.0,
+        alpha: AlphaLike = 1.0,
         prior_scaling: PriorScaling = "adaptive_cosine",
         normalize_to_param: bool = False,
         prior_device: str | torch.device | None = None,
@@ -123,14 +125,15 @@ class FusedDriftAdamW(Optimizer):
         max_grad_norm = check_max_grad_norm(max_grad_norm)
         backends.check_name(backend)
         self.precision = Precision.of(state_dtype, rounding, master_weights)
-        binding = None if prior is None else PriorBinding.of(prior, prior_device)
+        group_alpha, strengths = Strengths.split(alpha)
+        binding = None if prior is None else PriorBinding.of(prior, prior_device, strengths)
         self._engine = Engine(AdamW(self.precision), binding, backend, max_grad_norm)
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "alpha": alpha,
+            "alpha": group_alpha,
             "prior_scaling": prior_scaling,
             "normalize_to_param": normalize_to_param,
             "maximize": maximize,

@@ -21,7 +21,7 @@ from drift_kernels import CheckpointError, Prior, PriorError, PriorFormatError, 
 from drift_kernels.prior.names import canonical_name, module_of
 from drift_kernels.prior.norms import CHUNK
 
-EVERYTHING = ("attn", "mlp", "norm", "embed", "head")
+EVERYTHING = ("attn", "mlp", "norms", "embed", "head")
 Q_PROJ = "layers.1.self_attn.q_proj.weight"
 
 

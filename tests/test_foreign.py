@@ -26,7 +26,12 @@ Q_PROJ = "layers.1.self_attn.q_proj.weight"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path / "base", text_weights())
+    """A base, and what was tuned from it."""
+    weights = text_weights()
+    write_checkpoint(tmp_path / "base", weights)
+    write_checkpoint(
+        tmp_path / "tuned", {name: weight + 0.01 * torch.randn_like(weight) for name, weight in weights.items()}
+    )
     return tmp_path
 
 
@@ -128,7 +133,7 @@ def test_an_index_of_the_single_file_is_not_stale(folder: Path, caplog: pytest.L
     weights = load_file(folder / "base" / "model.safetensors")
     index = {"weight_map": dict.fromkeys(weights, "model.safetensors")}
     (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
-    build_prior(folder / "base", folder / "base", folder / "prior")
+    build_prior(folder / "tuned", folder / "base", folder / "prior")
     assert not caplog.records
 
 
@@ -155,10 +160,10 @@ def refusing(number: int, mark: str) -> Callable[[Path], FileIO]:
     ],
 )
 def test_files_that_cannot_be_opened(folder: Path, number: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    prior = build_prior(folder / "base", folder / "base", folder / "prior")
+    prior = build_prior(folder / "tuned", folder / "base", folder / "prior")
     monkeypatch.setattr(reading, "FileIO", refusing(number, ".safetensors"))
     with pytest.raises(CheckpointError, match=f"model.safetensors: .*{words}") as of_checkpoint:
-        build_prior(folder / "base", folder / "base", folder / "other")
+        build_prior(folder / "tuned", folder / "base", folder / "other")
     with pytest.raises(PriorFormatError, match=f"{Q_PROJ} of the prior: .*safetensors: .*{words}") as of_prior:
         prior.load(Q_PROJ)
     with pytest.raises(PriorFormatError, match=words) as of_open:
@@ -181,7 +186,7 @@ def test_files_that_cannot_be_opened(folder: Path, number: int, words: str, monk
     ],
 )
 def test_reads_that_fail(folder: Path, how: str, words: str, damaged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    prior = build_prior(folder / "base", folder / "base", folder / "prior")
+    prior = build_prior(folder / "tuned", folder / "base", folder / "prior")
     if how == "truncated":  # since it was opened
         (shard,) = (folder / "prior").glob("*.safetensors")
         os.truncate(shard, shard.stat().st_size // 2)
@@ -197,7 +202,7 @@ def test_reads_that_fail(folder: Path, how: str, words: str, damaged: bool, monk
 
         monkeypatch.setattr(os, "preadv", preadv)
         with pytest.raises(CheckpointError, match=f"model.safetensors: {words}"):
-            build_prior(folder / "base", folder / "base", folder / "other")
+            build_prior(folder / "tuned", folder / "base", folder / "other")
         assert not list(folder.glob("other*"))
     last = prior.names[-1]
     with pytest.raises(PriorFormatError, match=f"{last} of the prior: .*: {words}") as raised:

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "drift_kernels"
 # its own. (`_cpu` and `_cuda` are the compiled extensions.)
 FLOORS = {
     "": [
-        {"errors", "torch_private", "schedule", "deprecation", "terminal", "_cpu", "_cuda"},
+        {"errors", "messages", "torch_private", "schedule", "deprecation", "terminal", "_cpu", "_cuda"},
         {"formats"},
         {"sharding"},
         {"kernels", "state"},
@@ -44,11 +44,13 @@ FLOORS = {
     "state": [{"param_groups", "precision"}, {"masters", "arrangement", "live"}, {"state_dict"}],
     "prior": [
         {"names", "norms", "verification"}, {"foreign", "coverage", "quantized"}, {"reading", "record"}, {"files"},
-        {"arithmetic", "pairing", "hub", "stored", "writing"}, {"prior", "stream"}, {"summary"}, {"build", "plot"},
+        {"arithmetic", "encodings", "hub", "stored", "writing"}, {"pairing", "fingerprint", "plausible", "strengths"},
+        {"prior", "stream"}, {"summary"}, {"build", "plot"},
         {"__init__"},
     ],
     "engine": [
-        {"seen", "hyperparameters", "binding"}, {"rules"}, {"launches"}, {"engine", "figures"}, {"backward"},
+        {"seen", "hyperparameters", "reach", "lookalikes"}, {"binding", "rules"}, {"launches"}, {"engine", "figures"},
+        {"backward"},
     ],
     "integrations": [{"named_groups", "step_figures"}, {"transformers"}, {"__init__"}],
 }  # fmt: skip

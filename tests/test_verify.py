@@ -19,7 +19,7 @@ from drift_kernels.prior.files import StoredTensor, TensorFile, byte_view
 from drift_kernels.prior.norms import CHUNK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
-MODULES = ("attn", "mlp", "norm", "embed", "re:gain|nothing")
+MODULES = ("attn", "mlp", "norms", "embed", "re:gain|nothing")
 LONG = "layers.0.mlp.up_proj.weight"
 
 

@@ -145,6 +145,7 @@ class DeviceBatch:
             _share_steps(members, steps_device),
             [0.0 if bound is None else bound.delta_norm for bound in bounds],
             [0.0 if bound is None else bound.param_norm for bound in bounds],
+            [1.0 if bound is None else bound.alpha for bound in bounds],
         )
         biased = [row for row, bound in enumerate(bounds) if bound is not None]
         self.biased_names = [self.slots[row].name for row in biased]

@@ -18,10 +18,20 @@ from ..formats.blocks import DELTA_LIMITS, blocks_of
 from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, Layout, size_in_bytes
 from .hub import local_folder, public_name
 from .names import some
-from .pairing import Pair, pair_up
+from .pairing import Pair, Selection, pair_up
+from .plausible import check_values
 from .prior import Prior
 from .quantized import scales_name
-from .record import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, UNFINISHED_MARK, VERSION, checksum_fields
+from .record import (
+    DTYPES,
+    FORMAT,
+    PRIOR_INDEX_NAME,
+    RECORD_NAME,
+    UNFINISHED_MARK,
+    VERSION,
+    DeltaInfo,
+    checksum_fields,
+)
 from .stream import DeltaStream
 from .writing import TensorFileWriter, sync_folder, write_json
 
@@ -41,6 +51,7 @@ def build_prior(
     reference: str | os.PathLike[str] | None = None,
     modules: Sequence[str] = ("attn", "mlp"),
     layers: Iterable[int] | None = None,
+    include_bias: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     name_map: Mapping[str, str] | None = None,
     overwrite: bool = False,
@@ -50,16 +61,17 @@ def build_prior(
     """Build the prior `expert - base` (or `expert - reference`) and write it to the folder `out`.
 
     `expert`, `base` and `reference` are folders of safetensors checkpoints, or Hub ids. Tensors pair up by canonical
-    name; `modules` are entries of "attn", "mlp", "norm", "embed", "head", or "re:REGEX" over canonical names; `layers`
-    are the base's layer numbers (default: all). Deltas are computed in float32 and stored as `dtype`: float32,
-    bfloat16, or int8 or float8_e4m3fn with a float32 scale for every 128 elements (quantized.py). `name_map` (prefix ->
-    canonical prefix) adds families that the name table does not know, and is recorded in the prior. Memory stays flat
-    whatever the checkpoints' size.
+    name; `modules` are entries of names.PRESETS, as "attn", "mlp", "full", or "re:REGEX" over canonical names; `layers`
+    are the base's layer numbers (default: all). Biases come with their weights unless `include_bias` is False; one that
+    the expert does not have, and so is zero in it, is pulled to zero. Deltas are computed in float32 and stored as
+    `dtype`: float32, bfloat16, or int8 or float8_e4m3fn with a float32 scale for every 128 elements (quantized.py).
+    `name_map` (prefix -> canonical prefix) adds families that the name table does not know, and is recorded in the
+    prior. Memory stays flat whatever the checkpoints' size.
 
     The folder appears under its name when it is complete; an existing prior is replaced only if `overwrite`. Raises
-    CheckpointError for damaged, incomplete, foreign or unreadable checkpoints, PriorError for checkpoints that do not
-    fit each other, a NaN or Inf, and an `out` in the way; ValueError for an unknown module or dtype; OSError when `out`
-    cannot be written.
+    CheckpointError for damaged, incomplete, foreign, unreadable or quantised checkpoints and unmerged adapters,
+    PriorError for checkpoints that do not fit each other or do not differ, a NaN or Inf, and an `out` in the way;
+    ValueError for an unknown module or dtype; OSError when `out` cannot be written.
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
@@ -71,7 +83,7 @@ def build_prior(
     layers = None if layers is None else sorted(set(layers))
     with ExitStack() as stack:
         checkpoints = {role: stack.enter_context(open_checkpoint(source)) for role, source in chosen.items()}
-        pairs, warnings = pair_up(checkpoints, modules, layers, name_map)
+        pairs, warnings = pair_up(checkpoints, Selection(modules, layers, include_bias), name_map)
         _check_names(pairs, dtype)
         for warning in warnings:
             logger.warning("%s", warning)
@@ -80,6 +92,10 @@ def build_prior(
             with _one_thread():
                 shards = _plan_shards(pairs, dtype, max_shard_bytes)
                 checksums = _write_shards(folder, shards, stream, dtype, progress)
+            rows = {pair.name: stream.measure(pair) for pair in pairs}
+            found = check_values({pair.name: DeltaInfo(pair.shape, dtype, **rows[pair.name]) for pair in pairs})
+            for warning in found:
+                logger.warning("%s", warning)
             record = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -88,7 +104,9 @@ def build_prior(
                 "modules": list(modules),
                 "layers": layers,
                 "name_map": dict(name_map or {}),
-                "warnings": warnings,
+                "include_bias": include_bias,
+                "pulled_to_zero": [pair.name for pair in pairs if pair.pulled_to_zero],
+                "warnings": warnings + found,
                 "sources": {
                     role: {"name": public_name(source), "sha256": stream.digests[role].hexdigest()}
                     for role, source in chosen.items()
@@ -96,7 +114,7 @@ def build_prior(
                 "tensors": {
                     pair.name: {
                         "shape": list(pair.shape),
-                        **stream.measure(pair),
+                        **rows[pair.name],
                         **checksum_fields(pair.name, checksums),
                     }
                     for pair in pairs

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import PriorMismatchError
-from .names import natural_key, some
+from .names import module_of, natural_key, some
 
 Shape = tuple[int, ...]
 
@@ -17,7 +17,8 @@ _FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)")
 
 @dataclass(frozen=True)
 class Coverage:
-    """The outcome of `Prior.match`. Parameter names are live names, prior names are canonical."""
+    """The outcome of `Prior.match`. Parameter names are live names, prior names are canonical. An embedding or a head
+    with more rows than its delta matches: tokens have been added, for which the delta is zero."""
 
     matched: dict[str, str]  # parameter name -> prior name
     shape_mismatches: list[tuple[str, str, Shape, Shape]]  # parameter name, prior name, parameter shape, prior shape
@@ -39,7 +40,7 @@ class Coverage:
             if name in claimed:
                 raise PriorMismatchError(f"{claimed[name]} and {param} both claim the delta {name}")
             claimed[name] = param
-            if shape == shapes[name]:
+            if shape == shapes[name] or _more_tokens(name, shape, shapes[name]):
                 matched[param] = name
             else:
                 shape_mismatches.append((param, name, shape, shapes[name]))
@@ -62,6 +63,18 @@ class Coverage:
             lines.append(f"  {len(self.prior_only)} deltas have no parameter: {some(self.prior_only)}")
         if self.model_only:
             lines.append(f"  {len(self.model_only)} parameters have no delta: {some(self.model_only)}")
+        if any("lora_" in param for param in self.model_only):
+            lines.append("  adapters (LoRA) have no deltas: a prior acts on weights that are trained themselves")
         if any(map(_SINGLE_EXPERT.search, self.prior_only)) and any(map(_FUSED_EXPERTS.search, self.model_only)):
             lines.append("  this model holds its experts fused in one parameter; the prior holds them one by one")
         return "\n".join(lines)
+
+
+def _more_tokens(name: str, shape: Shape, delta_shape: Shape) -> bool:
+    """Whether the parameter is an embedding or a head to which tokens have been added."""
+    return (
+        module_of(name) in ("embed", "head")
+        and len(shape) == len(delta_shape)
+        and shape[1:] == delta_shape[1:]
+        and shape[0] > delta_shape[0]
+    )

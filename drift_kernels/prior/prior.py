@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -15,9 +14,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatchError
 from .coverage import Coverage
-from .files import byte_view, inspect_shards
+from .files import inspect_shards
+from .fingerprint import fingerprint_of_deltas
 from .hub import local_folder
 from .names import canonical_name, natural_key
+from .plausible import check_values
 from .quantized import Box, QuantizedDelta, scales_name
 from .reading import exists, read_json
 from .record import (
@@ -33,9 +34,6 @@ from .stored import StoredDelta, norm_fault, norm_of
 from .verification import Verification
 
 logger = logging.getLogger("drift_kernels")
-
-_SAMPLED_ABOVE = 1 << 20  # elements; a larger delta in memory is fingerprinted by a sample
-_SAMPLE_BLOCKS, _SAMPLE_BLOCK = 16, 1 << 14
 
 
 class Prior:
@@ -96,8 +94,8 @@ class Prior:
 
         float32, bfloat16 and quantised deltas are kept as they are and not copied, so they must not be written to;
         tensors of other floating dtypes become float32.
-        Raises PriorError for an empty mapping, two keys of one canonical name, and a delta that is not a floating
-        tensor or a QuantizedDelta, or not finite.
+        Raises PriorError for an empty mapping, two keys of one canonical name, a delta that is not a floating tensor or
+        a QuantizedDelta, or not finite, and deltas that are all zero; if some are, a warning is logged.
         """
         keys: dict[str, str] = {}
         for key in mapping:
@@ -113,7 +111,9 @@ class Prior:
             infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, norm_of(delta))
             if not math.isfinite(infos[name].delta_norm):
                 raise PriorError(f"the delta of {keys[name]} holds NaN or Inf")
-        return cls(infos, deltas, _fingerprint_of_deltas(deltas), {})
+        for warning in check_values(infos):
+            logger.warning("%s", warning)
+        return cls(infos, deltas, fingerprint_of_deltas(deltas), {})
 
     def __len__(self) -> int:
         return len(self.names)
@@ -218,7 +218,8 @@ class Prior:
             raise PriorMismatchError(f"no parameter matches the prior: {coverage.summary()}")
         if strict and not coverage.complete:
             raise PriorMismatchError(f"the prior matches only in part: {coverage.summary()}")
-        logger.log(logging.INFO if coverage.complete else logging.WARNING, "%s", coverage.summary())
+        if not coverage.complete:
+            logger.warning("%s", coverage.summary())
         return coverage
 
 
@@ -237,18 +238,3 @@ def _checked_delta(key: str, delta: Tensor | QuantizedDelta) -> Tensor | Quantiz
         raise PriorError(f"the delta of {key} must be a dense floating tensor, got {kind}")
     delta = delta.detach()
     return delta if delta.dtype in (torch.float32, torch.bfloat16) else delta.float()
-
-
-def _fingerprint_of_deltas(deltas: Mapping[str, Tensor | QuantizedDelta]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(deltas):
-        delta = deltas[name]
-        digest.update(f"{name} {delta.dtype} {list(delta.shape)}\n".encode())
-        for tensor in (delta.codes, delta.scales) if isinstance(delta, QuantizedDelta) else (delta,):
-            flat = tensor.reshape(-1)
-            if flat.numel() > _SAMPLED_ABOVE:
-                last = flat.numel() - _SAMPLE_BLOCK
-                starts = torch.linspace(0, last, _SAMPLE_BLOCKS, dtype=torch.float64, device="cpu").long()
-                flat = torch.cat([flat[start : start + _SAMPLE_BLOCK] for start in starts.tolist()])
-            digest.update(byte_view(flat.cpu().contiguous()))
-    return digest.hexdigest()

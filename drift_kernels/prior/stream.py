@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class DeltaStream:
     def __init__(self, checkpoints: Mapping[str, Checkpoint], dtype: torch.dtype) -> None:
         self.digests = {role: hashlib.sha256() for role in checkpoints}
         self._checkpoints = checkpoints
-        self._origin = "reference" if "reference" in checkpoints else "base"
+        self._minus = "expert", "reference" if "reference" in checkpoints else "base"
         self._dtype = dtype
         self._workplaces = [
             Workplace(
@@ -92,7 +93,7 @@ class DeltaStream:
             while in_work:
                 yield self._finish(*in_work.popleft())
 
-    def measure(self, pair: Pair) -> dict[str, float | None]:
+    def measure(self, pair: Pair) -> dict[str, Any]:
         """Norm of the stored delta, norm of the base's weight, cosine of expert and base over their common elements;
         for a quantised delta, its cosine to the exact one."""
         products = self._products.get(pair.name, Products())
@@ -118,7 +119,10 @@ class DeltaStream:
     def _difference(
         self, piece: Piece, tensors: Mapping[str, Tensor], delta: Tensor
     ) -> tuple[dict[str, Tensor], Products]:
-        name, sources = piece.pair.name, (tensors["expert"], tensors["base"], tensors[self._origin])
+        """A role without the tensor is zero in it: a bias that it does not have."""
+        name, base = piece.pair.name, tensors["base"]
+        expert, origin = (tensors[role] if role in tensors else torch.zeros_like(base) for role in self._minus)
+        sources = expert, base, origin
         if self._dtype not in DELTA_LIMITS:
             return {name: delta}, subtract(*sources, delta)
         quantized, products = subtract_quantized(*sources, delta, self._dtype)
