@@ -93,3 +93,26 @@ def test_outputs_may_be_typed_likewise(folder: Path, monkeypatch: pytest.MonkeyP
     (folder / "linked").symlink_to("store")
     build_prior("expert", "base", "linked/prior")
     assert Prior.open(folder / "store" / "prior").verify().intact
+
+
+def test_a_link_to_a_prior_is_replaced_by_what_it_stands_for(folder: Path) -> None:
+    build_prior("expert", "base", "store/first")
+    (folder / "latest").symlink_to("store/first")
+    again = build_prior("base", "expert", "latest", overwrite=True)
+    assert (folder / "latest").is_symlink()
+    assert Prior.open("store/first").fingerprint == again.fingerprint
+    assert sorted(path.name for path in folder.iterdir()) == ["base", "expert", "latest", "outputs", "store"]
+    assert [path.name for path in (folder / "store").iterdir()] == ["first"]
+
+
+def test_a_build_from_relative_paths_outlives_the_working_directory_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shards are opened as they are needed."""
+    for role in ("expert", "base"):
+        write_checkpoint(folder / "many" / role, text_weights(layers=8), shards=40)
+    monkeypatch.setattr("drift_kernels.prior.files._OPEN_FILES", 1)
+    sources = ("many/expert", "many/base")
+    prior = build_prior(*sources, "prior", progress=lambda done, total: monkeypatch.chdir(folder / "outputs"))
+    assert prior.verify().intact
+    assert not list((folder / "outputs").iterdir())

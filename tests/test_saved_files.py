@@ -61,6 +61,14 @@ def test_a_prior_opens_and_is_what_it_was(name: str) -> None:
     assert found["coverage"]["matched"]
 
 
+@pytest.mark.parametrize("name", writer.PRIORS)
+def test_a_prior_without_checksums_is_verified_by_its_norms(name: str) -> None:
+    prior = Prior.open(SAVED / name)
+    verification = prior.verify()
+    assert verification.intact
+    assert (verification.by_checksum, verification.by_norm) == (0, len(prior))
+
+
 def test_every_dtype_of_priors_is_there() -> None:
     dtypes = {json.loads((SAVED / name / "drift_prior.json").read_text())["dtype"] for name in EXPECTED["priors"]}
     assert dtypes == {"float32", "bfloat16", "int8", "float8_e4m3fn"}

@@ -75,7 +75,7 @@ def build_prior(
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
-    target = Path(out).expanduser().absolute()
+    target = Path(out).expanduser().resolve()  # of a link, what it stands for
     _check_target(target, overwrite)
     if leftovers := [path.name for path in target.parent.glob(f"{target.name}{UNFINISHED_MARK}*")]:
         logger.warning("unfinished builds lie beside %s and may be deleted: %s", target, some(leftovers))

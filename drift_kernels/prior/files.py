@@ -80,10 +80,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A .safetensors file's checked header: its bytes, and the place of every tensor."""
+    """A .safetensors file's checked header: the place of every tensor."""
 
     path: Path
-    header: bytes
     tensors: dict[str, StoredTensor]
 
     @classmethod
@@ -110,7 +109,7 @@ class TensorFile:
         if end != size:
             state = "truncated" if size < end else "damaged"
             raise CheckpointError(f"{path}: {state}: its header promises {end} bytes, the file has {size}")
-        return cls(path, bytes(header), tensors)
+        return cls(path, tensors)
 
 
 class Checkpoint:

@@ -26,12 +26,12 @@ def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: st
     neither a folder nor a Hub id that can be fetched.
     """
     path = Path(source).expanduser().absolute()
-    if path.is_symlink() and not path.exists():
-        raise CheckpointError(f"{source}: a link to {path.readlink()}, which is not there")
     if exists(path):
         if not path.is_dir():
             raise CheckpointError(f"{source}: expected a folder, found {_kind(path)}")
         return path
+    if path.is_symlink():
+        raise CheckpointError(f"{source}: a link to {path.readlink()}, which is not there")
     hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
     if not hub_id:
         raise CheckpointError(f"{source}: no such folder")
