@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from drift_kernels import FusedDriftAdamW, GradientBias, Prior, attach_prior, bias_gradients_
 from drift_kernels.kernels import backends, scalings
+from drift_kernels.prior.strengths import AlphaLike
 from drift_kernels.state import precision
 
 BOTH = [torch.optim.AdamW, FusedDriftAdamW]
@@ -212,10 +213,10 @@ def test_types_name_what_there_is() -> None:
     hints = get_type_hints(FusedDriftAdamW.__init__)
     assert hints["prior_scaling"] == scalings.PriorScaling
     assert hints["rounding"] == precision.Rounding
-    assert hints["alpha"] == float | Tensor
+    assert hints["alpha"] == AlphaLike
     for public in (GradientBias.__init__, attach_prior, bias_gradients_):
         hints = get_type_hints(public)
-        assert (hints["prior_scaling"], hints["alpha"]) == (scalings.GradientScaling, float | Tensor)
+        assert (hints["prior_scaling"], hints["alpha"]) == (scalings.GradientScaling, AlphaLike)
         assert hints.get("backend", backends.Name) == backends.Name
 
 

@@ -29,9 +29,7 @@ def folder(tmp_path: Path) -> Path:
     """A base, and what was tuned from it."""
     weights = text_weights()
     write_checkpoint(tmp_path / "base", weights)
-    write_checkpoint(
-        tmp_path / "tuned", {name: weight + 0.01 * torch.randn_like(weight) for name, weight in weights.items()}
-    )
+    write_checkpoint(tmp_path / "tuned", tuned(weights))
     return tmp_path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import text_weights, write_checkpoint
+from checkpoints import text_weights, tuned, write_checkpoint
 
 from drift_kernels import Prior, build_prior
 from drift_kernels.prior import reading
@@ -58,8 +58,9 @@ def test_a_shard_is_opened_seldom(tmp_path: Path, dealt: str, monkeypatch: pytes
         size = -(-len(order) // shards)
         order = [order[i] for start in range(size) for i in range(start, len(order), size)]
         shards = -(-len(order) // size)
-    for role in ("expert", "base"):
-        write_checkpoint(tmp_path / role, {name: weights[name] for name in order}, shards=shards)
+    weights = {name: weights[name] for name in order}
+    write_checkpoint(tmp_path / "base", weights, shards=shards)
+    write_checkpoint(tmp_path / "expert", tuned(weights), shards=shards)
     opened: Counter[str] = Counter()
 
     def counted(path: Path) -> FileIO:

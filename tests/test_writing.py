@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import text_weights, write_checkpoint
+from checkpoints import text_weights, tuned, write_checkpoint
 
 from drift_kernels import build_prior
 from drift_kernels.cli import main
@@ -19,8 +19,9 @@ from drift_kernels.prior.writing import TensorFileWriter
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for role in ("expert", "base"):
-        write_checkpoint(tmp_path / role, text_weights())
+    weights = text_weights()
+    write_checkpoint(tmp_path / "base", weights)
+    write_checkpoint(tmp_path / "expert", tuned(weights))
     return tmp_path
 
 
