@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import text_weights, write_checkpoint
+from checkpoints import text_weights, tuned, write_checkpoint
 
 from drift_kernels import Coverage, Prior, build_prior
 from drift_kernels.cli import main
@@ -25,9 +25,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path / "expert", text_weights(layers=12))
-    write_checkpoint(tmp_path / "base", text_weights(layers=12, vocabulary=113, prefix="language_model.model."))
-    modules = ("attn", "mlp", "norm", "embed", "re:gain")
+    base = text_weights(layers=12, vocabulary=113)
+    expert = tuned(base)
+    expert["model.embed_tokens.weight"] = expert["model.embed_tokens.weight"][:101].clone()
+    write_checkpoint(tmp_path / "expert", expert)
+    write_checkpoint(tmp_path / "base", {f"language_model.{name}": weight for name, weight in base.items()})
+    modules = ("attn", "mlp", "norms", "embed", "re:gain")
     build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", dtype=torch.int8, modules=modules)
     return tmp_path
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from checkpoints import TEXT, randomised, text_weights, write_checkpoint
+from checkpoints import TEXT, randomised, text_weights, tuned, write_checkpoint
 from safetensors.torch import load_file
 
 from drift_kernels import CheckpointError, Prior, PriorFormatError, build_prior

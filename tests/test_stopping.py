@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import text_weights, write_checkpoint
+from checkpoints import text_weights, tuned, write_checkpoint
 
 from drift_kernels import Prior, build_prior
 
@@ -57,8 +57,9 @@ sys.exit(cli.main())
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for role in ("expert", "base"):
-        write_checkpoint(tmp_path / role, text_weights())
+    weights = text_weights()
+    write_checkpoint(tmp_path / "base", weights)
+    write_checkpoint(tmp_path / "expert", tuned(weights))
     return tmp_path
 
 
