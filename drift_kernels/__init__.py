@@ -3,9 +3,12 @@
 from .engine.figures import BiasFigures
 from .errors import BackendUnavailableError, CheckpointError, PriorError, PriorFormatError, PriorMismatchError
 from .gradients import GradientBias, PriorHooks, attach_prior, bias_gradients_
+from .messages import set_up
 from .optimizer import FusedDriftAdamW
 from .prior import Coverage, Prior, build_prior
 from .schedule import AlphaScheduler, linear_anneal
+
+set_up()
 
 __version__ = "0.1.0"
 

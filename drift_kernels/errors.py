@@ -8,7 +8,8 @@ class BackendUnavailableError(RuntimeError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, incomplete, or not a safetensors checkpoint."""
+    """A checkpoint is damaged, incomplete, or not a safetensors checkpoint; or its files cannot be read just now, and
+    then the system's OSError is the cause (`__cause__`)."""
 
 
 class PriorError(ValueError):
@@ -16,7 +17,7 @@ class PriorError(ValueError):
 
 
 class PriorFormatError(PriorError):
-    """A folder is not a prior, or its files are damaged, foreign or of an unknown version."""
+    """A folder is not a prior, or its files are damaged, foreign, of a newer version, or cannot be read."""
 
 
 class PriorMismatchError(PriorError):

@@ -19,19 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .deprecation import renamed
 from .engine.binding import PriorBinding
 from .engine.engine import Engine
 from .engine.figures import BiasFigures, bias_figures
 from .engine.hyperparameters import check_dtype, hyperparameters
+from .engine.reach import all_frozen
 from .engine.rules import Bias
 from .engine.seen import Seen
-from .errors import PriorError, PriorMismatchError
+from .errors import PriorError
 from .kernels import backends
-from .kernels.scalings import GRADIENT_SCALINGS, SCALINGS
+from .kernels.scalings import GRADIENT_SCALINGS, SCALINGS, GradientScaling
 from .prior import Prior, PriorLike
+from .prior.strengths import AlphaLike, Strengths
 from .sharding import is_sharded
+from .torch_private import not_compiled
 
 NamedParams = Iterable[tuple[str, Tensor]]
+
+_scaling = renamed("scaling", "prior_scaling")
 
 # What a param group says of AdamW, of which the bias needs nothing.
 _NO_STEP: dict[str, Any] = {
@@ -45,10 +51,11 @@ _NO_STEP: dict[str, Any] = {
 
 
 class BiasSettings:
-    """alpha and the scaling, in a param group as optimizers have it, so that `AlphaScheduler` takes it for one."""
+    """alpha and prior_scaling, in a param group as optimizers have it, so that `AlphaScheduler` takes it for one."""
 
-    def __init__(self, alpha: float | Tensor, scaling: str, normalize_to_param: bool) -> None:
-        group = {"alpha": alpha, "prior_scaling": scaling, "normalize_to_param": normalize_to_param}
+    def __init__(self, alpha: AlphaLike, prior_scaling: GradientScaling, normalize_to_param: bool) -> None:
+        group_alpha, self.strengths = Strengths.split(alpha)
+        group = {"alpha": group_alpha, "prior_scaling": prior_scaling, "normalize_to_param": normalize_to_param}
         self.param_groups: list[dict[str, Any]] = [group]
         hyperparameters(self._group([]), 0)
 
@@ -67,7 +74,7 @@ class BiasSettings:
         scaling = group["prior_scaling"]
         if scaling not in GRADIENT_SCALINGS:
             reason = " (it moves parameters, not gradients: use FusedDriftAdamW)" if scaling in SCALINGS else ""
-            raise ValueError(f"scaling must be one of {', '.join(GRADIENT_SCALINGS)}, got {scaling!r}{reason}")
+            raise ValueError(f"prior_scaling must be one of {', '.join(GRADIENT_SCALINGS)}, got {scaling!r}{reason}")
         names, params = [name for name, _ in named], [param for _, param in named]
         return {**_NO_STEP, **group, "param_names": names, "params": params}
 
@@ -86,7 +93,7 @@ def _covered(named: list[tuple[str, Tensor]], binding: PriorBinding) -> list[tup
     """The parameters that the prior has a delta for.
 
     Raises:
-        PriorMismatchError: none is covered, or one by name but not by shape.
+        PriorMismatchError: none is covered, only frozen ones are, or one by name but not by shape.
         ValueError: one is given twice.
         TypeError: the gradient of one that is covered cannot be biased.
     """
@@ -116,11 +123,13 @@ class GradientBias(BiasSettings):
 
     Args:
         named_params: `model.named_parameters()`; those without a delta are left alone. Parameters that the prior covers
-            are float32, bfloat16 or float16, their gradients of their own dtype or float32, dense, of any strides.
+            are float32, bfloat16 or float16, their gradients of their own dtype or float32 (of float32 ones bfloat16 or
+            float16 too), dense, of any strides.
         prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name. Each delta is
             loaded once, when its parameter first has a gradient.
         alpha: strength of the prior; positive pulls toward the expert, at 0 nothing is done. May be set between steps.
-        scaling: "absolute", "gradnorm" or "adaptive_cosine" (docs/method.md). ("decoupled" moves parameters, not
+            Or by pattern, as in FusedDriftAdamW: the alpha to be set is then 1, and multiplies these.
+        prior_scaling: "absolute", "gradnorm" or "adaptive_cosine" (docs/method.md). ("decoupled" moves parameters, not
             gradients.)
         normalize_to_param: with "absolute", rescale each delta to norm(W), as in FusedDriftAdamW.
         prior_device: "cpu" leaves the deltas of CUDA parameters in pinned host memory; None moves each to its
@@ -129,30 +138,33 @@ class GradientBias(BiasSettings):
 
     Raises:
         TypeError, ValueError: an argument or a parameter of a wrong type or value; a parameter that is given twice.
-        PriorError: parameters without names; a damaged prior (PriorFormatError); one that matches no parameter, or
-            matches by name but not by shape (PriorMismatchError).
+        PriorError: parameters without names; a damaged prior (PriorFormatError); one that matches no parameter, only
+            frozen ones, or one by name but not by shape (PriorMismatchError).
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
 
+    @_scaling
+    @not_compiled
     def __init__(
         self,
         named_params: NamedParams,
         prior: PriorLike,
         *,
-        alpha: float | Tensor = 1.0,
-        scaling: str = "adaptive_cosine",
+        alpha: AlphaLike = 1.0,
+        prior_scaling: GradientScaling = "adaptive_cosine",
         normalize_to_param: bool = False,
         prior_device: str | torch.device | None = None,
-        backend: str = "auto",
+        backend: backends.Name = "auto",
     ) -> None:
-        super().__init__(alpha, scaling, normalize_to_param)
+        super().__init__(alpha, prior_scaling, normalize_to_param)
         backends.check_name(backend)
-        binding = PriorBinding.of(prior, prior_device)
+        binding = PriorBinding.of(prior, prior_device, self.strengths)
         self.prior = binding.prior
         self.named_params = _covered(_named(named_params), binding)
         backends.check_devices(backend, [param for _, param in self.named_params])
         self._engine = Engine(Bias(), binding, backend)
 
+    @not_compiled
     @torch.no_grad()
     def apply_(self) -> BiasFigures:
         """Biases every gradient that the prior covers, in place; parameters without a gradient wait.
@@ -163,12 +175,14 @@ class GradientBias(BiasSettings):
         return bias_figures(self._engine.step([self._group(self.named_params)]))
 
 
+@_scaling
+@not_compiled
 @torch.no_grad()
 def bias_gradients_(
     named_params: NamedParams,
     prior: Prior,
-    alpha: float | Tensor = 1.0,
-    scaling: str = "adaptive_cosine",
+    alpha: AlphaLike = 1.0,
+    prior_scaling: GradientScaling = "adaptive_cosine",
     *,
     normalize_to_param: bool = False,
 ) -> BiasFigures:
@@ -176,8 +190,8 @@ def bias_gradients_(
 
     What was prepared for them is kept for as long as the prior lives, so deltas are loaded in the first call only, and
     again when other parameters are given; for several models under one prior make a `GradientBias` of each. The
-    parameters are not kept alive. alpha, scaling and normalize_to_param may change from call to call. Arguments, result
-    and errors are those of `GradientBias`.
+    parameters are not kept alive. alpha, prior_scaling and normalize_to_param may change from call to call. Arguments,
+    result and errors are those of `GradientBias`.
 
     Args:
         prior: a `Prior` (`Prior.open(path)`, `Prior.from_mapping(deltas)`); TypeError for anything else, which would
@@ -187,11 +201,11 @@ def bias_gradients_(
         raise TypeError(
             f"prior must be a Prior, which is loaded once (Prior.open, Prior.from_mapping), got {type(prior).__name__}"
         )
-    settings = BiasSettings(alpha, scaling, normalize_to_param)
+    settings = BiasSettings(alpha, prior_scaling, normalize_to_param)
     named = _named(named_params)
     prepared = _PREPARED.get(prior)
-    if prepared is None or not prepared.fits(named):
-        prepared = _PREPARED[prior] = _Prepared.of(named, prior)
+    if prepared is None or not prepared.fits(named, settings.strengths):
+        prepared = _PREPARED[prior] = _Prepared.of(named, prior, settings.strengths)
     covered = [named[i] for i in prepared.covered]
     return bias_figures(prepared.engine.step([settings._group(covered)]))
 
@@ -203,21 +217,24 @@ class _Prepared:
     names: list[str]
     params: Seen
     covered: list[int]  # which of them the prior has a delta for
+    strengths: Strengths | None
     engine: Engine
 
     @classmethod
-    def of(cls, named: list[tuple[str, Tensor]], prior: Prior) -> _Prepared:
-        binding = PriorBinding.of(weakref.proxy(prior), None)
+    def of(cls, named: list[tuple[str, Tensor]], prior: Prior, strengths: Strengths | None) -> _Prepared:
+        binding = PriorBinding.of(weakref.proxy(prior), None, strengths)
         covered = {name for name, _ in _covered(named, binding)}
         return cls(
             names=[name for name, _ in named],
             params=Seen((), [param for _, param in named]),
             covered=[i for i, (name, _) in enumerate(named) if name in covered],
+            strengths=strengths,
             engine=Engine(Bias(), binding, "auto"),
         )
 
-    def fits(self, named: list[tuple[str, Tensor]]) -> bool:
-        return self.params.are([param for _, param in named]) and self.names == [name for name, _ in named]
+    def fits(self, named: list[tuple[str, Tensor]], strengths: Strengths | None) -> bool:
+        same = self.strengths == strengths and self.names == [name for name, _ in named]
+        return same and self.params.are([param for _, param in named])
 
 
 _PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictionary()
@@ -237,6 +254,7 @@ class PriorHooks(BiasSettings):
             param.register_post_accumulate_grad_hook(self._bias) for _, param in named
         ]
 
+    @not_compiled
     @torch.no_grad()
     def _bias(self, param: Tensor) -> None:
         """The hook. Another that ran before may have taken the gradient."""
@@ -262,15 +280,17 @@ class PriorHooks(BiasSettings):
         self._engines = {}
 
 
+@_scaling
+@not_compiled
 def attach_prior(
     model: nn.Module,
     prior: PriorLike,
     *,
-    alpha: float | Tensor = 1.0,
-    scaling: str = "adaptive_cosine",
+    alpha: AlphaLike = 1.0,
+    prior_scaling: GradientScaling = "adaptive_cosine",
     normalize_to_param: bool = False,
     prior_device: str | torch.device | None = None,
-    backend: str = "auto",
+    backend: backends.Name = "auto",
 ) -> PriorHooks:
     """From now on the backward pass biases each gradient as soon as it is accumulated, in place of the authors' hooks:
     for training loops in which nothing can be called between `backward()` and `optimizer.step()`, or whose gradients
@@ -290,20 +310,21 @@ def attach_prior(
     Args:
         model: of which the parameters that require gradients now and that the prior covers get a hook. Tied weights are
             one parameter, under the first of their names. Not of DTensors (FSDP2).
-        prior, alpha, scaling, normalize_to_param, prior_device, backend: as in `GradientBias`.
+        prior, alpha, prior_scaling, normalize_to_param, prior_device, backend: as in `GradientBias`.
 
     Raises:
-        As `GradientBias`, before any hook is registered; PriorMismatchError also if no parameter that is covered
-        requires gradients. A sparse gradient of one that is covered raises TypeError in its backward pass.
+        As `GradientBias`, before any hook is registered. A sparse gradient of one that is covered raises TypeError in
+        its backward pass.
     """
-    settings = BiasSettings(alpha, scaling, normalize_to_param)
+    settings = BiasSettings(alpha, prior_scaling, normalize_to_param)
     backends.check_name(backend)
-    binding = PriorBinding.of(prior, prior_device)
-    named = [(name, param) for name, param in _covered(list(model.named_parameters()), binding) if param.requires_grad]
+    binding = PriorBinding.of(prior, prior_device, settings.strengths)
+    covered = _covered(list(model.named_parameters()), binding)
+    named = [(name, param) for name, param in covered if param.requires_grad]
+    if not named:
+        raise all_frozen([name for name, _ in covered])
     for name, param in named:
         if is_sharded(param):
             raise TypeError(f"parameter {name} is a DTensor, for which there are no hooks: use GradientBias")
-    if not named:
-        raise PriorMismatchError("no parameter that the prior covers requires gradients")
     backends.check_devices(backend, [param for _, param in named])
     return PriorHooks(named, binding, settings, backend)

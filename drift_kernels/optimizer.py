@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,17 @@ from .engine.backward import BackwardHandle, attach
 from .engine.binding import PriorBinding
 from .engine.engine import Engine, capturing
 from .engine.figures import bias_figures, memory_report
-from .engine.hyperparameters import check_seed, hyperparameters
+from .engine.hyperparameters import check_max_grad_norm, check_seed, hyperparameters
 from .engine.rules import AdamW
-from .errors import PriorError
 from .kernels import backends
 from .kernels.coefficients import GradScale
+from .kernels.scalings import PriorScaling
 from .prior import Prior, PriorLike
+from .prior.names import without_wrappers
+from .prior.strengths import AlphaLike, Strengths
 from .state.masters import master_weight, refresh_masters
-from .state.param_groups import FINGERPRINT, SEED, named_params, param_name
-from .state.precision import Precision, float32_state
+from .state.param_groups import FINGERPRINT, SEED, check_names, labels, named_params
+from .state.precision import Precision, Rounding, StateDType, float32_state
 from .state.state_dict import check_state_dict, only_asks_for_states, restore_states
 from .torch_private import grad_scaler_says, not_compiled, unscales_gradients
 
@@ -37,15 +39,16 @@ class FusedDriftAdamW(Optimizer):
 
     Args:
         params: parameters, or groups of them, as `torch.optim.AdamW` takes; named ones (`model.named_parameters()`)
-            with a prior. Each contiguous, float32, bfloat16 or float16, its gradient of its own dtype or float32;
-            DTensors too (docs/distributed.md).
+            with a prior. Each contiguous, float32, bfloat16 or float16, its gradient of its own dtype or float32, of a
+            float32 one bfloat16 or float16 too; DTensors too (docs/distributed.md). What needs no gradient is ignored.
         lr: learning rate, a number or a tensor of one element.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled; acts in float32, before the one rounding of the parameter.
         prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name.
         alpha: strength of the prior; positive pulls toward the expert. A schedule may change it (`AlphaScheduler`);
-            at 0 the step is plain AdamW.
+            at 0 the step is plain AdamW. Or by pattern, `{"re:self_attn": 1.0, "mlp": 0.5}`: the first that fits
+            decides, what none fits is left alone; the groups' alpha is then 1, and multiplies these.
         prior_scaling: "absolute", "gradnorm", "adaptive_cosine" or "decoupled" (docs/method.md).
         normalize_to_param: with "absolute", rescale each delta to norm(W): of the base checkpoint, or, for a mapping,
             of the parameter when it is first stepped.
@@ -54,15 +57,20 @@ class FusedDriftAdamW(Optimizer):
         max_grad_norm: clip the biased gradient of all parameters together to this norm, inside the step; `math.inf`
             only measures it. Leave None when the trainer clips.
         state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8: codes of one byte with a scale for each 128
-            elements (formats/blocks.py), for parameters of 4096 elements or more.
-        rounding: "nearest", or "stochastic" for bfloat16 parameters (without masters) and states.
+            elements (formats/blocks.py), for parameters of 4096 elements or more. Also "float32", "fp32", "bfloat16",
+            "bf16", "int8".
+        rounding: "nearest", or "stochastic" for bfloat16 parameters (without masters) and their states; float32
+            parameters have float32 states then. Not for float16.
         seed: of the stochastic rounding, in [0, 2^32); the state_dict carries it.
         master_weights: a bfloat16 parameter and 16 bits more (the state `param_residual`) are a float32 that is updated
-            exactly as a float32 parameter would be; the parameter is its nearest bfloat16.
+            exactly as a float32 parameter would be; the parameter is its nearest bfloat16. float32 parameters need
+            none. Not for float16.
         maximize: ascend the objective. The prior still pulls toward the expert.
         capturable: a CUDA graph may hold the step. Step counts are kept on the parameters' device, and an lr or alpha
             that is a tensor there is read in every replay (schedulers fill it in place); one that is a number stays
             what it was at the capture. The first step must run before the capture.
+        amsgrad, differentiable: False; what torch.optim.AdamW does otherwise, this does not.
+        foreach, fused: without effect; taken so that the arguments of torch.optim.AdamW are.
         backend: "auto" or the name of one.
 
     lr, betas, eps, weight_decay, alpha, prior_scaling, normalize_to_param and maximize are per param group and may
@@ -73,63 +81,73 @@ class FusedDriftAdamW(Optimizer):
     `max_grad_norm`, a NaN norm makes every element NaN, as `torch.nn.utils.clip_grad_norm_` does.
 
     A `torch.amp.GradScaler` may hold the step: `scaler.step(optimizer)` unscales inside the pass (gradients keep their
-    scale; `max_grad_norm` and `grad_norm` are of the unscaled ones), and where a gradient is not finite the device
-    leaves parameters, states and step counts as they are. From then on step counts are on the parameters' device.
+    scale, where `torch.optim.AdamW(fused=True)` leaves them unscaled; `max_grad_norm` and `grad_norm` are of the
+    unscaled ones), and where a gradient is not finite the device leaves parameters, states and step counts as they are.
+    From then on step counts are on the parameters' device.
 
     Raises:
         TypeError, ValueError: a hyperparameter or a parameter of a wrong type, value, dtype or layout; named in the
             message.
         PriorError: a prior without names to bind by; a damaged prior (PriorFormatError); one that matches no parameter,
-            or matches by name but not by shape (PriorMismatchError).
+            only frozen ones, or one by name but not by shape (PriorMismatchError).
         BackendUnavailableError: a backend asked for by name cannot run here.
     """
 
     _in_backward: BackwardHandle | None = None
 
+    @not_compiled
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         prior: PriorLike | None = None,
-        alpha: float = 1.0,
-        prior_scaling: str = "adaptive_cosine",
+        alpha: AlphaLike = 1.0,
+        prior_scaling: PriorScaling = "adaptive_cosine",
         normalize_to_param: bool = False,
         prior_device: str | torch.device | None = None,
         max_grad_norm: float | None = None,
-        state_dtype: torch.dtype | str = torch.float32,
-        rounding: str = "nearest",
+        state_dtype: torch.dtype | StateDType = torch.float32,
+        rounding: Rounding = "nearest",
         seed: int = 0,
         master_weights: bool = False,
         maximize: bool = False,
         capturable: bool = False,
-        backend: str = "auto",
+        differentiable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        backend: backends.Name = "auto",
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+        max_grad_norm = check_max_grad_norm(max_grad_norm)
         backends.check_name(backend)
         self.precision = Precision.of(state_dtype, rounding, master_weights)
-        binding = None if prior is None else PriorBinding.of(prior, prior_device)
+        group_alpha, strengths = Strengths.split(alpha)
+        binding = None if prior is None else PriorBinding.of(prior, prior_device, strengths)
         self._engine = Engine(AdamW(self.precision), binding, backend, max_grad_norm)
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "alpha": alpha,
+            "alpha": group_alpha,
             "prior_scaling": prior_scaling,
             "normalize_to_param": normalize_to_param,
             "maximize": maximize,
             "capturable": capturable,
+            "amsgrad": amsgrad,
+            "differentiable": differentiable,
+            "foreach": foreach,
+            "fused": fused,
             SEED: seed,
             FINGERPRINT: self.prior_fingerprint,
         }
         super().__init__(params, defaults)
         named = named_params(self.param_groups)
-        backends.check_devices(backend, [param for _, param in named])
+        backends.check_devices(backend, [param for _, param in named if param.requires_grad])
         if binding is not None:
             binding.check(named)
 
@@ -140,7 +158,7 @@ class FusedDriftAdamW(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        self._engine.max_grad_norm = max_grad_norm
+        self._engine.max_grad_norm = check_max_grad_norm(max_grad_norm)
 
     @property
     def backend(self) -> str:
@@ -154,6 +172,7 @@ class FusedDriftAdamW(Optimizer):
     def prior_fingerprint(self) -> str | None:
         return None if self.prior is None else self.prior.fingerprint
 
+    @not_compiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; the group is checked and left out if it is wrong."""
         super().add_param_group(param_group)
@@ -162,13 +181,11 @@ class FusedDriftAdamW(Optimizer):
         try:
             hyperparameters(group, index)
             check_seed(group, index)
-            if self.prior is not None and group.get("param_names") is None:
-                raise PriorError(
-                    "a prior is bound by parameter names, and these parameters have none: "
-                    f"pass model.named_parameters() (group {index})"
-                )
-            for i, param in enumerate(group["params"]):
-                self._engine.rule.check(param_name(group, index, i), param)
+            if self.prior is not None:
+                check_names(group, index)
+            for name, param in zip(labels(group, index), group["params"], strict=True):
+                if param.requires_grad:
+                    self._engine.rule.check(name, param)
         except Exception:
             del self.param_groups[index]
             raise
@@ -280,16 +297,26 @@ class FusedDriftAdamW(Optimizer):
 
         Hyperparameters that the state_dict does not have (torch's has no alpha) keep their present values.
 
+        Where both have names (`param_names`), a state reaches the parameter of its name, in whatever order and groups
+        they come; a group then has the hyperparameters of the saved group of the same parameters, and keeps its own if
+        there is none. Names differ by what wrappers add ("module.", "_orig_mod.") at most. Without names on one side
+        it goes by position, as in torch. Hooks that were registered see the state_dict first.
+
         Raises:
             PriorMismatchError: it was saved under another prior than this optimizer's.
-            ValueError: its groups, parameters or states do not fit this optimizer's. Nothing has been changed.
+            ValueError: its groups, parameters, their names or states do not fit this optimizer's. Nothing has been
+                changed.
         """
-        checked = check_state_dict(state_dict, self.param_groups, self.prior_fingerprint)
         # torch casts states to their parameter's dtype; this keeps what it was given, after the user's own hooks.
         given: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: given.update(loaded))
+
+        def check(_: Optimizer, loaded: StateDict) -> StateDict:
+            given.update(check_state_dict(loaded, self.param_groups, self.prior_fingerprint, without_wrappers))
+            return given
+
+        hook = self.register_load_state_dict_pre_hook(check)
         try:
-            super().load_state_dict(checked)
+            super().load_state_dict(state_dict)
         finally:
             hook.remove()
         restore_states(self, given, self.precision)

@@ -20,15 +20,15 @@ from .formats.philox import WHOLE, Place
 from .torch_private import local_shape_and_offset, local_tensor, spec
 
 
-def _dtensor() -> Any:
-    """The type; None as long as nobody has imported it, when there can be none."""
+def dtensor_type() -> Any:
+    """DTensor; None as long as nobody has imported it, when there can be none."""
     module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
 
 
 def is_sharded(tensor: object) -> bool:
     """Whether it is a DTensor."""
-    return type(tensor) is _dtensor()
+    return type(tensor) is dtensor_type()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def local(tensor: Tensor) -> Tensor:
 def local_pairs(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
     """What this rank holds of parameters and gradients; a gradient that is placed otherwise than its parameter (a sum
     that is still partial, say) is first redistributed, by every rank alike."""
-    dtensor = _dtensor()
+    dtensor = dtensor_type()
     types = set() if dtensor is None else set(map(type, params))
     if dtensor not in types:
         return params, grads
@@ -52,7 +52,7 @@ def local_pairs(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[
 
 def place_grads(params: list[Tensor]) -> None:
     """Redistributes the gradients that are placed otherwise than their parameters, where they are."""
-    for param in params if _dtensor() in set(map(type, params)) else ():
+    for param in params if dtensor_type() in set(map(type, params)) else ():
         if param.grad is not None:
             param.grad = _placed_as(param.grad, param)
 
@@ -69,7 +69,7 @@ def wrap(tensor: Tensor, like: Any, shape: Sequence[int] | None = None) -> Tenso
         return tensor
     whole = tuple(like.shape if shape is None else shape)
     strides = tuple(math.prod(whole[d + 1 :]) for d in range(len(whole)))
-    return _dtensor().from_local(
+    return dtensor_type().from_local(
         tensor, like.device_mesh, like.placements, run_check=False, shape=torch.Size(whole), stride=strides
     )
 
@@ -160,7 +160,10 @@ class Reduction:
         for row, shard in enumerate(shards):
             for group in () if shard is None else shard.groups:
                 rows.setdefault(group, []).append(row)
-        self._steps = [(group, None if len(of) == len(shards) else torch.tensor(of)) for group, of in rows.items()]
+        self._steps = [
+            (group, None if len(of) == len(shards) else torch.tensor(of, dtype=torch.int64, device="cpu"))
+            for group, of in rows.items()
+        ]
 
     def __bool__(self) -> bool:
         return bool(self._steps)

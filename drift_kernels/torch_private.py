@@ -17,7 +17,8 @@ C = TypeVar("C", bound=type)
 
 # Of a DTensor, what this rank holds. Public: `to_local()`, which makes a new object in every call; for hundreds of
 # parameters it takes as long as the rest of a step's host work.
-local_tensor = attrgetter("_local_tensor")
+LOCAL_TENSOR = "_local_tensor"
+local_tensor = attrgetter(LOCAL_TENSOR)
 
 # Of a DTensor, its mesh, placements and whole shape as one object, which gradients share with their parameters. Public:
 # `device_mesh` and `placements`, two comparisons of many objects.
@@ -43,6 +44,11 @@ def not_compiled(function: F) -> F:
     torch's own optimizers use, imports it at the first call."""
     disable: Callable[[F], F] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     return disable(function)
+
+
+def makes_fake_tensors() -> bool:
+    """Whether new tensors are fake, without memory, as under FakeTensorMode. Public: none."""
+    return type(torch.empty(0, dtype=torch.float32, device="cpu")).__name__ == "FakeTensor"
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:

@@ -166,6 +166,11 @@ def text_weights(*, layers: int = 3, vocabulary: int = 101, prefix: str = "model
     return weights
 
 
+def tuned(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What fine-tuning makes of weights: a little of each is another."""
+    return {name: weight + 0.01 * torch.randn_like(weight) for name, weight in weights.items()}
+
+
 def write_checkpoint(
     folder: Path, weights: Mapping[str, Tensor], *, shards: int = 1, config: Mapping[str, object] | None = None
 ) -> Path:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from checkpoints import TEXT, randomised, text_weights, write_checkpoint
+from checkpoints import TEXT, randomised, text_weights, tuned, write_checkpoint
 from torch import Tensor, nn
 
 from drift_kernels import Prior, PriorError, PriorMismatchError, build_prior
 from drift_kernels.cli import main
 from drift_kernels.prior.build import open_checkpoint
-from drift_kernels.prior.live import live_parameters
+from drift_kernels.prior.in_memory import live_parameters
 
 
 def tower(prefix: str, width: int, layers: int = 3) -> dict[str, Tensor]:
@@ -84,9 +84,9 @@ def test_no_alignment_is_an_error_that_says_what_was_found(tmp_path: Path) -> No
 
 def test_checkpoints_without_matrices_or_layers_need_no_alignment(tmp_path: Path) -> None:
     vectors = {"model.layers.0.input_layernorm.weight": torch.randn(4), "model.embed_tokens.weight": torch.randn(4, 4)}
-    assert len(build(tmp_path / "vectors", dict(vectors), vectors, modules=("norm", "embed"))) == 2
+    assert len(build(tmp_path / "vectors", vectors, tuned(vectors), modules=("norm", "embed"))) == 2
     vectors.pop("model.layers.0.input_layernorm.weight")
-    assert len(build(tmp_path / "bare", dict(vectors), vectors, modules=("embed",))) == 1
+    assert len(build(tmp_path / "bare", vectors, tuned(vectors), modules=("embed",))) == 1
 
 
 def test_matrices_that_no_module_claims_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,7 +96,7 @@ def test_matrices_that_no_module_claims_are_named(tmp_path: Path, caplog: pytest
         "model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1),
     }
     weights = text_weights() | extra
-    warnings = build(tmp_path, dict(weights), weights).record["warnings"]
+    warnings = build(tmp_path, weights, tuned(weights)).record["warnings"]
     expected = "2 matrices in the layers belong to no module and are left out: layers.0.novel.weight, "
     expected += "layers.1.novel.weight; re:REGEX in the modules takes them"
     assert warnings == [expected]
@@ -111,7 +111,7 @@ def test_matrices_that_no_module_claims_are_named(tmp_path: Path, caplog: pytest
 
 def test_a_module_of_which_there_is_nothing_is_named(tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in text_weights().items() if "mlp" not in name}
-    assert build(tmp_path, weights, dict(weights)).record["warnings"] == [
+    assert build(tmp_path, weights, tuned(weights)).record["warnings"] == [
         "no mlp tensor is in all checkpoints under a name that is known"
     ]
 

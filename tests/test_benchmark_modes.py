@@ -171,7 +171,7 @@ def test_parity_is_green(label: str) -> None:
     [
         ("residual", "param_residual", Mode(F32, master=True)),
         ("exp_avg_sq_scale", "exp_avg_sq_scale", Mode(INT8)),
-        ("exp_avg_sq", "exp_avg_sq", Mode(INT8, "stochastic", prior=INT8)),
+        ("exp_avg_sq", "exp_avg_sq_codes", Mode(INT8, "stochastic", prior=INT8)),
     ],
 )
 def test_parity_sees_a_wrong_bit_of_what_a_mode_adds(

@@ -21,7 +21,7 @@ from drift_kernels import CheckpointError, Prior, PriorError, PriorFormatError, 
 from drift_kernels.prior.names import canonical_name, module_of
 from drift_kernels.prior.norms import CHUNK
 
-EVERYTHING = ("attn", "mlp", "norm", "embed", "head")
+EVERYTHING = ("attn", "mlp", "norms", "embed", "head")
 Q_PROJ = "layers.1.self_attn.q_proj.weight"
 
 
@@ -265,7 +265,7 @@ def progress(done, total):
         die()
 
 if moment == "before the record":
-    build._write_json = die
+    build.write_json = die
 if moment == "before the rename":
     pathlib.Path.rename = die
 print("building", flush=True)

@@ -184,7 +184,9 @@ def test_a_copy_of_an_optimizer_without_a_prior_goes_on_as_the_original(copied: 
 @COPIES
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 @pytest.mark.parametrize(
-    "options", [*({"scaling": s} for s in SCALINGS), {"scaling": "absolute", "normalize_to_param": True}], ids=str
+    "options",
+    [*({"prior_scaling": s} for s in SCALINGS), {"prior_scaling": "absolute", "normalize_to_param": True}],
+    ids=str,
 )
 def test_a_copy_of_a_gradient_bias_goes_on_as_the_original(
     prior: Prior, options: dict[str, Any], used: bool, copied: Copy
@@ -215,7 +217,7 @@ def test_a_copy_of_a_gradient_bias_goes_on_as_the_original(
 
 def test_a_copy_of_a_scheduled_gradient_bias_has_its_own_schedule() -> None:
     params = large_params()
-    bias = GradientBias(params.items(), large_deltas(), alpha=0.5, scaling="absolute")
+    bias = GradientBias(params.items(), large_deltas(), alpha=0.5, prior_scaling="absolute")
     schedule = AlphaScheduler(bias, lambda step: 0.5**step)
     random_grads(params)
     bias.apply_()

@@ -19,7 +19,7 @@ pytest.importorskip("deepspeed", reason="pip install 'drift_kernels[deepspeed]'"
 
 def hooked() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = make_model(torch.float32)
-    attach_prior(model, make_prior(), scaling="absolute", alpha=0.5)
+    attach_prior(model, make_prior(), prior_scaling="absolute", alpha=0.5)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 

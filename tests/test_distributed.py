@@ -16,7 +16,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from training import BF16, INT8, STEPS, Run, agree, fsdp_model, loss_of, make_model, make_prior, whole
 
-from drift_kernels import FusedDriftAdamW
+from drift_kernels import FusedDriftAdamW, PriorError
+from drift_kernels.prior.quantized import quantize
 from drift_kernels.sharding import local
 
 # FSDP2
@@ -36,6 +37,64 @@ def test_fully_shard_has_the_bits_of_one_process(options: dict[str, Any], tmp_pa
     for params, report in ranks.run(fsdp_run, 2, tmp_path, options):
         agree(params, alone.result())
         assert report["prior"] == pytest.approx(2, rel=0.02)
+
+
+class Reader(nn.Module):
+    """A vocabulary of 21 tokens, of which a prior knows 7."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed_tokens = nn.Embedding(21, 128)
+        self.o_proj = nn.Linear(128, 128)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.o_proj(self.embed_tokens(tokens))
+
+    def prior(self, dtype: torch.dtype) -> dict[str, Any]:
+        torch.manual_seed(4)
+        deltas = {"embed_tokens.weight": torch.randn(7, 128), "o_proj.weight": torch.randn(128, 128) * 0.01}
+        return {name: quantize(delta, dtype) if dtype == INT8 else delta.to(dtype) for name, delta in deltas.items()}
+
+    def steps(self, prior: Any, **options: Any) -> dict[str, Tensor]:
+        optimizer = FusedDriftAdamW(self.named_parameters(), lr=1e-2, prior=prior, **options)
+        for _ in range(2):
+            self(torch.arange(21)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: whole(param.detach()) for name, param in self.named_parameters()}
+
+
+def grown_run(dtype: torch.dtype) -> dict[str, Tensor]:
+    model = Reader()
+    prior = model.prior(dtype)
+    return fully_shard(model).steps(prior, prior_scaling="absolute", alpha={"embed": 0.1, "re:o_proj": 0.5})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, INT8], ids=str)
+def test_added_tokens_and_alpha_by_pattern(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of 21 rows on 4 ranks, one rank has some that the delta knows, and others none or all. `absolute` without
+    clipping takes no sums over ranks, and the loss is of every token, on every rank."""
+    model = Reader()
+    patterns = {"embed": 0.1, "re:o_proj": 0.5}
+    alone = model.steps(model.prior(dtype), prior_scaling="absolute", alpha=patterns)
+    for params in ranks.run(grown_run, 4, tmp_path, dtype):
+        agree(params, alone)
+
+
+def weights_run() -> str:
+    model = Reader()
+    weights = {name: param.detach().clone() for name, param in model.named_parameters()}
+    try:
+        fully_shard(model).steps(weights)
+    except PriorError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def test_weights_in_place_of_deltas_are_noticed_by_every_rank(tmp_path: Path) -> None:
+    for said in ranks.run(weights_run, 2, tmp_path):
+        assert "these look like weights" in said
 
 
 def tensor_parallel_run(data: int) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ import transformers as hf
 from checkpoints import TEXT, VISION, randomised
 from torch import Tensor, nn
 
-from drift_kernels import Prior, PriorFormatError, build_prior
+from drift_kernels import Prior, PriorFormatError, PriorMismatchError, build_prior
 from drift_kernels.engine.binding import BoundDelta, PriorBinding
 from drift_kernels.prior import QuantizedDelta, quantize
 from drift_kernels.prior.fusion import find_sources
 from drift_kernels.prior.names import canonical_name, layer_of, module_of
+from drift_kernels.prior.strengths import Strengths
 from drift_kernels.sharding import Shard
 
 pytestmark = pytest.mark.skipif(int(hf.__version__.split(".")[0]) < 5, reason="experts are fused by transformers 5")
@@ -266,3 +267,42 @@ def test_other_models_and_incomplete_experts_are_not_bound() -> None:
     ]
     prior = Prior.from_mapping({"layers.0.block_sparse_moe.up_proj.weight": torch.randn(4, 3)})
     assert list(prior.match(live).matched) == ["model.layers.0.block_sparse_moe.up_proj.weight"]
+
+
+def test_alpha_of_a_joined_delta_is_that_of_its_first_part_and_zero_where_a_part_is_left_alone() -> None:
+    stored = {f"layers.{n}.block_sparse_moe.experts.{e}.w2.weight": torch.randn(4, 3) for n in (0, 1) for e in (0, 1)}
+    named = [(f"model.layers.{n}.mlp.experts.down_proj", nn.Parameter(torch.randn(2, 4, 3))) for n in (0, 1)]
+
+    def alphas(patterns: dict[str, float]) -> list[float | None]:
+        binding = PriorBinding(Prior.from_mapping(stored), strengths=Strengths.split(patterns)[1])
+        binding.check(named)
+        return [delta and delta.alpha for delta in binding.bind([(name, param, None) for name, param in named])]
+
+    assert alphas({"mlp": 0.5}) == [0.5, 0.5]
+    assert alphas({"re:block_sparse_moe": 0.5}) == [0.5, 0.5]
+    assert alphas({"re:layers.0.": 0.2, "mlp": 1.0}) == [0.2, 1.0]
+    assert alphas({"re:layers.0.*experts.0": 0.2, "mlp": 1.0}) == [0.2, 1.0]
+    assert alphas({"re:layers.0.*experts.1": 0.0, "mlp": 1.0}) == [None, 1.0]
+    with pytest.raises(PriorMismatchError, match="patterns leave all 2 matching deltas alone"):
+        alphas({"re:experts.1": 1.0})
+
+
+def test_a_stack_of_one_expert_has_the_parameters_shape() -> None:
+    delta = torch.randn(4, 3)
+    prior = Prior.from_mapping({"layers.0.mlp.experts.0.down_proj.weight": delta})
+    param = nn.Parameter(torch.randn(1, 4, 3))
+    (found,) = bind(prior, [("model.layers.0.mlp.experts.down_proj", param, None)])
+    assert torch.equal(found.delta, delta[None])
+    assert found.delta_norm == pytest.approx(delta.norm().item())
+
+
+def test_tokens_that_were_added_beside_fused_experts() -> None:
+    stored = {f"layers.0.mlp.experts.{e}.down_proj.weight": torch.randn(4, 3) for e in (0, 1)}
+    prior = Prior.from_mapping({**stored, "embed_tokens.weight": torch.randn(5, 4)})
+    named = [
+        ("model.embed_tokens.weight", nn.Parameter(torch.randn(7, 4)), None),
+        ("model.layers.0.mlp.experts.down_proj", nn.Parameter(torch.randn(2, 4, 3)), None),
+    ]
+    embed, experts = bind(prior, named)
+    assert torch.equal(embed.delta, torch.cat([prior.load("embed_tokens.weight"), torch.zeros(2, 4)]))
+    assert torch.equal(experts.delta, torch.stack(list(stored.values())))

@@ -267,3 +267,16 @@ def test_a_whole_fp16_training_step_is_that_of_torch() -> None:
     assert scalers[0].get_scale() < 2.0**15
     for p, q in zip(ours_model.parameters(), their_model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=2e-3, atol=2e-3)
+
+
+def test_gradients_keep_their_scale_where_torchs_fused_step_unscales_them() -> None:
+    """What README says of `param.grad` after `scaler.step`."""
+    left = []
+    for optimizer_class, options in ((torch.optim.AdamW, {"fused": True}), (FusedDriftAdamW, {})):
+        param = nn.Parameter(torch.ones(3, device=DEVICE))
+        optimizer = optimizer_class([param], **options)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0)
+        scaler.scale(param.sum()).backward()
+        scaler.step(optimizer)
+        left.append(param.grad.tolist())
+    assert left == [[1.0] * 3, [8.0] * 3]

@@ -53,7 +53,7 @@ from drift_kernels.prior.quantized import quantize
 def test_it_is_the_method(backend: str, scaling: str, dtype: torch.dtype) -> None:
     """Against float64: 2e-6 of the largest element in float32, half an ulp of it more in narrower dtypes."""
     params, deltas = make_params(dtype), make_deltas()
-    bias = GradientBias(params.items(), deltas, alpha=0.7, scaling=scaling, backend=backend)
+    bias = GradientBias(params.items(), deltas, alpha=0.7, prior_scaling=scaling, backend=backend)
     half_ulp = 0.0 if dtype == F32 else torch.finfo(dtype).eps / 2
     for _ in range(2):
         grads = random_grads(params)
@@ -78,7 +78,9 @@ def test_it_is_the_method(backend: str, scaling: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "options", [*({"scaling": s} for s in SCALINGS), {"scaling": "absolute", "normalize_to_param": True}], ids=str
+    "options",
+    [*({"prior_scaling": s} for s in SCALINGS), {"prior_scaling": "absolute", "normalize_to_param": True}],
+    ids=str,
 )
 def test_with_torch_adamw_it_is_fused_drift_adamw(backend: str, options: dict[str, Any]) -> None:
     """In float32, within 2e-6 of each tensor's largest element (or of 1) over 20 steps: the bound of the two
@@ -87,9 +89,8 @@ def test_with_torch_adamw_it_is_fused_drift_adamw(backend: str, options: dict[st
     others = copies(params)
     bias = GradientBias(params.items(), deltas, alpha=0.3, **options, backend=backend)
     theirs = torch.optim.AdamW(params.values(), lr=3e-3, weight_decay=0.05)
-    fused = {"prior_scaling" if key == "scaling" else key: value for key, value in options.items()}
     ours = FusedDriftAdamW(
-        others.items(), lr=3e-3, weight_decay=0.05, prior=deltas, alpha=0.3, **fused, backend=backend
+        others.items(), lr=3e-3, weight_decay=0.05, prior=deltas, alpha=0.3, **options, backend=backend
     )
     for _ in range(20):
         random_grads(params, others)
@@ -107,7 +108,7 @@ def test_with_muon() -> None:
     """`absolute` in float32 is one multiplication and one subtraction, so the trajectory has the same bits."""
     params, deltas = make_params(), make_deltas()
     others = copies(params)
-    bias = GradientBias(params.items(), deltas, alpha=0.3, scaling="absolute")
+    bias = GradientBias(params.items(), deltas, alpha=0.3, prior_scaling="absolute")
     matrices = [name for name, p in params.items() if p.dim() == 2 and p.numel()]
     muons = [torch.optim.Muon([model[name] for name in matrices], lr=1e-2) for model in (params, others)]
     for _ in range(5):
@@ -123,7 +124,7 @@ def test_with_muon() -> None:
 
 def test_gradients_may_come_and_go() -> None:
     params, deltas = make_params(), make_deltas()
-    bias = GradientBias(params.items(), deltas, scaling="absolute")
+    bias = GradientBias(params.items(), deltas, prior_scaling="absolute")
     assert bias.apply_().names == []
     for missing in ("layers.0.weight", "norm.weight", None):
         grads = random_grads(params)
@@ -165,7 +166,7 @@ def test_a_gradient_that_is_not_finite_is_left_where_it_is() -> None:
     params, deltas = make_params(), make_deltas()
     grads = random_grads(params)
     params["norm.weight"].grad[3] = grads["norm.weight"][3] = math.inf
-    GradientBias(params.items(), deltas, scaling="gradnorm").apply_()
+    GradientBias(params.items(), deltas, prior_scaling="gradnorm").apply_()
     assert torch.equal(params["norm.weight"].grad, grads["norm.weight"])
     assert not torch.equal(params["layers.0.bias"].grad, grads["layers.0.bias"])
 
@@ -181,7 +182,7 @@ def test_autograd_sees_the_write() -> None:
 
 def test_alpha_follows_a_schedule() -> None:
     params, deltas = make_params(), make_deltas()
-    bias = GradientBias(params.items(), deltas, alpha=0.5, scaling="absolute")
+    bias = GradientBias(params.items(), deltas, alpha=0.5, prior_scaling="absolute")
     schedule = AlphaScheduler(bias, linear_anneal(2))
     for alpha in (0.5, 0.25, 0.0):
         assert bias.alpha == alpha
@@ -223,7 +224,7 @@ def test_the_function_loads_deltas_once(monkeypatch: pytest.MonkeyPatch) -> None
         random_grads(params, expected)
         bias_gradients_(params.items(), prior, alpha, scaling)
         assert sorted(loaded[prior]) == sorted(deltas)
-        GradientBias(expected.items(), deltas, alpha=alpha, scaling=scaling).apply_()
+        GradientBias(expected.items(), deltas, alpha=alpha, prior_scaling=scaling).apply_()
         assert_same(grads_of(params), grads_of(expected))
     other = copies(params)
     random_grads(other)

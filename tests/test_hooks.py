@@ -32,8 +32,8 @@ from drift_kernels import (
 def test_hooks_do_what_the_fused_form_does(scaling: str) -> None:
     """Bit for bit, with tied weights, whose gradient is biased once and whole."""
     hooked, plain, deltas = two_models()
-    handle = attach_prior(hooked, deltas, alpha=0.5, scaling=scaling)
-    bias = GradientBias(plain.named_parameters(), deltas, alpha=0.5, scaling=scaling)
+    handle = attach_prior(hooked, deltas, alpha=0.5, prior_scaling=scaling)
+    bias = GradientBias(plain.named_parameters(), deltas, alpha=0.5, prior_scaling=scaling)
     assert handle.prior.fingerprint == bias.prior.fingerprint
     for alpha in (0.5, 0.1, 0.0):
         handle.alpha = bias.alpha = alpha
@@ -57,11 +57,11 @@ def test_hooks_under_accumulation() -> None:
     """In each micro-batch, or paused in all but the last."""
     each, paused, deltas = two_models()
     plain = copy.deepcopy(each)
-    attach_prior(each, deltas, alpha=0.5, scaling="gradnorm")
-    handle = attach_prior(paused, deltas, alpha=0.5, scaling="gradnorm")
-    bias = GradientBias(plain.named_parameters(), deltas, alpha=0.5, scaling="gradnorm")
+    attach_prior(each, deltas, alpha=0.5, prior_scaling="gradnorm")
+    handle = attach_prior(paused, deltas, alpha=0.5, prior_scaling="gradnorm")
+    bias = GradientBias(plain.named_parameters(), deltas, alpha=0.5, prior_scaling="gradnorm")
     step_by_step = copy.deepcopy(plain)
-    bias_each = GradientBias(step_by_step.named_parameters(), deltas, alpha=0.5, scaling="gradnorm")
+    bias_each = GradientBias(step_by_step.named_parameters(), deltas, alpha=0.5, prior_scaling="gradnorm")
     for micro_batch in range(3):
         if micro_batch < 2:
             with handle.paused():
@@ -101,7 +101,7 @@ def test_hooks_are_removed() -> None:
 def test_a_hook_that_comes_later_sees_the_biased_gradient() -> None:
     """An optimizer that steps in the backward pass, and frees the gradient."""
     model, plain, deltas = two_models()
-    attach_prior(model, deltas, scaling="absolute")
+    attach_prior(model, deltas, prior_scaling="absolute")
     seen: dict[str, Tensor] = {}
 
     def take(name: str, p: Tensor) -> None:
@@ -119,7 +119,7 @@ def test_frozen_parameters_get_no_hook() -> None:
     model, plain, deltas = two_models()
     for frozen in (model.embed_tokens.weight, plain.embed_tokens.weight):
         frozen.requires_grad_(False)
-    attach_prior(model, deltas, scaling="absolute")
+    attach_prior(model, deltas, prior_scaling="absolute")
     backward(model, plain)
     assert torch.equal(model.inner.weight.grad, plain.inner.weight.grad - deltas["inner.weight"])
     model.requires_grad_(False)
@@ -130,7 +130,7 @@ def test_frozen_parameters_get_no_hook() -> None:
 def test_torch_adamw_under_hooks() -> None:
     """As FusedDriftAdamW: the bound of the fused form, over 10 steps that feed back."""
     hooked, fused, deltas = two_models()
-    attach_prior(hooked, deltas, alpha=0.1, scaling="absolute")
+    attach_prior(hooked, deltas, alpha=0.1, prior_scaling="absolute")
     theirs = torch.optim.AdamW(hooked.parameters(), lr=1e-3)
     ours = FusedDriftAdamW(fused.named_parameters(), lr=1e-3, prior=deltas, alpha=0.1, prior_scaling="absolute")
     for _ in range(10):
@@ -148,8 +148,12 @@ def test_torch_adamw_under_hooks() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"scaling": "cosine"}, ValueError, "scaling must be one of absolute, gradnorm, adaptive_cosine, got 'cosine'"),
-        ({"scaling": "decoupled"}, ValueError, "got 'decoupled' .it moves parameters, not gradients"),
+        (
+            {"prior_scaling": "cosine"},
+            ValueError,
+            "prior_scaling must be one of absolute, gradnorm, adaptive_cosine, got 'cosine'",
+        ),
+        ({"prior_scaling": "decoupled"}, ValueError, "got 'decoupled' .it moves parameters, not gradients"),
         ({"alpha": math.nan}, ValueError, "alpha must be finite, got alpha=nan"),
         ({"alpha": "much"}, TypeError, "alpha must be a number"),
         ({"backend": "mkl"}, ValueError, "backend must be 'auto' or one of"),

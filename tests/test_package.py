@@ -23,7 +23,7 @@ PACKAGE = ROOT / "drift_kernels"
 # its own. (`_cpu` and `_cuda` are the compiled extensions.)
 FLOORS = {
     "": [
-        {"errors", "torch_private", "schedule", "_cpu", "_cuda"},
+        {"errors", "messages", "torch_private", "schedule", "deprecation", "terminal", "_cpu", "_cuda"},
         {"formats"},
         {"sharding"},
         {"kernels", "state"},
@@ -35,20 +35,22 @@ FLOORS = {
     ],
     "formats": [{"rounding", "philox"}, {"blocks"}],
     "kernels": [
-        {"operands", "scalings"}, {"plan", "coefficients"}, {"layout", "reference"}, {"cpu", "cuda", "triton"},
-        {"backends"},
+        {"operands", "scalings"}, {"plan", "coefficients"}, {"layout", "reference"},
+        {"cpu", "cuda", "triton", "describe"}, {"backends"},
     ],
     "kernels/triton": [
         {"jit"}, {"layout"}, {"access", "random"}, {"codes"}, {"update", "sums", "bias"}, {"backend"},
     ],
-    "state": [{"param_groups", "precision"}, {"masters", "state_dict"}],
+    "state": [{"param_groups", "precision"}, {"masters", "arrangement", "live"}, {"state_dict"}],
     "prior": [
-        {"names", "norms", "hub"}, {"files", "quantized"},
-        {"alignment", "arithmetic", "deltas", "fusion", "live", "pairing"}, {"assembly", "coverage", "fingerprint"},
-        {"prior"}, {"stream", "summary"}, {"build", "plot"}, {"__init__"},
+        {"names", "norms", "verification"}, {"foreign", "quantized"}, {"reading", "record", "fusion"}, {"files"},
+        {"arithmetic", "encodings", "hub", "in_memory", "stored", "writing"},
+        {"alignment", "assembly", "coverage", "fingerprint", "pairing", "plausible", "strengths"},
+        {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
     ],
     "engine": [
-        {"seen", "hyperparameters", "binding"}, {"rules"}, {"launches"}, {"engine", "figures"}, {"backward"},
+        {"seen", "hyperparameters", "reach", "lookalikes"}, {"binding", "rules"}, {"launches"}, {"engine", "figures"},
+        {"backward"},
     ],
     "integrations": [{"named_groups", "step_figures"}, {"transformers"}, {"__init__"}],
 }  # fmt: skip

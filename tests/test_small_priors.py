@@ -33,7 +33,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[st
     for role, weights in (("expert", expert), ("base", base)):
         write_checkpoint(tmp_path / role, weights)
     folder = tmp_path / "prior"
-    modules = ("attn", "mlp", "norm", "embed", "re:gain|nothing")
+    modules = ("attn", "mlp", "norms", "embed", "re:gain|nothing")
     build_prior(
         tmp_path / "expert", tmp_path / "base", folder, dtype=request.param, modules=modules, max_shard_bytes=7_000
     )

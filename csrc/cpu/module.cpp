@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../export.h"
+#include "describe.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -160,6 +161,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("grad_stats", &grad_stats, py::arg("launch"), py::arg("partials"), py::arg("out"));
   m.def("subtract", &subtract, py::arg("expert"), py::arg("base"), py::arg("origin"), py::arg("delta"),
         py::arg("count"), py::arg("weight_dtype"), py::arg("delta_dtype"));
+  export_describe(m);
   m.def("sum_words", &sum_words, py::arg("words"), py::arg("rows"), py::arg("width"), py::arg("row_sums"),
         py::arg("columns"));
 }

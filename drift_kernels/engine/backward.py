@@ -45,7 +45,9 @@ class _Single:
         if self.launch.needs_stats(groups):
             self.batch.measure(self.plan, self.row, self.launch, groups)
             coefficients.set_gradient_coefficients(coefficients.bias(with_stats=True), None)
+        self.slot.copy_in(param)
         self.batch.run(self.plan, self.row, self.launch, groups)
+        self.slot.copy_out(param)
         self.step.add_(1)
         self.plan.release()
 
@@ -106,7 +108,7 @@ class BackwardHandle:
             single = self._singles[id(param)]
             check_grad(single.slot.name, param, grad)
             state = self._optimizer.state[param]
-            if grad.dtype != single.plan.dtypes.grad:
+            if grad.dtype != single.plan.grad_dtype:
                 single = replace(single, plan=Plan([single.slot.operands(param, state)], grad.dtype))
                 self._singles[id(param)] = single
             single.update(param, state, grad, self._groups)
@@ -139,7 +141,7 @@ class BackwardHandle:
             for launch in batch.launches:
                 for row, slot in zip(range(launch.rows.start, launch.rows.stop), batch.slots[launch.rows], strict=True):
                     param = params[slot.index]
-                    plan = Plan([slot.operands(param, self._optimizer.state[param])], launch.plan.dtypes.grad)
+                    plan = Plan([slot.operands(param, self._optimizer.state[param])], launch.plan.grad_dtype)
                     plan.release()
                     yield _Single(batch, launch, slot, plan, slice(row, row + 1), batch.coefficients.steps[row])
 
@@ -163,4 +165,7 @@ def attach(optimizer: Optimizer, engine: Engine) -> BackwardHandle:
         raise ValueError(
             "attach_to_backward() is for a single process: gradients are not reduced yet when they are used"
         )
+    named = named_params(optimizer.param_groups)
+    if len({id(param) for _, param in named}) < len(named):
+        raise ValueError("a parameter is given twice: step() updates it twice, and the backward pass could but once")
     return BackwardHandle(optimizer, engine)

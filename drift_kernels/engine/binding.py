@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,20 +13,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PriorMismatchError
-from ..prior import Prior, PriorLike, QuantizedDelta
-from ..prior.fusion import Source
+from ..prior import DeltaInfo, Prior, PriorLike, QuantizedDelta
+from ..prior.fusion import Source, stored_names
 from ..prior.norms import norm
+from ..prior.quantized import with_rows
+from ..prior.strengths import Strengths
 from ..sharding import Reduction, Shard
+from .lookalikes import Candidate, check_not_weights
+from .reach import check_reach, say_reach
+
+logger = logging.getLogger("drift_kernels")
 
 
 @dataclass(frozen=True)
 class BoundDelta:
-    """A delta where the kernels read it, of a small prior its codes and scales; norm(delta) and norm(W) in float64."""
+    """A delta where the kernels read it, of a small prior its codes and scales; norm(delta) and norm(W) in float64; and
+    what its param group's alpha is multiplied by."""
 
     delta: Tensor
     delta_scale: Tensor | None
     delta_norm: float
     param_norm: float
+    alpha: float = 1.0
+
+    @property
+    def stored(self) -> Tensor | QuantizedDelta:
+        return self.delta if self.delta_scale is None else QuantizedDelta(self.delta, self.delta_scale)
 
     def to(self, device: torch.device) -> BoundDelta:
         scale = None if self.delta_scale is None else self.delta_scale.to(device)
@@ -38,10 +52,13 @@ class PriorBinding:
     replace parameters between the two. A copy or a pickled binding loads its own.
     """
 
-    def __init__(self, prior: Prior, on_host: bool = False) -> None:
+    def __init__(self, prior: Prior, on_host: bool = False, strengths: Strengths | None = None) -> None:
         self.prior = prior
         self._on_host = on_host  # whether deltas stay in pinned host memory
+        self._alphas = dict.fromkeys(prior.names, 1.0) if strengths is None else strengths.of(prior.names)
+        self._idle_said = False
         self._sources: dict[str, str | Source] = {}  # by live name; one stored delta by its own name
+        self._infos: dict[str, DeltaInfo] = {}  # by live name
         self._checked: dict[str, torch.Size] = {}
         self._param_norms: dict[str, float] = {}  # norm(W), of parameters as they were when they were first bound
         self._bound: dict[str, BoundDelta] = {}
@@ -50,17 +67,21 @@ class PriorBinding:
         return {**vars(self), "_bound": {}}
 
     @classmethod
-    def of(cls, prior: PriorLike, device: str | torch.device | None) -> PriorBinding:
+    def of(
+        cls, prior: PriorLike, device: str | torch.device | None, strengths: Strengths | None = None
+    ) -> PriorBinding:
         """A binding of a prior, of the folder of one, or of a mapping from names to deltas; `device`: "cpu" or None."""
         if device is not None and torch.device(device).type != "cpu":
             raise ValueError(f"prior_device must be 'cpu', or None for that of each parameter, got {device}")
-        return cls(Prior.of(prior), on_host=device is not None)
+        return cls(Prior.of(prior), device is not None, strengths)
 
     def check(self, named_parameters: list[tuple[str, Tensor]]) -> None:
-        """Matches the parameters, unless they are among those of the last time.
+        """Matches the parameters, unless they are among those of the last time, and says what the prior acts on.
 
         Raises:
-            PriorMismatchError: not one name matches, or a matched delta has another shape than its parameter.
+            PriorMismatchError: not one name matches, or a matched delta has another shape than its parameter (but for
+                tokens that were added to a vocabulary, where it is zero); at the first time also if all that match are
+                frozen, or their deltas zero. What is frozen later waits.
         """
         shapes = {name: param.shape for name, param in named_parameters}
         if shapes and shapes.items() <= self._checked.items():
@@ -72,8 +93,17 @@ class PriorBinding:
                 f"parameter {name!r} has shape {tuple(shape)}, but the prior's delta {prior_name!r} has shape "
                 f"{tuple(prior_shape)} ({len(coverage.shape_mismatches)} such parameters): it is of another model"
             )
-        sources = self.prior.sources(named_parameters)
-        self._sources = {name: source.single.name if source.single else source for name, source in sources.items()}
+        sources = {
+            name: source.single.name if source.single else source
+            for name, source in self.prior.sources(named_parameters).items()
+            if all(part.name in self._alphas for part in source.parts)
+        }
+        if not sources:
+            raise PriorMismatchError(f"alpha's patterns leave all {len(coverage.matched)} matching deltas alone")
+        if not self._checked:
+            check_reach(self.prior, named_parameters, sources)
+        say_reach(self.prior, named_parameters, sources)
+        self._sources, self._infos = sources, {}
         self._checked = shapes
 
     def covers(self, name: str) -> bool:
@@ -84,8 +114,12 @@ class PriorBinding:
         """The delta of each parameter, of which this rank holds a shard or all, on its device; None where the prior has
         none. A rank reads what it needs of the prior.
 
-        Raises PriorFormatError for a damaged delta, and PriorMismatchError if ranks have different priors.
+        Raises PriorFormatError for a damaged delta, PriorMismatchError if ranks have different priors, and PriorError
+        for deltas that are weights.
         """
+        if not self._idle_said and not any(name in self._sources for name, _, _ in named):
+            logger.warning("no parameter that the prior covers has a gradient in this step: it biases nothing")
+            self._idle_said = True
         new = [
             (name, param, shard)
             for name, param, shard in named
@@ -100,13 +134,12 @@ class PriorBinding:
         for name, _, _ in new:
             norm_at_first = self._param_norms.setdefault(name, self._bound[name].param_norm)
             self._bound[name] = replace(self._bound[name], param_norm=norm_at_first)
+        check_not_weights([self._candidate(*entry) for entry in new if self._info(entry[0]).param_norm is None])
         return [self._placed(name, param) if name in self._sources else None for name, param, _ in named]
 
     def _load(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:
-        info, part = self.prior.info(self._sources[name]), None if shard is None else shard.box
-        device = self._device_for(param)
+        info, stored = self._info(name), self._stored(name, param, shard)
         # Kernels read codes beside bfloat16 parameters.
-        stored = self.prior.load_stored(self._sources[name], device, copy=False, box=part)
         if isinstance(stored, QuantizedDelta) and param.dtype != torch.bfloat16:
             stored = stored.expand()
         delta, scale = (stored, None) if isinstance(stored, Tensor) else (stored.codes, stored.scales)
@@ -115,25 +148,52 @@ class PriorBinding:
         param_norm = info.param_norm
         if param_norm is None:
             param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
-        return BoundDelta(delta, scale, info.delta_norm, param_norm)
+        # One parameter has one alpha: where the patterns tell a joined delta's parts apart, the first part decides.
+        alpha = self._alphas[stored_names(self._sources[name])[0]]
+        return BoundDelta(delta, scale, info.delta_norm, param_norm, alpha)
+
+    def _stored(self, name: str, param: Tensor, shard: Shard | None) -> Tensor | QuantizedDelta:
+        """The delta of what this rank holds; zero for tokens that it does not know."""
+        source, info, device = self._sources[name], self._info(name), self._device_for(param)
+        whole, part = (tuple(param.shape), None) if shard is None else (shard.shape, shard.box)
+        if whole == info.shape:
+            return self.prior.load_stored(source, device, copy=False, box=part)
+        if part is None:
+            return with_rows(self.prior.load_stored(source, device, copy=False), whole[0])
+        begin, end = (min(row, info.shape[0]) for row in (part[0].start, part[0].stop))
+        if begin == end:
+            dtype = info.dtype if info.dtype in (torch.float32, torch.bfloat16) else torch.float32
+            return torch.zeros(param.shape, dtype=dtype, device=device)
+        known = (slice(begin, end), *part[1:])
+        return with_rows(self.prior.load_stored(source, device, copy=False, box=known), len(param))
+
+    def _candidate(self, name: str, param: Tensor, shard: Shard | None) -> Candidate:
+        bound = self._bound[name]
+        ratio = bound.delta_norm / bound.param_norm if bound.param_norm else math.inf
+        return Candidate(name, param, shard, self._info(name).shape, bound.stored, ratio)
+
+    def _info(self, name: str) -> DeltaInfo:
+        if name not in self._infos:
+            self._infos[name] = self.prior.info(self._sources[name])
+        return self._infos[name]
 
     def _measure(self, new: list[tuple[str, Tensor, Shard | None]]) -> None:
         """Adds up what the ranks hold of norm(W), where it was not recorded, and of norm(delta), to compare it."""
         if not new:
             return
         found = [self._bound[name] for name, _, _ in new]
-        squares = torch.tensor([[_norm(bound) ** 2, bound.param_norm**2] for bound in found], dtype=torch.float64)
-        squares = squares.to(new[0][1].device)
+        rows = [[_norm(bound) ** 2, bound.param_norm**2] for bound in found]
+        squares = torch.tensor(rows, dtype=torch.float64, device=new[0][1].device)
         Reduction([shard for _, _, shard in new]).sum_(squares)
         for (name, _, _), bound, (delta_norm, param_norm) in zip(new, found, squares.sqrt().tolist(), strict=True):
             self.prior.check_norm_of_parts(self._sources[name], delta_norm)
-            if self.prior.info(self._sources[name]).param_norm is None:
+            if self._info(name).param_norm is None:
                 self._bound[name] = replace(bound, param_norm=param_norm)
 
     def _compare(self, reduction: Reduction, new: list[tuple[str, Tensor, Shard | None]]) -> None:
         for group in reduction.groups:
             mark = int(self.prior.fingerprint[:12], 16)
-            marks = torch.tensor([mark, -mark], device=new[0][1].device)
+            marks = torch.tensor([mark, -mark], dtype=torch.int64, device=new[0][1].device)
             dist.all_reduce(marks, dist.ReduceOp.MIN, group=group)
             if int(marks.sum()) != 0:
                 raise PriorMismatchError(
@@ -151,4 +211,5 @@ class PriorBinding:
 
 
 def _norm(bound: BoundDelta) -> float:
-    return norm(bound.delta) if bound.delta_scale is None else QuantizedDelta(bound.delta, bound.delta_scale).norm()
+    stored = bound.stored
+    return norm(stored) if isinstance(stored, Tensor) else stored.norm()

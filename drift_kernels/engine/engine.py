@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -12,18 +11,18 @@ from torch import Tensor
 
 from ..kernels import backends
 from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_coefficient
-from ..kernels.plan import addresses
+from ..kernels.describe import Description, describe, describe_values
 from ..sharding import Shard, local, local_pairs, place_grads, place_of
-from ..state.param_groups import SEED, named_params
-from ..state.precision import STATES
+from ..state.param_groups import SEED, check_names, named_params
+from ..state.precision import held
+from ..torch_private import makes_fake_tensors
 from .binding import BoundDelta, PriorBinding
-from .hyperparameters import check_capture, check_grad, hyperparameters
+from .hyperparameters import check_capture, check_grad, check_memory, hyperparameters
 from .launches import DeviceBatch, Member, Slot
 from .rules import Rule
-from .seen import Seen
 
 ParamGroups = list[dict[str, Any]]
-States = Mapping[Tensor, dict[str, Any]]
+States = dict[Tensor, dict[str, Any]]
 
 
 def capturing() -> bool:
@@ -72,7 +71,7 @@ class Engine:
         """Forgets the plans; the next step makes them anew."""
         self.batches: list[DeviceBatch] = []
         self.grad_norm: Tensor | None = None
-        self._made_for: _MadeFor | None = None
+        self._made_for: _Present | None = None  # the plans
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("batches", "grad_norm", "_made_for")}
@@ -112,7 +111,11 @@ class Engine:
             batch.begin(groups, grad_scale)
         self._set_bias(groups)
         for batch in self.batches:
+            for slot in batch.copied:
+                slot.copy_in(tensors.whole[slot.index])
             batch.run_all(groups)
+            for slot in batch.copied:
+                slot.copy_out(tensors.whole[slot.index])
             # So that autograd sees it: a graph that holds a tensor as it was can no longer be run backward.
             for launch in batch.launches:
                 written = tensors.grads if self.rule.writes_grads else tensors.params
@@ -129,18 +132,14 @@ class Engine:
 
     def prepare(self, param_groups: ParamGroups, tensors: StepTensors, states: States) -> None:
         """Gives the plans their gradients, after making new ones if anything that they depend on has changed."""
-        if self._made_for is None or not self._made_for.still(tensors, states, self.batches):
+        present = _Present.of(tensors, states)
+        if self._made_for is None or not present.fits(self._made_for):
             if capturing():
                 raise RuntimeError("the first step on new parameters, states or dtypes must run before it is captured")
             self.batches = self._make(param_groups, tensors.grads, states)
-            self._made_for = _MadeFor(tensors, states, self.batches)
-        try:
-            for batch in self.batches:
-                batch.set_grads(tensors.grads)
-        except RuntimeError:  # a sparse gradient has no address
-            self._check(named_params(param_groups), tensors.grads)
-            raise
+            self._made_for = present = _Present.of(tensors, states)
         for batch in self.batches:
+            batch.set_grads(tensors.grads, present.grads)
             if batch.backend.READS_TENSORS:
                 batch.lend(tensors.whole, states)
 
@@ -148,35 +147,48 @@ class Engine:
         for (name, param), grad in zip(named, grads, strict=True):
             if grad is not None:
                 self.rule.check(name, param)
+                check_memory(f"parameter {name}", local(param))
                 check_grad(name, local(param), grad)
 
+    @torch.inference_mode(False)
     def _make(self, param_groups: ParamGroups, grads: list[Tensor | None], states: States) -> list[DeviceBatch]:
         """The batches of the parameters that have a gradient, after every check and before any change."""
+        if makes_fake_tensors():
+            raise RuntimeError("a step cannot be taken under FakeTensorMode: states would have no memory")
         named = named_params(param_groups)
         self._check(named, grads)
         present = [(i, *named[i], grad) for i, grad in enumerate(grads) if grad is not None]
+        for _, name, param, _ in present:
+            self.rule.check_state(name, states, param)
         resolved = {param.device: backends.resolve(self.backend, param.device) for _, _, param, _ in present}
         parts = [(name, local(param), Shard.of(param)) for _, name, param, _ in present]
-        places = [place_of(name, shard, self.rule.at_random) for name, _, shard in parts]
+        at_random = [self.rule.at_random(own) for _, own, _ in parts]
+        places = [place_of(name, shard, drawn) for (name, _, shard), drawn in zip(parts, at_random, strict=True)]
         bounds: list[BoundDelta | None] = [None] * len(parts)
         if self.binding is not None:
+            for index, group in enumerate(param_groups):
+                check_names(group, index)
             self.binding.check(named)
             bounds = self.binding.bind(parts)
 
         group_of = [g for g, group in enumerate(param_groups) for _ in group["params"]]
-        members: dict[tuple[torch.device, torch.device], list[Member]] = {}
+        members: dict[tuple[torch.device, torch.device, int], list[Member]] = {}
+        met: set[int] = set()
         for (i, name, param, grad), (_, own, shard), place, bound in zip(present, parts, places, bounds, strict=True):
             group = param_groups[group_of[i]]
-            key = group[SEED] + (i << 32) if self.rule.at_random else None
+            key = int(group[SEED]) + (i << 32) if self.rule.at_random(own) else None
             state = self.rule.state_of(states, param)
-            kinds = own, grad, state.get("exp_avg"), None if bound is None else bound.delta
+            kinds = own, grad, held("exp_avg", state), None if bound is None else bound.delta
             dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)
-            slot = Slot(i, group_of[i], name, dtypes, bound, key, place, shard)
-            where = param.device, self.rule.steps_device(param, group)
+            copy = None if self.rule.writes_grads or own.is_contiguous() else own.detach().contiguous()
+            slot = Slot(i, group_of[i], name, dtypes, bound, key, place, shard, copy)
+            # A parameter that is given twice steps twice, one after the other.
+            where = param.device, self.rule.steps_device(param, group), i if id(param) in met else -1
+            met.add(id(param))
             members.setdefault(where, []).append(Member(slot, param, grad.dtype, state))
         return [
             DeviceBatch(those, len(grads), steps_device, self.rule, resolved[device])
-            for (device, steps_device), those in members.items()
+            for (device, steps_device, _), those in members.items()
         ]
 
     def _set_bias(self, groups: list[Hyperparameters]) -> None:
@@ -193,41 +205,18 @@ class Engine:
             coefficients.set_gradient_coefficients(c, None if clip is None else clip.to(c.device))
 
 
-class _MadeFor:
-    """What batches were made for: parameters where they were, gradients of their dtypes, states of the same tensors.
+class _Present(NamedTuple):
+    """What there is in a step, all of it looked at in every step: memory that has gone, or has become something else,
+    must not reach a kernel."""
 
-    All of it is looked at in every step, so it is mapped in C.
-    """
+    params: Description
+    states: Description
+    grads: Description
 
-    def __init__(self, tensors: StepTensors, states: States, batches: list[DeviceBatch]) -> None:
-        # A parameter lives for as long as its state does, whose key it is.
-        self._tensors = Seen(tensors.params, _contents([], states))
-        self._key = _key(tensors)
-        self._first_states = _first_states(tensors, states, batches)
+    @classmethod
+    def of(cls, tensors: StepTensors, states: States) -> _Present:
+        return cls(describe(tensors.params, exact=True), describe_values(states), describe(tensors.grads))
 
-    def still(self, tensors: StepTensors, states: States, batches: list[DeviceBatch]) -> bool:
-        return (
-            self._tensors.are(_contents(tensors.params, states))
-            and _key(tensors) == self._key
-            and _first_states(tensors, states, batches) == self._first_states
-        )
-
-
-_END = object()
-
-
-def _contents(params: list[Tensor], states: States) -> Iterator[Any]:
-    """The parameters, all that the states hold, one after another, and a mark behind the last, which shows where one is
-    shorter."""
-    return chain(params, chain.from_iterable(map(dict.values, states.values())), (_END,))
-
-
-def _key(tensors: StepTensors) -> tuple[Any, ...]:
-    """Where the parameters are, and of which dtype their gradients are, None for those that have none."""
-    return addresses(tensors.params), [None if grad is None else grad.dtype for grad in tensors.grads]
-
-
-def _first_states(tensors: StepTensors, states: States, batches: list[DeviceBatch]) -> list[int]:
-    """Where each launch's first states are: whoever moves states in place (offloading) moves all."""
-    firsts = [states[tensors.whole[i]] for batch in batches for i in batch.first_of_launches] if states else []
-    return addresses([local(state[key]) for state in firsts for key in STATES if key in state])
+    def fits(self, before: _Present) -> bool:
+        """Whether plans that were made before are right now: gradients may be elsewhere, of any strides."""
+        return self[:2] == before[:2] and self.grads.facts == before.grads.facts

@@ -7,23 +7,26 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..formats.philox import Place
 from ..kernels.backends import Backend
 from ..kernels.coefficients import CoefficientTable, GradScale, Hyperparameters
+from ..kernels.describe import Description
 from ..kernels.operands import Operands
 from ..kernels.plan import Plan
 from ..sharding import Reduction, Shard, local
-from ..state.precision import OPERAND_STATES
+from ..state.precision import OPERANDS
 from .binding import BoundDelta
 from .rules import Rule
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter with a gradient, and what stays the same from step to step. Of tensors it keeps the delta alone."""
+    """One parameter with a gradient, and what stays the same from step to step. It keeps neither the parameter nor its
+    state."""
 
     index: int  # among all parameters of the engine
     group: int
@@ -33,13 +36,23 @@ class Slot:
     random_key: int | None  # for stochastic rounding
     place: Place
     shard: Shard | None
+    copy: Tensor | None  # of a parameter that is not contiguous: what the kernels work on
 
     def operands(self, param: Tensor, state: dict[str, Any]) -> Operands:
         """What this rank holds of the parameter and of its state, and the delta."""
-        tensors: dict[str, Any] = {name: local(state[key]) for name, key in OPERAND_STATES.items() if key in state}
+        tensors: dict[str, Any] = {name: local(state[key]) for key, name in OPERANDS.items() if key in state}
         if self.bound is not None:
             tensors |= {"delta": self.bound.delta, "delta_scale": self.bound.delta_scale}
-        return Operands(local(param), **tensors, random_key=self.random_key, place=self.place)
+        own = local(param) if self.copy is None else self.copy
+        return Operands(own, **tensors, random_key=self.random_key, place=self.place)
+
+    def copy_in(self, param: Tensor) -> None:
+        if self.copy is not None:
+            self.copy.copy_(local(param))
+
+    def copy_out(self, param: Tensor) -> None:
+        if self.copy is not None:
+            local(param).copy_(self.copy)
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,13 @@ class Launch:
 
     plan: Plan
     rows: slice
+    indices: list[int] | None  # among all parameters of the engine; None for all of them, in order
     of: Callable[[list[Any]], Sequence[Any]]  # from a list over all parameters of the engine, those of the launch
     group_rows: list[tuple[int, slice]]
+
+    def addresses_of(self, everything: bytes) -> bytes:
+        """Likewise, of int64 each."""
+        return everything if self.indices is None else np.frombuffer(everything, np.int64)[self.indices].tobytes()
 
     def reads_delta(self, groups: list[Hyperparameters], decoupled: bool) -> bool:
         """Whether a delta is to be read: to bias a gradient, or (if asked) to move a param decoupled from it."""
@@ -80,18 +98,14 @@ def _runs(slots: list[Slot], rows: slice, key: Callable[[Slot], Any]) -> Iterato
             start = stop
 
 
-def _selection(indices: list[int], count: int) -> Callable[[list[Any]], Sequence[Any]]:
-    """From a list of `count` things, those of these indices."""
-    if indices == list(range(count)):
-        return lambda everything: everything
-    # itemgetter gives one thing, not a tuple of one, for one index.
-    return itemgetter(*indices) if len(indices) > 1 else lambda everything: (everything[indices[0]],)
-
-
 def _share_steps(members: list[Member], device: torch.device) -> Tensor:
-    """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all."""
+    """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all.
+
+    A count that is alone stays where it is: of a parameter that is given twice, the batches that advance it share it.
+    """
     counts = [member.state.get("step", 0.0) for member in members]
-    steps = torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
+    own = [torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts]
+    steps = own[0].reshape(1) if len(own) == 1 else torch.stack(own)
     for member, step in zip(members, steps, strict=True):
         if member.state:
             member.state["step"] = step
@@ -110,7 +124,7 @@ class DeviceBatch:
 
     Attributes:
         slots: row by row.
-        first_of_launches: the index of each launch's first parameter.
+        copied: those whose parameters are not contiguous.
         biased_rows: int64 on the device, those that have a delta.
     """
 
@@ -125,16 +139,17 @@ class DeviceBatch:
             self._launch(members[rows], rows, count)
             for rows in _runs(self.slots, slice(0, len(self.slots)), lambda slot: slot.dtypes)
         ]
-        self.first_of_launches = [self.slots[launch.rows.start].index for launch in self.launches]
         bounds = [slot.bound for slot in self.slots]
         self.coefficients = CoefficientTable(
             device,
             _share_steps(members, steps_device),
             [0.0 if bound is None else bound.delta_norm for bound in bounds],
             [0.0 if bound is None else bound.param_norm for bound in bounds],
+            [1.0 if bound is None else bound.alpha for bound in bounds],
         )
         biased = [row for row, bound in enumerate(bounds) if bound is not None]
         self.biased_names = [self.slots[row].name for row in biased]
+        self.copied = [slot for slot in self.slots if slot.copy is not None]
         self.biased_rows = torch.tensor(biased, dtype=torch.int64, device=device)
         self._rule = rule
         self._reduction = Reduction([slot.shard for slot in self.slots])
@@ -143,17 +158,23 @@ class DeviceBatch:
     def _launch(self, members: list[Member], rows: slice, count: int) -> Launch:
         plan = Plan([m.slot.operands(m.param, m.state) for m in members], members[0].grad_dtype)
         group_rows = [(self.slots[r.start].group, r) for r in _runs(self.slots, rows, lambda slot: slot.group)]
-        return Launch(plan, rows, _selection([m.slot.index for m in members], count), group_rows)
+        indices = [m.slot.index for m in members]
+        if indices == list(range(count)):
+            return Launch(plan, rows, None, lambda everything: everything, group_rows)
+        # itemgetter gives one thing, not a tuple of one, for one index.
+        of = itemgetter(*indices) if len(indices) > 1 else lambda everything: (everything[indices[0]],)
+        return Launch(plan, rows, indices, of, group_rows)
 
     def check_capture(self) -> None:
         """Raises RuntimeError if a CUDA graph cannot hold this step."""
         if not self.backend.CAPTURABLE:
             raise RuntimeError(f"a CUDA graph cannot hold a step of {self.backend.__name__}: use backend='cuda'")
 
-    def set_grads(self, grads: list[Tensor | None]) -> None:
+    def set_grads(self, grads: list[Tensor | None], described: Description) -> None:
         """Takes this step's gradients, of all parameters. Changes nothing else."""
         for launch in self.launches:
-            launch.plan.set_grads(launch.of(grads))
+            addresses = launch.addresses_of(described.addresses) if described.contiguous else None
+            launch.plan.set_grads(launch.of(grads), addresses)
 
     def lend(self, params: list[Tensor], states: Any) -> None:
         """Gives the plans their tensors again. `params`: all of them, whole, as `states` has them."""

@@ -48,7 +48,7 @@ def spread(scale: Tensor, like: Tensor) -> Tensor:
 
 def in_blocks(x: Tensor) -> Tensor:
     """float32 [blocks, BLOCK]: the elements of `x`, and zeros behind them."""
-    padded = torch.zeros(blocks_of(x.numel()) * BLOCK, device=x.device)
+    padded = torch.zeros(blocks_of(x.numel()) * BLOCK, dtype=torch.float32, device=x.device)
     padded[: x.numel()] = x.flatten()
     return padded.view(-1, BLOCK)
 

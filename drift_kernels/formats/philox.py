@@ -28,7 +28,7 @@ class Place:
 
     def indices(self, numel: int, device: torch.device | str = "cpu") -> Tensor:
         """int64 [numel]: the index in the whole tensor of each element."""
-        i = torch.arange(numel, device=device)
+        i = torch.arange(numel, dtype=torch.int64, device=device)
         return self.origin + i + (i // self.width * (self.pitch - self.width) if self.width else 0)
 
 

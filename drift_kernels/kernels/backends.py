@@ -9,7 +9,7 @@ import importlib
 import logging
 from collections.abc import Iterable
 from functools import cache
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from .plan import Plan
 
 log = logging.getLogger("drift_kernels")
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+Name = Literal["auto", "cuda", "triton", "cpu", "reference"]
+NAMES = get_args(Name)[1:]
 
 # What "auto" tries for a device type, in this order; any other device type takes the reference.
 AUTO = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}

@@ -101,8 +101,8 @@ class GradScale(NamedTuple):
             if value is None:
                 return None
             # A copy to the host has to arrive before it is used; to a GPU it is ordered by the stream.
-            tensor = torch.as_tensor(value).detach().to(device, torch.float64, non_blocking=device.type != "cpu")
-            return tensor.reshape(())
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=device)
+            return tensor.detach().to(device, torch.float64, non_blocking=device.type != "cpu").reshape(())
 
         scale, found_inf = moved(self.scale), moved(self.found_inf)
         return None if scale is None else 1 / scale, None if found_inf is None else found_inf == 0
@@ -164,9 +164,17 @@ class CoefficientTable:
         steps: float32 [n], the number of steps each tensor has taken; advanced in place.
         delta_norms: norm(delta) of each tensor; 0 where it has no delta.
         param_norms: norm(W) of each tensor, for `normalize_to_param`; ignored where it has no delta.
+        alphas: what the alpha of each tensor's group is multiplied by; None for 1.
     """
 
-    def __init__(self, device: torch.device, steps: Tensor, delta_norms: list[float], param_norms: list[float]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        steps: Tensor,
+        delta_norms: list[float],
+        param_norms: list[float],
+        alphas: list[float] | None = None,
+    ) -> None:
         n = len(delta_norms)
         self.steps = steps
         self.table = torch.zeros(n, len(FIELDS), dtype=torch.float32, device=device)
@@ -176,11 +184,14 @@ class CoefficientTable:
         self._delta_norm = torch.tensor(delta_norms, dtype=torch.float64, device=device)
         self._inv_delta_norm = torch.where(self._delta_norm > 0, 1 / self._delta_norm, 0.0)
         self._norm_ratio = torch.tensor(param_norms, dtype=torch.float64, device=device) * self._inv_delta_norm
+        same = alphas is None or all(alpha == 1 for alpha in alphas)
+        self._factor = None if same else torch.tensor(alphas, dtype=torch.float64, device=device)
         self._one = torch.ones((), dtype=torch.float64, device=device)
         self._constant = torch.zeros(n, dtype=torch.float64, device=device)  # what of c needs no statistics
         # The hyperparameters' table is laid out column by column, the kernels' row by row. Their columns, by name:
         self._rows = torch.zeros(len(_Row._fields), n, dtype=torch.float64, device=device)
         self._of: Any = _Row._make(self._rows)
+        self._alpha: Any = self._of.alpha  # of each tensor
         self._out = Coefficients._make(self.table.unbind(1))
         self._betas = self._rows[_Row._fields.index("beta1") : _Row._fields.index("beta2") + 1]
         self._corrections = torch.empty_like(self._betas)  # 1 - beta^step
@@ -206,8 +217,10 @@ class CoefficientTable:
         """Fills what depends on newly set hyperparameters alone."""
         if self._stale:
             torch.addcmul(self._one, self._of.lr, self._of.weight_decay, value=-1, out=self._out.decay)
-            torch.mul(self._of.lr * self._of.alpha, self._of.decoupled, out=self._out.delta_step)
-            self._constant = self._of.alpha * (self._of.absolute + self._of.normalized * self._norm_ratio)
+            if self._factor is not None:
+                self._alpha = self._of.alpha * self._factor
+            torch.mul(self._of.lr * self._alpha, self._of.decoupled, out=self._out.delta_step)
+            self._constant = self._alpha * (self._of.absolute + self._of.normalized * self._norm_ratio)
             self._stale = False
 
     def advance(self, grad_scale: GradScale = UNSCALED) -> None:
@@ -240,7 +253,7 @@ class CoefficientTable:
         ratio = torch.where(grad_norm.isfinite(), grad_norm, 0.0) * self._inv_delta_norm
         cosine = self._of.sign * self._sums[:, 1] / grad_norm * self._inv_delta_norm
         cosine = cosine.nan_to_num(nan=0.0).clamp(-1.0, 1.0)
-        c = self._constant + self._of.alpha * ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
+        c = self._constant + self._alpha * ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
         self.prior_cosine = cosine
         self.prior_ratio = (c.abs() * self._delta_norm / grad_norm).nan_to_num(nan=0.0, posinf=torch.inf)
         return c

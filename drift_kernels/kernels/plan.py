@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from functools import cached_property
 
@@ -28,10 +28,9 @@ ADDRESSES = (
 )
 ROW_FIELDS = (*ADDRESSES, "numel", "first_chunk", "random_key", "origin", "width", "pitch")
 NUMEL, FIRST_CHUNK, RANDOM_KEY = range(len(ADDRESSES), len(ADDRESSES) + 3)
-PLACE = slice(len(ADDRESSES) + 3, len(ROW_FIELDS))
 
 
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
@@ -43,11 +42,13 @@ class Plan:
 
     Args:
         operands: of n parameters; what the first has, all have.
-        grad_dtype: dtype that every gradient will have.
+        grad_dtype: dtype that every gradient will have. Kernels read those of float32 parameters as float32: others are
+            cast.
 
     Attributes:
         operands: as given, or as lent since; none after `release`.
-        grads: this step's, contiguous; none after `release`.
+        grad_dtype: as given.
+        grads: this step's as they are read, contiguous; none after `release`.
         dtypes: of what all the operands have.
         master: whether parameters have a residual.
         at_random: whether what is bfloat16, but a master, is rounded at random.
@@ -59,7 +60,9 @@ class Plan:
         first = operands[0]
         self.device = first.param.device
         states, deltas = (None if t is None else t.dtype for t in (first.exp_avg, first.delta))
-        self.dtypes = DTypes(first.param.dtype, grad_dtype, states, deltas)
+        self.grad_dtype = grad_dtype
+        read_as = torch.float32 if first.param.dtype == torch.float32 else grad_dtype
+        self.dtypes = DTypes(first.param.dtype, read_as, states, deltas)
         self.master = first.residual is not None
         self.at_random = first.random_key is not None
         self._names = self._kinds()
@@ -68,24 +71,24 @@ class Plan:
         self.grads: list[Tensor] = []
         self._count = len(operands)
 
-        numels = torch.tensor([o.param.numel() for o in operands], dtype=torch.int64)
+        numels = torch.tensor([o.param.numel() for o in operands], dtype=torch.int64, device="cpu")
         chunks = (numels + (CHUNK - 1)) // CHUNK
         self.chunk_count, self.numel = int(chunks.sum()), int(numels.sum())
         self._chunks = chunks
-        self.table = torch.zeros(len(operands), len(ROW_FIELDS), dtype=torch.int64)  # on the host
+        self.table = torch.zeros(len(operands), len(ROW_FIELDS), dtype=torch.int64, device="cpu")
         self.table[:, NUMEL] = numels
         self.table[:, FIRST_CHUNK] = chunks.cumsum(0) - chunks
         self.nbytes: dict[str, int] = {}
         for column, name in enumerate(ADDRESSES):
             if getattr(first, name) is not None:
                 tensors = [getattr(o, name) for o in operands]
-                self.table[:, column] = torch.tensor(addresses(tensors), dtype=torch.int64)
+                self.table[:, column] = torch.tensor(addresses(tensors), dtype=torch.int64, device="cpu")
                 self.nbytes[name] = sum(t.nbytes for t in tensors)
         if self.at_random:
-            self.table[:, RANDOM_KEY] = torch.tensor([o.random_key for o in operands], dtype=torch.int64)
-            self.table[:, PLACE] = torch.tensor([astuple(o.place) for o in operands], dtype=torch.int64)
-        self.grad_table = torch.zeros(len(operands), dtype=torch.int64)  # the gradients' addresses, on the host
-        self._grad_addresses: list[int] = []
+            drawn = [[o.random_key, *astuple(o.place)] for o in operands]
+            self.table[:, RANDOM_KEY:] = torch.tensor(drawn, dtype=torch.int64, device="cpu")
+        self.grad_table = torch.zeros(len(operands), dtype=torch.int64, device="cpu")  # the gradients' addresses
+        self._grad_addresses = b""
         self._copied: list[tuple[Tensor, Tensor]] = []
 
     def __len__(self) -> int:
@@ -95,16 +98,20 @@ class Plan:
     def has_deltas(self) -> bool:
         return self.dtypes.delta is not None
 
-    def set_grads(self, grads: Sequence[Tensor]) -> None:
-        """Takes this step's gradients (a non-contiguous one is copied) and refreshes their addresses if one changed."""
+    def set_grads(self, grads: Sequence[Tensor], grad_addresses: bytes | None = None) -> None:
+        """Takes this step's gradients (one that is not contiguous, or of a dtype that is not read, is copied) and
+        refreshes their addresses if one changed.
+
+        `grad_addresses`, int64 each, if they are known; then all gradients are contiguous.
+        """
         self.grads, self._copied = list(grads), []
-        if not all(map(Tensor.is_contiguous, self.grads)):
-            self.grads = [g.contiguous() for g in grads]
+        if grad_addresses is None or self.grad_dtype != self.dtypes.grad:
+            self.grads = [g.to(self.dtypes.grad).contiguous() for g in grads]
             self._copied = [(grad, copy) for grad, copy in zip(grads, self.grads, strict=True) if copy is not grad]
-        grad_addresses = addresses(self.grads)
+            grad_addresses = array("q", addresses(self.grads)).tobytes()
         if grad_addresses != self._grad_addresses:
             self._grad_addresses = grad_addresses
-            self.grad_table = torch.frombuffer(array("q", grad_addresses), dtype=torch.int64)
+            self.grad_table = torch.frombuffer(bytearray(grad_addresses), dtype=torch.int64)
             self.__dict__.pop("device_grad_table", None)
 
     def write_back(self) -> None:
@@ -129,7 +136,7 @@ class Plan:
     @cached_property
     def chunk_tensor(self) -> Tensor:
         """int32 [chunk_count] on the device: the row that each chunk belongs to."""
-        rows = torch.arange(len(self), dtype=torch.int32)
+        rows = torch.arange(len(self), dtype=torch.int32, device="cpu")
         return rows.repeat_interleave(self._chunks).to(self.device)
 
     @cached_property

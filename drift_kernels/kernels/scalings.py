@@ -12,7 +12,10 @@ With g the gradient of the descent direction, delta the prior's delta, c its coe
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+GradientScaling = Literal["absolute", "gradnorm", "adaptive_cosine"]
+PriorScaling = Literal[GradientScaling, "decoupled"]
 
 
 class Scaling(NamedTuple):

@@ -3,10 +3,11 @@
 from ..formats.blocks import BLOCK
 from .build import build_prior
 from .coverage import Coverage
-from .deltas import DeltaInfo
 from .names import canonical_name
 from .prior import Prior, PriorLike
 from .quantized import QuantizedDelta, quantize
+from .record import DeltaInfo
+from .verification import Verification
 
 __all__ = [
     "BLOCK",
@@ -15,6 +16,7 @@ __all__ = [
     "Prior",
     "PriorLike",
     "QuantizedDelta",
+    "Verification",
     "build_prior",
     "canonical_name",
     "quantize",

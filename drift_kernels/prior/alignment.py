@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from ..errors import PriorError, PriorMismatchError
+from .encodings import check_not_gguf
 from .files import Checkpoint
 from .names import canonical_name, some
 
@@ -28,10 +29,16 @@ def align_checkpoints(
 ) -> tuple[dict[str, str], list[str]]:
     """The name map, with rules for checkpoints (by role) of which the table knows no layer, and notes on these.
 
-    Raises PriorError when no list of layers fits, or more than one.
+    Raises PriorError when no list of layers fits, or more than one, and CheckpointError for names of GGUF.
     """
     rules, notes = dict(name_map or {}), []
-    lists = {role: _lists_in(checkpoint, name_map) for role, checkpoint in checkpoints.items()}
+    shapes = {
+        role: [(canonical_name(name, name_map), tensor.shape) for name, tensor in checkpoint.tensors.items()]
+        for role, checkpoint in checkpoints.items()
+    }
+    for role, named in shapes.items():
+        check_not_gguf(role, checkpoints[role], (name for name, _ in named))
+    lists = {role: _layer_lists(named) for role, named in shapes.items()}
     base = lists["base"]
     for role in checkpoints.keys() - {"base"}:
         known = _LAYERS in lists[role] and _LAYERS in base
@@ -69,10 +76,6 @@ def align_live(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> tuple[
         return {}, None
     rule = _rule_for(fitting[0])
     return rule, _note("this model", fitting[0], rule)
-
-
-def _lists_in(checkpoint: Checkpoint, name_map: Mapping[str, str] | None) -> dict[str, LayerList]:
-    return _layer_lists((canonical_name(name, name_map), tensor.shape) for name, tensor in checkpoint.tensors.items())
 
 
 def _layer_lists(named: Iterable[tuple[str, Shape]]) -> dict[str, LayerList]:

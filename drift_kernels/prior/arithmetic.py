@@ -79,7 +79,8 @@ def checksum(flat: Tensor) -> bytes:
     size = content.numel() // (8 * _CHECKSUM_ROW) * 8 * _CHECKSUM_ROW
     words = content[:size].view(torch.int64).view(-1, _CHECKSUM_ROW)
     if _compiled:
-        rows, columns = torch.empty(len(words), dtype=torch.int64), torch.zeros(_CHECKSUM_ROW, dtype=torch.int64)
+        rows = torch.empty(len(words), dtype=torch.int64, device="cpu")
+        columns = torch.zeros(_CHECKSUM_ROW, dtype=torch.int64, device="cpu")
         _cpu.sum_words(words.data_ptr(), len(words), _CHECKSUM_ROW, rows.data_ptr(), columns.data_ptr())
     else:
         rows, columns = words.sum(1), words.sum(0)

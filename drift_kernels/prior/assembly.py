@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..formats.blocks import BLOCK
-from .deltas import DeltaInfo
 from .fusion import Part, Source
 from .quantized import Box, QuantizedDelta
+from .record import DeltaInfo
 
 Read = Callable[[str, "Box | None"], "Tensor | QuantizedDelta"]
 """The delta of a name, or what of it lies in a box."""
@@ -63,7 +63,7 @@ def assemble(
         return QuantizedDelta(joined.view(sizes), scales).to(device or scales.device)
     all_bfloat16 = all(isinstance(piece, Tensor) and piece.dtype == torch.bfloat16 for _, piece in pieces)
     dtype = torch.bfloat16 if pieces and all_bfloat16 else torch.float32
-    delta = torch.empty(sizes, dtype=dtype, device=device or (pieces[0][1].device if pieces else None))
+    delta = torch.empty(sizes, dtype=dtype, device=device or (pieces[0][1].device if pieces else "cpu"))
     for into, piece in pieces:
         target = delta[into]
         target.copy_(_expanded(piece).reshape(target.shape))

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, PriorError
+from ..errors import PriorError
 from ..formats.blocks import DELTA_LIMITS, blocks_of
 from .alignment import align_checkpoints
-from .deltas import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, VERSION
-from .files import Checkpoint, Layout, TensorFileWriter, size_in_bytes
-from .hub import local_folder
+from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, Layout, size_in_bytes
+from .hub import local_folder, public_name
 from .names import some
-from .pairing import Pair, pair_up
-from .prior import UNFINISHED_MARK, Prior
+from .pairing import Pair, Selection, pair_up
+from .plausible import check_values
+from .prior import Prior
 from .quantized import scales_name
+from .record import (
+    DTYPES,
+    FORMAT,
+    PRIOR_INDEX_NAME,
+    RECORD_NAME,
+    UNFINISHED_MARK,
+    VERSION,
+    DeltaInfo,
+    checksum_fields,
+)
 from .stream import DeltaStream
+from .writing import TensorFileWriter, sync_folder, write_json
 
 logger = logging.getLogger("drift_kernels")
 
 Progress = Callable[[int, int], None]
 """Called with the elements done so far and the elements in all."""
+
+_WRITERS = 3  # shards that are open at a time: one is written, two may wait for the disk
 
 
 def build_prior(
@@ -41,6 +52,7 @@ def build_prior(
     reference: str | os.PathLike[str] | None = None,
     modules: Sequence[str] = ("attn", "mlp"),
     layers: Iterable[int] | None = None,
+    include_bias: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     name_map: Mapping[str, str] | None = None,
     overwrite: bool = False,
@@ -50,19 +62,21 @@ def build_prior(
     """Build the prior `expert - base` (or `expert - reference`) and write it to the folder `out`.
 
     `expert`, `base` and `reference` are folders of safetensors checkpoints, or Hub ids. Tensors pair up by canonical
-    name; `modules` are entries of "attn", "mlp", "norm", "embed", "head", or "re:REGEX" over canonical names; `layers`
-    are the base's layer numbers (default: all). Deltas are computed in float32 and stored as `dtype`: float32,
-    bfloat16, or int8 or float8_e4m3fn with a float32 scale for every 128 elements (quantized.py). `name_map` (prefix ->
-    canonical prefix) adds families that the name table does not know; for those in neither it is found by names and
-    shapes. It is recorded in the prior. Memory stays flat whatever the checkpoints' size.
+    name; `modules` are entries of names.PRESETS, as "attn", "mlp", "full", or "re:REGEX" over canonical names; `layers`
+    are the base's layer numbers (default: all). Biases come with their weights unless `include_bias` is False; one that
+    the expert does not have, and so is zero in it, is pulled to zero. Deltas are computed in float32 and stored as
+    `dtype`: float32, bfloat16, or int8 or float8_e4m3fn with a float32 scale for every 128 elements (quantized.py).
+    `name_map` (prefix -> canonical prefix) adds families that the name table does not know; for those in neither it is
+    found by names and shapes. It is recorded in the prior. Memory stays flat whatever the checkpoints' size.
 
     The folder appears under its name when it is complete; an existing prior is replaced only if `overwrite`. Raises
-    CheckpointError for damaged, incomplete or foreign checkpoints, PriorError for checkpoints that do not fit each
-    other, a NaN or Inf, and an `out` in the way; ValueError for an unknown module or dtype.
+    CheckpointError for damaged, incomplete, foreign, unreadable or quantised checkpoints and unmerged adapters,
+    PriorError for checkpoints that do not fit each other or do not differ, a NaN or Inf, and an `out` in the way;
+    ValueError for an unknown module or dtype; OSError when `out` cannot be written.
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
-    target = Path(out).expanduser().absolute()
+    target = Path(out).expanduser().resolve()  # of a link, what it stands for
     _check_target(target, overwrite)
     if leftovers := [path.name for path in target.parent.glob(f"{target.name}{UNFINISHED_MARK}*")]:
         logger.warning("unfinished builds lie beside %s and may be deleted: %s", target, some(leftovers))
@@ -71,7 +85,7 @@ def build_prior(
     with ExitStack() as stack:
         checkpoints = {role: stack.enter_context(open_checkpoint(source)) for role, source in chosen.items()}
         name_map, notes = align_checkpoints(checkpoints, name_map)
-        pairs, warnings = pair_up(checkpoints, modules, layers, name_map)
+        pairs, warnings = pair_up(checkpoints, Selection(modules, layers, include_bias), name_map)
         warnings = notes + warnings
         _check_names(pairs, dtype)
         for warning in warnings:
@@ -79,7 +93,12 @@ def build_prior(
         with _folder_that_appears_complete(target, overwrite) as folder:
             stream = DeltaStream(checkpoints, dtype)
             with _one_thread():
-                _write_shards(folder, _plan_shards(pairs, dtype, max_shard_bytes), stream, dtype, progress)
+                shards = _plan_shards(pairs, dtype, max_shard_bytes)
+                checksums = _write_shards(folder, shards, stream, dtype, progress)
+            rows = {pair.name: stream.measure(pair) for pair in pairs}
+            found = check_values({pair.name: DeltaInfo(pair.shape, dtype, **rows[pair.name]) for pair in pairs})
+            for warning in found:
+                logger.warning("%s", warning)
             record = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -88,23 +107,29 @@ def build_prior(
                 "modules": list(modules),
                 "layers": layers,
                 "name_map": name_map,
-                "warnings": warnings,
+                "include_bias": include_bias,
+                "pulled_to_zero": [pair.name for pair in pairs if pair.pulled_to_zero],
+                "warnings": warnings + found,
                 "sources": {
-                    role: {"name": _public_name(source), "sha256": stream.digests[role].hexdigest()}
+                    role: {"name": public_name(source), "sha256": stream.digests[role].hexdigest()}
                     for role, source in chosen.items()
                 },
-                "tensors": {pair.name: {"shape": list(pair.shape), **stream.measure(pair)} for pair in pairs},
+                "tensors": {
+                    pair.name: {
+                        "shape": list(pair.shape),
+                        **rows[pair.name],
+                        **checksum_fields(pair.name, checksums),
+                    }
+                    for pair in pairs
+                },
             }
-            _write_json(folder / RECORD_NAME, record)
+            write_json(folder / RECORD_NAME, record)
     return Prior.open(target)
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """The safetensors checkpoint of a local folder or a Hub id. Raises CheckpointError."""
-    try:
-        return Checkpoint(local_folder(source, ("*.safetensors", "*.safetensors.index.json", "config.json")))
-    except FileNotFoundError as error:
-        raise CheckpointError(str(error)) from error
+    return Checkpoint(local_folder(source, (SINGLE_NAME, INDEX_NAME, "config.json"), INDEX_NAME))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -126,20 +151,21 @@ def _folder_that_appears_complete(target: Path, overwrite: bool) -> Iterator[Pat
     """A folder beside `target` that takes its name when the block ends, and is removed when the block fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f"{target.name}{UNFINISHED_MARK}{secrets.token_hex(4)}")
-    folder.mkdir()
+    old = target.with_name(folder.name + ".old")
     try:
+        folder.mkdir()
         yield folder
-        _sync_folder(folder)
+        sync_folder(folder)
         _check_target(target, overwrite)
-        old = target.with_name(folder.name + ".old")
         if target.exists():
             target.rename(old)
         folder.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        _sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        sync_folder(target.parent)
+    finally:
+        if old.exists() and not target.exists():  # interrupted between the two renames
+            old.rename(target)
+        for leftover in (folder, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
@@ -178,46 +204,32 @@ def _layout(shard: Sequence[Pair], dtype: torch.dtype) -> Layout:
 
 def _write_shards(
     folder: Path, shards: list[list[Pair]], stream: DeltaStream, dtype: torch.dtype, progress: Progress | None
-) -> None:
-    """The shards and their index; each shard is brought to the disk while the next is made."""
+) -> dict[str, int]:
+    """The shards and their index; each shard is brought to the disk while the next is made. Returns the checksums of
+    the tensors in them."""
     total, done = sum(pair.numel for shard in shards for pair in shard), 0
-    total_size, weight_map = 0, {}
+    total_size, weight_map, checksums = 0, {}, {}
     with ExitStack() as files, ThreadPoolExecutor(max_workers=1) as disk:
         synced = []
         for number, shard in enumerate(shards, 1):
             name = f"prior-{number:05d}-of-{len(shards):05d}.safetensors"
             layout = _layout(shard, dtype)
             writer = files.enter_context(TensorFileWriter(folder / name, layout))
-            for piece, stored in stream.deltas(shard):
-                for tensor, flat in stored.items():
-                    writer.append(tensor, flat)
-                done += piece.count
-                if progress is not None:
-                    progress(done, total)
-            synced.append(disk.submit(writer.sync))
+            with closing(stream.deltas(shard)) as deltas:  # its threads end before the files do, whatever happens
+                for piece, stored in deltas:
+                    for tensor, flat in stored.items():
+                        writer.append(tensor, flat)
+                    done += piece.count
+                    if progress is not None:
+                        progress(done, total)
+            checksums.update(writer.checksums)
+            synced.append(disk.submit(writer.finish))
+            if len(synced) >= _WRITERS:
+                synced[-_WRITERS].result()
             total_size += sum(map(size_in_bytes, layout.values()))
             weight_map.update(dict.fromkeys(layout, name))
         for future in synced:
             future.result()
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    _write_json(folder / PRIOR_INDEX_NAME, index)
-
-
-def _public_name(source: str | os.PathLike[str]) -> str:
-    """A Hub id, or a folder's own name: the record goes wherever the prior goes, and no machine's paths with it."""
-    return str(source) if not Path(source).is_dir() else Path(source).resolve().name
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_json(folder / PRIOR_INDEX_NAME, index)
+    return checksums

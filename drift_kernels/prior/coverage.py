@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .fusion import find_sources
-from .names import natural_key, some
+from .names import module_of, natural_key, some
 
 Shape = tuple[int, ...]
 
@@ -18,7 +18,8 @@ _FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up|down|up)_proj")
 
 @dataclass(frozen=True)
 class Coverage:
-    """The outcome of `Prior.match`. Parameter names are live names, prior names are canonical."""
+    """The outcome of `Prior.match`. Parameter names are live names, prior names are canonical. An embedding or a head
+    with more rows than its delta matches: tokens have been added, for which the delta is zero."""
 
     matched: dict[str, str]  # parameter name -> its canonical name, which is the delta's if the delta is stored as one
     shape_mismatches: list[tuple[str, str, Shape, Shape]]  # parameter name, prior name, parameter shape, prior shape
@@ -39,7 +40,7 @@ class Coverage:
             source = sources.get(param)
             if source is None:
                 model_only.append(param)
-            elif shape == source.shape:
+            elif shape == source.shape or (source.single and _more_tokens(name, shape, source.shape)):
                 matched[param] = name
             else:
                 shape_mismatches.append((param, name, shape, source.shape))
@@ -71,6 +72,18 @@ class Coverage:
         if joined:
             why = ": this model holds its experts fused" if any(map(_FUSED_EXPERTS.search, self.matched)) else ""
             lines.append(f"  {joined} deltas are joined in {parameters} parameters{why}")
+        if any("lora_" in param for param in self.model_only):
+            lines.append("  adapters (LoRA) have no deltas: a prior acts on weights that are trained themselves")
         if any(map(_SINGLE_EXPERT.search, self.prior_only)) and any(map(_FUSED_EXPERTS.search, self.model_only)):
             lines.append("  this model holds its experts fused, and the prior lacks some of what they are made of")
         return "\n".join(lines)
+
+
+def _more_tokens(name: str, shape: Shape, delta_shape: Shape) -> bool:
+    """Whether the parameter is an embedding or a head to which tokens have been added."""
+    return (
+        module_of(name) in ("embed", "head")
+        and len(shape) == len(delta_shape)
+        and shape[1:] == delta_shape[1:]
+        and shape[0] > delta_shape[0]
+    )

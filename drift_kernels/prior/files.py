@@ -1,18 +1,18 @@
-"""Safetensors files and sharded checkpoints, read and written in pieces.
+"""Safetensors files and sharded checkpoints, read in pieces.
 
 The format is eight bytes (the header's length), a JSON header, and the tensors' bytes. Reading it here, into memory
 that the caller owns and reuses, keeps a build's memory flat whatever a tensor's size, and lets the same bytes be hashed
-in passing; writing it here needs no whole shard in memory.
+in passing; writing it here (writing.py) needs no whole shard in memory.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .names import some
+from .foreign import what_begins, what_lies_in
+from .reading import OpenFiles, exists, open_file, read_exactly, read_json, unreadable
+
+logger = logging.getLogger("drift_kernels")
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -39,9 +42,9 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
-_ALIGNMENT = 64
+_OPEN_FILES = 16  # of a checkpoint; names in order are in few shards at a time
 
 TensorType = tuple[torch.dtype, tuple[int, ...]]
 Layout = Mapping[str, TensorType]
@@ -69,30 +72,33 @@ class StoredTensor:
         """Its elements from `begin` to `end`, in flat order, in memory of their own."""
         if not isinstance(self.dtype, torch.dtype):
             raise CheckpointError(f"{self.path}: torch has no dtype {self.dtype}")
-        flat = torch.empty(end - begin, dtype=self.dtype)
-        with _open(self.path) as file:
-            _read_exactly(file, byte_view(flat), self.offset + begin * flat.element_size())
+        flat = torch.empty(end - begin, dtype=self.dtype, device="cpu")
+        with open_file(self.path) as file:
+            read_exactly(file, byte_view(flat), self.offset + begin * flat.element_size())
         return flat
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A .safetensors file's checked header: its bytes, and the place of every tensor."""
+    """A .safetensors file's checked header: the place of every tensor."""
 
     path: Path
-    header: bytes
     tensors: dict[str, StoredTensor]
 
     @classmethod
     def inspect(cls, path: Path) -> TensorFile:
         """Read the header alone. Foreign, damaged and truncated files raise CheckpointError."""
-        with _open(path) as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            head = bytearray(min(size, 64))
+            read_exactly(file, memoryview(head), 0)
+            length = int.from_bytes(head[:8], "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+                what = what_begins(bytes(head))
+                found = f"not a safetensors file but {what}" if what else "truncated or not a safetensors file"
+                raise CheckpointError(f"{path} ({size} bytes): {found}")
             header = bytearray(length)
-            _read_exactly(file, memoryview(header), 8)
+            read_exactly(file, memoryview(header), 8)
         try:
             entries = json.loads(header)
             entries.pop("__metadata__", None)
@@ -103,76 +109,41 @@ class TensorFile:
         if end != size:
             state = "truncated" if size < end else "damaged"
             raise CheckpointError(f"{path}: {state}: its header promises {end} bytes, the file has {size}")
-        return cls(path, bytes(header), tensors)
-
-
-class TensorFileWriter:
-    """Writes a .safetensors file: the layout first, then every tensor's bytes, each tensor front to back."""
-
-    def __init__(self, path: Path, layout: Layout) -> None:
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        begins: dict[str, int] = {}
-        end = 0
-        for name, tensor in layout.items():
-            begins[name], end = end, end + size_in_bytes(tensor)
-            dtype, shape = tensor
-            entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-(8 + len(header)) % _ALIGNMENT)
-        start = 8 + len(header)
-        self._file = FileIO(path, "w")
-        self._next = {name: start + begin for name, begin in begins.items()}
-        self._write(memoryview(len(header).to_bytes(8, "little") + header), 0)
-
-    def append(self, name: str, flat: Tensor) -> None:
-        """Append the bytes of a 1-D, contiguous CPU tensor to those that the tensor `name` has already."""
-        view = byte_view(flat)
-        self._write(view, self._next[name])
-        self._next[name] += len(view)
-
-    def sync(self) -> None:
-        """Bring what was written to the disk."""
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> TensorFileWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def _write(self, view: memoryview, offset: int) -> None:
-        while view:
-            count = os.pwrite(self._file.fileno(), view, offset)
-            view, offset = view[count:], offset + count
+        return cls(path, tensors)
 
 
 class Checkpoint:
-    """A local folder of safetensors files, sharded or not, with its config.json; every shard stays open until close().
+    """A local folder of safetensors files, sharded or not, with its config.json.
 
-    Several threads may read at once.
+    Of model.safetensors and an index it reads the first, as transformers does (4.57 and 5).
+    Several threads may read at once; few shards are open at a time, and those until close().
 
-    Raises CheckpointError when the folder holds no safetensors checkpoint, or one that is incomplete or damaged.
+    Raises CheckpointError when the folder holds no safetensors checkpoint, or one that is incomplete, damaged, or
+    cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-        if (folder / INDEX_NAME).exists():
-            self.files, self.tensors = inspect_shards(folder, INDEX_NAME)
-        elif (folder / SINGLE_NAME).exists():
-            self.files = [TensorFile.inspect(folder / SINGLE_NAME)]
-            self.tensors = self.files[0].tensors
+        self.config = read_json(folder / "config.json") if exists(folder / "config.json") else {}
+        if exists(folder / SINGLE_NAME):
+            self.tensors = TensorFile.inspect(folder / SINGLE_NAME).tensors
+            if exists(folder / INDEX_NAME) and not _names_only_the_single_file(folder / INDEX_NAME):
+                logger.warning(
+                    "%s: %s is read, as transformers does, and %s beside it is not", folder, SINGLE_NAME, INDEX_NAME
+                )
+        elif exists(folder / INDEX_NAME):
+            self.tensors = inspect_shards(folder, INDEX_NAME)
         else:
-            raise CheckpointError(f"{folder}: expected {SINGLE_NAME} or {INDEX_NAME}, {_what_lies_in(folder)}")
-        self._handles = {file.path: _open(file.path) for file in self.files}
+            raise CheckpointError(f"{folder}: expected {SINGLE_NAME} or {INDEX_NAME}, {_content(folder)}")
+        self._files = OpenFiles(_OPEN_FILES)
 
     def read_into(self, flat: Tensor, tensor: StoredTensor, start: int = 0) -> None:
         """Fill `flat` (1-D, contiguous, the tensor's dtype) with the tensor's elements from `start` on."""
-        _read_exactly(self._handles[tensor.path], byte_view(flat), tensor.offset + start * flat.element_size())
+        with self._files.using(tensor.path) as file:
+            read_exactly(file, byte_view(flat), tensor.offset + start * flat.element_size())
 
     def close(self) -> None:
-        for handle in self._handles.values():
-            handle.close()
+        self._files.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -181,20 +152,26 @@ class Checkpoint:
         self.close()
 
 
-def inspect_shards(folder: Path, index_name: str) -> tuple[list[TensorFile], dict[str, StoredTensor]]:
-    """The headers of the shards that an index names, and the place of every tensor in it. Raises CheckpointError."""
-    weight_map = read_json(folder / index_name).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / index_name}: no weight_map in it")
+def inspect_shards(folder: Path, index_name: str) -> dict[str, StoredTensor]:
+    """The place of every tensor of an index, by its shards' headers. Raises CheckpointError."""
+    weight_map = shards_by_name(folder / index_name)
     shards = {}
     for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).exists():
+        if not exists(folder / shard) and not (folder / shard).is_symlink():
             raise CheckpointError(f"{folder}: {index_name} names {shard}, which is not there")
         shards[shard] = TensorFile.inspect(folder / shard)
     for name, shard in weight_map.items():
         if name not in shards[shard].tensors:
             raise CheckpointError(f"{folder / shard}: lacks {name}, which {index_name} places there")
-    return list(shards.values()), {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
+    return {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
+
+
+def shards_by_name(index: Path) -> dict[str, str]:
+    """Tensor -> shard, as an index has it. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map in it")
+    return weight_map
 
 
 def size_in_bytes(tensor: TensorType) -> int:
@@ -203,35 +180,9 @@ def size_in_bytes(tensor: TensorType) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError when there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
 def byte_view(flat: Tensor) -> memoryview:
     """The bytes of a 1-D, contiguous CPU tensor, writable through the view."""
     return flat.view(torch.uint8).numpy().data
-
-
-def _open(path: Path) -> FileIO:
-    try:
-        return FileIO(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-
-
-def _read_exactly(file: FileIO, view: memoryview, offset: int) -> None:
-    while view:
-        count = os.preadv(file.fileno(), [view], offset)
-        if not count:
-            raise CheckpointError(f"{file.name!s}: the file ends {len(view)} bytes too early")
-        view, offset = view[count:], offset + count
 
 
 def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: int) -> StoredTensor:
@@ -243,12 +194,15 @@ def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: 
     return StoredTensor(path, shape, dtype, data_start + begin, nbytes)
 
 
-def _what_lies_in(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    if not names:
-        return "the folder is empty"
-    if shards := [name for name in names if name.endswith(".safetensors")]:
-        return f"found safetensors files without an index: {some(shards)}"
-    if any(name.endswith(".bin") for name in names):
-        return "found PyTorch .bin files: save the model again with save_pretrained, as safetensors"
-    return f"found {some(names)}"
+def _names_only_the_single_file(index: Path) -> bool:
+    try:
+        return set(shards_by_name(index).values()) == {SINGLE_NAME}
+    except CheckpointError:
+        return False
+
+
+def _content(folder: Path) -> str:
+    try:
+        return what_lies_in(folder)
+    except OSError as error:
+        return f"but {unreadable(folder, error)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import PriorMismatchError
 from .quantized import Box
@@ -94,6 +94,11 @@ class Source:
         """The part, if one stored delta as it is makes the whole."""
         part = self.parts[0]
         return part if len(self.parts) == 1 and part.of is None and not part.transposed else None
+
+
+def stored_names(delta: str | Source) -> tuple[str, ...]:
+    """The names of the stored deltas that one is made of."""
+    return (delta,) if isinstance(delta, str) else tuple(part.name for part in delta.parts)
 
 
 def find_sources(live: Iterable[tuple[str, str, Shape]], stored: Mapping[str, Shape]) -> dict[str, Source]:
@@ -201,6 +206,8 @@ def _stacked(name: str, stem: str, leaves: tuple[str, ...], stored: Mapping[str,
             parts.append(Part(f"{stem}{expert}.{leaf}.weight", into))
             rows = into[1].stop
         expert += 1
+    if len(parts) == 1:  # a stack of one matrix has another shape than what is stored
+        parts = [replace(parts[0], of=_all_of(stored[parts[0].name]))]
     if parts:
         yield Source(name, (expert, parts[-1].into[1].stop, parts[-1].into[2].stop), tuple(parts))
 

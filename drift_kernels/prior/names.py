@@ -7,9 +7,23 @@ A canonical name is relative to the language model: `layers.3.self_attn.q_proj.w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 MODULES = ("attn", "mlp", "norm", "embed", "head")
+
+# What may be selected by name: a module, or the authors' bundles. Their `norm` is the two norms of each layer; `norms`
+# are all: the final norm, those of queries and keys, those around the MLP.
+_LAYERNORM = re.compile(r"layers\.\d+\.(?:input|post_attention)_layernorm\.(?:weight|bias)")
+_PRESETS = {
+    "attn": ("attn",),
+    "mlp": ("mlp",),
+    "norm": ("layernorm",),
+    "norms": ("norm",),
+    "embed": ("embed",),
+    "head": ("head",),
+}
+_BUNDLES = {"default": ("attn", "mlp"), "full": ("attn", "mlp", "norm", "embed", "head")}
+PRESETS = (*_PRESETS, *_BUNDLES)
 
 # Path components that a wrapper adds; they carry no meaning and may stand anywhere in a name.
 _WRAPPERS = (
@@ -56,6 +70,7 @@ _LANGUAGE_MODEL = re.compile(
     rf"(?:{'|'.join(re.escape(p) for p in _PREFIXES)})((?:layers\.\d+|embed_tokens|norm|lm_head)\..+)"
 )
 _LAYER_LIST = re.compile(rf"(?:{'|'.join(map(re.escape, _LAYER_LISTS))})(\d+\..+)")
+_PARAMETER = re.compile(r"\.(?:weight|bias)$")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 # Modules. The matrices of a layer are called by what they do in most families, and by their order in some.
 _PROJECTIONS = (
@@ -81,13 +96,18 @@ _MODULE_RULES = (
 )
 
 
+def without_wrappers(name: str) -> str:
+    """A live parameter's name without what wrappers of its module add."""
+    return _WRAPPER.sub("", name)
+
+
 def canonical_name(name: str, name_map: Mapping[str, str] | None = None) -> str:
     """Name of a stored tensor or of a live parameter -> canonical name; an unknown name stands for itself.
 
     `name_map` adds families that the table does not know: prefix -> canonical prefix, the longest matching
     prefix first, tried before the table. `{"transformer.h.": "layers."}` reads `transformer.h.3.x` as `layers.3.x`.
     """
-    name = _WRAPPER.sub("", name)
+    name = without_wrappers(name)
     for prefix in sorted(name_map or (), key=len, reverse=True):
         if name.startswith(prefix):
             return name_map[prefix] + name[len(prefix) :]  # type: ignore[index]
@@ -152,29 +172,44 @@ def parse_layers(text: str) -> frozenset[int]:
 def select_names(names: Iterable[str], modules: Sequence[str], layers: Iterable[int] | None = None) -> list[str]:
     """The canonical names that belong to `modules` and `layers`, in natural order.
 
-    `modules`: entries of MODULES, or `re:REGEX` searched in the canonical name. `layers` restricts the names that
-    have a layer and leaves the others (embedding, final norm, head) to `modules`. Raises ValueError on an unknown
-    module or a broken regular expression.
+    `modules`: entries of PRESETS, or `re:REGEX` searched in the canonical name (`selector`). `layers` restricts the
+    names that have a layer and leaves the others (embedding, final norm, head) to `modules`. Raises ValueError on an
+    unknown module or a broken regular expression.
     """
-    presets, patterns = set(), []
-    for module in modules:
-        if module.startswith("re:"):
-            try:
-                patterns.append(re.compile(module[3:]))
-            except re.error as error:
-                raise ValueError(f"modules: {module!r} is not a regular expression: {error}") from None
-        elif module in MODULES:
-            presets.add(module)
-        else:
-            raise ValueError(f"modules must be among {', '.join(MODULES)} or re:REGEX, got {module!r}")
+    selectors = [selector(module) for module in modules]
     wanted_layers = None if layers is None else frozenset(layers)
 
     def wanted(name: str) -> bool:
         if wanted_layers is not None and (layer := layer_of(name)) is not None and layer not in wanted_layers:
             return False
-        return module_of(name) in presets or any(pattern.search(name) for pattern in patterns)
+        return any(selected(name) for selected in selectors)
 
     return sorted(filter(wanted, names), key=natural_key)
+
+
+def selector(entry: str) -> Callable[[str], bool]:
+    """Whether a canonical name belongs to one of PRESETS, or holds what the REGEX of `re:REGEX` finds.
+
+    The authors' patterns end with a module's name, as in `self_attn.q_proj$`: one that ends in `$`, and speaks of
+    neither weight nor bias, is searched in `.layers.3.self_attn.q_proj` too. Raises ValueError for anything else.
+    """
+    if entry.startswith("re:"):
+        try:
+            pattern = re.compile(entry[3:])
+        except re.error as error:
+            raise ValueError(f"modules: {entry!r} is not a regular expression: {error}") from None
+        if not entry.endswith("$") or "weight" in entry or "bias" in entry:
+            return lambda name: pattern.search(name) is not None
+        return lambda name: any(pattern.search(text) for text in (name, f".{_PARAMETER.sub('', name)}"))
+    if entry not in PRESETS:
+        raise ValueError(f"modules must be among {', '.join(PRESETS)} or re:REGEX, got {entry!r}")
+    kinds = {kind for preset in presets_in(entry) for kind in _PRESETS[preset]}
+    return lambda name: module_of(name) in kinds or ("layernorm" in kinds and _LAYERNORM.fullmatch(name) is not None)
+
+
+def presets_in(entry: str) -> tuple[str, ...]:
+    """The presets that one stands for, itself or those of a bundle; none for `re:REGEX`."""
+    return _BUNDLES.get(entry) or ((entry,) if entry in _PRESETS else ())
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

@@ -17,7 +17,7 @@ def norm(tensor: Tensor) -> float:
     """Euclidean norm of a floating tensor of any shape, dtype and device, copying CHUNK at a time; NaN stays NaN."""
     total = 0.0
     for piece in tensor.detach().reshape(-1).split(CHUNK):
-        rows = torch.zeros(-(-piece.numel() // ROW), ROW)
+        rows = torch.zeros(-(-piece.numel() // ROW), ROW, dtype=torch.float32, device="cpu")
         rows.view(-1)[: piece.numel()] = piece
         total += _square(rows)
     return math.sqrt(total)
@@ -28,5 +28,6 @@ def _square(rows: Tensor) -> float:
 
     Where float32 overflows or underflows it is done again in float64.
     """
-    square = torch.bmm(rows.unsqueeze(1), rows.unsqueeze(2)).sum(dtype=torch.float64).item()
+    with torch.autocast("cpu", enabled=False):
+        square = torch.bmm(rows.unsqueeze(1), rows.unsqueeze(2)).sum(dtype=torch.float64).item()
     return square if _SMALLEST_TRUSTED < square < math.inf else rows.double().square().sum().item()

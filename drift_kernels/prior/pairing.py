@@ -8,34 +8,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError, PriorError
+from .encodings import check_encodings, marked_weights
 from .files import Checkpoint, StoredTensor
 from .names import (
-    MODULES,
     canonical_name,
     is_overlooked,
     layer_of,
     module_of,
     natural_key,
+    presets_in,
     select_names,
+    selector,
     some,
     with_layer,
 )
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
-_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
 _CROSS_ATTENTION = re.compile(r"layers\.\d+\.cross_attn\.")
+_FURTHER_LAYER = re.compile(r"layers\.\d+\.eh_proj\.")
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)")
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """One checkpoint's tensors by canonical name. `layers` are its ordinary ones, without cross-attention layers."""
+    """One checkpoint's tensors by canonical name, without layers that predict further tokens (transformers does not
+    load them either). `layers` are its ordinary ones, without cross-attention layers."""
 
     checkpoint: Checkpoint
     tensors: dict[str, StoredTensor]
@@ -49,20 +50,28 @@ class LanguageModel:
             if name in tensors:
                 raise CheckpointError(f"{checkpoint.folder}: two tensors have the canonical name {name}")
             tensors[name] = tensor
+        further = _further_layers(tensors, _text_config(checkpoint.config))
+        tensors = {name: tensor for name, tensor in tensors.items() if layer_of(name) not in further}
         crossing = {layer_of(name) for name in tensors if _CROSS_ATTENTION.match(name)}
         layers = {layer for name in tensors if (layer := layer_of(name)) is not None}
         return cls(checkpoint, tensors, sorted(layers - crossing))
 
-    def numbered_like(self, base: LanguageModel) -> LanguageModel:
+    def numbered_like(self, base: LanguageModel, asked: Iterable[int] | None) -> LanguageModel:
         """The same tensors under the base's layer numbers.
 
         Mllama inserts cross-attention layers between those of the text model, so that text layer 3 is its layer 4.
-        Raises PriorError when the two have different numbers of ordinary layers.
+        Raises PriorError when the two have different numbers of ordinary layers, unless one only goes on where the
+        other ends, and the layers asked for are in both.
         """
         if len(self.layers) != len(base.layers):
+            shorter, longer = sorted((self.layers, base.layers), key=len)
+            goes_on = bool(shorter) and longer[: len(shorter)] == shorter
+            if goes_on and asked is not None and set(asked) <= set(shorter):
+                return self
             raise PriorError(
                 f"the checkpoints do not fit: {self.checkpoint.folder} has {len(self.layers)} layers, "
                 f"{base.checkpoint.folder} has {len(base.layers)}"
+                + (f"; layers (--layers) may choose among {shorter[0]}-{shorter[-1]}" if goes_on else "")
             )
         number = dict(zip(self.layers, base.layers, strict=True))
         if self.layers == base.layers:
@@ -81,7 +90,8 @@ class LanguageModel:
 class Pair:
     """One delta to be made: the tensors that it comes from, by role ("expert", "base" and maybe "reference").
 
-    The shape is the base's; beyond `common` leading elements (a smaller vocabulary) the delta is zero.
+    A bias that one of the others does not have is zero there. The shape is the base's; beyond `common` leading elements
+    (a smaller vocabulary) the delta is zero.
     """
 
     name: str
@@ -93,59 +103,83 @@ class Pair:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def pulled_to_zero(self) -> bool:
+        """A bias that the expert does not have."""
+        return "expert" not in self.sources
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a prior is asked to hold: `modules` and `layers` as of `select_names`, and whether with biases."""
+
+    modules: Sequence[str]
+    layers: Sequence[int] | None = None
+    include_bias: bool = True
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        selected = select_names(names, self.modules, self.layers)
+        return selected if self.include_bias else [name for name in selected if not name.endswith(".bias")]
+
 
 def pair_up(
-    checkpoints: Mapping[str, Checkpoint],
-    modules: Sequence[str],
-    layers: Iterable[int] | None,
-    name_map: Mapping[str, str] | None,
+    checkpoints: Mapping[str, Checkpoint], selection: Selection, name_map: Mapping[str, str] | None
 ) -> tuple[list[Pair], list[str]]:
     """The deltas to be made from the checkpoints (by role), in natural order, and the warnings to record.
 
     Layers are numbered as in the base. Raises PriorError when the checkpoints do not fit each other or share nothing
-    that was asked for, and CheckpointError for tensors that cannot be subtracted (quantised ones).
+    that was asked for, and CheckpointError for tensors that cannot be subtracted (quantised ones, and those with
+    adapters that are not merged).
     """
-    base = LanguageModel.of(checkpoints["base"], name_map)
-    models = {"base": base}
-    for role in checkpoints.keys() - {"base"}:
-        models[role] = LanguageModel.of(checkpoints[role], name_map).numbered_like(base)
+    models = {role: LanguageModel.of(checkpoint, name_map) for role, checkpoint in checkpoints.items()}
+    base = models["base"]
+    models = {
+        role: model if role == "base" else model.numbered_like(base, selection.layers) for role, model in models.items()
+    }
     warnings = _config_warnings(checkpoints) + _vocabulary_warnings(models)
-    if select_names([HEAD], modules, layers):
+    if selection.of([HEAD]):
         _untie_heads(models, warnings)
 
-    asked = {role: select_names(model.tensors, modules, layers) for role, model in models.items()}
+    asked = {role: selection.of(model.tensors) for role, model in models.items()}
+    everywhere = set().union(*asked.values())
+    for role, model in models.items():
+        found = set(selection.of(marked_weights(model.tensors)))
+        check_encodings(role, model.checkpoint, model.tensors, everywhere, found)
     shared = set.intersection(*map(set, asked.values()))
     if not shared:
         samples = "; ".join(f"{role} has {some(asked[role]) or some(sorted(models[role].tensors))}" for role in asked)
-        raise PriorError(f"the checkpoints share no tensor of modules {','.join(modules)}: {samples}")
+        reasons = "".join(f"\n  {warning}" for warning in warnings)
+        raise PriorError(
+            f"the checkpoints share no tensor of modules {','.join(selection.modules)}: {samples}{reasons}"
+        )
+    lone = _lone_biases(models, set(asked["base"]) - shared)
     for role, names in asked.items():
-        if alone := [name for name in names if name not in shared]:
+        if alone := [name for name in names if name not in shared and name not in lone]:
             warnings.append(f"{len(alone)} tensors of the {role} have no counterpart: {some(alone)}")
-    warnings += _left_out(models, asked, modules, layers)
+    warnings += _left_out(models, asked, selection)
     if any(map(_SINGLE_EXPERT.search, shared)):
         warnings.append("experts are stored one by one; a model that fuses them in memory binds their deltas joined")
     pairs = [
-        _pair(name, {role: model.tensors[name] for role, model in models.items()})
-        for name in sorted(shared, key=natural_key)
+        _pair(name, {role: model.tensors[name] for role, model in models.items() if name in model.tensors})
+        for name in sorted(shared | lone, key=natural_key)
     ]
+    if zeroed := [pair.name for pair in pairs if pair.pulled_to_zero]:
+        warnings.append(f"{len(zeroed)} biases that the expert does not have are pulled to zero: {some(zeroed)}")
     return pairs, warnings
 
 
-def _left_out(
-    models: Mapping[str, LanguageModel],
-    asked: Mapping[str, list[str]],
-    modules: Sequence[str],
-    layers: Iterable[int] | None,
-) -> list[str]:
+def _left_out(models: Mapping[str, LanguageModel], asked: Mapping[str, list[str]], selection: Selection) -> list[str]:
     """What a user may think is in the prior and is not."""
     chosen = set.intersection(*map(set, asked.values()))
     everywhere = set.intersection(*(set(model.tensors) for model in models.values()))
     ndims = {name: len(models["base"].tensors[name].shape) for name in everywhere - chosen}
-    overlooked = select_names([name for name, ndim in ndims.items() if is_overlooked(name, ndim)], ["re:"], layers)
+    overlooked = [name for name, ndim in ndims.items() if is_overlooked(name, ndim)]
+    overlooked = select_names(overlooked, ["re:"], selection.layers)
+    presets = dict.fromkeys(preset for entry in selection.modules for preset in presets_in(entry))
     warnings = [
-        f"no {module} tensor is in all checkpoints under a name that is known"
-        for module in modules
-        if module in MODULES and module != "head" and not any(module_of(name) == module for name in chosen)
+        f"no {preset} tensor is in all checkpoints under a name that is known"
+        for preset in presets
+        if preset != "head" and not any(map(selector(preset), chosen))
     ]
     if overlooked:
         warnings.append(
@@ -162,11 +196,34 @@ def _left_out(
     return warnings
 
 
+def _further_layers(tensors: Iterable[str], config: Mapping[str, Any]) -> set[int | None]:
+    """Layers for multi-token prediction behind the last ordinary one (GLM-4.5, DeepSeek-V3): by the config's count, or
+    by the projection that no other layer has."""
+    layers = {layer_of(name) for name in tensors} - {None}
+    last, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    counted = range(last, last + further) if isinstance(last, int) and isinstance(further, int) else ()
+    return layers & {*counted, *(layer_of(name) for name in tensors if _FURTHER_LAYER.match(name))}
+
+
+def _lone_biases(models: Mapping[str, LanguageModel], candidates: set[str]) -> set[str]:
+    """The biases of the base that an expert (or reference) does without, though it has the weight: there it is zero.
+
+    So the authors' code has it, and so the expert computes. Where both expert and reference do without, there is no
+    difference to make a delta of.
+    """
+    others = [model.tensors for role, model in models.items() if role != "base"]
+
+    def zero_elsewhere(name: str) -> bool:
+        weight = f"{name.removesuffix('.bias')}.weight"
+        alone = len(others) > 1 and not any(name in tensors for tensors in others)
+        return name.endswith(".bias") and all(weight in tensors for tensors in others) and not alone
+
+    return set(filter(zero_elsewhere, candidates))
+
+
 def _pair(name: str, sources: dict[str, StoredTensor]) -> Pair:
     shape = sources["base"].shape
     for role, tensor in sources.items():
-        if tensor.dtype not in _FLOATING:
-            raise CheckpointError(f"{tensor.path}: {name} is stored as {tensor.dtype}: dequantise the checkpoint first")
         same_but_vocabulary = module_of(name) in ("embed", "head") and tensor.shape[1:] == shape[1:]
         if tensor.shape != shape and not same_but_vocabulary:
             raise PriorError(

@@ -14,10 +14,16 @@ _MARKERS = "os^Dv<>"
 
 
 def plot_prior(prior: Prior, path: str | os.PathLike[str]) -> None:
-    """Draw norm(delta)/norm(W) and the cosine of expert and base, per layer and projection, to an image file."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    """Draw norm(delta)/norm(W) and the cosine of expert and base, per layer and projection, to an image file.
+
+    Raises ImportError when there is no matplotlib.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError(f"drawing a prior needs matplotlib: pip install matplotlib ({error})") from error
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)

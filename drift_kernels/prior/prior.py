@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,27 @@ from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatc
 from .alignment import align_live
 from .assembly import assemble, assembled_info
 from .coverage import Coverage
-from .deltas import PRIOR_INDEX_NAME, RECORD_NAME, DeltaInfo, StoredDelta, read_infos
-from .files import inspect_shards, read_json
-from .fingerprint import fingerprint_of_deltas, fingerprint_of_record
+from .files import inspect_shards
+from .fingerprint import fingerprint_of_deltas
 from .fusion import Source, find_sources
 from .hub import local_folder
 from .names import canonical_name, natural_key
-from .norms import norm
+from .plausible import check_values
 from .quantized import Box, QuantizedDelta, scales_name
+from .reading import exists, read_json
+from .record import (
+    PRIOR_INDEX_NAME,
+    RECORD_NAME,
+    UNFINISHED_MARK,
+    DeltaInfo,
+    fingerprint_of_record,
+    read_infos,
+    recorded_checksums,
+)
+from .stored import StoredDelta, norm_fault, norm_of
+from .verification import Verification
 
 logger = logging.getLogger("drift_kernels")
-
-UNFINISHED_MARK = ".unfinished-"  # in the name of a folder that a build is still writing
-
-_NORM_TOLERANCE = 1e-5
 
 
 class Prior:
@@ -63,17 +70,19 @@ class Prior:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Prior:
-        """Open a prior's folder, or a Hub id; reads metadata only.
+        """Open a prior's folder, or a Hub id; reads metadata only. What is opened is the folder as it is found now,
+        whatever becomes of the working directory, or of a link to it.
 
-        Raises PriorFormatError when it is not a prior, is incomplete or damaged, or comes from a newer version.
+        Raises PriorFormatError when it is not a prior, is incomplete, damaged or unreadable, or comes from a newer
+        version.
         """
         try:
-            folder = local_folder(path, ("prior*", RECORD_NAME))
-            if UNFINISHED_MARK in folder.name or not (folder / RECORD_NAME).exists():
+            folder = local_folder(path, (RECORD_NAME, PRIOR_INDEX_NAME), PRIOR_INDEX_NAME).resolve()
+            if UNFINISHED_MARK in folder.name or not exists(folder / RECORD_NAME):
                 raise PriorFormatError(f"{folder}: not a prior: no {RECORD_NAME}, or its build was never finished")
             record = read_json(folder / RECORD_NAME)
-            _, stored = inspect_shards(folder, PRIOR_INDEX_NAME)
-        except (FileNotFoundError, CheckpointError) as error:
+            stored = inspect_shards(folder, PRIOR_INDEX_NAME)
+        except CheckpointError as error:
             raise PriorFormatError(str(error)) from error
         infos = read_infos(folder, record)
         deltas = {name: StoredDelta.find(folder, name, info, stored) for name, info in infos.items()}
@@ -88,8 +97,8 @@ class Prior:
 
         float32, bfloat16 and quantised deltas are kept as they are and not copied, so they must not be written to;
         tensors of other floating dtypes become float32.
-        Raises PriorError for an empty mapping, two keys of one canonical name, and a delta that is not a floating
-        tensor or a QuantizedDelta, or not finite.
+        Raises PriorError for an empty mapping, two keys of one canonical name, a delta that is not a floating tensor or
+        a QuantizedDelta, or not finite, and deltas that are all zero; if some are, a warning is logged.
         """
         keys: dict[str, str] = {}
         for key in mapping:
@@ -102,9 +111,11 @@ class Prior:
         deltas = {name: _checked_delta(key, mapping[key]) for name, key in keys.items()}
         infos = {}
         for name, delta in deltas.items():
-            infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, _norm_of(delta))
+            infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, norm_of(delta))
             if not math.isfinite(infos[name].delta_norm):
                 raise PriorError(f"the delta of {keys[name]} holds NaN or Inf")
+        for warning in check_values(infos):
+            logger.warning("%s", warning)
         return cls(infos, deltas, fingerprint_of_deltas(deltas), {})
 
     def __len__(self) -> int:
@@ -122,7 +133,7 @@ class Prior:
         """What is known about the delta of a canonical name, or of one that is made of several (`sources`). Raises
         KeyError when there is none."""
         if isinstance(name, Source):
-            return assembled_info(name, self._infos, lambda part: _norm_of(self.load_stored(part.name, box=part.of)))
+            return assembled_info(name, self._infos, lambda part: norm_of(self.load_stored(part.name, box=part.of)))
         return self._infos[name]
 
     def load(self, name: str, device: torch.device | str | None = None, *, copy: bool = True) -> Tensor:
@@ -132,8 +143,8 @@ class Prior:
         Without `copy`, a delta that was given in memory as a tensor, contiguous and on the device already, is returned
         itself.
 
-        Raises KeyError for an unknown name, and PriorFormatError when the stored bytes do not have the recorded norm or
-        hold a scale that is negative or not finite.
+        Raises KeyError for an unknown name, and PriorFormatError when the stored bytes cannot be read, do not have the
+        recorded norm, or hold a scale that is negative or not finite.
         """
         stored = self.load_stored(name, device, copy=copy)
         return stored.expand() if isinstance(stored, QuantizedDelta) else stored
@@ -162,10 +173,12 @@ class Prior:
             loaded = delta.read(box)
             if isinstance(loaded, QuantizedDelta):
                 loaded.check_scales()
-        except (CheckpointError, PriorError) as error:
+        except CheckpointError as error:
+            raise PriorFormatError(f"{name} of the prior: {error}") from error
+        except PriorError as error:
             raise PriorFormatError(f"{delta.values.path}: {name} is damaged: {error}") from error
         if box is None:
-            self._check_norm(name, delta.values.path, _norm_of(loaded))
+            self._check_norm(name, delta.values.path, norm_of(loaded))
         return loaded if device is None else loaded.to(device)
 
     def check_norm_of_parts(self, name: str | Source, found: float) -> None:
@@ -175,10 +188,27 @@ class Prior:
             self._check_norm(name, delta.values.path, found)
 
     def _check_norm(self, name: str | Source, path: Path, found: float) -> None:
-        recorded = self.info(name).delta_norm
-        if not math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
-            what = name.name if isinstance(name, Source) else name
-            raise PriorFormatError(f"{path}: {what} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}")
+        if fault := norm_fault(found, self.info(name).delta_norm):
+            raise PriorFormatError(f"{path}: {name.name if isinstance(name, Source) else name} is {fault}")
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> Verification:
+        """Read every byte of the prior, in flat memory, and compare it with what was recorded when it was built.
+
+        A changed bit shows, wherever in the deltas it is; in priors that were built before there were checksums, only
+        what changes a norm. Never raises for what it finds: ask `intact`. Deltas in memory have nothing to compare.
+        `progress` is called with the elements done so far and the elements in all.
+        """
+        done, checked, faults = 0, {True: 0, False: 0}, {}
+        for name, delta in self._deltas.items():
+            if isinstance(delta, StoredDelta):
+                checksums = recorded_checksums(self.record, name)
+                checked[checksums is not None] += 1
+                if fault := delta.fault(self._infos[name], checksums):
+                    faults[name] = fault
+            done += math.prod(self._infos[name].shape)
+            if progress is not None:
+                progress(done, self.numel)
+        return Verification(by_checksum=checked[True], by_norm=checked[False], faults=faults)
 
     def sources(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Source]:
         """What the delta of each live parameter is made of, by live name, for those that have one.
@@ -220,7 +250,8 @@ class Prior:
             raise PriorMismatchError(f"no parameter matches the prior: {coverage.summary()}")
         if strict and not coverage.complete:
             raise PriorMismatchError(f"the prior matches only in part: {coverage.summary()}")
-        logger.log(logging.INFO if coverage.complete else logging.WARNING, "%s", coverage.summary())
+        if not coverage.complete:
+            logger.warning("%s", coverage.summary())
         return coverage
 
 
@@ -239,7 +270,3 @@ def _checked_delta(key: str, delta: Tensor | QuantizedDelta) -> Tensor | Quantiz
         raise PriorError(f"the delta of {key} must be a dense floating tensor, got {kind}")
     delta = delta.detach()
     return delta if delta.dtype in (torch.float32, torch.bfloat16) else delta.float()
-
-
-def _norm_of(delta: Tensor | QuantizedDelta) -> float:
-    return delta.norm() if isinstance(delta, QuantizedDelta) else norm(delta)

@@ -6,9 +6,10 @@ import hashlib
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,19 +65,19 @@ class DeltaStream:
     def __init__(self, checkpoints: Mapping[str, Checkpoint], dtype: torch.dtype) -> None:
         self.digests = {role: hashlib.sha256() for role in checkpoints}
         self._checkpoints = checkpoints
-        self._origin = "reference" if "reference" in checkpoints else "base"
+        self._minus = "expert", "reference" if "reference" in checkpoints else "base"
         self._dtype = dtype
         self._workplaces = [
             Workplace(
-                raw={role: torch.empty(CHUNK * 8, dtype=torch.uint8) for role in checkpoints},
-                delta=torch.empty(CHUNK, dtype=torch.float32 if dtype in DELTA_LIMITS else dtype),
+                raw={role: torch.empty(CHUNK * 8, dtype=torch.uint8, device="cpu") for role in checkpoints},
+                delta=torch.empty(CHUNK, dtype=torch.float32 if dtype in DELTA_LIMITS else dtype, device="cpu"),
             )
             for _ in range(_WORKERS + 1)
         ]
         self._products: dict[str, Products] = {}  # of the common part
         self._base_squares: dict[str, float] = {}  # of the whole
 
-    def deltas(self, pairs: Iterable[Pair]) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+    def deltas(self, pairs: Iterable[Pair]) -> Generator[tuple[Piece, dict[str, Tensor]], None, None]:
         """The deltas of `pairs`, end to end, in pieces: what to append, 1-D, to which tensors of the prior's files.
 
         A piece is valid until the next is asked for. Raises PriorError, naming the tensor, once a delta turns out to
@@ -92,7 +93,7 @@ class DeltaStream:
             while in_work:
                 yield self._finish(*in_work.popleft())
 
-    def measure(self, pair: Pair) -> dict[str, float | None]:
+    def measure(self, pair: Pair) -> dict[str, Any]:
         """Norm of the stored delta, norm of the base's weight, cosine of expert and base over their common elements;
         for a quantised delta, its cosine to the exact one."""
         products = self._products.get(pair.name, Products())
@@ -118,7 +119,10 @@ class DeltaStream:
     def _difference(
         self, piece: Piece, tensors: Mapping[str, Tensor], delta: Tensor
     ) -> tuple[dict[str, Tensor], Products]:
-        name, sources = piece.pair.name, (tensors["expert"], tensors["base"], tensors[self._origin])
+        """A role without the tensor is zero in it: a bias that it does not have."""
+        name, base = piece.pair.name, tensors["base"]
+        expert, origin = (tensors[role] if role in tensors else torch.zeros_like(base) for role in self._minus)
+        sources = expert, base, origin
         if self._dtype not in DELTA_LIMITS:
             return {name: delta}, subtract(*sources, delta)
         quantized, products = subtract_quantized(*sources, delta, self._dtype)
@@ -129,8 +133,9 @@ class DeltaStream:
         name, end = piece.pair.name, piece.start + piece.count
         if self._dtype not in DELTA_LIMITS:
             return {name: delta.zero_()}
-        scales = torch.zeros(blocks_of(end) - blocks_of(piece.start))
-        return {name: torch.zeros(piece.count, dtype=self._dtype), scales_name(name): scales}
+        scales = torch.zeros(blocks_of(end) - blocks_of(piece.start), dtype=torch.float32, device="cpu")
+        codes = torch.zeros(piece.count, dtype=self._dtype, device="cpu")
+        return {name: codes, scales_name(name): scales}
 
     def _read(self, role: str, piece: Piece, raw: Tensor) -> Tensor:
         source = piece.pair.sources[role]

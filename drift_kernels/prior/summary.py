@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .deltas import DeltaInfo
 from .prior import Prior
+from .record import DeltaInfo
 
 Key = TypeVar("Key", bound=Hashable)
 

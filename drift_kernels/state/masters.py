@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..formats.rounding import join
@@ -17,7 +18,7 @@ def master_weight(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     residual yet, of the parameter itself."""
     residual = state.get(RESIDUAL)
     own = local(param.detach())
-    return wrap(own.float() if residual is None else join(own, local(residual)), param)
+    return wrap(own.to(torch.float32, copy=True) if residual is None else join(own, local(residual)), param)
 
 
 def refresh_masters(states: Iterable[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from ..errors import PriorMismatchError
 from ..sharding import Reduction, Shard, local, local_pairs
+from .arrangement import ParamGroups, arranged
 from .param_groups import FINGERPRINT, named_params
-from .precision import Precision, check_state
+from .precision import OWN, Precision, check_state, has_begun, with_keys_of_codes
 
 
 def only_asks_for_states(param_groups: list[dict[str, Any]]) -> bool:
@@ -26,27 +28,20 @@ def only_asks_for_states(param_groups: list[dict[str, Any]]) -> bool:
     return not Reduction([Shard.of(param) for param in params]).any_of(found, local(params[0]).device)
 
 
-def _params_by_saved_id(
-    param_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]
-) -> dict[Any, tuple[str, Tensor]]:
-    """What a state_dict's parameter ids mean here: the parameters in order, with their names."""
-    ids = [saved_id for group in saved_groups for saved_id in group["params"]]
-    return dict(zip(ids, named_params(param_groups), strict=True))
-
-
 def check_state_dict(
-    state_dict: StateDict, param_groups: list[dict[str, Any]], fingerprint: str | None
+    state_dict: StateDict, param_groups: ParamGroups, fingerprint: str | None, plain: Callable[[str], str]
 ) -> dict[str, Any]:
-    """A shallow copy of `state_dict`, checked, whose groups take what they lack from `param_groups`.
+    """A shallow copy of `state_dict`, checked, in the order and with the groups of `param_groups`: what torch, which
+    goes by positions, then loads. Groups have what the saved ones lack.
+
+    Args:
+        plain: a parameter's name -> its name without what wrappers add to it.
 
     Raises:
         PriorMismatchError: it was saved under another prior.
         ValueError: it does not fit the parameters, or is not of an AdamW without amsgrad.
     """
     saved_groups = state_dict["param_groups"]
-    sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (param_groups, saved_groups))
-    if sizes != saved_sizes:
-        raise ValueError(f"the state_dict has param groups of sizes {saved_sizes}, this optimizer of sizes {sizes}")
     for index, saved in enumerate(saved_groups):
         if saved.get(FINGERPRINT) not in (None, fingerprint):
             raise PriorMismatchError(
@@ -56,19 +51,29 @@ def check_state_dict(
             )
         if saved.get("amsgrad"):
             raise ValueError(f"the state_dict was saved with amsgrad, which is not supported (group {index})")
-    params = _params_by_saved_id(param_groups, saved_groups)
-    for saved_id, state in state_dict["state"].items():
-        if saved_id in params and state:
-            check_state(*params[saved_id], state)
-    groups = [
-        {**{key: value for key, value in group.items() if key != "params"}, **saved}
-        for group, saved in zip(param_groups, saved_groups, strict=True)
-    ]
-    return {**state_dict, "param_groups": groups}
+    groups = arranged(param_groups, saved_groups, plain)
+    states = dict(state_dict["state"])
+    for saved_id, (name, param) in _params_by_saved_id(param_groups, groups).items():
+        if has_begun(states.get(saved_id, {})):
+            states[saved_id] = with_keys_of_codes(states[saved_id])
+            check_state(name, param, states[saved_id])
+        elif states.get(saved_id) and not any("betas" in saved for saved in saved_groups):
+            keys = ", ".join(map(str, states[saved_id]))
+            raise ValueError(f"the state of parameter {name} has {keys}, and no exp_avg: not a state of AdamW")
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def _params_by_saved_id(param_groups: ParamGroups, saved_groups: ParamGroups) -> dict[Any, tuple[str, Tensor]]:
+    """What a state_dict's parameter ids mean here, where they are in order: the parameters with their names."""
+    ids = [saved_id for group in saved_groups for saved_id in group["params"]]
+    return dict(zip(ids, named_params(param_groups), strict=True))
 
 
 def restore_states(optimizer: Optimizer, state_dict: StateDict, precision: Precision) -> None:
-    """Sets the states from `state_dict` again, as `precision` holds them, after torch's loading cast them."""
+    """Sets the states from `state_dict` again, as `precision` holds them, after torch's loading cast them. What else is
+    kept in `optimizer.state` stays as torch loaded it."""
     for saved_id, (_, param) in _params_by_saved_id(optimizer.param_groups, state_dict["param_groups"]).items():
-        if optimizer.state.get(param):
-            optimizer.state[param] = precision.restored_state(param, state_dict["state"][saved_id])
+        saved = state_dict["state"].get(saved_id, {})
+        if has_begun(saved):
+            others = {key: value for key, value in optimizer.state[param].items() if key not in OWN}
+            optimizer.state[param] = {**precision.restored_state(param, saved), **others}

@@ -21,7 +21,9 @@ def live_parameters(checkpoint: Checkpoint) -> tuple[NamedParameters, str]:
     try:
         return _from_transformers(checkpoint)
     except _UnknownModelError as error:
-        on_disk = [(name, torch.empty(t.shape, device="meta")) for name, t in checkpoint.tensors.items()]
+        on_disk = [
+            (name, torch.empty(t.shape, dtype=torch.float32, device="meta")) for name, t in checkpoint.tensors.items()
+        ]
         return on_disk, f"by the names on disk, since {error}: in memory the model may hold others"
 
 

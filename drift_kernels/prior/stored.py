@@ -1,45 +1,24 @@
-"""What a prior's folder says of its deltas, and where they lie: names of files, the record, and reading a delta."""
+"""Deltas as they lie in a prior's files: read whole, in part, and verified."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import PriorFormatError
+from ..errors import CheckpointError, PriorError, PriorFormatError
 from ..formats.blocks import BLOCK, DELTA_LIMITS, blocks_of
-from .files import StoredTensor
+from .files import StoredTensor, byte_view
+from .norms import CHUNK, norm
 from .quantized import Box, QuantizedDelta, scales_name
+from .record import PRIOR_INDEX_NAME, RECORD_NAME, DeltaInfo
 
-RECORD_NAME = "drift_prior.json"
-PRIOR_INDEX_NAME = "prior.safetensors.index.json"
-FORMAT, VERSION = "drift_prior", 2  # version 1 knew float32 and bfloat16 alone, and no stored_cosine
-
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, *DELTA_LIMITS)}
-
-
-@dataclass(frozen=True)
-class DeltaInfo:
-    """What a prior knows about one delta without reading it.
-
-    `dtype` is that of the delta as stored: float32, bfloat16, or that of its codes, int8 or float8_e4m3fn. `delta_norm`
-    is the norm of the delta as stored, `param_norm` the norm of the base's weight, and `cosine` the cosine of the
-    expert's weight and the base's; `stored_cosine` is the cosine of the delta as stored and the exact one. None stands
-    for a cosine with a vector of zeros. For deltas that were given in memory the last three are None, and
-    `stored_cosine` also for deltas stored in float32 or bfloat16.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    delta_norm: float
-    param_norm: float | None = None
-    cosine: float | None = None
-    stored_cosine: float | None = None
+_NORM_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -82,26 +61,37 @@ class StoredDelta:
         begin -= first * BLOCK
         return delta.expand()[begin : begin + math.prod(shape)].view(shape)[inner].contiguous()
 
+    def fault(self, info: DeltaInfo, checksums: Sequence[str] | None) -> str | None:
+        """What is wrong with the delta, if anything: every byte is read, CHUNK elements at a time, and compared with
+        the recorded checksums, where there are any, and the recorded norm."""
+        crcs, norms = [0] if self.scales is None else [0, 0], [0.0]
+        try:
+            for begin in range(0, self.values.numel, CHUNK):
+                end = min(begin + CHUNK, self.values.numel)
+                parts = [self.values.read_flat(begin, end)]
+                if self.scales is not None:
+                    parts.append(self.scales.read_flat(begin // BLOCK, blocks_of(end)))
+                crcs = [zlib.crc32(byte_view(part), crc) for part, crc in zip(parts, crcs, strict=True)]
+                norms.append(norm_of(parts[0] if self.scales is None else QuantizedDelta(*parts)))
+                if self.scales is not None:
+                    QuantizedDelta(*parts).check_scales()
+        except CheckpointError as error:
+            return str(error)
+        except PriorError as error:
+            return f"damaged: {error}"
+        found = [f"{crc:08x}" for crc in crcs]
+        if checksums is not None and found != list(checksums):
+            return f"damaged: its checksum is {' '.join(found)}, recorded {' '.join(map(str, checksums))}"
+        return norm_fault(math.hypot(*norms), info.delta_norm)
 
-def read_infos(folder: Path, record: Mapping[str, Any]) -> dict[str, DeltaInfo]:
-    """What the record in `folder` says of each delta. Raises PriorFormatError for a foreign or damaged one."""
-    if record.get("format") != FORMAT or record.get("version") not in range(1, VERSION + 1):
-        found = f"format {record.get('format')!r}, version {record.get('version')!r}"
-        raise PriorFormatError(
-            f"{folder / RECORD_NAME}: expected format {FORMAT!r}, version 1 to {VERSION}; found {found}"
-        )
-    try:
-        dtype = DTYPES[record["dtype"]]
-        return {
-            name: DeltaInfo(
-                shape=tuple(row["shape"]),
-                dtype=dtype,
-                delta_norm=row["delta_norm"],
-                param_norm=row["param_norm"],
-                cosine=row["cosine"],
-                stored_cosine=row.get("stored_cosine"),
-            )
-            for name, row in record["tensors"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PriorFormatError(f"{folder / RECORD_NAME}: lacks or garbles {error}") from error
+
+def norm_of(delta: Tensor | QuantizedDelta) -> float:
+    """norm(delta)."""
+    return delta.norm() if isinstance(delta, QuantizedDelta) else norm(delta)
+
+
+def norm_fault(found: float, recorded: float) -> str | None:
+    """What is wrong with a delta of this norm, if anything."""
+    if math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
+        return None
+    return f"damaged: its norm is {found:.7g}, recorded {recorded:.7g}"

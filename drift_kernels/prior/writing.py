@@ -1,0 +1,110 @@
+"""Writing files that are on the disk when the build ends, safetensors piece by piece."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .files import CODES, Layout, byte_view, size_in_bytes
+
+logger = logging.getLogger("drift_kernels")
+
+_ALIGNMENT = 64
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
+
+
+class TensorFileWriter:
+    """Writes a .safetensors file: the layout first, then every tensor's bytes, each tensor front to back.
+
+    `checksums` are the CRC-32 of what each tensor was given so far. Failed writes raise OSError with the file's name.
+    """
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begins: dict[str, int] = {}
+        end = 0
+        for name, tensor in layout.items():
+            begins[name], end = end, end + size_in_bytes(tensor)
+            dtype, shape = tensor
+            entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+        start = 8 + len(header)
+        self.checksums = dict.fromkeys(layout, 0)
+        self._path = path
+        self._file = FileIO(path, "w")
+        self._next = {name: start + begin for name, begin in begins.items()}
+        self._write(memoryview(len(header).to_bytes(8, "little") + header), 0)
+
+    def append(self, name: str, flat: Tensor) -> None:
+        """Append the bytes of a 1-D, contiguous CPU tensor to those that the tensor `name` has already."""
+        view = byte_view(flat)
+        self.checksums[name] = zlib.crc32(view, self.checksums[name])
+        self._write(view, self._next[name])
+        self._next[name] += len(view)
+
+    def finish(self) -> None:
+        """Bring what was written to the disk, and close the file."""
+        with self._file:
+            sync(self._file.fileno(), self._path)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        with _naming(self._path):
+            while view:
+                count = os.pwrite(self._file.fileno(), view, offset)
+                view, offset = view[count:], offset + count
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write it, and bring it to the disk."""
+    with path.open("w") as file, _naming(path):
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.flush()
+        sync(file.fileno(), path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor, folder)
+    finally:
+        os.close(descriptor)
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """fsync, where the file system knows it: some network and FUSE file systems do not, and files are as safe there as
+    they can be."""
+    try:
+        with _naming(path):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+        logger.debug("%s: its file system cannot bring it to the disk at once (%s)", path, error.strerror)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Calls on descriptors raise errors without a name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

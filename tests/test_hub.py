@@ -1,0 +1,153 @@
+"""Hub ids: what is fetched of a repository, in which revision, and what is said of one that has no checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import text_weights, write_checkpoint
+from huggingface_hub.utils import filter_repo_objects
+
+from drift_kernels import CheckpointError, Prior, PriorFormatError, build_prior
+from drift_kernels.cli import main
+from drift_kernels.prior.hub import public_name
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BESIDE = [
+    "original/model.safetensors",
+    "original/consolidated.00.pth",
+    "consolidated.safetensors",
+    "consolidated-00001-of-00002.safetensors",
+    "onnx/model.safetensors",
+    "model.fp16.safetensors",
+    "adapter/adapter_model.safetensors",
+    "pytorch_model.bin",
+    "model.gguf",
+    "README.md",
+]
+
+
+class Hub:
+    """Repositories in folders, and a cache beside them; the patterns are the Hub client's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repositories, self.cache = folder / "hub", folder / "cache"
+        self.fetched: dict[str, set[str]] = {}
+        self.revisions: list[tuple[str, str | None]] = []
+
+    def files(self, repo_id: str, revision: str | None = None) -> list[str]:
+        root = self.repositories / repo_id
+        if not root.exists():
+            raise OSError("404 Client Error\nand more")
+        return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+
+    def snapshot(self, repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.revisions.append((repo_id, revision))
+        target = self.cache / f"models--{repo_id.replace('/', '--')}" / "snapshots" / COMMIT
+        for name in filter_repo_objects(self.files(repo_id), allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.repositories / repo_id / name, target / name)
+            self.fetched.setdefault(repo_id, set()).add(name)
+        return str(target)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", hub.files)
+    write_checkpoint(hub.repositories / "org/base", text_weights())
+    for shards in (1, 3):
+        write_checkpoint(hub.repositories / f"org/in-{shards}", text_weights(), shards=shards)
+        for name in BESIDE:
+            (hub.repositories / f"org/in-{shards}" / name).parent.mkdir(exist_ok=True)
+            (hub.repositories / f"org/in-{shards}" / name).write_text("large")
+    return hub
+
+
+def test_only_what_is_read_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    build_prior("org/in-1", "org/in-3", tmp_path / "prior")
+    assert hub.fetched["org/in-1"] == {"config.json", "model.safetensors"}
+    shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert hub.fetched["org/in-3"] == {"config.json", "model.safetensors.index.json"} | shards
+
+
+def test_a_stale_index_fetches_no_shards(hub: Hub, tmp_path: Path) -> None:
+    for path in (hub.repositories / "org/in-3").glob("model*"):
+        shutil.copy(path, hub.repositories / "org/in-1")
+    build_prior("org/in-1", "org/base", tmp_path / "prior")
+    assert hub.fetched["org/in-1"] == {"config.json", "model.safetensors", "model.safetensors.index.json"}
+
+
+@pytest.mark.parametrize("revision", ["v1.0", "refs/pr/7", COMMIT])
+def test_a_revision(hub: Hub, tmp_path: Path, revision: str) -> None:
+    """All of a checkpoint is of one commit, and the record tells the revision."""
+    prior = build_prior(f"org/in-3@{revision}", "org/base", tmp_path / "prior")
+    assert hub.revisions == [("org/in-3", revision), ("org/in-3", COMMIT), ("org/base", None)]
+    assert prior.record["sources"]["expert"]["name"] == f"org/in-3@{revision}"
+    assert prior.record["sources"]["base"]["name"] == "org/base"
+
+
+def test_priors_on_the_hub(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built = build_prior("org/in-1", "org/base", hub.repositories / "org/prior", max_shard_bytes=20_000)
+    for name in ("prior-notes.txt", "priors/old.safetensors"):
+        (hub.repositories / "org/prior" / name).parent.mkdir(exist_ok=True)
+        (hub.repositories / "org/prior" / name).touch()
+    prior = Prior.open("org/prior")
+    assert prior.fingerprint == built.fingerprint
+    assert prior.verify().intact
+    shards = {path.name for path in (hub.repositories / "org/prior").glob("prior-*.safetensors")}
+    assert hub.fetched["org/prior"] == {"drift_prior.json", "prior.safetensors.index.json"} | shards
+    assert main(["check", "org/prior@main", "--model", "org/base"]) == 0
+    assert f"{len(prior)} of {len(prior)} deltas are bound" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], r"on the Hub, found a PEFT \(LoRA\) adapter"),
+        (["model-Q8_0.gguf", "README.md"], r"on the Hub, found GGUF files \(model-Q8_0\.gguf\)"),
+        (["config.json", "pytorch_model.bin"], "on the Hub, found PyTorch .bin files"),
+    ],
+)
+def test_repositories_without_a_checkpoint(hub: Hub, names: list[str], words: str, tmp_path: Path) -> None:
+    for name in names:
+        (hub.repositories / "org/other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub.repositories / "org/other" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"org/other: expected model.safetensors or .* {words}"):
+        build_prior("org/other", "org/base", tmp_path / "prior")
+    with pytest.raises(PriorFormatError, match=r"org/other: expected drift_prior.json or .* on the Hub, found"):
+        Prior.open("org/other")
+
+
+def test_what_cannot_be_fetched(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "org/gone"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "org/gone: no such folder, and not fetched from the Hub (OSError: 404 Client Error)" in line
+    with pytest.raises(PriorFormatError, match=r"a/b/c: no such folder$"):
+        Prior.open("a/b/c")
+
+
+def test_without_the_hub_s_client(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["inspect", "org/prior"]) == 1
+    captured = capsys.readouterr()
+    assert not captured.out
+    (line,) = captured.err.splitlines()
+    assert "org/prior: no such folder; to fetch it from the Hub, pip install huggingface_hub" in line
+
+
+def test_names_for_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No path of this machine, whatever was typed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    cached = Path("cache/models--org--my-model/snapshots") / COMMIT
+    for path in (Path("expert"), cached):
+        path.mkdir(parents=True)
+    Path("link").symlink_to("expert")
+    for typed in ("expert", "./expert", "~/expert", str(tmp_path / "expert"), "expert/", "link"):
+        assert public_name(typed) == "expert"
+    assert public_name(cached) == f"org/my-model@{COMMIT}"
+    assert public_name("org/name@main") == "org/name@main"

@@ -1,0 +1,158 @@
+"""Ctrl-C, SIGTERM and SIGHUP: a line, an exit status, and nothing left behind. Real processes, real signals."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import text_weights, tuned, write_checkpoint
+
+from drift_kernels import Prior, build_prior
+
+ROOT = Path(__file__).parents[1]
+STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+
+COMMAND = """
+import pathlib, shutil, signal, sys, time
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # whatever the tests run under
+    signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+from drift_kernels import cli
+from drift_kernels.prior import build
+folder, moment, words = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+
+def pausing(function, when=lambda: True, seconds=60):
+    def paused(*arguments, **options):
+        if when():
+            print("now", flush=True)
+            time.sleep(seconds)
+        return function(*arguments, **options)
+    return paused
+
+renames = []
+if moment == "in a piece":
+    build.TensorFileWriter.append = pausing(build.TensorFileWriter.append)
+elif moment == "before the record":
+    build.write_json = pausing(build.write_json)
+elif moment == "between the renames":
+    rename = pathlib.Path.rename
+    pathlib.Path.rename = pausing(rename, lambda: renames.append(1) or len(renames) == 2)
+elif moment == "in a thread":
+    build.DeltaStream._work = pausing(build.DeltaStream._work, seconds=0.5)
+elif moment == "any":
+    cli.build_prior = pausing(cli.build_prior, seconds=0)
+if "twice" in words:
+    shutil.rmtree = pausing(shutil.rmtree, seconds=0.5)
+if "nohup" in words:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+paths = ["--expert", folder / "expert", "--base", folder / "base", "--out", folder / "prior"]
+sys.argv = ["drift-prior", "build", *map(str, paths), "--overwrite"]
+sys.exit(cli.main())
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    weights = text_weights()
+    write_checkpoint(tmp_path / "base", weights)
+    write_checkpoint(tmp_path / "expert", tuned(weights))
+    return tmp_path
+
+
+class Running:
+    """A build that says when it has come to a moment."""
+
+    def __init__(self, folder: Path, moment: str, *words: str) -> None:
+        command = [sys.executable, "-c", COMMAND, str(folder), moment, *words]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        self.wait_for_it()
+
+    def wait_for_it(self) -> None:
+        assert self.process.stdout.readline() == "now\n", self.process.stderr.read()
+
+    def send(self, name: str) -> None:
+        self.process.send_signal(getattr(signal, name))
+
+    def end(self) -> tuple[int, str]:
+        _, errors = self.process.communicate(timeout=300)
+        return self.process.returncode, errors
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("prior*"))
+
+
+@pytest.mark.parametrize(
+    ("moment", "name"),
+    [
+        ("in a piece", "SIGINT"),
+        ("in a piece", "SIGTERM"),
+        ("before the record", "SIGINT"),
+        ("before the record", "SIGHUP"),
+        ("in a thread", "SIGTERM"),
+    ],
+)
+def test_one_line_a_status_and_nothing_left(folder: Path, moment: str, name: str) -> None:
+    build = Running(folder, moment)
+    assert leftovers(folder) != []
+    build.send(name)
+    assert build.end() == (STATUS[name], f"drift-prior: stopped by {name}\n")
+    assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("moment", ["in a piece", "between the renames"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_the_prior_that_was_to_be_replaced_stays(folder: Path, moment: str, name: str) -> None:
+    old = build_prior(folder / "expert", folder / "base", folder / "prior", modules=("attn",))
+    build = Running(folder, moment)
+    build.send(name)
+    assert build.end() == (STATUS[name], f"drift-prior: stopped by {name}\n")
+    assert leftovers(folder) == ["prior"]
+    assert Prior.open(folder / "prior").fingerprint == old.fingerprint
+    assert Prior.open(folder / "prior").verify().intact
+
+
+@pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_does_not_disturb_the_clearing_up(folder: Path, second: str) -> None:
+    build = Running(folder, "in a piece", "twice")
+    build.send("SIGINT")
+    build.wait_for_it()  # it is about to remove the unfinished folder
+    build.send(second)
+    build.send(second)
+    assert build.end() == (130, "drift-prior: stopped by SIGINT\n")
+    assert leftovers(folder) == []
+
+
+def test_what_was_ignored_stays_ignored(folder: Path) -> None:
+    """nohup."""
+    build = Running(folder, "in a piece", "nohup")
+    build.send("SIGHUP")
+    time.sleep(0.2)
+    assert build.process.poll() is None
+    build.send("SIGINT")
+    assert build.end()[0] == 130
+
+
+def test_at_any_moment(folder: Path) -> None:
+    """The prior is whole, or there is none."""
+    builds = []
+    for number in range(4):
+        for role in ("expert", "base"):
+            shutil.copytree(folder / role, folder / str(number) / role)
+        builds.append(Running(folder / str(number), "any"))
+        time.sleep(random.uniform(0, 0.15))
+        builds[-1].send("SIGINT")
+    for number, build in enumerate(builds):
+        status, errors = build.end()
+        # -SIGINT: the build was done, and the process on its way out.
+        assert (status, errors) in ((0, ""), (130, "drift-prior: stopped by SIGINT\n"), (-signal.SIGINT, ""))
+        assert leftovers(folder / str(number)) in ([], ["prior"])
+        if leftovers(folder / str(number)):
+            assert Prior.open(folder / str(number) / "prior").verify().intact
+        else:
+            assert status == 130
