@@ -1,0 +1,247 @@
+"""One family: its tiny checkpoints, a prior of them, one step, and what moved where, against arithmetic of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from drift_kernels import FusedDriftAdamW, Prior, build_prior
+from drift_kernels.prior.names import canonical_name, layer_of, select_names
+
+from .catalogue import Family
+from .experts import NoExpertError, Shared, expert_for, shared_parameters
+from .overrides import EXPERT_FIELDS, LAYERS, OVERRIDES
+from .shrink import tiny
+
+PROJECTIONS, ALL = ("attn", "mlp"), ("attn", "mlp", "norm", "embed", "head")
+_MOST = 20_000_000  # parameters; a family that stays larger is not tiny
+_LR = 0.01
+
+
+@dataclass
+class Row:
+    """What came out for one family. `verdict`: full, partial, error, fault or not tried."""
+
+    family: str
+    model: str
+    multimodal: bool
+    verdict: str = "not tried"
+    expert: str = ""
+    stored: str = ""  # prefix of the language model in the base's checkpoint
+    live: str = ""  # and in memory
+    bound: int = 0
+    shared: int = 0  # attention and MLP matrices that both models have
+    rest: str = ""  # norms, embedding, head: bound of shared
+    told: str = ""
+    cure: str = ""
+    silent: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    tower: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)  # other matrices of the layers, left alone
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Attempt:
+    """A prior that was built and stepped with once; an error says what stopped it."""
+
+    error: str = ""
+    prior: Prior | None = None
+    warnings: list[str] = field(default_factory=list)
+    summary: str = ""
+    unbound: set[str] = field(default_factory=set)  # deltas without a parameter of their shape
+    moves: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def told(self) -> str:
+        return "; ".join([*self.warnings, *([self.error] if self.error else [" ".join(self.summary.split())])])
+
+
+class Pair:
+    """The two models of a family, saved in a folder and loaded again."""
+
+    def __init__(self, family: Family, folder: Path) -> None:
+        self.folder = folder
+        config = tiny(family.config_class, OVERRIDES.get(family.name))
+        base = _random_model(getattr(hf, family.model), config)
+        kind, text = expert_for(family, base.config)
+        for name, value in EXPERT_FIELDS.get(family.name, {}).items():
+            setattr(text, name, value)
+        expert = _random_model(kind, text)
+        for model, name in ((base, "base"), (expert, "expert")):
+            model.save_pretrained(folder / name)
+        self.base, self.expert = (
+            type(model).from_pretrained(folder / name, dtype=torch.float32).float()
+            for model, name in ((base, "base"), (expert, "expert"))
+        )
+        self.path, self.shared = shared_parameters(self.base, self.expert, LAYERS.get(family.name, {}))
+        self.live, self.theirs = dict(self.base.named_parameters()), dict(self.expert.named_parameters())
+        saved = dict(base.named_parameters())
+        if changed := [p.live for p in self.shared if p.live in saved and not _equal(saved[p.live], self.live[p.live])]:
+            raise NoExpertError(f"transformers does not reload what it saved: {changed[0]}")
+        self.start = {name: param.detach().clone() for name, param in self.live.items()}
+        self.stored = {name: _stored(folder / name) for name in ("base", "expert")}
+
+    def truth(self, pair: Shared) -> Tensor:
+        """Zero beyond the rows that both have."""
+        theirs, ours = self.theirs[pair.expert].detach(), self.start[pair.live]
+        if theirs.shape == ours.shape:
+            return theirs - ours
+        delta, common = torch.zeros_like(ours), min(len(theirs), len(ours))
+        delta[:common] = theirs[:common] - ours[:common]
+        return delta
+
+    def stored_name(self, role: str, param: Tensor) -> str:
+        """The stored tensor with a parameter's values, if it is stored as one."""
+        return next((name for name, tensor in self.stored[role].items() if _equal(tensor, param)), "")
+
+    def attempt(self, modules: Sequence[str], name_map: dict[str, str] | None = None) -> Attempt:
+        """Builds the prior and takes one step with zero gradients: each biased element moves by lr toward the expert."""
+        with torch.no_grad():
+            for name, param in self.live.items():
+                param.copy_(self.start[name])
+                param.requires_grad_()
+                param.grad = torch.zeros_like(param)
+        result = Attempt()
+        try:
+            folders = (self.folder / name for name in ("expert", "base", "prior"))
+            options = {"modules": modules, "name_map": name_map, "overwrite": True}
+            prior = result.prior = build_prior(*folders, dtype=torch.float32, **options)
+            result.warnings = list(prior.record["warnings"])
+            coverage = prior.coverage(self.base.named_parameters())
+            result.unbound = {*coverage.prior_only, *(name for _, name, _, _ in coverage.shape_mismatches)}
+            result.summary = coverage.summary()
+            optimizer = FusedDriftAdamW(
+                self.base.named_parameters(), lr=_LR, weight_decay=0.0, prior=prior, prior_scaling="absolute"
+            )
+            optimizer.step()
+        except ValueError as error:
+            result.error = " ".join(f"{type(error).__name__}: {error}".split())
+        moves = {name: param.detach() - self.start[name] for name, param in self.live.items()}
+        result.moves = {name: move for name, move in moves.items() if move.any()}
+        return result
+
+
+def check(family: Family, folder: Path) -> Row:
+    """Raises whatever keeps the family from being made at tiny size."""
+    row = Row(family.name, family.model, family.multimodal)
+    pair = Pair(family, folder)
+    row.expert, row.live = type(pair.expert).__name__, pair.path
+    projections = [shared for shared in pair.shared if shared.part == "projection"]
+    row.stored = _prefix(pair, projections)
+    attempt = pair.attempt(PROJECTIONS)
+    missed = [shared for shared in projections if shared.live not in attempt.moves]
+    row.shared, row.bound = len(projections), len(projections) - len(missed)
+    row.wrong, row.tower = _wrong(pair, attempt), _outside(pair, attempt)
+    row.silent = [_as_stored(pair, shared) for shared in missed if not _is_told(pair, attempt, shared)]
+    row.beside = [s.live for s in pair.shared if s.part == "beside" and s.live not in attempt.moves]
+    row.told = attempt.told if missed else ""
+    if missed:
+        row.cure = _cure(pair, projections)
+    with_rest = pair.attempt(ALL)
+    rest = [s for s in pair.shared if s.part in ("norm", "embed", "head")]
+    row.rest = f"{sum(s.live in with_rest.moves for s in rest)}/{len(rest)}"
+    row.wrong += [name for name in _wrong(pair, with_rest) if name not in row.wrong]
+    row.tower += [name for name in _outside(pair, with_rest) if name not in row.tower]
+    faults = row.silent or row.wrong or row.tower
+    row.verdict = "fault" if faults else "error" if attempt.error else "partial" if missed else "full"
+    return row
+
+
+def _random_model(kind: type[nn.Module], config: hf.PretrainedConfig) -> nn.Module:
+    config.dtype = torch.float32
+    model = kind(config).float()
+    count = sum(param.numel() for param in model.parameters())
+    if count > _MOST:
+        raise NoExpertError(f"{kind.__name__} stays at {count:,} parameters")
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(std=0.5)
+    return model
+
+
+def _stored(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.detach().float(), other.detach().float())
+
+
+def _wrong(pair: Pair, attempt: Attempt) -> list[str]:
+    """What moved, and not by lr toward the expert in every element."""
+    wrong = []
+    for shared in pair.shared:
+        move, delta = attempt.moves.get(shared.live), pair.truth(shared)
+        clear = (delta.abs() > 1e-4) | (delta == 0)
+        if move is not None and not torch.allclose(move[clear], _LR * delta.sign()[clear], rtol=0.05):
+            wrong.append(shared.live)
+    return wrong
+
+
+def _outside(pair: Pair, attempt: Attempt) -> list[str]:
+    """What moved and is not of the language model."""
+    return sorted(attempt.moves.keys() - {shared.live for shared in pair.shared})
+
+
+def _is_told(pair: Pair, attempt: Attempt, missed: Shared) -> bool:
+    """An error tells of everything; a warning of a delta without a parameter, or of a tensor that was asked for and has no
+    counterpart, tells of that one; of fused experts, any such of their layer's experts."""
+    if attempt.error:
+        return True
+    name_map = attempt.prior.record["name_map"]
+    left = {canonical_name(name, name_map) for name in pair.stored["expert"]}
+    left = {name for name in select_names(left, PROJECTIONS) if name not in attempt.prior.names} | attempt.unbound
+    stored = pair.stored_name("expert", pair.theirs[missed.expert])
+    if canonical_name(stored or missed.live, name_map) in left or missed.live in attempt.told:
+        return True
+    layer = layer_of(canonical_name(missed.live, name_map))
+    return not stored and any("experts" in name and layer_of(name) == layer for name in left)
+
+
+def _as_stored(pair: Pair, shared: Shared) -> str:
+    stored = pair.stored_name("base", pair.start[shared.live])
+    return shared.live if stored in ("", shared.live) else f"{shared.live} (stored: {stored})"
+
+
+def _prefix(pair: Pair, projections: Sequence[Shared]) -> str:
+    """What stands before the layers in the base's checkpoint, by the first matrix that is stored as it is."""
+    for shared in projections:
+        if stored := pair.stored_name("base", pair.start[shared.live]):
+            return re.sub(r"\.?\w+\.\d+\..*", "", stored)
+    return "?"
+
+
+def _cure(pair: Pair, projections: Sequence[Shared]) -> str:
+    """A name map or modules with which all of them bind, tried; or why there is none."""
+    found = {}
+    for shared in projections:
+        names = [shared.live, pair.stored_name("base", pair.start[shared.live])]
+        names.append(pair.stored_name("expert", pair.theirs[shared.expert]))
+        for name in names:
+            if name and canonical_name(name).startswith("layers.") is False:
+                found[re.match(r"(.*?)\d+\.", name)[1]] = "layers."
+    best, most = "", 0
+    for modules in (PROJECTIONS, ("re:^layers",)):
+        for name_map in ({}, found) if found else ({},):
+            attempt = pair.attempt(modules, name_map)
+            count = sum(shared.live in attempt.moves for shared in projections)
+            if count > most and not _wrong(pair, attempt) and not _outside(pair, attempt):
+                words = [f"--name-map {prefix}={to}" for prefix, to in name_map.items()]
+                words += [f"--modules {','.join(modules)}"] if modules != PROJECTIONS else []
+                best, most = " ".join(words), count
+    best = best and f"`{best}`"
+    if most == len(projections):
+        return best
+    fused = " (fused experts are not bound)" if any("experts" in shared.live for shared in projections) else ""
+    return f"{best} binds {most} of {len(projections)}{fused}" if best else f"none found{fused}"
