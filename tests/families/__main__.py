@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import re
 import resource
 import tempfile
 import time
@@ -78,6 +79,7 @@ def _work(family: Family, results: Connection) -> None:
             results.send(check(family, Path(folder)))
     except Exception as error:  # whatever it is, it is the reason in the table
         told = " ".join(f"{type(error).__name__}: {error}".split())
+        told = re.sub(r"/tmp/\w+/|/\S*/(?=\w+/modeling|site-packages)", "", told)
         results.send(Row(family.name, family.model, family.multimodal, told=told[:300]))
 
 

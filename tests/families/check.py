@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from drift_kernels import FusedDriftAdamW, Prior, build_prior
-from drift_kernels.prior.names import canonical_name, layer_of, select_names
+from drift_kernels.prior.names import canonical_name, select_names
 
 from .catalogue import Family
-from .experts import NoExpertError, Shared, expert_for, shared_parameters
-from .overrides import EXPERT_FIELDS, LAYERS, OVERRIDES
+from .experts import NoExpertError, Shared, experts_for, shared_parameters
+from .overrides import EMPTY_FILES, EXPERT_FIELDS, LAYERS, OVERRIDES
 from .shrink import tiny
 
 PROJECTIONS, ALL = ("attn", "mlp"), ("attn", "mlp", "norm", "embed", "head")
-_MOST = 20_000_000  # parameters; a family that stays larger is not tiny
+_MOST = 150_000_000  # parameters; a family that stays larger is not tiny
 _LR = 0.01
 
 
@@ -39,7 +39,8 @@ class Row:
     live: str = ""  # and in memory
     bound: int = 0
     shared: int = 0  # attention and MLP matrices that both models have
-    rest: str = ""  # norms, embedding, head: bound of shared
+    rest: str = ""  # norms, embedding, head: bound of shared, when they are asked for
+    rest_missed: list[str] = field(default_factory=list)
     told: str = ""
     cure: str = ""
     silent: list[str] = field(default_factory=list)
@@ -64,7 +65,7 @@ class Attempt:
 
     @property
     def told(self) -> str:
-        return "; ".join([*self.warnings, *([self.error] if self.error else [" ".join(self.summary.split())])])
+        return " ".join("; ".join([*self.warnings, self.error or self.summary]).split())
 
 
 class Pair:
@@ -74,23 +75,38 @@ class Pair:
         self.folder = folder
         config = tiny(family.config_class, OVERRIDES.get(family.name))
         base = _random_model(getattr(hf, family.model), config)
-        kind, text = expert_for(family, base.config)
-        for name, value in EXPERT_FIELDS.get(family.name, {}).items():
-            setattr(text, name, value)
-        expert = _random_model(kind, text)
-        for model, name in ((base, "base"), (expert, "expert")):
-            model.save_pretrained(folder / name)
-        self.base, self.expert = (
-            type(model).from_pretrained(folder / name, dtype=torch.float32).float()
-            for model, name in ((base, "base"), (expert, "expert"))
-        )
-        self.path, self.shared = shared_parameters(self.base, self.expert, LAYERS.get(family.name, {}))
+        base.save_pretrained(folder / "base")
+        if family.name in EMPTY_FILES:
+            torch.save({}, folder / "base" / EMPTY_FILES[family.name])
+        self.base = type(base).from_pretrained(folder / "base", dtype=torch.float32).float()
+        self.expert, self.path, self.shared = self._find_expert(family)
         self.live, self.theirs = dict(self.base.named_parameters()), dict(self.expert.named_parameters())
         saved = dict(base.named_parameters())
         if changed := [p.live for p in self.shared if p.live in saved and not _equal(saved[p.live], self.live[p.live])]:
             raise NoExpertError(f"transformers does not reload what it saved: {changed[0]}")
         self.start = {name: param.detach().clone() for name, param in self.live.items()}
         self.stored = {name: _stored(folder / name) for name in ("base", "expert")}
+
+    def _find_expert(self, family: Family) -> tuple[nn.Module, str, list[Shared]]:
+        """The first of the possible experts that is found in the base, loaded again from its checkpoint."""
+        failures = []
+        for kind, config in experts_for(family, self.base):
+            for name, value in EXPERT_FIELDS.get(family.name, {}).items():
+                setattr(config, name, value)
+            try:
+                expert = _random_model(kind, config)
+            except Exception as error:  # of whatever kind: it cannot be made of this config
+                failures.append(f"{kind.__name__}: {error}")
+                continue
+            try:
+                path, shared = shared_parameters(self.base, expert, LAYERS.get(family.name, {}))
+            except NoExpertError as error:
+                failures.append(str(error))
+                continue
+            expert.save_pretrained(self.folder / "expert")
+            return kind.from_pretrained(self.folder / "expert", dtype=torch.float32).float(), path, shared
+        language_model = self.base.config.get_text_config(decoder=True).model_type
+        raise NoExpertError("; ".join(failures) or f"no text-only class for the language model {language_model}")
 
     def truth(self, pair: Shared) -> Tensor:
         """Zero beyond the rows that both have."""
@@ -126,7 +142,7 @@ class Pair:
             )
             optimizer.step()
         except ValueError as error:
-            result.error = " ".join(f"{type(error).__name__}: {error}".split())
+            result.error = f"{type(error).__name__}: {error}".replace(f"{self.folder}/", "")
         moves = {name: param.detach() - self.start[name] for name, param in self.live.items()}
         result.moves = {name: move for name, move in moves.items() if move.any()}
         return result
@@ -148,11 +164,15 @@ def check(family: Family, folder: Path) -> Row:
     row.told = attempt.told if missed else ""
     if missed:
         row.cure = _cure(pair, projections)
-    with_rest = pair.attempt(ALL)
+    headless = not any(shared.part == "head" for shared in pair.shared)
+    with_rest = pair.attempt([module for module in ALL if module != "head" or not headless])
     rest = [s for s in pair.shared if s.part in ("norm", "embed", "head")]
-    row.rest = f"{sum(s.live in with_rest.moves for s in rest)}/{len(rest)}"
+    row.rest_missed = [s.live for s in rest if s.live not in with_rest.moves]
+    row.rest = f"{len(rest) - len(row.rest_missed)}/{len(rest)}"
     row.wrong += [name for name in _wrong(pair, with_rest) if name not in row.wrong]
     row.tower += [name for name in _outside(pair, with_rest) if name not in row.tower]
+    if not projections:
+        raise NoExpertError(f"{row.expert} has no attention or MLP matrix in common with the base")
     faults = row.silent or row.wrong or row.tower
     row.verdict = "fault" if faults else "error" if attempt.error else "partial" if missed else "full"
     return row
@@ -196,7 +216,7 @@ def _outside(pair: Pair, attempt: Attempt) -> list[str]:
 
 def _is_told(pair: Pair, attempt: Attempt, missed: Shared) -> bool:
     """An error tells of everything; a warning of a delta without a parameter, or of a tensor that was asked for and has no
-    counterpart, tells of that one; of fused experts, any such of their layer's experts."""
+    counterpart, tells of that one; what is stored in other pieces than in memory is told of with any of its block."""
     if attempt.error:
         return True
     name_map = attempt.prior.record["name_map"]
@@ -205,8 +225,10 @@ def _is_told(pair: Pair, attempt: Attempt, missed: Shared) -> bool:
     stored = pair.stored_name("expert", pair.theirs[missed.expert])
     if canonical_name(stored or missed.live, name_map) in left or missed.live in attempt.told:
         return True
-    layer = layer_of(canonical_name(missed.live, name_map))
-    return not stored and any("experts" in name and layer_of(name) == layer for name in left)
+    if stored:
+        return False
+    block = re.search(r"\d+\.\w+\.", missed.live)
+    return any(f".{block[0]}" in f".{name}" or "experts" in name and "experts" in missed.live for name in left)
 
 
 def _as_stored(pair: Pair, shared: Shared) -> str:

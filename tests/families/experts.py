@@ -6,6 +6,7 @@ This is the truth that bindings are compared with, so it takes nothing from drif
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import transformers as hf
@@ -15,15 +16,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .catalogue import Family
 from .overrides import EXPERTS
+from .shrink import HEAD_DIM
 
-# Text parts whose config has no class of its own in AutoModelForCausalLM: the first of these names that has one.
-_SUFFIXES = (r"_text(_model)?$", r"_text(_model)?$|_vl|_omni|_thinker|_audio", r"_text$|v$|_vl|v_text$")
+# A text part's model type less one of these may be the model type of its text-only relative.
+_SUFFIXES = (
+    r"_text(_model)?$",
+    r"_text(_model)?$|_vl|_omni|_thinker|_audio",
+    r"v(_moe)?_text$",
+    r"_(vl|audio)_|_(text|vl)$",
+)
 
+_HEAD = re.compile(r"^(?:\w+\.)?(?:lm_head|embed_out)\.(weight|bias)$")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-# What a layer holds beside attention and MLP matrices: routers, convolutions and recurrences, norms, position terms.
+# What a layer holds beside attention and MLP matrices, by a component of the name: routers, norms, position terms, and
+# mixers of other kinds (convolutions, state spaces, hyper-connections, predictors of which keys to attend to).
 _BESIDE = re.compile(
-    r"(?:^|\.)(?:gate|router\w*|wg|gate_network|classifier|conv\w*|conv1d|A_log|D|\w*norm\w*|\w*layernorm\w*|altup|laurel|"
-    r"per_layer\w*|rel\w*|indexer|e_score\w*|expert_bias|input_gate|rotary\w*|embed\w*|\w*embedding\w*)"
+    r"(?:^|\.)(?:gate|\w*router\w*|wg|gate_network|classifier|shared_expert_gate|\w*conv\w*|A_log|D|\w*norm\w*|altup|laurel|"
+    r"per_layer\w*|rel\w*|indexer|e_score\w*|expert_bias|input_gate|rotary\w*|\w*embed\w*|mamba\w*|\w*_hc|hc_\w*)"
     r"(?:\.|$)"
 )
 
@@ -41,33 +50,34 @@ class Shared:
     part: str  # "projection", "beside", "norm", "embed", "head" or "bias"
 
 
-def expert_for(family: Family, config: hf.PretrainedConfig) -> tuple[type[nn.Module], hf.PretrainedConfig]:
-    """The expert's class and config: of a text-only family, its own. Raises NoExpertError."""
-    if not family.multimodal:
-        return getattr(hf, family.model), config
+def experts_for(family: Family, base: nn.Module) -> Iterator[tuple[type[nn.Module], hf.PretrainedConfig]]:
+    """Classes and configs of what may be the expert, the likeliest first. A text-only family's is its own class; where a
+    language model has no text-only class, and no relative that has one, its bare text model stands for it."""
+    config = base.config
     text = config.get_text_config(decoder=True)
-    if family.name in EXPERTS:
-        kind = CONFIG_MAPPING[EXPERTS[family.name]]
-    elif type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
-        kind = type(text)
+    if not family.multimodal:
+        yield getattr(hf, family.model), config
+    elif family.name in EXPERTS:
+        yield _as_kind(text, CONFIG_MAPPING[EXPERTS[family.name]])
     else:
-        kind = _relative(text.model_type, text is config)
-    if kind is None:
-        raise NoExpertError(f"no text-only class for the language model {text.model_type}")
-    if kind is not type(text):
-        theirs = text.to_dict()
-        known = kind().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
-        text = kind(**{field: value for field, value in theirs.items() if field in known})
-    return MODEL_FOR_CAUSAL_LM_MAPPING[kind], text
+        if text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            yield MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text
+        for name in dict.fromkeys(re.sub(suffix, "", text.model_type) for suffix in _SUFFIXES):
+            kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None
+            if kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in (type(text), type(config)):
+                yield _as_kind(text, kind)
+        bare = base.get_decoder()
+        if isinstance(bare, hf.PreTrainedModel) and bare is not base and bare is not base.base_model:
+            yield type(bare), bare.config
 
 
-def _relative(model_type: str, itself: bool) -> type[hf.PretrainedConfig] | None:
-    for suffix in _SUFFIXES:
-        name = re.sub(suffix, "", model_type)
-        if name in CONFIG_MAPPING and CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING:
-            if not (itself and name == model_type):
-                return CONFIG_MAPPING[name]
-    return None
+def _as_kind(text: hf.PretrainedConfig, kind: type[hf.PretrainedConfig]) -> tuple[type[nn.Module], hf.PretrainedConfig]:
+    """A relative's class, and its config with the fields of the text part that it knows."""
+    known = kind().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    fields = {field: value for field, value in text.to_dict().items() if field in known}
+    if "head_dim" in known:
+        fields.setdefault("head_dim", HEAD_DIM)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[kind], kind(**fields)
 
 
 def language_model_path(base: nn.Module, expert: nn.Module, layers: dict[int, int]) -> tuple[str, dict[str, str]]:
@@ -95,25 +105,22 @@ def shared_parameters(base: nn.Module, expert: nn.Module, layers: dict[int, int]
     path, found = language_model_path(base, expert, layers)
     prefix, inner = f"{path}." if path else "", _inner_prefix(expert)
     live = dict(base.named_parameters())
-    shared = []
+    heads, expert_heads = _heads(base), _heads(expert)
+    shared = [Shared(heads[k], expert_heads[k], "head") for k in sorted(heads.keys() & expert_heads.keys())]
     for name, theirs in found.items():
-        if prefix + name in live:
+        if prefix + name in live and prefix + name not in heads.values():
             shared.append(Shared(prefix + name, inner + theirs, _part(name, live[prefix + name])))
-    known = {pair.live for pair in shared}
-    heads = [_named(model, model.get_output_embeddings()) for model in (base, expert)]
-    if all(heads) and heads[0] not in known:
-        shared.append(Shared(heads[0], heads[1], "head"))
     return path, shared
+
+
+def _heads(model: nn.Module) -> dict[str, str]:
+    """Names of the head's weight and bias, by how they end."""
+    return {match[1]: name for name, _ in model.named_parameters() if (match := _HEAD.search(name))}
 
 
 def _fits(theirs: tuple[int, ...], ours: tuple[int, ...], name: str) -> bool:
     """Equal shapes; of an embedding, maybe other vocabularies."""
     return theirs == ours or (len(ours) == 2 and theirs[1:] == ours[1:] and not _LAYER.search(name))
-
-
-def _named(model: nn.Module, module: nn.Module | None) -> str | None:
-    weight = getattr(module, "weight", None)
-    return next((name for name, param in model.named_parameters() if param is weight), None)
 
 
 def _inner_prefix(expert: nn.Module) -> str:

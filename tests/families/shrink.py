@@ -35,15 +35,22 @@ _SIZES = [
     ),
 ]
 _TOKEN = re.compile(r"(token_id|token_index|_id|_index)$")
-_CONFIG_KEYS = re.compile(r"config$")
 _INDEX_LIST = re.compile(r"layers$|ind(ex|ic)es$|_idx$|_layer$")
 _KINDS = re.compile(r"layer_types|layers_block_type|layers?_(type|pattern)|hybrid")
-_BORING = re.compile(r"^(id2label|label2id|transformers_version|architectures|dtype|torch_dtype|_name_or_path)$")
+_MROPE_SECTION = [2, 1, 1]  # pairs of a head's elements that turn with time, height and width
+
+# Not sizes: what describes outputs, or belongs to generation and is refused in a config that differs from the default.
+_LEFT_OUT = re.compile(
+    r"^(id2label|label2id|transformers_version|architectures|dtype|torch_dtype|_name_or_path|top_k|top_p|temperature|"
+    r"max_length|min_length|num_beams\w*|num_return_sequences|no_repeat_ngram_size|encoder_no_repeat_ngram_size)$"
+)
+# transformers 4 has no default for the rope of these, and needs one.
+_MULTIMODAL_ROPE = re.compile(r"(vl|omni|glm4v|mllama)\w*_text")
 
 
 def tiny(kind: type[hf.PretrainedConfig], overrides: Mapping[str, Any] | None = None) -> hf.PretrainedConfig:
-    """`overrides` are fields by dotted path, such as `vision_config.depth`; None takes a field out of the shrunk ones."""
-    fields = shrunk(_fields(kind), text=True)
+    """`overrides` are fields by dotted path, such as `vision_config.depth`; DROP leaves a field to its default."""
+    fields = shrunk(_fields(kind))
     for path, value in (overrides or {}).items():
         *parents, last = path.split(".")
         inner = fields
@@ -68,17 +75,24 @@ def _fields(kind: type[hf.PretrainedConfig]) -> Json:
     return fields
 
 
-def shrunk(fields: Json, text: bool = False) -> Json:
-    """The fields of a config and of those in it, with small sizes. Lists with an entry a layer keep one of each kind."""
+def shrunk(fields: Json) -> Json:
+    """The fields of a config and of those in it, small. Lists with an entry a layer keep those of one layer a kind."""
     layers, kept = _kept_layers(fields)
     result: Json = {}
     for name, value in fields.items():
-        if _BORING.search(name):
+        if _LEFT_OUT.search(name):
             continue
-        if isinstance(value, Mapping):
-            result[name] = shrunk(dict(value)) if _CONFIG_KEYS.search(name) else _mapping(name, value)
+        if name == "per_layer_config" and value:
+            numbers = {n: kept.index(int(n)) for n in value if int(n) in kept}
+            result[name] = {str(numbers[n]): shrunk(dict(value[n])) for n in numbers}
+        elif isinstance(value, Mapping):
+            result[name] = shrunk(dict(value)) if "model_type" in value or name.endswith("config") else _mapping(value)
         elif isinstance(value, (list, tuple)):
             result[name] = _list(name, list(value), layers, kept)
+        elif name == "rope_scaling" and value is None and _MULTIMODAL_ROPE.search(fields.get("model_type", "")):
+            result[name] = {"rope_type": "default", "mrope_section": _MROPE_SECTION}
+        elif name == "head_dim":
+            result[name] = HEAD_DIM
         elif isinstance(value, bool) or not isinstance(value, int):
             result[name] = value
         else:
@@ -112,14 +126,14 @@ def _list(name: str, value: list[Any], layers: int, kept: list[int]) -> list[Any
     return value
 
 
-def _mapping(name: str, value: Mapping[str, Any]) -> Json:
+def _mapping(value: Mapping[str, Any]) -> Json:
     """Rope parameters, whose lists have an entry for each pair of a head's elements."""
     result = dict(value)
     for key, inner in value.items():
         if isinstance(inner, Mapping):
-            result[key] = _mapping(key, inner)
+            result[key] = _mapping(inner)
         elif key == "mrope_section":
-            result[key] = [2, 1, 1]
+            result[key] = _MROPE_SECTION
         elif key in ("long_factor", "short_factor"):
             result[key] = [1.0] * (HEAD_DIM // 2)
     return result
