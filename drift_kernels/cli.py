@@ -18,6 +18,7 @@ from rich.table import Table
 from .errors import CheckpointError, PriorError
 from .prior import Prior, build_prior
 from .prior.build import open_checkpoint
+from .prior.live import live_parameters
 from .prior.names import MODULES, layer_of, module_of, parse_layers, select_names
 from .prior.summary import group_deltas
 
@@ -115,9 +116,9 @@ def _inspect(arguments: argparse.Namespace, errors: Console) -> int:
 def _check(arguments: argparse.Namespace, errors: Console) -> int:
     prior = Prior.open(arguments.prior)
     with open_checkpoint(arguments.model) as checkpoint:
-        parameters = {name: torch.empty(t.shape, device="meta") for name, t in checkpoint.tensors.items()}
-    coverage = prior.coverage(parameters.items())
-    print(coverage.summary())
+        parameters, whose_names = live_parameters(checkpoint)
+    coverage = prior.coverage(parameters)
+    print(f"{coverage.summary()}\n{whose_names}")
     return 0 if coverage.complete else 1
 
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from drift_kernels import FusedDriftAdamW, PriorFormatError, build_prior
 from drift_kernels.prior import BLOCK, Prior, QuantizedDelta, quantize
+from drift_kernels.prior.deltas import StoredDelta
 from drift_kernels.prior.files import TensorFile
-from drift_kernels.prior.prior import StoredDelta
 from drift_kernels.sharding import Shard as Part
 
 BF16, INT8 = torch.bfloat16, torch.int8

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import PriorMismatchError
 from ..prior import Prior, PriorLike, QuantizedDelta
+from ..prior.fusion import Source
 from ..prior.norms import norm
 from ..sharding import Reduction, Shard
 
@@ -40,7 +41,7 @@ class PriorBinding:
     def __init__(self, prior: Prior, on_host: bool = False) -> None:
         self.prior = prior
         self._on_host = on_host  # whether deltas stay in pinned host memory
-        self._names: dict[str, str] = {}
+        self._sources: dict[str, Source] = {}  # by live name
         self._checked: dict[str, torch.Size] = {}
         self._param_norms: dict[str, float] = {}  # norm(W), of parameters as they were when they were first bound
         self._bound: dict[str, BoundDelta] = {}
@@ -71,12 +72,12 @@ class PriorBinding:
                 f"parameter {name!r} has shape {tuple(shape)}, but the prior's delta {prior_name!r} has shape "
                 f"{tuple(prior_shape)} ({len(coverage.shape_mismatches)} such parameters): it is of another model"
             )
-        self._names = dict(coverage.matched)
+        self._sources = self.prior.sources(named_parameters)
         self._checked = shapes
 
     def covers(self, name: str) -> bool:
         """Whether there is a delta for this parameter, which has been checked."""
-        return name in self._names
+        return name in self._sources
 
     def bind(self, named: Sequence[tuple[str, Tensor, Shard | None]]) -> list[BoundDelta | None]:
         """The delta of each parameter, of which this rank holds a shard or all, on its device; None where the prior has
@@ -87,7 +88,7 @@ class PriorBinding:
         new = [
             (name, param, shard)
             for name, param, shard in named
-            if name in self._names and (name not in self._bound or self._bound[name].delta.shape != param.shape)
+            if name in self._sources and (name not in self._bound or self._bound[name].delta.shape != param.shape)
         ]
         self._compare(Reduction([shard for _, _, shard in new]), new)
         for name, param, shard in new:
@@ -98,13 +99,13 @@ class PriorBinding:
         for name, _, _ in new:
             norm_at_first = self._param_norms.setdefault(name, self._bound[name].param_norm)
             self._bound[name] = replace(self._bound[name], param_norm=norm_at_first)
-        return [self._placed(name, param) if name in self._names else None for name, param, _ in named]
+        return [self._placed(name, param) if name in self._sources else None for name, param, _ in named]
 
     def _load(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:
-        info, part = self.prior.info(self._names[name]), None if shard is None else shard.box
+        info, part = self.prior.info(self._sources[name]), None if shard is None else shard.box
         device = self._device_for(param)
         # Kernels read codes beside bfloat16 parameters.
-        stored = self.prior.load_stored(self._names[name], device, copy=False, box=part)
+        stored = self.prior.load_stored(self._sources[name], device, copy=False, box=part)
         if isinstance(stored, QuantizedDelta) and param.dtype != torch.bfloat16:
             stored = stored.expand()
         delta, scale = (stored, None) if isinstance(stored, Tensor) else (stored.codes, stored.scales)
@@ -124,8 +125,8 @@ class PriorBinding:
         squares = squares.to(new[0][1].device)
         Reduction([shard for _, _, shard in new]).sum_(squares)
         for (name, _, _), bound, (delta_norm, param_norm) in zip(new, found, squares.sqrt().tolist(), strict=True):
-            self.prior.check_norm_of_parts(self._names[name], delta_norm)
-            if self.prior.info(self._names[name]).param_norm is None:
+            self.prior.check_norm_of_parts(self._sources[name], delta_norm)
+            if self.prior.info(self._sources[name]).param_norm is None:
                 self._bound[name] = replace(bound, param_norm=param_norm)
 
     def _compare(self, reduction: Reduction, new: list[tuple[str, Tensor, Shard | None]]) -> None:

@@ -3,8 +3,9 @@
 from ..formats.blocks import BLOCK
 from .build import build_prior
 from .coverage import Coverage
+from .deltas import DeltaInfo
 from .names import canonical_name
-from .prior import DeltaInfo, Prior, PriorLike
+from .prior import Prior, PriorLike
 from .quantized import QuantizedDelta, quantize
 
 __all__ = [

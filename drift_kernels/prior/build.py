@@ -17,11 +17,13 @@ import torch
 
 from ..errors import CheckpointError, PriorError
 from ..formats.blocks import DELTA_LIMITS, blocks_of
+from .alignment import align_checkpoints
+from .deltas import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, VERSION
 from .files import Checkpoint, Layout, TensorFileWriter, size_in_bytes
 from .hub import local_folder
 from .names import some
 from .pairing import Pair, pair_up
-from .prior import DTYPES, FORMAT, PRIOR_INDEX_NAME, RECORD_NAME, UNFINISHED_MARK, VERSION, Prior
+from .prior import UNFINISHED_MARK, Prior
 from .quantized import scales_name
 from .stream import DeltaStream
 
@@ -51,8 +53,8 @@ def build_prior(
     name; `modules` are entries of "attn", "mlp", "norm", "embed", "head", or "re:REGEX" over canonical names; `layers`
     are the base's layer numbers (default: all). Deltas are computed in float32 and stored as `dtype`: float32,
     bfloat16, or int8 or float8_e4m3fn with a float32 scale for every 128 elements (quantized.py). `name_map` (prefix ->
-    canonical prefix) adds families that the name table does not know, and is recorded in the prior. Memory stays flat
-    whatever the checkpoints' size.
+    canonical prefix) adds families that the name table does not know; for those in neither it is found by names and
+    shapes. It is recorded in the prior. Memory stays flat whatever the checkpoints' size.
 
     The folder appears under its name when it is complete; an existing prior is replaced only if `overwrite`. Raises
     CheckpointError for damaged, incomplete or foreign checkpoints, PriorError for checkpoints that do not fit each
@@ -68,7 +70,9 @@ def build_prior(
     layers = None if layers is None else sorted(set(layers))
     with ExitStack() as stack:
         checkpoints = {role: stack.enter_context(open_checkpoint(source)) for role, source in chosen.items()}
+        name_map, notes = align_checkpoints(checkpoints, name_map)
         pairs, warnings = pair_up(checkpoints, modules, layers, name_map)
+        warnings = notes + warnings
         _check_names(pairs, dtype)
         for warning in warnings:
             logger.warning("%s", warning)
@@ -83,7 +87,7 @@ def build_prior(
                 "dtype": str(dtype).removeprefix("torch."),
                 "modules": list(modules),
                 "layers": layers,
-                "name_map": dict(name_map or {}),
+                "name_map": name_map,
                 "warnings": warnings,
                 "sources": {
                     role: {"name": _public_name(source), "sha256": stream.digests[role].hexdigest()}

@@ -5,24 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..errors import PriorMismatchError
+from .fusion import find_sources
 from .names import natural_key, some
 
 Shape = tuple[int, ...]
 
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
-_FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)")
+_FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up|down|up)_proj")
 
 
 @dataclass(frozen=True)
 class Coverage:
     """The outcome of `Prior.match`. Parameter names are live names, prior names are canonical."""
 
-    matched: dict[str, str]  # parameter name -> prior name
+    matched: dict[str, str]  # parameter name -> its canonical name, which is the delta's if the delta is stored as one
     shape_mismatches: list[tuple[str, str, Shape, Shape]]  # parameter name, prior name, parameter shape, prior shape
     prior_only: list[str]
     model_only: list[str]
+    _joined: ClassVar[tuple[int, int]] = (0, 0)  # deltas that are bound joined, and the parameters that they make
 
     @classmethod
     def of(cls, live: Iterable[tuple[str, str, Shape]], shapes: Mapping[str, Shape]) -> Coverage:
@@ -30,21 +32,23 @@ class Coverage:
 
         Raises PriorMismatchError when two parameters claim one delta.
         """
-        claimed: dict[str, str] = {}
+        live = list(live)
+        sources = find_sources(live, shapes)
         matched, shape_mismatches, model_only = {}, [], []
         for param, name, shape in live:
-            if name not in shapes:
+            source = sources.get(param)
+            if source is None:
                 model_only.append(param)
-                continue
-            if name in claimed:
-                raise PriorMismatchError(f"{claimed[name]} and {param} both claim the delta {name}")
-            claimed[name] = param
-            if shape == shapes[name]:
+            elif shape == source.shape:
                 matched[param] = name
             else:
-                shape_mismatches.append((param, name, shape, shapes[name]))
-        prior_only = sorted(shapes.keys() - claimed.keys(), key=natural_key)
-        return cls(matched, shape_mismatches, prior_only, model_only)
+                shape_mismatches.append((param, name, shape, source.shape))
+        used = {part.name for source in sources.values() for part in source.parts}
+        prior_only = sorted(shapes.keys() - used, key=natural_key)
+        coverage = cls(matched, shape_mismatches, prior_only, model_only)
+        joined = [len(sources[param].parts) for param in matched if len(sources[param].parts) > 1]
+        object.__setattr__(coverage, "_joined", (sum(joined), len(joined)))
+        return coverage
 
     @property
     def complete(self) -> bool:
@@ -53,8 +57,10 @@ class Coverage:
 
     def summary(self) -> str:
         """The counts, with a few names of whatever did not match."""
-        deltas = len(self.matched) + len(self.shape_mismatches) + len(self.prior_only)
-        lines = [f"{len(self.matched)} of {deltas} deltas are bound to parameters"]
+        joined, parameters = self._joined
+        bound = len(self.matched) - parameters + joined
+        deltas = bound + len(self.shape_mismatches) + len(self.prior_only)
+        lines = [f"{bound} of {deltas} deltas are bound to parameters"]
         if self.shape_mismatches:
             shown = [f"{param} {list(a)} against {list(b)}" for param, _, a, b in self.shape_mismatches]
             lines.append(f"  {len(shown)} differ in shape: {some(shown)}")
@@ -62,6 +68,9 @@ class Coverage:
             lines.append(f"  {len(self.prior_only)} deltas have no parameter: {some(self.prior_only)}")
         if self.model_only:
             lines.append(f"  {len(self.model_only)} parameters have no delta: {some(self.model_only)}")
+        if joined:
+            why = ": this model holds its experts fused" if any(map(_FUSED_EXPERTS.search, self.matched)) else ""
+            lines.append(f"  {joined} deltas are joined in {parameters} parameters{why}")
         if any(map(_SINGLE_EXPERT.search, self.prior_only)) and any(map(_FUSED_EXPERTS.search, self.model_only)):
-            lines.append("  this model holds its experts fused in one parameter; the prior holds them one by one")
+            lines.append("  this model holds its experts fused, and the prior lacks some of what they are made of")
         return "\n".join(lines)

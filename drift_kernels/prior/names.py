@@ -27,8 +27,12 @@ _PREFIXES = (
     "language_model.",  # bare multimodal models (LlavaModel); `language_model.lm_head` as stored
     "model.language_model.",  # transformers >= 4.52 in memory; Qwen3-VL, Qwen3.5, Gemma 4
     "language_model.model.",  # LLaVA, InternVL, Mistral3, Gemma 3, PaliGemma, Mllama as stored; Llama 4; Kimi-VL
-    "text_model.",  # bare Idefics2, Idefics3, SmolVLM
-    "model.text_model.",  # Idefics2, Idefics3, SmolVLM
+    "model.language_model.model.",  # audio models as transformers 5.10 to 5.23 saved them, and the next
+    "language_model.model.model.",
+    "language_model.model.encoder.",  # Qianfan-OCR as transformers 5 saves it
+    "text_model.",  # bare Idefics2, Idefics3, SmolVLM; `text_model.lm_head` of Emu3 as stored
+    "model.text_model.",  # Idefics2, Idefics3, SmolVLM; Emu3 in memory
+    "text_model.model.",  # Emu3 as stored; Kosmos-2
     "thinker.",  # `thinker.lm_head` of Qwen2.5-Omni and Qwen3-Omni
     "thinker.model.",  # Qwen2.5-Omni and Qwen3-Omni as stored
     "thinker.model.language_model.",  # the same in memory
@@ -36,20 +40,41 @@ _PREFIXES = (
     "llm.model.",  # MiniCPM-V 2
     "language.",  # `language.lm_head` of DeepSeek-VL2
     "language.model.",  # DeepSeek-VL2
+    "gpt_neox.",  # GPT-NeoX, Pythia
+    "backbone.",  # Mamba; Nemotron-H as stored
+    "language_model.backbone.",  # Nemotron-H Omni as stored
+    "vlm.language_model.",  # bare PI0
+    "model.vlm.language_model.",  # PI0 in memory
+    "paligemma_with_expert.paligemma.model.language_model.",  # PI0 as stored, and as transformers 5 saves it
+    "paligemma_with_expert.paligemma.model.language_model.model.",
 )
+# Where layers are not called so.
+_LAYER_LISTS = ("language_model.model.blocks.",)  # Kimi K2.5 as transformers 5 saves it
 
 _WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")
 _LANGUAGE_MODEL = re.compile(
     rf"(?:{'|'.join(re.escape(p) for p in _PREFIXES)})((?:layers\.\d+|embed_tokens|norm|lm_head)\..+)"
 )
+_LAYER_LIST = re.compile(rf"(?:{'|'.join(map(re.escape, _LAYER_LISTS))})(\d+\..+)")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_PROJECTION = r"(?:\w*_proj\w*|wqkv|wo|w[123])(?:\.(?:weight|bias))?"
+# Modules. The matrices of a layer are called by what they do in most families, and by their order in some.
+_PROJECTION = (
+    r"(?:\w*_proj\w*|[wW](?:qkv|kv|[qkvoi]|[123]|gate|q_[ab]|o_[ab])|dense\w*|query_key_value|c_attn|fc[123]|c_fc"
+)
+_PROJECTION += r"|\w*conv_?1d|input_linear|output_linear|linear_\w+|output_gate)"
+_WEIGHT = rf"(?:.+\.)?{_PROJECTION}(?:\.linear|\.conv1d)?(?:\.(?:weight|bias))?"
+_MIXERS = "self_attn|linear_attn|cross_attn|self_attention|attention|attn|temporal_block|mamba|conv"
+_MLPS = r"mlp|mlps|feed_forward|ffn|block_sparse_moe|shared_mlp|moe|share_expert|experts|mlp_block"
+_ROUTERS = r"gate|router|\w*_router|shared_expert_gate"
+_OF_CODES = re.compile(r"scale|zero|_packed|_shape|absmax|quant_|q(?:weight|zeros)$|g_idx")
 _MODULE_RULES = (
     ("embed", re.compile(r"embed_tokens\.weight")),
     ("head", re.compile(r"lm_head\.(?:weight|bias)")),
     ("norm", re.compile(r"(?:layers\.\d+\..*)?norm\.(?:weight|bias)")),
-    ("attn", re.compile(rf"layers\.\d+\.(?:self_attn|linear_attn|cross_attn|attention|attn)\.{_PROJECTION}")),
-    ("mlp", re.compile(rf"layers\.\d+\.(?:mlp|feed_forward|block_sparse_moe)\.(?:.+\.)?{_PROJECTION}")),
+    ("router", re.compile(rf"layers\.\d+\.(?:.+\.)?(?:{_ROUTERS})\..+|layers\..+\.e_score_correction_bias")),
+    ("mlp", re.compile(r"layers\.\d+\.(?:.+\.)?mixer\.(?:\w*experts\..+|(?:gate|up|down)_proj\.(?:weight|bias))")),
+    ("attn", re.compile(rf"layers\.\d+\.(?:.+\.)?(?:{_MIXERS}|mixer)\.{_WEIGHT}")),
+    ("mlp", re.compile(rf"layers\.\d+\.(?:(?:.+\.)?(?:{_MLPS})\.{_WEIGHT}|fc[12]\.(?:weight|bias))")),
 )
 
 
@@ -63,6 +88,8 @@ def canonical_name(name: str, name_map: Mapping[str, str] | None = None) -> str:
     for prefix in sorted(name_map or (), key=len, reverse=True):
         if name.startswith(prefix):
             return name_map[prefix] + name[len(prefix) :]  # type: ignore[index]
+    if match := _LAYER_LIST.fullmatch(name):
+        return f"layers.{match[1]}"
     match = _LANGUAGE_MODEL.fullmatch(name)
     return match[1] if match else name
 
@@ -82,8 +109,24 @@ def with_layer(name: str, layer: int) -> str:
 
 
 def module_of(name: str) -> str:
-    """The module of a canonical name: one of MODULES, or "other" (routers, vision towers)."""
-    return next((module for module, rule in _MODULE_RULES if rule.fullmatch(name)), "other")
+    """The module of a canonical name: one of MODULES, or "other" (routers, vision towers).
+
+    What mixes tokens is "attn": attention, linear attention, Mamba, short convolutions. What acts on each token, dense
+    or of experts, is "mlp".
+    """
+    module = _rule_of(name)
+    return module if module in MODULES else "other"
+
+
+def is_overlooked(name: str, ndim: int) -> bool:
+    """Whether a tensor is a matrix of a layer that no module claims. Routers belong to none on purpose, and what
+    accompanies quantised weights is no weight."""
+    of_a_weight = layer_of(name) is not None and not _OF_CODES.search(name)
+    return ndim > 1 and of_a_weight and _rule_of(name) is None
+
+
+def _rule_of(name: str) -> str | None:
+    return next((module for module, rule in _MODULE_RULES if rule.fullmatch(name)), None)
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

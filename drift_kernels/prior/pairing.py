@@ -12,7 +12,17 @@ import torch
 
 from ..errors import CheckpointError, PriorError
 from .files import Checkpoint, StoredTensor
-from .names import canonical_name, layer_of, module_of, natural_key, select_names, some, with_layer
+from .names import (
+    MODULES,
+    canonical_name,
+    is_overlooked,
+    layer_of,
+    module_of,
+    natural_key,
+    select_names,
+    some,
+    with_layer,
+)
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -20,6 +30,7 @@ _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
 _CROSS_ATTENTION = re.compile(r"layers\.\d+\.cross_attn\.")
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
+_FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)")
 
 
 @dataclass(frozen=True)
@@ -110,13 +121,45 @@ def pair_up(
     for role, names in asked.items():
         if alone := [name for name in names if name not in shared]:
             warnings.append(f"{len(alone)} tensors of the {role} have no counterpart: {some(alone)}")
+    warnings += _left_out(models, asked, modules, layers)
     if any(map(_SINGLE_EXPERT.search, shared)):
-        warnings.append("experts are stored one by one; a model that fuses them in memory cannot bind their deltas")
+        warnings.append("experts are stored one by one; a model that fuses them in memory binds their deltas joined")
     pairs = [
         _pair(name, {role: model.tensors[name] for role, model in models.items()})
         for name in sorted(shared, key=natural_key)
     ]
     return pairs, warnings
+
+
+def _left_out(
+    models: Mapping[str, LanguageModel],
+    asked: Mapping[str, list[str]],
+    modules: Sequence[str],
+    layers: Iterable[int] | None,
+) -> list[str]:
+    """What a user may think is in the prior and is not."""
+    chosen = set.intersection(*map(set, asked.values()))
+    everywhere = set.intersection(*(set(model.tensors) for model in models.values()))
+    ndims = {name: len(models["base"].tensors[name].shape) for name in everywhere - chosen}
+    overlooked = select_names([name for name, ndim in ndims.items() if is_overlooked(name, ndim)], ["re:"], layers)
+    warnings = [
+        f"no {module} tensor is in all checkpoints under a name that is known"
+        for module in modules
+        if module in MODULES and module != "head" and not any(module_of(name) == module for name in chosen)
+    ]
+    if overlooked:
+        warnings.append(
+            f"{len(overlooked)} matrices in the layers belong to no module and are left out: {some(overlooked)}; "
+            "re:REGEX in the modules takes them"
+        )
+    one_by_one = {role for role, names in asked.items() if any(map(_SINGLE_EXPERT.search, names))}
+    fused = {role for role, names in asked.items() if any(map(_FUSED_EXPERTS.search, names))} - one_by_one
+    if one_by_one and fused:
+        warnings.append(
+            f"experts are stored one by one in the {', '.join(sorted(one_by_one))} and fused in the "
+            f"{', '.join(sorted(fused))}: they are not paired; save one of the models in the other's form first"
+        )
+    return warnings
 
 
 def _pair(name: str, sources: dict[str, StoredTensor]) -> Pair:

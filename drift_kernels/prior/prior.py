@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatchError
-from ..formats.blocks import BLOCK, DELTA_LIMITS, blocks_of
+from .alignment import align_live
+from .assembly import assemble, assembled_info
 from .coverage import Coverage
-from .files import StoredTensor, byte_view, inspect_shards, read_json
+from .deltas import PRIOR_INDEX_NAME, RECORD_NAME, DeltaInfo, StoredDelta, read_infos
+from .files import inspect_shards, read_json
+from .fingerprint import fingerprint_of_deltas, fingerprint_of_record
+from .fusion import Source, find_sources
 from .hub import local_folder
 from .names import canonical_name, natural_key
 from .norms import norm
@@ -26,76 +27,9 @@ from .quantized import Box, QuantizedDelta, scales_name
 
 logger = logging.getLogger("drift_kernels")
 
-RECORD_NAME = "drift_prior.json"
-PRIOR_INDEX_NAME = "prior.safetensors.index.json"
-FORMAT, VERSION = "drift_prior", 2  # version 1 knew float32 and bfloat16 alone, and no stored_cosine
 UNFINISHED_MARK = ".unfinished-"  # in the name of a folder that a build is still writing
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, *DELTA_LIMITS)}
-
 _NORM_TOLERANCE = 1e-5
-_SAMPLED_ABOVE = 1 << 20  # elements; a larger delta in memory is fingerprinted by a sample
-_SAMPLE_BLOCKS, _SAMPLE_BLOCK = 16, 1 << 14
-
-
-@dataclass(frozen=True)
-class DeltaInfo:
-    """What a prior knows about one delta without reading it.
-
-    `dtype` is that of the delta as stored: float32, bfloat16, or that of its codes, int8 or float8_e4m3fn. `delta_norm`
-    is the norm of the delta as stored, `param_norm` the norm of the base's weight, and `cosine` the cosine of the
-    expert's weight and the base's; `stored_cosine` is the cosine of the delta as stored and the exact one. None stands
-    for a cosine with a vector of zeros. For deltas that were given in memory the last three are None, and
-    `stored_cosine` also for deltas stored in float32 or bfloat16.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    delta_norm: float
-    param_norm: float | None = None
-    cosine: float | None = None
-    stored_cosine: float | None = None
-
-
-@dataclass(frozen=True)
-class StoredDelta:
-    """Where a delta lies: its values or codes, and the scales of codes."""
-
-    values: StoredTensor
-    scales: StoredTensor | None
-
-    @classmethod
-    def find(cls, folder: Path, name: str, info: DeltaInfo, stored: Mapping[str, StoredTensor]) -> StoredDelta:
-        """The delta of a name among the tensors of a prior. Raises PriorFormatError if they are not as recorded."""
-        expected = {name: (info.dtype, info.shape)}
-        if info.dtype in DELTA_LIMITS:
-            expected[scales_name(name)] = torch.float32, (blocks_of(math.prod(info.shape)),)
-        for tensor, (dtype, shape) in expected.items():
-            if tensor not in stored:
-                raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {tensor}")
-            if (stored[tensor].dtype, stored[tensor].shape) != (dtype, shape):
-                found = f"{stored[tensor].dtype} {list(stored[tensor].shape)}"
-                raise PriorFormatError(f"{folder}: {tensor} is recorded as {dtype} {list(shape)}, stored as {found}")
-        return cls(stored[name], stored.get(scales_name(name)) if len(expected) > 1 else None)
-
-    def read(self, box: Box | None = None) -> Tensor | QuantizedDelta:
-        """The delta, or the part in a box, for which it reads no row beyond. Raises CheckpointError when its file is
-        gone or too short."""
-        if box is None:
-            values = self.values.read()
-            return values if self.scales is None else QuantizedDelta(values, self.scales.read())
-        row = math.prod(self.values.shape[1:])
-        begin, end = box[0].start * row, box[0].stop * row
-        shape, inner = (box[0].stop - box[0].start, *self.values.shape[1:]), (slice(None), *box[1:])
-        if self.scales is None:
-            return self.values.read_flat(begin, end).view(shape)[inner].contiguous()
-        first, last = begin // BLOCK, blocks_of(end)
-        codes = self.values.read_flat(first * BLOCK, min(last * BLOCK, self.values.numel))
-        delta = QuantizedDelta(codes, self.scales.read_flat(first, last))
-        if begin % BLOCK == 0 and codes.numel() == end - begin:
-            return QuantizedDelta(codes.view(shape), delta.scales).part(inner)
-        begin -= first * BLOCK
-        return delta.expand()[begin : begin + math.prod(shape)].view(shape)[inner].contiguous()
 
 
 class Prior:
@@ -141,12 +75,12 @@ class Prior:
             _, stored = inspect_shards(folder, PRIOR_INDEX_NAME)
         except (FileNotFoundError, CheckpointError) as error:
             raise PriorFormatError(str(error)) from error
-        infos = _read_infos(folder, record)
+        infos = read_infos(folder, record)
         deltas = {name: StoredDelta.find(folder, name, info, stored) for name, info in infos.items()}
         scales = {scales_name(name) for name, delta in deltas.items() if delta.scales is not None}
         for name in stored.keys() - deltas.keys() - scales:
             raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {name}")
-        return cls(infos, deltas, _fingerprint_of_record(record), record)
+        return cls(infos, deltas, fingerprint_of_record(record), record)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Tensor | QuantizedDelta]) -> Prior:
@@ -171,7 +105,7 @@ class Prior:
             infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, _norm_of(delta))
             if not math.isfinite(infos[name].delta_norm):
                 raise PriorError(f"the delta of {keys[name]} holds NaN or Inf")
-        return cls(infos, deltas, _fingerprint_of_deltas(deltas), {})
+        return cls(infos, deltas, fingerprint_of_deltas(deltas), {})
 
     def __len__(self) -> int:
         return len(self.names)
@@ -184,8 +118,11 @@ class Prior:
         """Elements of all deltas together."""
         return sum(math.prod(info.shape) for info in self._infos.values())
 
-    def info(self, name: str) -> DeltaInfo:
-        """What is known about the delta of a canonical name. Raises KeyError when there is none."""
+    def info(self, name: str | Source) -> DeltaInfo:
+        """What is known about the delta of a canonical name, or of one that is made of several (`sources`). Raises
+        KeyError when there is none."""
+        if isinstance(name, Source):
+            return assembled_info(name, self._infos, lambda part: _norm_of(self.load_stored(part.name, box=part.of)))
         return self._infos[name]
 
     def load(self, name: str, device: torch.device | str | None = None, *, copy: bool = True) -> Tensor:
@@ -202,13 +139,19 @@ class Prior:
         return stored.expand() if isinstance(stored, QuantizedDelta) else stored
 
     def load_stored(
-        self, name: str, device: torch.device | str | None = None, *, copy: bool = True, box: Box | None = None
+        self, name: str | Source, device: torch.device | str | None = None, *, copy: bool = True, box: Box | None = None
     ) -> Tensor | QuantizedDelta:
-        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales.
+        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales. Of a
+        source, the delta of its parameter: float32 where its parts are quantised and their blocks do not fit together.
 
         With a box (a slice of each dimension), the part in it, of which no more is read than its rows; float32 where it
         cuts through blocks of codes. Its norm is not checked, since only that of the whole is recorded.
         """
+        if isinstance(name, Source):
+            if name.single is None:
+                ndims = {part.name: len(self._infos[part.name].shape) for part in name.parts}
+                return assemble(name, ndims, lambda part, of: self.load_stored(part, box=of, copy=False), box, device)
+            name = name.single.name
         delta = self._deltas[name]
         if isinstance(delta, Tensor):
             part = delta if box is None else delta[box]
@@ -225,25 +168,46 @@ class Prior:
             self._check_norm(name, delta.values.path, _norm_of(loaded))
         return loaded if device is None else loaded.to(device)
 
-    def check_norm_of_parts(self, name: str, found: float) -> None:
+    def check_norm_of_parts(self, name: str | Source, found: float) -> None:
         """Raises PriorFormatError when the parts of a delta do not have the recorded norm together."""
-        delta = self._deltas[name]
+        delta = self._deltas[name.parts[0].name if isinstance(name, Source) else name]
         if isinstance(delta, StoredDelta):
             self._check_norm(name, delta.values.path, found)
 
-    def _check_norm(self, name: str, path: Path, found: float) -> None:
-        recorded = self._infos[name].delta_norm
+    def _check_norm(self, name: str | Source, path: Path, found: float) -> None:
+        recorded = self.info(name).delta_norm
         if not math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
-            raise PriorFormatError(f"{path}: {name} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}")
+            what = name.name if isinstance(name, Source) else name
+            raise PriorFormatError(f"{path}: {what} is damaged: its norm is {found:.7g}, recorded {recorded:.7g}")
+
+    def sources(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Source]:
+        """What the delta of each live parameter is made of, by live name, for those that have one.
+
+        That is a delta of the parameter's name; or, where the model holds in memory other tensors than its checkpoint
+        (transformers 5 fuses experts), the deltas of what it is made of. Raises PriorMismatchError when two parameters
+        claim one delta.
+        """
+        return find_sources(self._live(named_parameters), self._shapes())
+
+    def _live(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Live name, canonical name and shape. Names that are not known are aligned by shape, which is logged."""
+        rules = self.record.get("name_map") or {}
+        live = [(name, canonical_name(name, rules), tuple(param.shape)) for name, param in named_parameters]
+        found, note = align_live({name: shape for _, name, shape in live}, self._shapes())
+        if note is not None:
+            logger.info("%s", note)
+            live = [(param, canonical_name(name, found), shape) for param, name, shape in live]
+        return live
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self._infos.items()}
 
     def coverage(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Coverage:
         """How live parameters and deltas match by canonical name and shape; values are not looked at.
 
         Raises PriorMismatchError when two parameters claim one delta.
         """
-        name_map = self.record.get("name_map")
-        live = [(name, canonical_name(name, name_map), tuple(param.shape)) for name, param in named_parameters]
-        return Coverage.of(live, {name: info.shape for name, info in self._infos.items()})
+        return Coverage.of(self._live(named_parameters), self._shapes())
 
     def match(self, named_parameters: Iterable[tuple[str, Tensor]], strict: bool = False) -> Coverage:
         """The coverage, for use: a partial one is logged as a warning.
@@ -263,29 +227,6 @@ class Prior:
 PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor | QuantizedDelta]
 
 
-def _read_infos(folder: Path, record: Mapping[str, Any]) -> dict[str, DeltaInfo]:
-    if record.get("format") != FORMAT or record.get("version") not in range(1, VERSION + 1):
-        found = f"format {record.get('format')!r}, version {record.get('version')!r}"
-        raise PriorFormatError(
-            f"{folder / RECORD_NAME}: expected format {FORMAT!r}, version 1 to {VERSION}; found {found}"
-        )
-    try:
-        dtype = DTYPES[record["dtype"]]
-        return {
-            name: DeltaInfo(
-                shape=tuple(row["shape"]),
-                dtype=dtype,
-                delta_norm=row["delta_norm"],
-                param_norm=row["param_norm"],
-                cosine=row["cosine"],
-                stored_cosine=row.get("stored_cosine"),
-            )
-            for name, row in record["tensors"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PriorFormatError(f"{folder / RECORD_NAME}: lacks or garbles {error}") from error
-
-
 def _checked_delta(key: str, delta: Tensor | QuantizedDelta) -> Tensor | QuantizedDelta:
     if isinstance(delta, QuantizedDelta):
         try:
@@ -302,33 +243,3 @@ def _checked_delta(key: str, delta: Tensor | QuantizedDelta) -> Tensor | Quantiz
 
 def _norm_of(delta: Tensor | QuantizedDelta) -> float:
     return delta.norm() if isinstance(delta, QuantizedDelta) else norm(delta)
-
-
-def _fingerprint_of_record(record: Mapping[str, Any]) -> str:
-    """Names, shapes, dtype and the content hashes of the sources: what determines every byte of the deltas.
-
-    The norms follow from these, and are left out because their last digits depend on the machine.
-    """
-    try:
-        content = {
-            "tensors": {name: row["shape"] for name, row in record["tensors"].items()},
-            "dtype": record["dtype"],
-            "sources": {role: source["sha256"] for role, source in record["sources"].items()},
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PriorFormatError(f"{RECORD_NAME}: lacks or garbles {error}") from error
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint_of_deltas(deltas: Mapping[str, Tensor | QuantizedDelta]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(deltas):
-        delta = deltas[name]
-        digest.update(f"{name} {delta.dtype} {list(delta.shape)}\n".encode())
-        for tensor in (delta.codes, delta.scales) if isinstance(delta, QuantizedDelta) else (delta,):
-            flat = tensor.reshape(-1)
-            if flat.numel() > _SAMPLED_ABOVE:
-                starts = torch.linspace(0, flat.numel() - _SAMPLE_BLOCK, _SAMPLE_BLOCKS, dtype=torch.float64).long()
-                flat = torch.cat([flat[start : start + _SAMPLE_BLOCK] for start in starts.tolist()])
-            digest.update(byte_view(flat.cpu().contiguous()))
-    return digest.hexdigest()

@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .prior import DeltaInfo, Prior
+from .deltas import DeltaInfo
+from .prior import Prior
 
 Key = TypeVar("Key", bound=Hashable)
 

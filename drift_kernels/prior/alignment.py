@@ -1,0 +1,119 @@
+"""Where a checkpoint or a live model keeps its language model, when the table of names does not know: found by shape.
+
+A list of layers is what stands before the first number of names: `text_model.model.layers.` of
+`text_model.model.layers.3.mlp.up_proj.weight`. The language model is the one list in which the expert's matrices have
+counterparts of the same name and shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from ..errors import PriorError, PriorMismatchError
+from .files import Checkpoint
+from .names import canonical_name, some
+
+Shape = tuple[int, ...]
+LayerList = dict[str, Shape]  # the matrices in it: number and rest of their names -> shape
+
+_LAYERS = "layers."
+_NUMBERED = re.compile(r"((?:[^.]*\.)*?)(\d+\..+)")
+_EXPERT = re.compile(r"\.experts\.")
+
+
+def align_checkpoints(
+    checkpoints: Mapping[str, Checkpoint], name_map: Mapping[str, str] | None
+) -> tuple[dict[str, str], list[str]]:
+    """The name map, with rules for checkpoints (by role) of which the table knows no layer, and notes on these.
+
+    Raises PriorError when no list of layers fits, or more than one.
+    """
+    rules, notes = dict(name_map or {}), []
+    lists = {role: _lists_in(checkpoint, name_map) for role, checkpoint in checkpoints.items()}
+    base = lists["base"]
+    for role in checkpoints.keys() - {"base"}:
+        if _LAYERS in lists[role] and _LAYERS in base:
+            continue
+        sizes = {place: _numel(matrices) for place, matrices in lists[role].items()}
+        inner = _LAYERS if _LAYERS in sizes else max(sizes, key=lambda place: sizes[place], default=_LAYERS)
+        places = [_LAYERS] if _LAYERS in base else list(base)
+        fitting = [place for place in places if _fits(lists[role].get(inner, {}), base[place])]
+        if len(fitting) != 1:
+            unknown = role if _LAYERS in base else "base"
+            raise PriorError(_refusal(checkpoints[unknown], fitting, list(lists[unknown])))
+        for which, place in (("base", fitting[0]), (role, inner)):
+            if place != _LAYERS and not rules.items() >= (rule := _rule_for(place)).items():
+                rules |= rule
+                notes.append(_note(f"the {which}", place, rule))
+    return rules, notes
+
+
+def align_live(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> tuple[dict[str, str], str | None]:
+    """Rules for a live model (canonical name -> shape) in which no layer of a prior's is found, and a note on them.
+
+    No rules when the names are known, or no list of layers fits; PriorMismatchError when more than one does.
+    """
+    inner = _layer_lists(stored.items()).get(_LAYERS, {})
+    if not inner or any(name.startswith(_LAYERS) for name in live):
+        return {}, None
+    fitting = [place for place, matrices in _layer_lists(live.items()).items() if _fits(inner, matrices)]
+    if len(fitting) > 1:
+        raise PriorMismatchError(
+            f"the name table does not know this model, and the prior's layers fit in more than one place: "
+            f"{some(fitting)}; build the prior with one of {_options(fitting)}"
+        )
+    if not fitting:
+        return {}, None
+    rule = _rule_for(fitting[0])
+    return rule, _note("this model", fitting[0], rule)
+
+
+def _lists_in(checkpoint: Checkpoint, name_map: Mapping[str, str] | None) -> dict[str, LayerList]:
+    return _layer_lists((canonical_name(name, name_map), tensor.shape) for name, tensor in checkpoint.tensors.items())
+
+
+def _layer_lists(named: Iterable[tuple[str, Shape]]) -> dict[str, LayerList]:
+    """Every list of layers. Single experts are left out: the same model may hold them fused."""
+    found: dict[str, LayerList] = defaultdict(dict)
+    for name, shape in named:
+        if len(shape) > 1 and (match := _NUMBERED.fullmatch(name)) and not _EXPERT.search(name):
+            found[match[1]][match[2]] = shape
+    return found
+
+
+def _fits(inner: LayerList, outer: LayerList) -> bool:
+    """Whether most of the matrices of one list are in the other, and none in another shape."""
+    common = inner.keys() & outer.keys()
+    return 2 * len(common) > len(inner) and all(inner[name] == outer[name] for name in common)
+
+
+def _numel(matrices: LayerList) -> int:
+    return sum(shape[0] * shape[1] for shape in matrices.values())
+
+
+def _rule_for(place: str) -> dict[str, str]:
+    """The name map that makes a list of layers the language model's, and with it what stands beside it."""
+    prefix = place.removesuffix(_LAYERS)
+    return {prefix: ""} if prefix != place and prefix else {place: _LAYERS}
+
+
+def _options(places: Iterable[str]) -> str:
+    return " or ".join(f"--name-map {prefix}={to}" for place in places for prefix, to in _rule_for(place).items())
+
+
+def _note(whose: str, place: str, rule: Mapping[str, str]) -> str:
+    (prefix,) = rule
+    return (
+        f"the name table does not know {whose}: by names and shapes its language model is under {prefix} "
+        f"({_options([place])})"
+    )
+
+
+def _refusal(unknown: Checkpoint, fitting: list[str], places: list[str]) -> str:
+    start = f"the checkpoints do not fit: the name table knows no layers in {unknown.folder}, and "
+    if fitting:
+        return f"{start}the other's fit in more than one place: {some(fitting)}; choose {_options(fitting)}"
+    found = f"those under {some(places)} have other names or shapes" if places else "no names are numbered"
+    return f"{start}{found}; --name-map PREFIX= says which prefix its language model has, if it has one"

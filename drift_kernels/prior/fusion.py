@@ -1,0 +1,231 @@
+"""How the delta of a live parameter is made of stored ones, where a model in memory holds other tensors than its files.
+
+transformers 5 joins and renames tensors inside layers as it loads them: experts that are stored one by one become one
+parameter, `experts.gate_up_proj` [experts, rows of gate and of up, columns], `block_sparse_moe` becomes `mlp`. The
+rules are its conversion_mapping.py's, as far as they concern language models; shapes are checked. Each is read in both
+directions: a prior made of a live model's names binds to a model that holds its experts one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ..errors import PriorMismatchError
+from .quantized import Box
+
+Shape = tuple[int, ...]
+
+# What is called otherwise: (in memory, on disk).
+_SPELLINGS = (
+    (".mlp.", ".block_sparse_moe."),  # Mixtral, MiniMax, Phi-3.5-MoE, Kimi-Linear
+    (".mlp.text_moe.", ".mlp."),  # ERNIE 4.5 VL; its vision experts have none of a text model
+    (".mlp.shared_experts.", ".mlp.shared_expert."),  # Laguna
+    (".mlp.shared_experts.", ".mlp.shared_mlp."),  # HunYuan 3
+    (".mlp.shared_experts.", ".share_expert."),  # Step 3.7, as the next two
+    (".mlp.experts.gate_up_proj", ".moe.gate_up_proj.weight"),
+    (".mlp.experts.down_proj", ".moe.down_proj.weight"),
+    (".mlp.experts.gate_up_proj", ".mlp.experts.fc1.weight"),  # Aria
+    (".mlp.experts.down_proj", ".mlp.experts.fc2.weight"),
+    (".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),  # Granite MoE and hybrids
+    (".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),
+    (".self_attn.forget_gate.", ".self_attn."),  # Kimi-Linear, GLM 5 Next
+    (".self_attn.q_gate_proj.", ".self_attn.q_b_proj."),  # A.X K2
+    (".self_attn.g_proj.", ".self_attn.gate_proj."),  # LFM 3
+    (".gate_proj.", ".linear_gate."),  # HunYuan 4
+    (".mlp.router.", ".block_sparse_moe.gate."),  # routers: Phi-3.5-MoE
+    (".mlp.gate.", ".mlp.router.gate."),  # HunYuan 3
+    (".mlp.gate.", ".moe.gate."),  # Step 3.7
+    (".block_sparse_moe.router.", ".block_sparse_moe.router.layer."),  # Granite
+    (".self_attn.", ".attention."),  # Bailing, as the next
+    (".attention.o_proj.", ".attention.dense."),
+)
+
+# What is joined, one below the other: in memory, and on disk in one of these ways.
+_JOINS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("w2",),),
+    "conv1d": (("q_conv1d", "k_conv1d", "v_conv1d"),),
+}
+# What is stacked, expert by expert.
+_STACKS = {
+    "gate_up_proj": _JOINS["gate_up_proj"],
+    "down_proj": (("down_proj",), ("w2",)),
+    "up_proj": (("up_proj",),),  # Nemotron-H has no gate
+}
+
+_JOINED = re.compile(r"(.+\.)(gate_up_proj|conv1d)(\.weight|\.bias)")
+_HALF = re.compile(r"(.+\.)(gate_proj|up_proj)(\.weight|\.bias)")
+_STACKED = re.compile(r"(.+\.experts\.)(gate_up_proj|down_proj|up_proj)")
+_SINGLE_EXPERT = re.compile(r"(.+\.experts\.)(\d+)\.(\w+)\.weight")
+_LAYER = re.compile(r"layers\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored delta, or a box of it, and the box of the live parameter that it fills.
+
+    A stored matrix fills one of a stack of matrices; `transposed` swaps its last two dimensions.
+    """
+
+    name: str
+    into: Box
+    of: Box | None = None  # None: all of it
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the delta of a live parameter is made of. `name` is the parameter's canonical name; `shape` is what the
+    parts make together, which is the parameter's shape if they belong to its model."""
+
+    name: str
+    shape: Shape
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def stored(cls, name: str, shape: Shape, stored_name: str | None = None) -> Source:
+        """One stored delta as it is, maybe under another name."""
+        return cls(name, shape, (Part(stored_name or name, _all_of(shape)),))
+
+    @property
+    def single(self) -> Part | None:
+        """The part, if one stored delta as it is makes the whole."""
+        part = self.parts[0]
+        return part if len(self.parts) == 1 and part.of is None and not part.transposed else None
+
+
+def find_sources(live: Iterable[tuple[str, str, Shape]], stored: Mapping[str, Shape]) -> dict[str, Source]:
+    """The sources of those live parameters (live name, canonical name, shape) that have one, by live name.
+
+    `stored` holds the shapes of a prior's deltas. Names come first, rules for what no parameter claims by name. A
+    source may have another shape than its parameter: then they are of different models. Raises PriorMismatchError when
+    two parameters claim one delta.
+    """
+    claimed: dict[str, str] = {}
+    sources: dict[str, Source] = {}
+    others: list[tuple[str, str, Shape]] = []
+    for param, name, shape in live:
+        if name not in stored:
+            others.append((param, name, shape))
+            continue
+        _claim(claimed, name, param)
+        sources[param] = _as_shaped(name, name, shape, stored)
+    free = {name: shape for name, shape in stored.items() if name not in claimed}
+    for param, name, shape in others if free else ():
+        source = _made(name, shape, free) if _LAYER.match(name) else None
+        if source is not None:
+            _claim(claimed, name, param)
+            sources[param] = source
+            for part in source.parts:
+                if part.of is None:
+                    del free[part.name]
+    return sources
+
+
+def _claim(claimed: dict[str, str], name: str, param: str) -> None:
+    if name in claimed:
+        raise PriorMismatchError(f"{claimed[name]} and {param} both claim the delta {name}")
+    claimed[name] = param
+
+
+def _made(name: str, shape: Shape, stored: Mapping[str, Shape]) -> Source | None:
+    """The source that a rule gives, of the parameter's shape; or else, if all its experts are there, of another."""
+    found = [source for spelled in _spellings(name) for source in _candidates(name, spelled, shape, stored)]
+    fitting = [source for source in found if source.shape == shape]
+    return next(iter(fitting or [source for source in found if len(source.parts) > 1]), None)
+
+
+def _candidates(name: str, spelled: str, shape: Shape, stored: Mapping[str, Shape]) -> Iterator[Source]:
+    if spelled in stored:
+        yield _as_shaped(name, spelled, shape, stored)
+    if match := _JOINED.fullmatch(spelled):
+        for leaves in _JOINS[match[2]]:
+            yield from _joined(name, [match[1] + leaf + match[3] for leaf in leaves], stored)
+    if match := _STACKED.fullmatch(spelled):
+        for leaves in _STACKS[match[2]]:
+            yield from _stacked(name, match[1], leaves, stored)
+    if match := _SINGLE_EXPERT.fullmatch(spelled):
+        for fused, index, count in _places(_STACKS, match[3]):
+            for stack in _spellings(match[1] + fused):
+                yield from _slice(name, stack, shape, stored, (int(match[2]), index, count))
+    if match := _HALF.fullmatch(spelled):
+        for fused, index, count in _places(_JOINS, match[2]):
+            yield from _slice(name, match[1] + fused + match[3], shape, stored, (None, index, count))
+
+
+def _spellings(name: str) -> list[str]:
+    """The name itself, what it may be called on disk, and what it may be called in memory."""
+    found = [name]
+    for known in found:  # which grows
+        found += [new for one, other in _SPELLINGS if (new := known.replace(one, other, 1)) not in found]
+    return found + [new for one, other in _SPELLINGS if (new := name.replace(other, one, 1)) not in found]
+
+
+def _as_shaped(name: str, stored_name: str, shape: Shape, stored: Mapping[str, Shape]) -> Source:
+    """One stored delta; fused experts transposed if that gives the shape (Qwen3-VL-MoE stores them so)."""
+    found = stored[stored_name]
+    if found != shape and len(found) == 3 and (found[0], found[2], found[1]) == shape and _STACKED.fullmatch(name):
+        return Source(name, shape, (Part(stored_name, _all_of(shape), transposed=True),))
+    return Source.stored(name, found, stored_name)
+
+
+def _joined(name: str, names: list[str], stored: Mapping[str, Shape]) -> Iterator[Source]:
+    if not all(part in stored for part in names):
+        return
+    shapes = [stored[part] for part in names]
+    dim = 1 if _STACKED.fullmatch(name) else 0
+    if len({(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}) != 1 or len(shapes[0]) <= dim:
+        return
+    parts, rows = [], 0
+    for part, shape in zip(names, shapes, strict=True):
+        into = (*_all_of(shape[:dim]), slice(rows, rows + shape[dim]), *_all_of(shape[dim + 1 :]))
+        parts.append(Part(part, into))
+        rows += shape[dim]
+    yield Source(name, (*shapes[0][:dim], rows, *shapes[0][dim + 1 :]), tuple(parts))
+
+
+def _stacked(name: str, stem: str, leaves: tuple[str, ...], stored: Mapping[str, Shape]) -> Iterator[Source]:
+    """As many experts as are stored in the shapes of the first."""
+    shapes = [stored.get(f"{stem}0.{leaf}.weight") for leaf in leaves]
+    parts: list[Part] = []
+    expert = 0
+    while all(
+        shape is not None and len(shape) == 2 and stored.get(f"{stem}{expert}.{leaf}.weight") == shape
+        for leaf, shape in zip(leaves, shapes, strict=True)
+    ):
+        rows = 0
+        for leaf, shape in zip(leaves, shapes, strict=True):
+            into = (slice(expert, expert + 1), slice(rows, rows + shape[0]), slice(0, shape[1]))  # type: ignore[index]
+            parts.append(Part(f"{stem}{expert}.{leaf}.weight", into))
+            rows = into[1].stop
+        expert += 1
+    if parts:
+        yield Source(name, (expert, parts[-1].into[1].stop, parts[-1].into[2].stop), tuple(parts))
+
+
+def _places(rules: Mapping[str, tuple[tuple[str, ...], ...]], leaf: str) -> Iterator[tuple[str, int, int]]:
+    """Where a leaf lies in what is joined: its name, and which of how many parts of the rows."""
+    for fused, ways in rules.items():
+        yield from ((fused, leaves.index(leaf), len(leaves)) for leaves in ways if leaf in leaves)
+
+
+def _slice(
+    name: str, fused: str, shape: Shape, stored: Mapping[str, Shape], place: tuple[int | None, int, int]
+) -> Iterator[Source]:
+    """One of `count` equal parts of the rows of a stored delta, or of those of one expert in it."""
+    expert, index, count = place
+    whole = stored.get(fused)
+    expected = (count * shape[0], *shape[1:])
+    if whole is None or whole[0 if expert is None else 1 :] != expected or (expert is not None and expert >= whole[0]):
+        return
+    rows = slice(index * shape[0], (index + 1) * shape[0])
+    of = (rows, *_all_of(shape[1:]))
+    yield Source(
+        name, shape, (Part(fused, _all_of(shape), of if expert is None else (slice(expert, expert + 1), *of)),)
+    )
+
+
+def _all_of(shape: Shape) -> Box:
+    return tuple(slice(0, size) for size in shape)
