@@ -20,7 +20,7 @@ from .catalogue import Family, families
 from .check import Row, check
 from .page import counts, save, write_page
 
-_SECONDS, _BYTES = 90, 6 << 30
+_SECONDS, _BYTES = 30, 6 << 30
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from drift_kernels import FusedDriftAdamW, Prior, build_prior
-from drift_kernels.prior.names import canonical_name, select_names
+from drift_kernels.prior.names import canonical_name, is_overlooked, select_names
 
 from .catalogue import Family
 from .experts import NoExpertError, Shared, experts_for, shared_parameters
@@ -215,20 +215,21 @@ def _outside(pair: Pair, attempt: Attempt) -> list[str]:
 
 
 def _is_told(pair: Pair, attempt: Attempt, missed: Shared) -> bool:
-    """An error tells of everything; a warning of a delta without a parameter, or of a tensor that was asked for and has no
-    counterpart, tells of that one; what is stored in other pieces than in memory is told of with any of its block."""
+    """An error tells of everything. A warning or the coverage tells of a tensor that was asked for and has no counterpart,
+    of a delta without a parameter, and of a matrix that no module claims; of what is stored in other pieces than in
+    memory, it does if it tells of any of its block."""
     if attempt.error:
         return True
-    name_map = attempt.prior.record["name_map"]
-    left = {canonical_name(name, name_map) for name in pair.stored["expert"]}
-    left = {name for name in select_names(left, PROJECTIONS) if name not in attempt.prior.names} | attempt.unbound
-    stored = pair.stored_name("expert", pair.theirs[missed.expert])
-    if canonical_name(stored or missed.live, name_map) in left or missed.live in attempt.told:
-        return True
-    if stored:
-        return False
-    block = re.search(r"\d+\.\w+\.", missed.live)
-    return any(f".{block[0]}" in f".{name}" or "experts" in name and "experts" in missed.live for name in left)
+    name_map, warnings = attempt.prior.record["name_map"], " ".join(attempt.warnings)
+    stored = {canonical_name(name, name_map): len(tensor.shape) for name, tensor in pair.stored["expert"].items()}
+    left = {name for name in select_names(stored, PROJECTIONS) if name not in attempt.prior.names} | attempt.unbound
+    if "belong to no module" in warnings:
+        left |= {name for name, ndim in stored.items() if is_overlooked(name, ndim)}
+    own = pair.stored_name("expert", pair.theirs[missed.expert])
+    if own:
+        return canonical_name(own, name_map) in left
+    block = re.search(r"\d+\.\w+\.", missed.live)[0]
+    return any(f".{block}" in f".{name}" or ("experts" in name and "experts" in missed.live) for name in left)
 
 
 def _as_stored(pair: Pair, shared: Shared) -> str:
