@@ -28,6 +28,15 @@ STORED_PREFIXES = [
     "thinker.model.language_model.",
     "llm.model.",
     "language.model.",
+    "text_model.model.",
+    "model.language_model.model.",
+    "language_model.model.model.",
+    "language_model.model.encoder.",
+    "gpt_neox.",
+    "backbone.",
+    "language_model.backbone.",
+    "model.vlm.language_model.",
+    "paligemma_with_expert.paligemma.model.language_model.",
 ]
 WRAPPED = [
     "module.model.layers.3.self_attn.q_proj.weight",
@@ -83,6 +92,10 @@ def test_other_names_stand_for_themselves(name: str) -> None:
     assert module_of(name) == "other"
 
 
+def test_kimi_as_transformers_5_saves_it() -> None:
+    assert canonical_name("language_model.model.blocks.3.self_attn.q_proj.weight") == Q_PROJ
+
+
 def test_canonical_names_are_fixed_points() -> None:
     for name in (Q_PROJ, "embed_tokens.weight", "norm.weight", "lm_head.weight"):
         assert canonical_name(name) == name
@@ -110,6 +123,39 @@ def test_a_name_map_comes_before_the_table_and_its_longest_prefix_first() -> Non
         ("layers.0.mlp.experts.gate_up_proj", "mlp"),
         ("layers.0.block_sparse_moe.experts.1.w2.weight", "mlp"),
         ("layers.0.mlp.gate.weight", "other"),
+        ("layers.0.experts.gate_up_proj", "mlp"),  # Gemma 4
+        ("layers.0.router.proj.weight", "other"),
+        ("layers.0.mlp.experts.fc1.weight", "mlp"),  # Aria
+        ("layers.0.block_sparse_moe.input_linear.weight", "mlp"),  # Granite
+        ("layers.0.block_sparse_moe.router.layer.weight", "other"),
+        ("layers.0.shared_mlp.output_linear.weight", "mlp"),
+        ("layers.0.mlp.fc2.bias", "mlp"),  # Phi-1, Phi-2
+        ("layers.0.self_attn.dense.weight", "attn"),
+        ("layers.0.mlp.c_fc.weight", "mlp"),  # Starcoder2
+        ("layers.0.mlp.c_proj.weight", "mlp"),
+        ("layers.0.conv.in_proj.weight", "attn"),  # LFM2
+        ("layers.0.conv.conv.weight", "attn"),
+        ("layers.0.feed_forward.w1.weight", "mlp"),
+        ("layers.0.attention.query_key_value.weight", "attn"),  # GPT-NeoX
+        ("layers.0.attention.dense.bias", "attn"),
+        ("layers.0.mlp.dense_4h_to_h.weight", "mlp"),
+        ("layers.0.self_attention.query_key_value.weight", "attn"),  # Falcon
+        ("layers.0.attn.Wqkv.weight", "attn"),  # MPT
+        ("layers.0.ffn.up_proj.weight", "mlp"),
+        ("layers.0.mamba.in_proj.weight", "attn"),
+        ("layers.0.mamba.conv1d.bias", "attn"),
+        ("layers.0.mixer.out_proj.weight", "attn"),
+        ("layers.0.mixer.q_proj.weight", "attn"),  # Nemotron-H, as the next two
+        ("layers.0.mixer.up_proj.weight", "mlp"),
+        ("layers.0.mixer.experts.3.down_proj.weight", "mlp"),
+        ("layers.0.mixer.gate.weight", "other"),
+        ("layers.0.linear_attn.conv1d.weight", "attn"),
+        ("layers.0.linear_attn.norm.weight", "norm"),
+        ("layers.0.self_attn.kv_a_proj_with_mqa.weight", "attn"),
+        ("layers.0.mlp.shared_expert_gate.weight", "other"),
+        ("layers.0.mlp.shared_expert.up_proj.weight", "mlp"),
+        ("layers.0.mlp.gate.e_score_correction_bias", "other"),
+        ("layers.0.per_layer_projection.weight", "other"),
         ("embed_tokens.weight", "embed"),
         ("lm_head.weight", "head"),
     ],
@@ -184,6 +230,7 @@ def test_experts_that_the_model_fuses_are_reported(tmp_path: Path, caplog: pytes
     base, expert = (randomised(hf.Qwen3MoeForCausalLM(config)) for _ in range(2))
     base.save_pretrained(tmp_path / "base")
     expert.save_pretrained(tmp_path / "expert")
+    caplog.set_level("INFO", "drift_kernels")
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
     assert any("experts are stored one by one" in warning for warning in prior.record["warnings"])
     coverage = prior.match(base.named_parameters())

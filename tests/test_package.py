@@ -43,8 +43,9 @@ FLOORS = {
     ],
     "state": [{"param_groups", "precision"}, {"masters", "state_dict"}],
     "prior": [
-        {"names", "norms", "hub"}, {"files", "quantized"}, {"alignment", "arithmetic", "deltas", "fusion", "live", "pairing"},
-        {"assembly", "coverage", "fingerprint"}, {"prior"}, {"stream", "summary"}, {"build", "plot"}, {"__init__"},
+        {"names", "norms", "hub"}, {"files", "quantized"},
+        {"alignment", "arithmetic", "deltas", "fusion", "live", "pairing"}, {"assembly", "coverage", "fingerprint"},
+        {"prior"}, {"stream", "summary"}, {"build", "plot"}, {"__init__"},
     ],
     "engine": [
         {"seen", "hyperparameters", "binding"}, {"rules"}, {"launches"}, {"engine", "figures"}, {"backward"},

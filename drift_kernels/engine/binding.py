@@ -41,7 +41,7 @@ class PriorBinding:
     def __init__(self, prior: Prior, on_host: bool = False) -> None:
         self.prior = prior
         self._on_host = on_host  # whether deltas stay in pinned host memory
-        self._sources: dict[str, Source] = {}  # by live name
+        self._sources: dict[str, str | Source] = {}  # by live name; one stored delta by its own name
         self._checked: dict[str, torch.Size] = {}
         self._param_norms: dict[str, float] = {}  # norm(W), of parameters as they were when they were first bound
         self._bound: dict[str, BoundDelta] = {}
@@ -72,7 +72,8 @@ class PriorBinding:
                 f"parameter {name!r} has shape {tuple(shape)}, but the prior's delta {prior_name!r} has shape "
                 f"{tuple(prior_shape)} ({len(coverage.shape_mismatches)} such parameters): it is of another model"
             )
-        self._sources = self.prior.sources(named_parameters)
+        sources = self.prior.sources(named_parameters)
+        self._sources = {name: source.single.name if source.single else source for name, source in sources.items()}
         self._checked = shapes
 
     def covers(self, name: str) -> bool:

@@ -34,7 +34,8 @@ def align_checkpoints(
     lists = {role: _lists_in(checkpoint, name_map) for role, checkpoint in checkpoints.items()}
     base = lists["base"]
     for role in checkpoints.keys() - {"base"}:
-        if _LAYERS in lists[role] and _LAYERS in base:
+        known = _LAYERS in lists[role] and _LAYERS in base
+        if known or not (lists[role] or base):
             continue
         sizes = {place: _numel(matrices) for place, matrices in lists[role].items()}
         inner = _LAYERS if _LAYERS in sizes else max(sizes, key=lambda place: sizes[place], default=_LAYERS)
@@ -78,8 +79,10 @@ def _layer_lists(named: Iterable[tuple[str, Shape]]) -> dict[str, LayerList]:
     """Every list of layers. Single experts are left out: the same model may hold them fused."""
     found: dict[str, LayerList] = defaultdict(dict)
     for name, shape in named:
-        if len(shape) > 1 and (match := _NUMBERED.fullmatch(name)) and not _EXPERT.search(name):
-            found[match[1]][match[2]] = shape
+        if match := _NUMBERED.fullmatch(name):
+            matrices = found[match[1]]
+            if len(shape) > 1 and not _EXPERT.search(name):
+                matrices[match[2]] = shape
     return found
 
 

@@ -17,7 +17,7 @@ from .quantized import Box
 
 Shape = tuple[int, ...]
 
-# What is called otherwise: (in memory, on disk).
+# What is called otherwise: (in memory, on disk). Read from the top: a rule may go on from what one above it gave.
 _SPELLINGS = (
     (".mlp.", ".block_sparse_moe."),  # Mixtral, MiniMax, Phi-3.5-MoE, Kimi-Linear
     (".mlp.text_moe.", ".mlp."),  # ERNIE 4.5 VL; its vision experts have none of a text model
@@ -158,8 +158,8 @@ def _candidates(name: str, spelled: str, shape: Shape, stored: Mapping[str, Shap
 def _spellings(name: str) -> list[str]:
     """The name itself, what it may be called on disk, and what it may be called in memory."""
     found = [name]
-    for known in found:  # which grows
-        found += [new for one, other in _SPELLINGS if (new := known.replace(one, other, 1)) not in found]
+    for one, other in _SPELLINGS:
+        found += [new for known in found if (new := known.replace(one, other, 1)) not in found]
     return found + [new for one, other in _SPELLINGS if (new := name.replace(other, one, 1)) not in found]
 
 

@@ -58,10 +58,13 @@ _LANGUAGE_MODEL = re.compile(
 _LAYER_LIST = re.compile(rf"(?:{'|'.join(map(re.escape, _LAYER_LISTS))})(\d+\..+)")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 # Modules. The matrices of a layer are called by what they do in most families, and by their order in some.
-_PROJECTION = (
-    r"(?:\w*_proj\w*|[wW](?:qkv|kv|[qkvoi]|[123]|gate|q_[ab]|o_[ab])|dense\w*|query_key_value|c_attn|fc[123]|c_fc"
+_PROJECTIONS = (
+    r"\w*_proj\w*",
+    r"[wW](?:qkv|kv|[qkvoi]|[123]|gate|q_[ab]|o_[ab])",
+    r"dense\w*|query_key_value|c_attn|c_fc|fc[123]|input_linear|output_linear|linear_\w+|output_gate",
+    r"\w*conv(?:_?1d)?",
 )
-_PROJECTION += r"|\w*conv_?1d|input_linear|output_linear|linear_\w+|output_gate)"
+_PROJECTION = rf"(?:{'|'.join(_PROJECTIONS)})"
 _WEIGHT = rf"(?:.+\.)?{_PROJECTION}(?:\.linear|\.conv1d)?(?:\.(?:weight|bias))?"
 _MIXERS = "self_attn|linear_attn|cross_attn|self_attention|attention|attn|temporal_block|mamba|conv"
 _MLPS = r"mlp|mlps|feed_forward|ffn|block_sparse_moe|shared_mlp|moe|share_expert|experts|mlp_block"
