@@ -33,7 +33,7 @@ def families() -> list[Family]:
     found: dict[str, Family] = {}
     for table in _MULTIMODAL:
         for name, model in _table(table).items():
-            if table != "SEQ_TO_SEQ_CAUSAL_LM" and table != "SPEECH_SEQ_2_SEQ" or _has_senses(name):
+            if (table != "SEQ_TO_SEQ_CAUSAL_LM" and table != "SPEECH_SEQ_2_SEQ") or _has_senses(name):
                 found.setdefault(name, Family(name, model, True))
     for name, model in _WHOLE_OMNI.items():
         if hasattr(hf, model):
@@ -50,5 +50,5 @@ def _table(name: str) -> dict[str, str]:
 
 def _has_senses(name: str) -> bool:
     """Whether the config has a part that is no text's: a config class may have none and yet be multimodal (Fuyu)."""
-    kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None
+    kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 (it has no get)
     return any(map(_SENSE.search, getattr(kind, "sub_configs", {}) or {}))

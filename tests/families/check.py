@@ -122,7 +122,7 @@ class Pair:
         return next((name for name, tensor in self.stored[role].items() if _equal(tensor, param)), "")
 
     def attempt(self, modules: Sequence[str], name_map: dict[str, str] | None = None) -> Attempt:
-        """Builds the prior and takes one step with zero gradients: each biased element moves by lr toward the expert."""
+        """Builds the prior and takes a step with zero gradients: each biased element moves by lr toward the expert."""
         with torch.no_grad():
             for name, param in self.live.items():
                 param.copy_(self.start[name])
@@ -215,8 +215,8 @@ def _outside(pair: Pair, attempt: Attempt) -> list[str]:
 
 
 def _is_told(pair: Pair, attempt: Attempt, missed: Shared) -> bool:
-    """An error tells of everything. A warning or the coverage tells of a tensor that was asked for and has no counterpart,
-    of a delta without a parameter, and of a matrix that no module claims; of what is stored in other pieces than in
+    """An error tells of everything. A warning or the coverage tells of a tensor that was asked for and has no
+    counterpart, of a delta without a parameter, and of a matrix that no module claims; of what is stored in other pieces than in
     memory, it does if it tells of any of its block."""
     if attempt.error:
         return True

@@ -1,4 +1,4 @@
-"""The text-only expert of a family, and which of its parameters are which of the multimodal model's, found by structure.
+"""The text-only expert of a family, and which of its parameters are the multimodal model's too, found by structure.
 
 This is the truth that bindings are compared with, so it takes nothing from drift_kernels' tables of names.
 """
@@ -51,7 +51,7 @@ class Shared:
 
 
 def experts_for(family: Family, base: nn.Module) -> Iterator[tuple[type[nn.Module], hf.PretrainedConfig]]:
-    """Classes and configs of what may be the expert, the likeliest first. A text-only family's is its own class; where a
+    """Classes and configs of what may be the expert, likeliest first. A text-only family's is its own class. Where a
     language model has no text-only class, and no relative that has one, its bare text model stands for it."""
     config = base.config
     text = config.get_text_config(decoder=True)
@@ -63,7 +63,7 @@ def experts_for(family: Family, base: nn.Module) -> Iterator[tuple[type[nn.Modul
         if text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
             yield MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], text
         for name in dict.fromkeys(re.sub(suffix, "", text.model_type) for suffix in _SUFFIXES):
-            kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None
+            kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 (it has no get)
             if kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in (type(text), type(config)):
                 yield _as_kind(text, kind)
         bare = base.get_decoder()
@@ -75,6 +75,9 @@ def _as_kind(text: hf.PretrainedConfig, kind: type[hf.PretrainedConfig]) -> tupl
     """A relative's class, and its config with the fields of the text part that it knows."""
     known = kind().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     fields = {field: value for field, value in text.to_dict().items() if field in known}
+    for one, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if one in known and other in text.to_dict():
+            fields.setdefault(one, getattr(text, other))
     if "head_dim" in known:
         fields.setdefault("head_dim", HEAD_DIM)
     return MODEL_FOR_CAUSAL_LM_MAPPING[kind], kind(**fields)

@@ -1,4 +1,4 @@
-"""What the rules of shrink.py and experts.py do not say: fields of single families, and experts of other model types."""
+"""What the rules of shrink.py and experts.py do not say: fields of single families, and experts of other types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .shrink import DROP
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_ssm": 64, "mamba_d_state": 16}
 _INKLING = {"mlp_layer_types": ["dense", "sparse"]}
 _QWEN4 = {"indexer_n_heads": 4, "indexer_kv_heads": 2, "indexer_head_dim": 8, "indexer_budget": 64}
-_CANARY = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+_COMPASS = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 
 
 def _text(fields: dict[str, Any]) -> dict[str, Any]:
@@ -21,8 +21,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "apertus1p5": {"text_config.vocab_size": 270_000},
     "bamba": _MAMBA,
     "chameleon": {"vocabulary_map": {"<image>": 5}},
-    "cohere_compass": {"text_config.rope_parameters": _CANARY},
-    "cohere_compass_text": {"rope_parameters": _CANARY},
+    "cohere_compass": {"text_config.rope_parameters": _COMPASS},
+    "cohere_compass_text": {"rope_parameters": _COMPASS},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2},
     "diffusion_gemma": _text({"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}),
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},

@@ -23,23 +23,23 @@ _LONGEST = 220  # characters of a message in the table
 
 _HEAD = """# Model families
 
-Made by `python -m tests.families`, which takes two or three minutes on one core; do not edit. With names of families it runs
-these alone, and prints all that they are told.
+Made by `python -m tests.families`, which takes two or three minutes on one core; do not edit. With names of families it
+runs these alone, and prints all that they are told.
 
 For each multimodal family of transformers, and each text-only one, with transformers' own classes at tiny size and
 random weights: a base and an expert of the same language model are saved, `build_prior` makes the prior of modules attn
 and mlp, the base is loaded again, and `FusedDriftAdamW` takes one `absolute` step with zero gradients. Which parameters
 the two models share is found by the structure of the live models, not by this package's names. Then
 
-- every attention and MLP matrix that both have must have moved by lr toward the expert, element by element: else it is a
-  **wrong sign**, or, if it has not moved and nothing says so, a **silent miss**. What says so is an error, a warning of
-  the build, or a delta that the coverage lists as without a parameter. (That some parameters have no delta says nothing,
-  since a vision tower's are among them.)
-- nothing but the language model may have moved: else it is a **tower move**. Both are checked with a second prior too, of
-  norms, embedding and head besides.
+- every attention and MLP matrix that both have must have moved by lr toward the expert, element by element: else it is
+  a **wrong sign**, or, if it has not moved and nothing says so, a **silent miss**. What says so is an error, a warning
+  of the build, or a delta that the coverage lists as without a parameter. (That some parameters have no delta says
+  nothing, since a vision tower's are among them.)
+- nothing but the language model may have moved: else it is a **tower move**. Both are checked with a second prior too,
+  of norms, embedding and head besides.
 
-Verdicts: **full**, all matrices bound; **partial**, some, and the others are told of; **error**, nothing is bound, and an
-error says so; **fault**, one of the three above. n/m: matrices bound, of those that both have. The cure in the last
+Verdicts: **full**, all matrices bound; **partial**, some, and the others are told of; **error**, nothing is bound, and
+an error says so; **fault**, one of the three above. n/m: matrices bound, of those that both have. The cure in the last
 column was tried; it binds all of them unless it says how many. Where transformers has no text-only class for a language
 model, its bare text model is the expert.
 """
@@ -96,7 +96,8 @@ def _sections(runs: dict[str, list[Row]]) -> Iterable[str]:
             else ["None."]
         )
     yield "\n## Left alone\n"
-    yield "Matrices of the layers that are neither attention nor MLP (routers, convolutions, state spaces), and norms that `norm` does not reach:\n"
+    yield "Matrices of the layers that are neither attention nor MLP (routers, convolutions, state spaces) and have not"
+    yield "moved, and norms, embeddings and heads that have not moved when they were asked for:\n"
     alone = [
         (row.family, _kinds(row.beside), _kinds(row.rest_missed)) for rows in tried.values() for row in [_best(rows)]
     ]
