@@ -216,8 +216,8 @@ def _outside(pair: Pair, attempt: Attempt) -> list[str]:
 
 def _is_told(pair: Pair, attempt: Attempt, missed: Shared) -> bool:
     """An error tells of everything. A warning or the coverage tells of a tensor that was asked for and has no
-    counterpart, of a delta without a parameter, and of a matrix that no module claims; of what is stored in other pieces than in
-    memory, it does if it tells of any of its block."""
+    counterpart, of a delta without a parameter, and of a matrix that no module claims. Of what is stored in other
+    pieces than in memory, it does if it tells of any of its block."""
     if attempt.error:
         return True
     name_map, warnings = attempt.prior.record["name_map"], " ".join(attempt.warnings)
