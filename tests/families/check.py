@@ -79,18 +79,16 @@ class Pair:
         if family.name in EMPTY_FILES:
             torch.save({}, folder / "base" / EMPTY_FILES[family.name])
         self.base = type(base).from_pretrained(folder / "base", dtype=torch.float32).float()
-        self.expert, self.path, self.shared = self._find_expert(family)
+        self.expert, self.path, self.shared = self._find_expert(family, base)
         self.live, self.theirs = dict(self.base.named_parameters()), dict(self.expert.named_parameters())
-        saved = dict(base.named_parameters())
-        if changed := [p.live for p in self.shared if p.live in saved and not _equal(saved[p.live], self.live[p.live])]:
-            raise NoExpertError(f"transformers does not reload what it saved: {changed[0]}")
+        _check_reloaded(base, self.base, [pair.live for pair in self.shared])
         self.start = {name: param.detach().clone() for name, param in self.live.items()}
         self.stored = {name: _stored(folder / name) for name in ("base", "expert")}
 
-    def _find_expert(self, family: Family) -> tuple[nn.Module, str, list[Shared]]:
+    def _find_expert(self, family: Family, base: nn.Module) -> tuple[nn.Module, str, list[Shared]]:
         """The first of the possible experts that is found in the base, loaded again from its checkpoint."""
         failures = []
-        for kind, config in experts_for(family, self.base):
+        for kind, config in experts_for(family, base):
             for name, value in EXPERT_FIELDS.get(family.name, {}).items():
                 setattr(config, name, value)
             try:
@@ -104,7 +102,9 @@ class Pair:
                 failures.append(str(error))
                 continue
             expert.save_pretrained(self.folder / "expert")
-            return kind.from_pretrained(self.folder / "expert", dtype=torch.float32).float(), path, shared
+            loaded = kind.from_pretrained(self.folder / "expert", dtype=torch.float32).float()
+            _check_reloaded(expert, loaded, [pair.expert for pair in shared])
+            return loaded, path, shared
         language_model = self.base.config.get_text_config(decoder=True).model_type
         raise NoExpertError("; ".join(failures) or f"no text-only class for the language model {language_model}")
 
@@ -188,6 +188,13 @@ def _random_model(kind: type[nn.Module], config: hf.PretrainedConfig) -> nn.Modu
         for param in model.parameters():
             param.normal_(std=0.5)
     return model
+
+
+def _check_reloaded(saved: nn.Module, loaded: nn.Module, names: Sequence[str]) -> None:
+    before, after = dict(saved.named_parameters()), dict(loaded.named_parameters())
+    for name in names:
+        if name in before and not _equal(before[name], after[name]):
+            raise NoExpertError(f"transformers does not reload what it saved: {name}")
 
 
 def _stored(folder: Path) -> dict[str, Tensor]:
