@@ -235,8 +235,12 @@ def _is_told(pair: Pair, attempt: Attempt, missed: Shared) -> bool:
     own = pair.stored_name("expert", pair.theirs[missed.expert])
     if own:
         return canonical_name(own, name_map) in left
-    block = re.search(r"\d+\.\w+\.", missed.live)[0]
-    return any(f".{block}" in f".{name}" or ("experts" in name and "experts" in missed.live) for name in left)
+    return any(_block(name) == _block(missed.live) or ("experts" in name and "experts" in missed.live) for name in left)
+
+
+def _block(name: str) -> list[str]:
+    """Layer number and block of a name, whatever attention is called."""
+    return re.findall(r"(\d+)\.(?:self_)?(attn|\w+)\.", name.replace("attention", "attn"))[:1]
 
 
 def _as_stored(pair: Pair, shared: Shared) -> str:
