@@ -277,5 +277,4 @@ def _cure(pair: Pair, projections: Sequence[Shared]) -> str:
     best = best and f"`{best}`"
     if most == len(projections):
         return best
-    fused = " (fused experts are not bound)" if any("experts" in shared.live for shared in projections) else ""
-    return f"{best} binds {most} of {len(projections)}{fused}" if best else f"none found{fused}"
+    return f"{best} binds {most} of {len(projections)}" if best else "none found"
