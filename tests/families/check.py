@@ -21,7 +21,7 @@ from .experts import NoExpertError, Shared, experts_for, shared_parameters
 from .overrides import EMPTY_FILES, EXPERT_FIELDS, LAYERS, OVERRIDES
 from .shrink import tiny
 
-PROJECTIONS, ALL = ("attn", "mlp"), ("attn", "mlp", "norm", "embed", "head")
+PROJECTIONS, ALL = ("attn", "mlp"), ("attn", "mlp", "norms", "embed", "head")
 _MOST = 150_000_000  # parameters; a family that stays larger is not tiny
 _LR = 0.01
 
