@@ -59,7 +59,7 @@ def test_the_check_sees_each_kind_of_fault(tmp_path: Path, monkeypatch: pytest.M
 
     def spoiled(self: Pair, *arguments: object) -> object:
         attempt = step(self, *arguments)
-        if "norm" in arguments[0]:
+        if "norms" in arguments[0]:
             return attempt
         names = list(attempt.moves)
         del attempt.moves[names[0]]

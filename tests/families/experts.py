@@ -47,7 +47,7 @@ class Shared:
 
     live: str  # its name in the multimodal model
     expert: str  # its name in the expert
-    part: str  # "projection", "beside", "norms", "embed", "head" or "bias"
+    part: str  # "projection", "beside", "norm", "embed", "head" or "bias"
 
 
 def experts_for(family: Family, base: nn.Module) -> Iterator[tuple[type[nn.Module], hf.PretrainedConfig]]:
