@@ -106,7 +106,7 @@ def measure(folder: Path, total_bytes: int, repeats: int) -> dict[str, list[tupl
         "cp": ["cp", "-r", *sources, copy],
         "cp and sync": ["sh", "-c", 'cp -r "$1" "$2" "$3" && sync "$3"/*/*', "sh", *sources, copy],
         "import torch": [sys.executable, "-c", "import torch"],
-        "drift-prior build": [*build, "--modules", "attn,mlp,norm,embed", "--out", out],
+        "drift-prior build": [*build, "--modules", "attn,mlp,norms,embed", "--out", out],
     }
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     order = list(commands)
