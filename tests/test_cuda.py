@@ -10,7 +10,8 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,6 @@ from drift_kernels.kernels.plan import CHUNK
 # What runs the kernels here: a GPU, or the host, thread by thread.
 NAME = "cuda" if DEVICE.type == "cuda" else GRID
 THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in csrc/cuda/block.h
-
-begin = grid.begin
 
 # For each architecture, by kernel, such as "update<bfloat16, bfloat16, float, Nothing>".
 Kernels = dict[str, dict[str, Any]]
@@ -50,28 +49,49 @@ def demangled(names: list[str]) -> list[str]:
     return [re.sub(r"^void |drift::|\(anonymous namespace\)::|\(.*\)$", "", name) for name in done.stdout.splitlines()]
 
 
+def built() -> Path | str:
+    """The extension, or why its machine code cannot be looked at."""
+    spec = importlib.util.find_spec("drift_kernels._cuda")
+    if spec is None or spec.origin is None:
+        return "drift_kernels._cuda was not built: there is no nvcc"
+    if disassembly.cuobjdump() is None or shutil.which("c++filt") is None:
+        return "there is no cuobjdump or no c++filt"
+    return Path(spec.origin)
+
+
+@cache
+def disassembling() -> dict[str, Future[Kernels]]:
+    """Of every architecture, while other tests run."""
+    found = built()
+    if isinstance(found, str):
+        return {}
+    archs = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", disassembly.run("-lelf", found))))
+
+    def kernels(arch: str) -> Kernels:
+        of_arch = disassembly.kernels(found, "-arch", arch)
+        return dict(zip(demangled(list(of_arch)), of_arch.values(), strict=True))
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    return {arch: pool.submit(kernels, arch) for arch in archs}
+
+
+def begin() -> None:
+    grid.begin()
+    disassembling()
+
+
 @pytest.fixture(scope="module")
 def extension() -> Path:
     """What was built, for every architecture that it was built for."""
-    spec = importlib.util.find_spec("drift_kernels._cuda")
-    if spec is None or spec.origin is None:
-        pytest.skip("drift_kernels._cuda was not built: there is no nvcc")
-    for program in (disassembly.cuobjdump(), shutil.which("c++filt")):
-        if program is None:
-            pytest.skip("there is no cuobjdump or no c++filt")
-    return Path(spec.origin)
+    found = built()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
 
 
 @pytest.fixture(scope="module")
 def by_arch(extension: Path) -> dict[str, Kernels]:
-    archs = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", disassembly.run("-lelf", extension))))
-
-    def kernels(arch: str) -> Kernels:
-        found = disassembly.kernels(extension, "-arch", arch)
-        return dict(zip(demangled(list(found)), found.values(), strict=True))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(archs, pool.map(kernels, archs), strict=True))
+    return {arch: kernels.result() for arch, kernels in disassembling().items()}
 
 
 def each(by_arch: dict[str, Kernels], kernel: str) -> Iterator[tuple[str, list[int], Counter[str]]]:

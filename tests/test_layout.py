@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,27 +185,40 @@ print(json.dumps([drift_kernels.__file__, refused, same, arithmetic._compiled, c
 """
 
 
-@pytest.mark.skipif(grid.COMPILER is None, reason="there is no C++ compiler")
-def test_an_extension_that_was_really_built_for_another_is_refused(tmp_path: Path) -> None:
-    """The package beside an extension of sources in which a row had one field more; of the baseline's kernels alone. A
-    build of a prior, whose functions know no layout, does without it too: they are of other sources."""
-    package = tmp_path / "drift_kernels"
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    shutil.copytree(ROOT / "drift_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    replace(tmp_path / "csrc/table.h", "  FIELD(int64_t, numel) ", "  FIELD(uint64_t, extra) FIELD(int64_t, numel) ")
-    replace(tmp_path / "csrc/cpu/module.cpp", "#if defined(__x86_64__)", "#if 0")
+@cache
+def begin() -> tuple[tempfile.TemporaryDirectory[str], dict[Path, subprocess.Popen[bytes]]] | None:
+    """Compiles sources in which a row has one field more, while other tests run: the baseline's kernels alone. Where,
+    and the objects with their compilers."""
+    if grid.COMPILER is None:
+        return None
+    temporary = tempfile.TemporaryDirectory()
+    folder = Path(temporary.name)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    replace(folder / "csrc/table.h", "  FIELD(int64_t, numel) ", "  FIELD(uint64_t, extra) FIELD(int64_t, numel) ")
+    replace(folder / "csrc/cpu/module.cpp", "#if defined(__x86_64__)", "#if 0")
     flags = [
         *("-std=c++17", "-O0", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
         *(f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))),
     ]
-    objects = {name: tmp_path / f"{name}.o" for name in ("module", "kernels_baseline")}
-    compilers = [
-        subprocess.Popen([str(grid.COMPILER), *flags, "-c", str(tmp_path / f"csrc/cpu/{name}.cpp"), "-o", str(target)])
-        for name, target in objects.items()
-    ]
-    assert [compiler.wait() for compiler in compilers] == [0, 0]
+    compilers = {}
+    for name in ("module", "kernels_baseline"):
+        command = [grid.COMPILER, *flags, "-c", f"{folder}/csrc/cpu/{name}.cpp", "-o", f"{folder}/{name}.o"]
+        compilers[folder / f"{name}.o"] = subprocess.Popen(command)
+        atexit.register(compilers[folder / f"{name}.o"].kill)
+    return temporary, compilers
+
+
+@pytest.mark.skipif(grid.COMPILER is None, reason="there is no C++ compiler")
+def test_an_extension_that_was_really_built_for_another_is_refused(tmp_path: Path) -> None:
+    """The package beside such an extension. A build of a prior, whose functions know no layout, does without it too:
+    they are of other sources."""
+    package = tmp_path / "drift_kernels"
+    shutil.copytree(ROOT / "drift_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    begun = begin()
+    assert begun is not None
+    assert [compiler.wait() for compiler in begun[1].values()] == [0, 0]
     extension = package / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    linked = [str(grid.COMPILER), "-shared", "-fopenmp", *map(str, objects.values()), "-o", str(extension)]
+    linked = [str(grid.COMPILER), "-shared", "-fopenmp", *map(str, begun[1]), "-o", str(extension)]
     subprocess.run(linked, check=True)
 
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=tmp_path)

@@ -237,7 +237,9 @@ def set_grad(param: nn.Parameter, grad: Tensor) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_gradients_of_half_precision_for_float32_parameters(dtype: torch.dtype, backend: str) -> None:
-    """Bit for bit as those gradients in float32: contiguous or not, some in float32, with statistics and clipping."""
+    """As those gradients in float32: contiguous or not, some in float32, with statistics and clipping. Bit for bit, but
+    for the reference, whose sums depend on where a tensor lies."""
+    tolerance = {"rtol": 1e-6, "atol": 0.0} if backend == "reference" else {"rtol": 0.0, "atol": 0.0}
     params, wide = make(F32), make(F32)
     options = {"prior": {f"large {F32}": torch.randn(67, 129)}, "max_grad_norm": 1.0, "lr": 1e-2, "backend": backend}
     for name, param in params.items():
@@ -251,8 +253,9 @@ def test_gradients_of_half_precision_for_float32_parameters(dtype: torch.dtype, 
             wide[name].grad = grad.float()
         ours.step()
         theirs.step()
-        assert torch.equal(ours.grad_norm, theirs.grad_norm)
-    assert all(torch.equal(param, wide[name]) for name, param in params.items())
+        torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, **tolerance)
+    for name, param in params.items():
+        torch.testing.assert_close(param, wide[name], **tolerance)
     assert params[f"large {F32}"].grad.dtype == dtype
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from drift_kernels import FusedDriftAdamW, PriorMismatchError
+from drift_kernels import FusedDriftAdamW
 from drift_kernels.integrations import named_groups, step_figures, unwrap_optimizer
 from examples import accelerate_loop, lightning_module, tiny, transformers_trainer, trl_sft
 
@@ -139,10 +139,17 @@ def test_lightning_figures_come_through_its_wrapper(tmp_path: Path, monkeypatch:
     assert len({figures["prior/cosine/mlp"] for figures in seen}) == STEPS
 
 
-def test_names_with_the_lightning_module_before_them_are_an_error() -> None:
-    module = lightning_module.FineTuning(None, STEPS)
-    with pytest.raises(PriorMismatchError):
-        FusedDriftAdamW(module.named_parameters(), prior=tiny.expert_prior())
+def test_names_with_the_lightning_module_before_them_are_aligned(caplog: pytest.LogCaptureFixture) -> None:
+    """No table knows the attribute that holds the model: by names and shapes there is one place for the deltas."""
+    module, prior = lightning_module.FineTuning(None, STEPS), tiny.expert_prior()
+    optimizers = [FusedDriftAdamW(m.named_parameters(), prior=prior) for m in (module, module.model)]
+    assert "by names and shapes its language model is under model.model." in caplog.text
+    for param in module.parameters():
+        param.grad = torch.ones_like(param)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert optimizers[0].prior_names == [f"model.{name}" for name in optimizers[1].prior_names]
+    assert len(optimizers[0].prior_names) == len(optimizers[0].prior)
 
 
 # Accelerate
