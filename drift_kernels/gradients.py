@@ -226,7 +226,7 @@ class _Prepared:
         covered = {name for name, _ in _covered(named, binding)}
         return cls(
             names=[name for name, _ in named],
-            params=Seen((), [param for _, param in named]),
+            params=Seen([param for _, param in named]),
             covered=[i for i, (name, _) in enumerate(named) if name in covered],
             strengths=strengths,
             engine=Engine(Bias(), binding, "auto"),

@@ -116,9 +116,10 @@ def test_a_module_of_which_there_is_nothing_is_named(tmp_path: Path) -> None:
     ]
 
 
-def test_experts_of_two_forms_are_not_paired_and_it_says_so(tmp_path: Path) -> None:
-    single = {f"model.layers.0.mlp.experts.{e}.down_proj.weight": torch.randn(4, 4) for e in range(2)}
-    fused = {"model.layers.0.mlp.experts.down_proj": torch.randn(2, 4, 4)}
+@pytest.mark.parametrize("leaf", ["down_proj", "up_proj"])  # Nemotron-H has no gate
+def test_experts_of_two_forms_are_not_paired_and_it_says_so(tmp_path: Path, leaf: str) -> None:
+    single = {f"model.layers.0.mlp.experts.{e}.{leaf}.weight": torch.randn(4, 4) for e in range(2)}
+    fused = {f"model.layers.0.mlp.experts.{leaf}": torch.randn(2, 4, 4)}
     warnings = build(tmp_path, text_weights() | fused, text_weights() | single).record["warnings"]
     assert any("one by one in the expert and fused in the base: they are not paired" in w for w in warnings)
 

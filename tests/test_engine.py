@@ -238,7 +238,7 @@ def test_removed_hooks_let_go_of_the_deltas() -> None:
 def test_an_id_that_another_tensor_has_taken_is_not_the_tensor() -> None:
     for _ in range(1000):
         tensor = torch.zeros(1)
-        seen, taken = Seen((), [tensor]), id(tensor)
+        seen, taken = Seen([tensor]), id(tensor)
         assert seen.are([tensor])
         del tensor
         another = torch.zeros(1)

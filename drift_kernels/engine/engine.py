@@ -174,9 +174,11 @@ class Engine:
         group_of = [g for g, group in enumerate(param_groups) for _ in group["params"]]
         members: dict[tuple[torch.device, torch.device, int], list[Member]] = {}
         met: set[int] = set()
-        for (i, name, param, grad), (_, own, shard), place, bound in zip(present, parts, places, bounds, strict=True):
+        for (i, name, param, grad), (_, own, shard), drawn, place, bound in zip(
+            present, parts, at_random, places, bounds, strict=True
+        ):
             group = param_groups[group_of[i]]
-            key = int(group[SEED]) + (i << 32) if self.rule.at_random(own) else None
+            key = int(group[SEED]) + (i << 32) if drawn else None
             state = self.rule.state_of(states, param)
             kinds = own, grad, held("exp_avg", state), None if bound is None else bound.delta
             dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.coefficients import Hyperparameters
 from ..kernels.describe import address_of
+from ..kernels.operands import dtype_name
 from ..kernels.scalings import SCALINGS
 from ..state.param_groups import FINGERPRINT, SEED
 from ..torch_private import is_fsdp1_shard
@@ -144,7 +145,7 @@ def check_capture(group: dict[str, Any], index: int) -> None:
 def check_dtype(name: str, param: Tensor) -> None:
     """Raises TypeError, naming the parameter, for one of a dtype that no kernel takes."""
     if param.dtype not in PARAM_DTYPES:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
+        expected = ", ".join(map(dtype_name, PARAM_DTYPES))
         raise TypeError(f"parameter {name} has dtype {param.dtype}; expected one of {expected}")
 
 

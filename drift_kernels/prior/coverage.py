@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .fusion import find_sources
+from .fusion import find_sources, of_all_experts, of_one_expert
 from .names import module_of, natural_key, some
 
 Shape = tuple[int, ...]
-
-_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
-_FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up|down|up)_proj")
 
 
 @dataclass(frozen=True)
@@ -70,11 +66,11 @@ class Coverage:
         if self.model_only:
             lines.append(f"  {len(self.model_only)} parameters have no delta: {some(self.model_only)}")
         if joined:
-            why = ": this model holds its experts fused" if any(map(_FUSED_EXPERTS.search, self.matched)) else ""
+            why = ": this model holds its experts fused" if any(map(of_all_experts, self.matched)) else ""
             lines.append(f"  {joined} deltas are joined in {parameters} parameters{why}")
         if any("lora_" in param for param in self.model_only):
             lines.append("  adapters (LoRA) have no deltas: a prior acts on weights that are trained themselves")
-        if any(map(_SINGLE_EXPERT.search, self.prior_only)) and any(map(_FUSED_EXPERTS.search, self.model_only)):
+        if any(map(of_one_expert, self.prior_only)) and any(map(of_all_experts, self.model_only)):
             lines.append("  this model holds its experts fused, and the prior lacks some of what they are made of")
         return "\n".join(lines)
 

@@ -57,9 +57,11 @@ _STACKS = {
 
 _JOINED = re.compile(r"(.+\.)(gate_up_proj|conv1d)(\.weight|\.bias)")
 _HALF = re.compile(r"(.+\.)(gate_proj|up_proj)(\.weight|\.bias)")
-_STACKED = re.compile(r"(.+\.experts\.)(gate_up_proj|down_proj|up_proj)")
+_STACKED = re.compile(rf"(.+\.experts\.)({'|'.join(_STACKS)})")
 _SINGLE_EXPERT = re.compile(r"(.+\.experts\.)(\d+)\.(\w+)\.weight")
 _LAYER = re.compile(r"layers\.\d+\.")
+_OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+_OF_ALL_EXPERTS = re.compile(rf"\.experts\.(?:{'|'.join(_STACKS)})")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,16 @@ class Source:
         """The part, if one stored delta as it is makes the whole."""
         part = self.parts[0]
         return part if len(self.parts) == 1 and part.of is None and not part.transposed else None
+
+
+def of_one_expert(name: str) -> bool:
+    """Whether a tensor belongs to one expert alone: `layers.3.mlp.experts.0.up_proj.weight`."""
+    return _OF_ONE_EXPERT.search(name) is not None
+
+
+def of_all_experts(name: str) -> bool:
+    """Whether a tensor holds those of all experts, fused: `layers.3.mlp.experts.gate_up_proj`."""
+    return _OF_ALL_EXPERTS.search(name) is not None
 
 
 def stored_names(delta: str | Source) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import CheckpointError, PriorError
 from .encodings import check_encodings, marked_weights
 from .files import Checkpoint, StoredTensor
+from .fusion import of_all_experts, of_one_expert
 from .names import (
     canonical_name,
     is_overlooked,
@@ -29,8 +30,6 @@ EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 _TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
 _CROSS_ATTENTION = re.compile(r"layers\.\d+\.cross_attn\.")
 _FURTHER_LAYER = re.compile(r"layers\.\d+\.eh_proj\.")
-_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
-_FUSED_EXPERTS = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)")
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def pair_up(
         if alone := [name for name in names if name not in shared and name not in lone]:
             warnings.append(f"{len(alone)} tensors of the {role} have no counterpart: {some(alone)}")
     warnings += _left_out(models, asked, selection)
-    if any(map(_SINGLE_EXPERT.search, shared)):
+    if any(map(of_one_expert, shared)):
         warnings.append("experts are stored one by one; a model that fuses them in memory binds their deltas joined")
     pairs = [
         _pair(name, {role: model.tensors[name] for role, model in models.items() if name in model.tensors})
@@ -186,8 +185,8 @@ def _left_out(models: Mapping[str, LanguageModel], asked: Mapping[str, list[str]
             f"{len(overlooked)} matrices in the layers belong to no module and are left out: {some(overlooked)}; "
             "re:REGEX in the modules takes them"
         )
-    one_by_one = {role for role, names in asked.items() if any(map(_SINGLE_EXPERT.search, names))}
-    fused = {role for role, names in asked.items() if any(map(_FUSED_EXPERTS.search, names))} - one_by_one
+    one_by_one = {role for role, names in asked.items() if any(map(of_one_expert, names))}
+    fused = {role for role, names in asked.items() if any(map(of_all_experts, names))} - one_by_one
     if one_by_one and fused:
         warnings.append(
             f"experts are stored one by one in the {', '.join(sorted(one_by_one))} and fused in the "
