@@ -15,8 +15,8 @@ from torch import Tensor
 from ..errors import PriorMismatchError
 from ..prior import DeltaInfo, Prior, PriorLike, QuantizedDelta
 from ..prior.fusion import Source, stored_names
-from ..prior.norms import norm
 from ..prior.quantized import with_rows
+from ..prior.stored import norm_of
 from ..prior.strengths import Strengths
 from ..sharding import Reduction, Shard
 from .lookalikes import Candidate, check_not_weights
@@ -182,7 +182,7 @@ class PriorBinding:
         if not new:
             return
         found = [self._bound[name] for name, _, _ in new]
-        rows = [[_norm(bound) ** 2, bound.param_norm**2] for bound in found]
+        rows = [[norm_of(bound.stored) ** 2, bound.param_norm**2] for bound in found]
         squares = torch.tensor(rows, dtype=torch.float64, device=new[0][1].device)
         Reduction([shard for _, _, shard in new]).sum_(squares)
         for (name, _, _), bound, (delta_norm, param_norm) in zip(new, found, squares.sqrt().tolist(), strict=True):
@@ -208,8 +208,3 @@ class PriorBinding:
         if found.delta.device != self._device_for(param):
             found = self._bound[name] = found.to(self._device_for(param))
         return found
-
-
-def _norm(bound: BoundDelta) -> float:
-    stored = bound.stored
-    return norm(stored) if isinstance(stored, Tensor) else stored.norm()

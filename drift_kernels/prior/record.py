@@ -47,7 +47,6 @@ class DeltaInfo:
 
 def read_infos(folder: Path, record: Mapping[str, Any]) -> dict[str, DeltaInfo]:
     """The deltas by name. Raises PriorFormatError for another format, a newer version, and fields that are missing."""
-    version = record.get("version")
     path, version = folder / RECORD_NAME, record.get("version")
     if record.get("format") != FORMAT or not isinstance(version, int) or version < 1:
         found = f"format {record.get('format')!r}, version {version!r}"
@@ -69,7 +68,7 @@ def read_infos(folder: Path, record: Mapping[str, Any]) -> dict[str, DeltaInfo]:
             for name, row in record["tensors"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise PriorFormatError(f"{folder / RECORD_NAME}: lacks or garbles {error}") from error
+        raise PriorFormatError(f"{path}: lacks or garbles {error}") from error
 
 
 def fingerprint_of_record(record: Mapping[str, Any]) -> str:
