@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from drift_kernels import FusedDriftAdamW, PriorFormatError, build_prior
 from drift_kernels.prior import BLOCK, Prior, QuantizedDelta, quantize
 from drift_kernels.prior.files import TensorFile
+from drift_kernels.prior.norms import CHUNK, norm
 from drift_kernels.prior.stored import StoredDelta
 from drift_kernels.sharding import Shard as Part
 
@@ -99,7 +101,7 @@ def test_a_damaged_prior_is_found_by_all_ranks(tmp_path: Path) -> None:
 
 # Memory
 
-LAYERS, SIDE = 4, 4096  # of bfloat16: 32 MiB a layer
+LAYERS, ROWS, COLUMNS = 2, 8192, 6144  # of bfloat16: 96 MiB a layer, against which libraries' own memory is small
 
 
 def binding_memory(folder: Path) -> float:
@@ -107,16 +109,19 @@ def binding_memory(folder: Path) -> float:
     mesh = init_device_mesh("cpu", (2,))
     named = []
     for layer in range(LAYERS):
-        own = torch.zeros(SIDE // 2, SIDE, dtype=BF16)
+        own = torch.zeros(ROWS // 2, COLUMNS, dtype=BF16)
         param = nn.Parameter(DTensor.from_local(own, mesh, [Shard(0)], run_check=False))
         named.append((f"layers.{layer}.mlp.up_proj.weight", param))
     optimizer = FusedDriftAdamW(named, prior=folder)
     binding = optimizer._engine.binding
     assert binding is not None
+    # What libraries take at their first use, code and room to work in, is not the binding's.
+    norm(torch.ones(CHUNK, dtype=BF16))
+    dist.all_reduce(torch.ones(1))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
     bounds = binding.bind([(name, param.to_local(), Part.of(param)) for name, param in named])
-    assert all(bound is not None and bound.delta.numel() == SIDE * SIDE // 2 for bound in bounds)
+    assert all(bound is not None and bound.delta.numel() == ROWS * COLUMNS // 2 for bound in bounds)
     return resident("VmHWM") - before
 
 
@@ -126,15 +131,16 @@ def resident(which: str) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts resident memory")
-def test_binding_needs_the_ranks_share_and_one_tensor(tmp_path: Path) -> None:
+def test_binding_needs_the_ranks_share_and_never_a_whole_tensor(tmp_path: Path) -> None:
     for role in ("expert", "base"):
         (tmp_path / role).mkdir()
         weights = {
-            f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(SIDE, SIDE).to(BF16) for layer in range(LAYERS)
+            f"model.layers.{layer}.mlp.up_proj.weight": torch.empty(ROWS, COLUMNS, dtype=BF16).uniform_()
+            for layer in range(LAYERS)
         }
         save_file(weights, tmp_path / role / "model.safetensors")
         (tmp_path / role / "config.json").write_text("{}")
     build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
-    share, one = LAYERS * SIDE * SIDE * 2 / 2**20 / 2, SIDE * SIDE * 2 / 2**20
+    one = ROWS * COLUMNS * 2 / 2**20
     for found in ranks.run(binding_memory, 2, tmp_path, tmp_path / "prior"):
-        assert found < share + one
+        assert found < LAYERS * one / 2 + one / 2

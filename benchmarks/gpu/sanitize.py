@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from typing import Any
 
@@ -65,7 +66,7 @@ def step(
         list(zip(names, params, strict=True)),
         lr=0.1,
         prior=prior,
-        alpha=0.5,  # at 1, gradnorm can cancel the gradient of one element
+        alpha=math.sqrt(0.5),  # a fraction can cancel the gradient of one element, which then stays
         prior_scaling=scaling or "absolute",
         **precision,
         max_grad_norm=max_grad_norm,
