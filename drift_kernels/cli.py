@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -195,7 +194,7 @@ def _checked_json(
     coverage: Coverage | None, whose_names: str | None, verification: Verification | None
 ) -> dict[str, Any]:
     return {
-        "coverage": coverage and {"complete": coverage.complete, **asdict(coverage)},
+        "coverage": coverage and {"complete": coverage.complete, **coverage.names()},
         "names": whose_names,
         "verification": verification and {"intact": verification.intact, **vars(verification)},
     }

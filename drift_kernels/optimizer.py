@@ -250,6 +250,12 @@ class FusedDriftAdamW(Optimizer):
         return bias_figures(self._engine.batches).names
 
     @property
+    def prior_modules(self) -> list[str]:
+        """The module of each of `prior_names`: attn, mlp, norm, embed, head or other."""
+        binding = self._engine.binding
+        return [] if binding is None else [binding.module(name) for name in self.prior_names]
+
+    @property
     def prior_cosine(self) -> Tensor | None:
         """float64 [len(prior_names)]: cos(g, delta); None if the step needed no gradient statistics."""
         return bias_figures(self._engine.batches).cosine

@@ -11,8 +11,9 @@ import transformers as hf
 from checkpoints import TEXT, randomised, text_weights, tuned, write_checkpoint
 from torch import Tensor, nn
 
-from drift_kernels import Prior, PriorError, PriorMismatchError, build_prior
+from drift_kernels import FusedDriftAdamW, Prior, PriorError, PriorMismatchError, build_prior
 from drift_kernels.cli import main
+from drift_kernels.integrations import step_figures
 from drift_kernels.prior.build import open_checkpoint
 from drift_kernels.prior.in_memory import live_parameters
 
@@ -55,6 +56,22 @@ def test_an_unknown_prefix_is_aligned_recorded_and_logged(
     caplog.set_level(logging.INFO, "drift_kernels")
     assert len(prior.match(live(base, "novel.", "model.other."), strict=True).matched) == len(prior)
     assert "the name table does not know this model" in caplog.text
+
+
+def test_an_aligned_model_is_said_once_and_its_figures_are_of_their_modules(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = text_weights()
+    prior = build(tmp_path, base)
+    caplog.set_level(logging.INFO, "drift_kernels")
+    named = live(base, "model.", "novel.text.")
+    optimizer = FusedDriftAdamW(named, prior=prior, prior_scaling="gradnorm")
+    for _, param in named:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert caplog.text.count("the name table does not know this model") == 1
+    assert set(optimizer.prior_modules) == {"attn", "mlp"}
+    assert set(step_figures(optimizer, "")) == {f"{f}/{m}" for f in ("cosine", "ratio") for m in ("attn", "mlp")}
 
 
 def test_an_expert_of_unknown_names_is_aligned(tmp_path: Path) -> None:

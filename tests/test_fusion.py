@@ -169,7 +169,7 @@ def test_small_priors_of_single_experts(dtype: torch.dtype, tmp_path: Path) -> N
     """The delta is what the parts hold, expanded: joined as codes beside bfloat16 where their blocks fit together."""
     _, base = two_models("mixtral", tmp_path)
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", dtype=dtype)
-    sources = prior.sources(base.named_parameters())
+    sources = prior.coverage(base.named_parameters()).sources
     name = "model.layers.1.mlp.experts.gate_up_proj"
     stored = prior.load_stored(sources[name])
     assert isinstance(stored, QuantizedDelta) == (dtype != torch.bfloat16)
@@ -191,7 +191,7 @@ def test_the_norm_of_shards_is_compared_with_that_of_the_parts(tmp_path: Path) -
     param = base.get_parameter(name)
     whole, half = (slice(0, 4), slice(0, 96), slice(0, 32)), (slice(0, 2), slice(0, 96), slice(0, 32))
     (delta,) = bind(prior, [(name, param, Shard((4, 96, 32), whole, ()))])
-    assert torch.equal(delta.delta, prior.load_stored(prior.sources([(name, param)])[name]))
+    assert torch.equal(delta.delta, prior.load_stored(prior.coverage([(name, param)]).sources[name]))
     with pytest.raises(PriorFormatError, match=r"layers\.1\.mlp\.experts\.gate_up_proj is damaged: its norm is"):
         bind(prior, [(name, param, Shard((4, 96, 32), half, ()))])
 
@@ -205,7 +205,7 @@ def test_shards_read_their_box(box: tuple[int, ...], codes: bool) -> None:
     held = {name: quantize(delta, torch.int8) for name, delta in parts.items()} if codes else parts
     prior = Prior.from_mapping(held)
     param = nn.Parameter(torch.zeros(4, 96, 32))
-    source = prior.sources([("model.layers.0.mlp.experts.gate_up_proj", param)]).popitem()[1]
+    source = prior.coverage([("model.layers.0.mlp.experts.gate_up_proj", param)]).sources.popitem()[1]
     whole = prior.load_stored(source)
     whole = whole.expand() if isinstance(whole, QuantizedDelta) else whole
     cut = tuple(slice(begin, end) for begin, end in zip(box[::2], box[1::2], strict=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import PriorMismatchError
 from ..prior import DeltaInfo, Prior, PriorLike, QuantizedDelta
 from ..prior.fusion import Source, stored_names
+from ..prior.names import module_of
 from ..prior.quantized import with_rows
 from ..prior.stored import norm_of
 from ..prior.strengths import Strengths
@@ -95,7 +96,7 @@ class PriorBinding:
             )
         sources = {
             name: source.single.name if source.single else source
-            for name, source in self.prior.sources(named_parameters).items()
+            for name, source in coverage.sources.items()
             if all(part.name in self._alphas for part in source.parts)
         }
         if not sources:
@@ -109,6 +110,10 @@ class PriorBinding:
     def covers(self, name: str) -> bool:
         """Whether there is a delta for this parameter, which has been checked."""
         return name in self._sources
+
+    def module(self, name: str) -> str:
+        """The module (`names.MODULES`, or "other") of the delta of a parameter that is covered."""
+        return module_of(stored_names(self._sources[name])[0])
 
     def bind(self, named: Sequence[tuple[str, Tensor, Shard | None]]) -> list[BoundDelta | None]:
         """The delta of each parameter, of which this rank holds a shard or all, on its device; None where the prior has

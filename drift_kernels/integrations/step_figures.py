@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..optimizer import FusedDriftAdamW
-from ..prior.names import MODULES, canonical_name, module_of
+from ..prior.names import MODULES
 
 
 def unwrap_optimizer(optimizer: Any) -> FusedDriftAdamW:
@@ -39,10 +39,9 @@ def step_figures(optimizer: Any, prefix: str = "prior/") -> dict[str, float]:
     cosine, ratio = drift.prior_cosine, drift.prior_ratio
     if cosine is None or ratio is None:
         return figures
-    modules = [module_of(canonical_name(name)) for name in drift.prior_names]
     values = dict(zip(("cosine", "ratio"), torch.stack([cosine, ratio]).tolist(), strict=True))
     for figure, of_tensors in values.items():
         for group in (*MODULES, "other"):
-            if members := [v for v, module in zip(of_tensors, modules, strict=True) if module == group]:
+            if members := [v for v, module in zip(of_tensors, drift.prior_modules, strict=True) if module == group]:
                 figures[f"{prefix}{figure}/{group}"] = fmean(members)
     return figures

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from .fusion import find_sources, of_all_experts, of_one_expert
+from .fusion import Source, find_sources, of_all_experts, of_one_expert
 from .names import module_of, natural_key, some
 
 Shape = tuple[int, ...]
@@ -21,7 +21,7 @@ class Coverage:
     shape_mismatches: list[tuple[str, str, Shape, Shape]]  # parameter name, prior name, parameter shape, prior shape
     prior_only: list[str]
     model_only: list[str]
-    _joined: ClassVar[tuple[int, int]] = (0, 0)  # deltas that are bound joined, and the parameters that they make
+    sources: dict[str, Source] = field(default_factory=dict, repr=False)  # parameter name -> what its delta is made of
 
     @classmethod
     def of(cls, live: Iterable[tuple[str, str, Shape]], shapes: Mapping[str, Shape]) -> Coverage:
@@ -42,20 +42,21 @@ class Coverage:
                 shape_mismatches.append((param, name, shape, source.shape))
         used = {part.name for source in sources.values() for part in source.parts}
         prior_only = sorted(shapes.keys() - used, key=natural_key)
-        coverage = cls(matched, shape_mismatches, prior_only, model_only)
-        joined = [len(sources[param].parts) for param in matched if len(sources[param].parts) > 1]
-        object.__setattr__(coverage, "_joined", (sum(joined), len(joined)))
-        return coverage
+        return cls(matched, shape_mismatches, prior_only, model_only, sources)
 
     @property
     def complete(self) -> bool:
         """Every delta of the prior is bound."""
         return not self.prior_only and not self.shape_mismatches
 
+    def names(self) -> dict[str, Any]:
+        """The names of both sides, for JSON: all but the sources."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "sources"}
+
     def summary(self) -> str:
         """The counts, with a few names of whatever did not match."""
-        joined, parameters = self._joined
-        bound = len(self.matched) - parameters + joined
+        parts = [len(self.sources[param].parts) for param in self.matched]
+        bound, joined, parameters = sum(parts), sum(n for n in parts if n > 1), sum(n > 1 for n in parts)
         deltas = bound + len(self.shape_mismatches) + len(self.prior_only)
         lines = [f"{bound} of {deltas} deltas are bound to parameters"]
         if self.shape_mismatches:

@@ -18,7 +18,7 @@ from .assembly import assemble, assembled_info
 from .coverage import Coverage
 from .files import inspect_shards
 from .fingerprint import fingerprint_of_deltas
-from .fusion import Source, find_sources
+from .fusion import Source
 from .hub import local_folder
 from .names import canonical_name, natural_key
 from .plausible import check_values
@@ -130,7 +130,7 @@ class Prior:
         return sum(math.prod(info.shape) for info in self._infos.values())
 
     def info(self, name: str | Source) -> DeltaInfo:
-        """What is known about the delta of a canonical name, or of one that is made of several (`sources`). Raises
+        """What is known about the delta of a canonical name, or of one that is made of several (`coverage`). Raises
         KeyError when there is none."""
         if isinstance(name, Source):
             return assembled_info(name, self._infos, lambda part: norm_of(self.load_stored(part.name, box=part.of)))
@@ -210,15 +210,6 @@ class Prior:
                 progress(done, self.numel)
         return Verification(by_checksum=checked[True], by_norm=checked[False], faults=faults)
 
-    def sources(self, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Source]:
-        """What the delta of each live parameter is made of, by live name, for those that have one.
-
-        That is a delta of the parameter's name; or, where the model holds in memory other tensors than its checkpoint
-        (transformers 5 fuses experts), the deltas of what it is made of. Raises PriorMismatchError when two parameters
-        claim one delta.
-        """
-        return find_sources(self._live(named_parameters), self._shapes())
-
     def _live(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str, tuple[int, ...]]]:
         """Live name, canonical name and shape. Names that are not known are aligned by shape, which is logged."""
         rules = self.record.get("name_map") or {}
@@ -234,6 +225,9 @@ class Prior:
 
     def coverage(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Coverage:
         """How live parameters and deltas match by canonical name and shape; values are not looked at.
+
+        A parameter's delta is the one of its name; or, where the model holds in memory other tensors than its
+        checkpoint (transformers 5 fuses experts), it is made of the deltas of what the parameter is made of.
 
         Raises PriorMismatchError when two parameters claim one delta.
         """

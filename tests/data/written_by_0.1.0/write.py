@@ -115,14 +115,18 @@ def _write_checkpoint(folder: Path, weights: dict[str, Tensor]) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+COVERAGE = ("matched", "shape_mismatches", "prior_only", "model_only")
+
+
 def described(prior: Prior, shapes: Shapes) -> dict[str, Any]:
     """What a prior says of itself and of a model, as JSON has it."""
+    coverage = prior.coverage(live_model(shapes))
     infos = {name: {**asdict(prior.info(name)), "dtype": str(prior.info(name).dtype)} for name in prior.names}
     content = {
         "fingerprint": prior.fingerprint,
         "infos": infos,
         "deltas": {name: digest(prior.load(name)) for name in prior.names},
-        "coverage": asdict(prior.coverage(live_model(shapes))),
+        "coverage": {key: getattr(coverage, key) for key in COVERAGE},
     }
     return json.loads(json.dumps(content))
 
