@@ -31,6 +31,9 @@ class Config(Sequence[float]):
     def __getitem__(self, index: Any) -> Any:
         return self._values[index]
 
+    def __repr__(self) -> str:
+        return f"Config{self._values}"
+
     def __len__(self) -> int:
         return len(self._values)
 
