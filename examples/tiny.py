@@ -121,7 +121,7 @@ def _train(model: nn.Module, params: Iterable[nn.Parameter], answers: Iterable[C
 
 
 @cache
-def _base_and_expert() -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
+def base_and_expert() -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
     rng = random.Random(2)
     base = new_model()
     _train(base, base.parameters(), [lambda _: rng.randrange(10)] * 50)
@@ -137,12 +137,12 @@ def biased(name: str) -> bool:
 
 def base_model() -> Qwen2ForCausalLM:
     """Where the fine-tuning starts; a copy of its own."""
-    return copy.deepcopy(_base_and_expert()[0])
+    return copy.deepcopy(base_and_expert()[0])
 
 
 def expert_prior() -> Prior:
     """expert - base, by parameter name."""
-    base, expert = (dict(model.named_parameters()) for model in _base_and_expert())
+    base, expert = (dict(model.named_parameters()) for model in base_and_expert())
     return {name: (expert[name] - base[name]).detach() for name in base if biased(name)}
 
 

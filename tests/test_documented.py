@@ -1,0 +1,239 @@
+"""Every code block of the README and of docs, run as printed on a tiny model: its stand-ins are defined here."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+import ranks
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from accelerate import Accelerator
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+
+import drift_kernels
+from drift_kernels import FusedDriftAdamW
+from drift_kernels.cli import main
+from drift_kernels.integrations import named_groups, step_figures, unwrap_optimizer
+from examples import tiny
+
+ROOT = Path(__file__).parents[1]
+EXPERT, BASE = "DeepSeek-R1-Distill-Qwen-7B", "Qwen2.5-VL-7B-Instruct"
+
+
+# Each block, by words that no other has.
+BLOCKS = {
+    "a better AdamW": "lr=1e-5, weight_decay=0.01",
+    "bfloat16": "# unbiased, no memory more",
+    "with a prior": "linear_anneal(total_steps // 2)",
+    "in the backward pass": "optimizer.attach_to_backward()",
+    "any optimizer": "bias.apply_()",
+    "Trainer": "optimizer_cls_and_kwargs=drift_adamw",
+    "Accelerate": "accelerator.prepare",
+    "Lightning": "def configure_optimizers(self)",
+    "fully_shard": "fully_shard(model)",
+    "saving": "dcp.save(",
+    "going on": "dcp.load(",
+}
+
+
+def blocks() -> list[str]:
+    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    return [block for text in texts for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
+
+
+def run(which: str, names: dict[str, Any]) -> None:
+    """A block with these names; what it defines is added to them."""
+    (block,) = [block for block in blocks() if BLOCKS[which] in block]
+    exec(block, names)
+
+
+def test_no_block_is_left_out() -> None:
+    assert sorted(BLOCKS.values()) == sorted(words for block in blocks() for words in BLOCKS.values() if words in block)
+    assert len(blocks()) == len(BLOCKS)
+    assert all(f'    run("{which}", ' in Path(__file__).read_text() for which in BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both checkpoints and, after the README's commands, the prior."""
+    folder = tmp_path_factory.mktemp("documented")
+    base, expert = tiny.base_and_expert()
+    base.save_pretrained(folder / BASE)
+    expert.save_pretrained(folder / EXPERT)
+    commands = re.findall(r"^    drift-prior (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["build", "inspect", "check"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in commands:
+            assert main(shlex.split(command)) == 0
+    assert (folder / "prior.png").stat().st_size > 0
+    return folder
+
+
+@pytest.fixture
+def given(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the blocks take for granted, in the folder of the prior."""
+    monkeypatch.chdir(checkpoints)
+    batch = tiny.together([tiny.encoded(pair) for pair in tiny.training_pairs(8)])
+    return {
+        "torch": torch,
+        "model": tiny.base_model().train(),
+        "loader": [batch] * 3,
+        "total_steps": 6,
+        **{name: getattr(drift_kernels, name) for name in ("AlphaScheduler", "FusedDriftAdamW", "linear_anneal")},
+    }
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def moved(model: nn.Module, before: list[Tensor]) -> bool:
+    return not any(map(torch.equal, weights(model), before))
+
+
+def check_biased(optimizer: FusedDriftAdamW) -> None:
+    assert len(optimizer.prior_names) == len(tiny.expert_prior())
+
+
+# The README
+
+
+def test_a_better_adamw(given: dict[str, Any]) -> None:
+    run("a better AdamW", given)
+    before = weights(given["model"])
+    given["model"](**given["loader"][0]).loss.backward()
+    given["optimizer"].step()
+    assert moved(given["model"], before)
+
+
+def test_bfloat16_weights(given: dict[str, Any]) -> None:
+    made = []
+    model = given["model"].to(torch.bfloat16)
+    run("bfloat16", {"model": model, "FusedDriftAdamW": lambda *args, **kwargs: made.append((args, kwargs))})
+    assert len(made) == 3
+    for _, options in made:
+        tuned = copy.deepcopy(model)
+        before, optimizer = weights(tuned), FusedDriftAdamW(tuned.parameters(), **options)
+        tuned(**given["loader"][0]).loss.backward()
+        optimizer.step()
+        assert not all(map(torch.equal, weights(tuned), before))
+
+
+def test_with_a_prior_and_in_the_backward_pass(given: dict[str, Any]) -> None:
+    before = weights(given["model"])
+    run("with a prior", given)
+    check_biased(given["optimizer"])
+    assert moved(given["model"], before)
+    assert given["optimizer"].param_groups[0]["alpha"] == 0  # it has been annealed
+    before = weights(given["model"])
+    run("in the backward pass", given)
+    assert moved(given["model"], before)
+    assert all(param.grad is None for param in given["model"].parameters())
+    given["handle"].remove()
+
+
+def test_any_optimizer(given: dict[str, Any]) -> None:
+    run("any optimizer", given)
+    plain = tiny.base_model().train()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-6)
+    for batch in given["loader"]:
+        plain(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not all(map(torch.equal, weights(given["model"]), weights(plain)))
+
+
+def test_transformers_trainer(given: dict[str, Any]) -> None:
+    given |= {
+        "Trainer": transformers.Trainer,
+        "TrainingArguments": lambda *args, **options: transformers.TrainingArguments(
+            *args, **options, use_cpu=True, max_steps=2, logging_steps=1, report_to="none", save_strategy="no"
+        ),
+        "dataset": [tiny.encoded(pair) for pair in tiny.training_pairs(16)],
+    }
+    run("Trainer", given)
+    given["trainer"].train()
+    check_biased(unwrap_optimizer(given["trainer"].optimizer))
+    assert "prior/cosine/attn" in given["trainer"].state.log_history[0]
+
+
+def test_accelerate(given: dict[str, Any]) -> None:
+    logged = []
+    accelerator = Accelerator(cpu=True)
+    accelerator.log = logged.append  # type: ignore[method-assign]
+    given |= {"accelerator": accelerator, "lr_schedule": None}
+    run("Accelerate", given)
+    accelerator.backward(given["model"](**given["loader"][0]).loss)
+    given["optimizer"].step()
+    check_biased(unwrap_optimizer(given["optimizer"]))
+    assert logged == [{}]  # there had been no step
+    assert "prior/cosine/mlp" in step_figures(given["optimizer"])
+
+
+def test_lightning(given: dict[str, Any]) -> None:
+    given |= {"named_groups": named_groups, "CosineAnnealingLR": CosineAnnealingLR}
+    run("Lightning", given)
+
+    class FineTuning(LightningModule):
+        configure_optimizers = given["configure_optimizers"]
+        lr_scheduler_step = given["lr_scheduler_step"]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = given["model"]
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            return self.model(**batch).loss
+
+    rows = [tiny.encoded(pair) for pair in tiny.training_pairs(16)]
+    options = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, **options)
+    trainer.fit(FineTuning(), DataLoader(rows, 8))
+    optimizer = unwrap_optimizer(trainer.optimizers[0])
+    check_biased(optimizer)
+    assert [group["alpha"] for group in optimizer.param_groups] == [0.998, 0.998]  # two steps of the schedule
+
+
+# docs/distributed.md
+
+
+def several_processes(folder: Path) -> list[list[Tensor]]:
+    """Parameters after two steps: in one go, and with a checkpoint between them."""
+    os.chdir(folder)
+    tools = {f.__name__: f for f in (FusedDriftAdamW, fully_shard, get_state_dict, set_state_dict)}
+    batch = tiny.together([tiny.encoded(pair) for pair in tiny.training_pairs(8)])
+    found, given = [], {}
+    for goes_on in (False, True):
+        given = tools | {"dcp": dcp, "folder": str(folder / "checkpoint"), "model": tiny.base_model()}
+        run("fully_shard", given)
+        if goes_on:
+            run("going on", given)
+        for step in (1,) if goes_on else (0, 1):
+            given["model"](**batch).loss.backward()
+            given["optimizer"].step()
+            given["optimizer"].zero_grad()
+            check_biased(given["optimizer"])
+            if step == 0:
+                run("saving", given)
+        found.append([param.full_tensor() for param in weights(given["model"])])
+    return found
+
+
+def test_several_processes(checkpoints: Path, tmp_path: Path) -> None:
+    for straight, resumed in ranks.run(several_processes, 2, tmp_path, checkpoints):
+        assert all(map(torch.equal, straight, resumed))
