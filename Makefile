@@ -12,7 +12,7 @@ demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real 
 	$(BIN)/python -m examples.digit_sums --short
 
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 # With the python3 that is there, and what it has: such a machine often has no network.
 gpu:  ## make gpu OUT=folder: on a machine with a GPU, builds, tests and measures there; ends within 10 minutes

@@ -1,11 +1,16 @@
-"""What cuobjdump says of compiled kernels: opcodes, registers, memory."""
+"""What cuobjdump says of compiled kernels: opcodes, registers, memory.
+
+python tests/disassembly.py EXTENSION ARCH      prints JSON: one object for each kernel
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,3 +73,7 @@ def assert_nothing_was_contracted(name: str, sass: Mapping[str, int], ptx: Mappi
     additions = scalars(ptx, "add.rn.f32", "add.rn.f32x2", "sub.rn.f32", "sub.rn.f32x2")
     assert scalars(sass, "FADD", "FADD2") >= additions, name
     assert scalars(sass, "FMUL", "FMUL2") == scalars(ptx, "mul.rn.f32", "mul.rn.f32x2"), name
+
+
+if __name__ == "__main__":
+    json.dump(kernels(Path(sys.argv[1]), "-arch", sys.argv[2]), sys.stdout)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ast
-import atexit
 import ctypes
 import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from background import OUT, Product
 from torch import Tensor
 
 from drift_kernels.kernels.layout import mismatch
@@ -35,29 +33,18 @@ class _Plan(ctypes.Structure):
     ]
 
 
-@cache
-def begin() -> tuple[tempfile.TemporaryDirectory[str], subprocess.Popen[bytes]] | None:
-    """Compiles while other tests run; where the library goes, and the compiler."""
-    if COMPILER is None or torch.cuda.is_available():
-        return None
-    folder = tempfile.TemporaryDirectory()
-    compiler = subprocess.Popen([COMPILER, *FLAGS.split(), str(SOURCE), "-o", f"{folder.name}/grid.so"])
-    atexit.register(compiler.kill)
-    return folder, compiler
+LIBRARY = Product("grid.so", [str(COMPILER), *FLAGS.split(), SOURCE, "-o", OUT])
 
 
-@cache
-def _built() -> ctypes.CDLL:
-    begun = begin()
-    assert begun is not None
-    folder, compiler = begun
-    assert compiler.wait() == 0
-    return ctypes.CDLL(f"{folder.name}/grid.so")
+def begin() -> None:
+    """Compiles while other tests run."""
+    if COMPILER is not None and not torch.cuda.is_available():
+        LIBRARY.begin()
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = _built()
+    library = ctypes.CDLL(str(LIBRARY.path()))
     library.layout.restype = ctypes.c_char_p
     reason = mismatch(SimpleNamespace(LAYOUT=ast.literal_eval(library.layout().decode())))
     assert reason is None, reason

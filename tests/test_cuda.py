@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import disassembly
 import grid
 import pytest
 import torch
+from background import Product
 from problems import BF16, DEVICE, F32, GRID, Problem, assert_same_bits, coefficients, run, tensors_of
 
 from drift_kernels.kernels import backends
@@ -60,24 +61,19 @@ def built() -> Path | str:
 
 
 @cache
-def disassembling() -> dict[str, Future[Kernels]]:
-    """Of every architecture, while other tests run."""
+def listings() -> dict[str, Product]:
+    """Of every architecture, what tests/disassembly.py says."""
     found = built()
     if isinstance(found, str):
         return {}
     archs = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", disassembly.run("-lelf", found))))
-
-    def kernels(arch: str) -> Kernels:
-        of_arch = disassembly.kernels(found, "-arch", arch)
-        return dict(zip(demangled(list(of_arch)), of_arch.values(), strict=True))
-
-    pool = ThreadPoolExecutor(os.cpu_count())
-    return {arch: pool.submit(kernels, arch) for arch in archs}
+    return {arch: Product(f"{arch}.json", [sys.executable, disassembly.__file__, found, arch]) for arch in archs}
 
 
 def begin() -> None:
     grid.begin()
-    disassembling()
+    for product in listings().values():
+        product.begin()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +87,8 @@ def extension() -> Path:
 
 @pytest.fixture(scope="module")
 def by_arch(extension: Path) -> dict[str, Kernels]:
-    return {arch: kernels.result() for arch, kernels in disassembling().items()}
+    found = {arch: json.loads(product.path().read_text()) for arch, product in listings().items()}
+    return {arch: dict(zip(demangled(list(of)), of.values(), strict=True)) for arch, of in found.items()}
 
 
 def each(by_arch: dict[str, Kernels], kernel: str) -> Iterator[tuple[str, list[int], Counter[str]]]:

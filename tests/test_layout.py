@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import shutil
@@ -10,15 +9,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import background
 import grid
 import pybind11
 import pytest
 import torch
+from background import Product
 from torch import nn
 
 from drift_kernels import BackendUnavailableError, FusedDriftAdamW
@@ -185,27 +186,30 @@ print(json.dumps([drift_kernels.__file__, refused, same, arithmetic._compiled, c
 """
 
 
-@cache
-def begin() -> tuple[tempfile.TemporaryDirectory[str], dict[Path, subprocess.Popen[bytes]]] | None:
-    """Compiles sources in which a row has one field more, while other tests run: the baseline's kernels alone. Where,
-    and the objects with their compilers."""
-    if grid.COMPILER is None:
-        return None
-    temporary = tempfile.TemporaryDirectory()
-    folder = Path(temporary.name)
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    replace(folder / "csrc/table.h", "  FIELD(int64_t, numel) ", "  FIELD(uint64_t, extra) FIELD(int64_t, numel) ")
-    replace(folder / "csrc/cpu/module.cpp", "#if defined(__x86_64__)", "#if 0")
+def objects() -> list[Product]:
+    """Compiled sources in which a row has one field more: the baseline's kernels alone."""
     flags = [
         *("-std=c++17", "-O0", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
         *(f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))),
     ]
-    compilers = {}
-    for name in ("module", "kernels_baseline"):
-        command = [grid.COMPILER, *flags, "-c", f"{folder}/csrc/cpu/{name}.cpp", "-o", f"{folder}/{name}.o"]
-        compilers[folder / f"{name}.o"] = subprocess.Popen(command)
-        atexit.register(compilers[folder / f"{name}.o"].kill)
-    return temporary, compilers
+    changed = background.folder() / "csrc"
+    if not changed.exists():
+        copy = Path(tempfile.mkdtemp(dir=background.folder()), "csrc")
+        shutil.copytree(ROOT / "csrc", copy)
+        replace(copy / "table.h", "  FIELD(int64_t, numel) ", "  FIELD(uint64_t, extra) FIELD(int64_t, numel) ")
+        replace(copy / "cpu/module.cpp", "#if defined(__x86_64__)", "#if 0")
+        with suppress(OSError):  # another worker was first
+            copy.rename(changed)
+    return [
+        Product(f"{name}.o", [str(grid.COMPILER), *flags, "-c", changed / f"cpu/{name}.cpp", "-o", background.OUT])
+        for name in ("module", "kernels_baseline")
+    ]
+
+
+def begin() -> None:
+    if grid.COMPILER is not None:
+        for product in objects():
+            product.begin()
 
 
 @pytest.mark.skipif(grid.COMPILER is None, reason="there is no C++ compiler")
@@ -214,12 +218,9 @@ def test_an_extension_that_was_really_built_for_another_is_refused(tmp_path: Pat
     they are of other sources."""
     package = tmp_path / "drift_kernels"
     shutil.copytree(ROOT / "drift_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    begun = begin()
-    assert begun is not None
-    assert [compiler.wait() for compiler in begun[1].values()] == [0, 0]
     extension = package / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    linked = [str(grid.COMPILER), "-shared", "-fopenmp", *map(str, begun[1]), "-o", str(extension)]
-    subprocess.run(linked, check=True)
+    linked = [grid.COMPILER, "-shared", "-fopenmp", *(product.path() for product in objects()), "-o", extension]
+    subprocess.run([str(word) for word in linked], check=True)
 
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

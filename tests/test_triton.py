@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from background import Product
 from disassembly import assert_nothing_was_contracted
 from problems import BF16, DEVICE, F32, Problem, assert_same_bits, run
 
@@ -25,33 +23,28 @@ from drift_kernels.kernels.triton import backend
 triton = pytest.importorskip("triton")
 
 ARCHS = [80, 90, 100]
-NICE = ["nice"] if shutil.which("nice") else []
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "None": 0}
 
 # For each architecture, what tests/sass.py says of each kernel.
 Kernels = dict[str, dict[str, Any]]
 
 
-@cache
-def begin() -> dict[int, subprocess.Popen[bytes]]:
-    """Processes where `triton.jit` compiles, while other tests run."""
+def compiled(arch: int) -> Product:
+    """What `triton.jit` makes, in a process where it compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    program = str(Path(__file__).with_name("sass.py"))
-    running = {
-        arch: subprocess.Popen([*NICE, sys.executable, program, str(arch)], stdout=subprocess.PIPE, env=environment)
-        for arch in ARCHS
-    }
-    for process in running.values():
-        atexit.register(process.kill)
-    return running
+    program = Path(__file__).with_name("sass.py")
+    return Product(f"triton-{arch}.json", [sys.executable, program, str(arch)], environment)
+
+
+def begin() -> None:
+    for arch in ARCHS:
+        compiled(arch).begin()
 
 
 @pytest.fixture(scope="module")
 def by_arch() -> dict[int, Kernels]:
-    outputs = {arch: process.communicate()[0] for arch, process in begin().items()}
-    assert all(process.returncode == 0 for process in begin().values())
-    return {arch: json.loads(output) for arch, output in outputs.items()}
+    return {arch: json.loads(compiled(arch).path().read_text()) for arch in ARCHS}
 
 
 @pytest.fixture(params=ARCHS)
