@@ -11,6 +11,7 @@ import pytest
 import torch
 from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, run, tensors_of, threads
 
+from drift_kernels.formats.blocks import BLOCK
 from drift_kernels.kernels import backends, reference
 from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.operands import Operands
@@ -118,6 +119,18 @@ def test_special_values(name: str, dtypes: tuple[torch.dtype | None, ...], modes
         problem.operands[0].exp_avg_sq.abs_()
     expected = run("reference", problem.clone(), steps=2)
     assert_same_bits(run(name, problem, steps=2), expected)
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000], ids=["positive", "negative"])
+def test_a_nan_of_either_sign_makes_the_scales_of_its_block_nan(name: str, bits: int) -> None:
+    problem = Problem.random([3 * BLOCK], (BF16, F32, INT8, None))
+    problem.grads[0].view(torch.int32)[BLOCK + 5] = bits
+    expected = run("reference", problem.clone(), steps=1)
+    assert_same_bits(run(name, problem, steps=1), expected)
+    for scale in (problem.operands[0].exp_avg_scale, problem.operands[0].exp_avg_sq_scale):
+        assert scale is not None
+        assert scale.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("name", available())
