@@ -1,4 +1,5 @@
 #define DRIFT_TARGET
 #define DRIFT_SET kBaseline
 #define DRIFT_NAME "baseline"
+#define DRIFT_UPDATE_CHUNK update_chunk
 #include "kernels_isa.inc"
