@@ -32,34 +32,54 @@ DRIFT_512 __m512i words(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(
 DRIFT_512 __m256i low(__m512i x) { return _mm512_castsi512_si256(x); }
 DRIFT_512 __m256i high(__m512i x) { return _mm512_extracti64x4_epi64(x, 1); }
 
+DRIFT_512 __m256i load_256(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
+DRIFT_512 __m128i load_128(const void* x) { return _mm_loadu_si128(static_cast<const __m128i*>(x)); }
+DRIFT_512 const char* after(const void* x, int bytes) { return static_cast<const char*>(x) + bytes; }
+
 // 32 unsigned halves, each in a word.
 template <Order kOrder>
-DRIFT_512 Bits widen(__m512i halves) {
+DRIFT_512 Bits widen(const void* halves) {
   if constexpr (kOrder == Order::kInOrder) {
-    return {_mm512_cvtepu16_epi32(low(halves)), _mm512_cvtepu16_epi32(high(halves))};
+    return {_mm512_cvtepu16_epi32(load_256(halves)), _mm512_cvtepu16_epi32(load_256(after(halves, 32)))};
   } else {
-    return {_mm512_and_si512(halves, words(0xffff)), _mm512_srli_epi32(halves, 16)};
+    const __m512i x = _mm512_loadu_si512(halves);
+    return {_mm512_and_si512(x, words(0xffff)), _mm512_srli_epi32(x, 16)};
   }
 }
 
-// Signed ones.
+// The even and the odd of 32 signed halves, each in a word.
+DRIFT_512 Bits split_signed(__m512i halves) {
+  return {_mm512_srai_epi32(_mm512_slli_epi32(halves, 16), 16), _mm512_srai_epi32(halves, 16)};
+}
+
 template <Order kOrder>
-DRIFT_512 Bits widen_signed(__m512i halves) {
+DRIFT_512 Bits widen_signed(const void* halves) {
   if constexpr (kOrder == Order::kInOrder) {
-    return {_mm512_cvtepi16_epi32(low(halves)), _mm512_cvtepi16_epi32(high(halves))};
+    return {_mm512_cvtepi16_epi32(load_256(halves)), _mm512_cvtepi16_epi32(load_256(after(halves, 32)))};
   } else {
-    return {_mm512_srai_epi32(_mm512_slli_epi32(halves, 16), 16), _mm512_srai_epi32(halves, 16)};
+    return split_signed(_mm512_loadu_si512(halves));
+  }
+}
+
+// 32 signed bytes, each in a word.
+template <Order kOrder>
+DRIFT_512 Bits widen_signed_bytes(const void* bytes) {
+  if constexpr (kOrder == Order::kInOrder) {
+    return {_mm512_cvtepi8_epi32(load_128(bytes)), _mm512_cvtepi8_epi32(load_128(after(bytes, 16)))};
+  } else {
+    return split_signed(_mm512_cvtepi8_epi16(load_256(bytes)));
   }
 }
 
 // Each half as the upper one of a word.
 template <Order kOrder>
-DRIFT_512 Bits as_upper(__m512i halves) {
+DRIFT_512 Bits as_upper(const void* halves) {
   if constexpr (kOrder == Order::kInOrder) {
     const Bits x = widen<kOrder>(halves);
     return {_mm512_slli_epi32(x.a, 16), _mm512_slli_epi32(x.b, 16)};
   } else {
-    return {_mm512_slli_epi32(halves, 16), _mm512_and_si512(halves, words(0xffff0000))};
+    const __m512i x = _mm512_loadu_si512(halves);
+    return {_mm512_slli_epi32(x, 16), _mm512_and_si512(x, words(0xffff0000))};
   }
 }
 
@@ -98,19 +118,18 @@ DRIFT_512 Floats load(const float* x) {
 
 template <Order kOrder>
 DRIFT_512 Floats load(const bfloat16* x) {
-  return floats(as_upper<kOrder>(_mm512_loadu_si512(x)));
+  return floats(as_upper<kOrder>(x));
 }
 
 template <Order kOrder>
 DRIFT_512 Floats load(const stochastic_bfloat16* x) {
-  return floats(as_upper<kOrder>(_mm512_loadu_si512(x)));
+  return floats(as_upper<kOrder>(x));
 }
 
 template <Order kOrder>
 DRIFT_512 Floats load(const float16* x) {
   static_assert(kOrder == Order::kInOrder);
-  const __m512i halves = _mm512_loadu_si512(x);
-  return {_mm512_cvtph_ps(low(halves)), _mm512_cvtph_ps(high(halves))};
+  return {_mm512_cvtph_ps(load_256(x)), _mm512_cvtph_ps(load_256(x + 16))};
 }
 
 DRIFT_512 Floats scaled(Bits codes, float scale) {
@@ -118,24 +137,26 @@ DRIFT_512 Floats scaled(Bits codes, float scale) {
   return {_mm512_mul_ps(_mm512_cvtepi32_ps(codes.a), s), _mm512_mul_ps(_mm512_cvtepi32_ps(codes.b), s)};
 }
 
-DRIFT_512 __m256i load_bytes(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
-
 template <Order kOrder>
 DRIFT_512 Floats decode(const int8_code* x, float scale) {
-  return scaled(widen_signed<kOrder>(_mm512_cvtepi8_epi16(load_bytes(x))), scale);
+  return scaled(widen_signed_bytes<kOrder>(x), scale);
 }
 
-DRIFT_512 __m512 decode_fp8(__m512i code, float scale) {
-  const __m512i magnitude = _mm512_slli_epi32(_mm512_and_si512(code, words(0x7f)), 20);
-  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(code, words(0x80)), 24);
-  const __m512i x = bits(_mm512_mul_ps(floats(magnitude), _mm512_set1_ps(0x1p120f)));
-  return _mm512_mul_ps(floats(_mm512_or_si512(x, sign)), _mm512_set1_ps(scale));
-}
-
+// By way of float16, which has all its numbers, 2^-8 of them: the processor's conversion is not slow where those are
+// subnormal.
 template <Order kOrder>
 DRIFT_512 Floats decode(const fp8_code* x, float scale) {
-  const Bits codes = widen<kOrder>(_mm512_cvtepu8_epi16(load_bytes(x)));
-  return {decode_fp8(codes.a, scale), decode_fp8(codes.b, scale)};
+  __m512i codes = _mm512_cvtepu8_epi16(load_256(x));
+  if constexpr (kOrder == Order::kEvenOdd) {
+    const __m512i even = counting_by_two(0), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    codes = _mm512_permutexvar_epi16(_mm512_inserti64x4(even, low(odd), 1), codes);
+  }
+  const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(codes, 8), _mm512_set1_epi16(-0x8000));
+  const __m512i magnitude = _mm512_and_si512(_mm512_slli_epi16(codes, 7), _mm512_set1_epi16(0x3f80));
+  const __m512i halves = _mm512_or_si512(sign, magnitude);
+  const __m512 back = _mm512_set1_ps(0x1p8f), s = _mm512_set1_ps(scale);
+  return {_mm512_mul_ps(_mm512_mul_ps(_mm512_cvtph_ps(low(halves)), back), s),
+          _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtph_ps(high(halves)), back), s)};
 }
 
 DRIFT_512 __m512 decode_moment(__m512i code, float scale) {
@@ -144,13 +165,14 @@ DRIFT_512 __m512 decode_moment(__m512i code, float scale) {
 }
 
 DRIFT_512 Floats decode(const moment_code* x, float scale) {
-  const Bits codes = widen_signed<Order::kInOrder>(_mm512_cvtepi8_epi16(load_bytes(x)));
+  const Bits codes = widen_signed_bytes<Order::kInOrder>(x);
   return {decode_moment(codes.a, scale), decode_moment(codes.b, scale)};
 }
 
 // As the variance, not its root.
 DRIFT_512 Floats decode(const variance_code* x, float scale) {
-  const Floats root = scaled(widen<Order::kInOrder>(_mm512_cvtepu8_epi16(load_bytes(x))), scale);
+  const Bits codes{_mm512_cvtepu8_epi32(load_128(x)), _mm512_cvtepu8_epi32(load_128(x + 16))};
+  const Floats root = scaled(codes, scale);
   return {_mm512_mul_ps(root.a, root.a), _mm512_mul_ps(root.b, root.b)};
 }
 
@@ -167,8 +189,8 @@ DRIFT_512 Floats load_delta(const Delta* x, const float* scales, int64_t i) {
 template <Order kOrder, class Param>
 DRIFT_512 Floats load_param(const Param* x, const Residual<Param>* residual, int64_t i) {
   if constexpr (std::is_same_v<Param, master_bfloat16>) {
-    const Bits upper = as_upper<kOrder>(_mm512_loadu_si512(x + i));
-    const Bits rest = widen_signed<kOrder>(_mm512_loadu_si512(residual + i));
+    const Bits upper = as_upper<kOrder>(x + i);
+    const Bits rest = widen_signed<kOrder>(residual + i);
     return floats(Bits{_mm512_add_epi32(upper.a, rest.a), _mm512_add_epi32(upper.b, rest.b)});
   } else {
     return load<kOrder>(x + i);
@@ -222,7 +244,7 @@ DRIFT_512 void store(float16* x, Floats value, const uint32_t*) {
 // `random`: of these 32 elements.
 template <Order kOrder>
 DRIFT_512 void store(stochastic_bfloat16* x, Floats value, const uint32_t* random) {
-  const Bits more = widen<kOrder>(_mm512_loadu_si512(random));
+  const Bits more = widen<kOrder>(random);
   const Bits sum{_mm512_add_epi32(bits(value.a), more.a), _mm512_add_epi32(bits(value.b), more.b)};
   _mm512_storeu_si512(x, upper_halves<kOrder>(sum));
 }
@@ -236,6 +258,37 @@ DRIFT_512 void store_param(Param* x, Residual<Param>* residual, int64_t i, Float
   } else {
     store<kOrder>(x + i, value, random);
   }
+}
+
+// The largest unsigned word of each of four registers.
+DRIFT_512 __m128i largest_of(const __m512i x[4]) {
+  const __m512i ab = _mm512_max_epu32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+  const __m512i cd = _mm512_max_epu32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+  const __m512i abcd = _mm512_max_epu32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_max_epu32(low(abcd), high(abcd));
+  return _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// The scales of blocks whose largest magnitudes have these bits, as scale_of of codes.h has them for one; and what
+// their elements are multiplied by.
+struct Scales {
+  alignas(16) float scale[4], inverse[4];
+};
+
+template <class T>
+DRIFT_512 Scales scales_of(__m128i largest) {
+  const __m128 limit = _mm_set1_ps(std::is_same_v<T, moment_code> ? 127.0f * 127.0f : 255.0f);
+  const __m128 least = _mm_set1_ps(0x1p-126f);
+  __m128 scale = _mm_div_ps(_mm_castsi128_ps(largest), limit);
+  const __mmask8 small = _mm_cmp_ps_mask(scale, least, _CMP_LT_OQ) & _mm_test_epi32_mask(largest, largest);
+  scale = _mm_mask_mov_ps(scale, small, least);
+  const __mmask8 not_finite = _mm_cmpge_epu32_mask(largest, _mm_set1_epi32(0x7f800000));
+  scale = _mm_mask_mov_ps(scale, not_finite, _mm_castsi128_ps(_mm_set1_epi32(0x7fc00000)));
+  const __mmask8 positive = _mm_cmp_ps_mask(scale, _mm_setzero_ps(), _CMP_GT_OQ);
+  Scales scales;
+  _mm_store_ps(scales.scale, scale);
+  _mm_store_ps(scales.inverse, _mm_maskz_div_ps(positive, _mm_set1_ps(1.0f), scale));
+  return scales;
 }
 
 // The codes of 16 moments, or of 16 roots; conversions round to nearest, ties to even.

@@ -125,46 +125,44 @@ DRIFT_512 void update_turns(const Stored<Param, Grad, State, Delta>& stored, con
   }
 }
 
-DRIFT_512 __m512i larger(__m512i largest, Floats x) {
-  const __m512i magnitude = words(0x7fffffff);
-  return _mm512_max_epu32(
-      largest, _mm512_max_epu32(_mm512_and_si512(bits(x.a), magnitude), _mm512_and_si512(bits(x.b), magnitude)));
-}
-
 // Where the states are codes: kPrepared elements at most, each step over several scale blocks before the next.
 template <class Param, class Grad, class Delta>
 DRIFT_512 void update_turns(const Stored<Param, Grad, int8_state, Delta>& stored, const Scalars& c,
                             Drawn<Param, int8_state>& drawn, int64_t first, int64_t count) {
   constexpr int kScales = kPrepared / kScaleBlock;
+  static_assert(kScales == 4, "largest_of takes four");
   alignas(64) float exp_avg[kPrepared], root[kPrepared];
-  uint32_t largest_moment[kScales], largest_root[kScales];
+  __m512i moments[kScales] = {}, roots[kScales] = {};  // the largest in each lane
+  const __m512i magnitude = words(0x7fffffff);
   for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
     const int64_t block = begin / kScaleBlock, end = begin + kScaleBlock < count ? begin + kScaleBlock : count;
     const float moment_scale = stored.exp_avg_scale[block], variance_scale = stored.exp_avg_sq_scale[block];
-    __m512i moments = _mm512_setzero_si512(), roots = _mm512_setzero_si512();
+    __m512i largest_moment = _mm512_setzero_si512(), largest_root = _mm512_setzero_si512();
     for (int64_t i = begin; i < end; i += kTurn) {
       const Updated u = updated<Order::kInOrder>(stored, i, decode(stored.exp_avg + i, moment_scale),
                                                  decode(stored.exp_avg_sq + i, variance_scale), c);
       store_param<Order::kInOrder>(stored.param, stored.residual, i, u.param, drawn.param.words_from((first + i) / 2));
       store<Order::kInOrder>(exp_avg + i, u.exp_avg, nullptr);
       store<Order::kInOrder>(root + i, u.root, nullptr);
-      moments = larger(moments, u.exp_avg);
-      roots = larger(roots, u.root);
+      const Bits moment = bits(u.exp_avg), variance = bits(u.root);
+      largest_moment = _mm512_max_epu32(largest_moment, _mm512_max_epu32(_mm512_and_si512(moment.a, magnitude),
+                                                                         _mm512_and_si512(moment.b, magnitude)));
+      largest_root = _mm512_max_epu32(largest_root, _mm512_max_epu32(variance.a, variance.b));
     }
-    largest_moment[block] = _mm512_reduce_max_epu32(moments);
-    largest_root[block] = _mm512_reduce_max_epu32(roots);
+    moments[block] = largest_moment;
+    roots[block] = largest_root;
   }
+  const Scales of_moments = scales_of<moment_code>(largest_of(moments));
+  const Scales of_roots = scales_of<variance_code>(largest_of(roots));
   for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
     const int64_t block = begin / kScaleBlock, end = begin + kScaleBlock < count ? begin + kScaleBlock : count;
-    const float moment_scale = scale_of<moment_code>(largest_moment[block]);
-    const float variance_scale = scale_of<variance_code>(largest_root[block]);
-    stored.exp_avg_scale[block] = moment_scale;
-    stored.exp_avg_sq_scale[block] = variance_scale;
-    const __m512 of_moments = _mm512_set1_ps(inverse_of(moment_scale));
-    const __m512 of_roots = _mm512_set1_ps(inverse_of(variance_scale));
+    stored.exp_avg_scale[block] = of_moments.scale[block];
+    stored.exp_avg_sq_scale[block] = of_roots.scale[block];
+    const __m512 moment_inverse = _mm512_set1_ps(of_moments.inverse[block]);
+    const __m512 root_inverse = _mm512_set1_ps(of_roots.inverse[block]);
     for (int64_t i = begin; i < end; i += 16) {
-      const __m128i moment_codes = code_of_moments(_mm512_load_ps(exp_avg + i), of_moments);
-      const __m128i root_codes = code_of_roots(_mm512_load_ps(root + i), of_roots);
+      const __m128i moment_codes = code_of_moments(_mm512_load_ps(exp_avg + i), moment_inverse);
+      const __m128i root_codes = code_of_roots(_mm512_load_ps(root + i), root_inverse);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(stored.exp_avg + i), moment_codes);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(stored.exp_avg_sq + i), root_codes);
     }
