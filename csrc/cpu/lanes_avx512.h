@@ -305,7 +305,8 @@ DRIFT_512 __m128i code_of_roots(__m512 x, __m512 inverse) {
   return _mm512_cvtepi32_epi8(_mm512_mask_max_epi32(code, above_zero, code, words(1)));
 }
 
-// The random bits of kPrepared elements whose eights follow one another from `first` on: eight calls of Philox at a
+// The random bits of kPrepared elements whose eights follow one another from `first` on, without a carry to their upper
+// words (what is the same in all calls is then left to be computed once): eight calls of Philox at a
 // time, a word of each in 64 bits, of which the upper half is not looked at.
 DRIFT_512 void draw_eights(const RandomBits& random, Stream stream, int64_t first, uint32_t* out) {
   __m512i keys[kPhiloxRounds][2];
@@ -313,23 +314,33 @@ DRIFT_512 void draw_eights(const RandomBits& random, Stream stream, int64_t firs
     keys[round][0] = words(static_cast<uint32_t>(random.key) + static_cast<uint32_t>(round) * 0x9E3779B9u);
     keys[round][1] = words(static_cast<uint32_t>(random.key >> 32) + static_cast<uint32_t>(round) * 0xBB67AE85u);
   }
-  constexpr int kXor = 0x96;
+  constexpr int kXor = 0x96, kTogether = 2;
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // that the words come out in theirs
+  const __m512i high_word = words(static_cast<uint32_t>(first >> 32) | static_cast<uint32_t>(stream) << 30);
   __m512i index = _mm512_add_epi64(_mm512_set1_epi64(first), order);
-  for (int64_t i = 0; i < kPrepared / 2; i += kTurn, index = _mm512_add_epi64(index, _mm512_set1_epi64(8))) {
-    __m512i x0 = index, x2 = words(random.step), x3 = _mm512_setzero_si512();
-    __m512i x1 = _mm512_or_si512(_mm512_srli_epi64(index, 32), words(static_cast<uint32_t>(stream) << 30));
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const __m512i a = _mm512_mul_epu32(x0, words(0xD2511F53u)), b = _mm512_mul_epu32(x2, words(0xCD9E8D57u));
-      x0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), x1, keys[round][0], kXor);
-      x2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), x3, keys[round][1], kXor);
-      x1 = b;
-      x3 = a;
+  for (int64_t i = 0; i < kPrepared / 2; i += kTogether * kTurn) {
+    __m512i x0[kTogether], x1[kTogether], x2[kTogether], x3[kTogether];
+    for (int k = 0; k < kTogether; ++k, index = _mm512_add_epi64(index, _mm512_set1_epi64(8))) {
+      x0[k] = index;
+      x1[k] = high_word;
+      x2[k] = words(random.step);
+      x3[k] = _mm512_setzero_si512();
     }
-    const __m512i first_words = _mm512_mask_blend_epi32(0xAAAA, x0, _mm512_slli_epi64(x1, 32));
-    const __m512i last_words = _mm512_mask_blend_epi32(0xAAAA, x2, _mm512_slli_epi64(x3, 32));
-    _mm512_storeu_si512(out + i, _mm512_unpacklo_epi64(first_words, last_words));
-    _mm512_storeu_si512(out + i + 16, _mm512_unpackhi_epi64(first_words, last_words));
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int k = 0; k < kTogether; ++k) {
+        const __m512i a = _mm512_mul_epu32(x0[k], words(0xD2511F53u)), b = _mm512_mul_epu32(x2[k], words(0xCD9E8D57u));
+        x0[k] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), x1[k], keys[round][0], kXor);
+        x2[k] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), x3[k], keys[round][1], kXor);
+        x1[k] = b;
+        x3[k] = a;
+      }
+    }
+    for (int k = 0; k < kTogether; ++k) {
+      const __m512i first_words = _mm512_mask_blend_epi32(0xAAAA, x0[k], _mm512_slli_epi64(x1[k], 32));
+      const __m512i last_words = _mm512_mask_blend_epi32(0xAAAA, x2[k], _mm512_slli_epi64(x3[k], 32));
+      _mm512_storeu_si512(out + i + k * kTurn, _mm512_unpacklo_epi64(first_words, last_words));
+      _mm512_storeu_si512(out + i + k * kTurn + 16, _mm512_unpackhi_epi64(first_words, last_words));
+    }
   }
 }
 

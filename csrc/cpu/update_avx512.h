@@ -100,8 +100,8 @@ struct Drawn {
   static DRIFT_512 void draw(RandomBlock<T>& block, const RandomBits& random, Stream stream, int64_t begin) {
     if constexpr (kStochastic<T>) {
       const Place& place = *random.place;
-      const int64_t first = place.whole_index(begin);
-      if (place.keeps_eights() && place.whole_index(begin + kPrepared - 8) == first + kPrepared - 8) {
+      const int64_t first = place.whole_index(begin), last = place.whole_index(begin + kPrepared - 8);
+      if (place.keeps_eights() && last - first == kPrepared - 8 && first >> 35 == last >> 35) {
         draw_eights(random, stream, first >> 3, block.words());
       } else {
         block.draw(random, stream, begin);
