@@ -10,6 +10,15 @@ DRIFT_512 Floats plus_products(Floats sum, Floats x, Floats y) {
   return {_mm512_add_ps(sum.a, _mm512_mul_ps(x.a, y.a)), _mm512_add_ps(sum.b, _mm512_mul_ps(x.b, y.b))};
 }
 
+// Lane by lane, in this order.
+DRIFT_512 void add_lanes(double& sum, const float* lanes) {
+  alignas(64) double wide[kTurn];
+  for (int i = 0; i < kTurn; i += 8) _mm512_store_pd(wide + i, _mm512_cvtps_pd(_mm256_load_ps(lanes + i)));
+  double total = sum;
+  for (int lane = 0; lane < kTurn; ++lane) total += wide[lane];
+  sum = total;
+}
+
 template <class Grad, class Delta>
 DRIFT_512 Sums sum_chunk(const Row& row, uint64_t grad_address, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = 64 * kTurn;
@@ -39,10 +48,8 @@ DRIFT_512 Sums sum_chunk(const Row& row, uint64_t grad_address, int64_t begin, i
         of_delta[lane] += g * value(delta[i], kCoded<Delta> ? scales[i / kScaleBlock] : 1.0f);
       }
     }
-    for (int lane = 0; lane < kTurn; ++lane) {
-      sums.grad_grad += of_grad[lane];
-      sums.grad_delta += of_delta[lane];
-    }
+    add_lanes(sums.grad_grad, of_grad);
+    if constexpr (kHasDelta) add_lanes(sums.grad_delta, of_delta);
   }
   return sums;
 }
