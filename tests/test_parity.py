@@ -229,11 +229,24 @@ def test_sums_keep_their_bound_where_every_rounding_errs_alike(name: str, offset
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="instruction sets are the cpu backend's")
-def test_every_instruction_set_gives_the_same_bits() -> None:
+@pytest.mark.parametrize(
+    ("dtypes", "modes"),
+    [
+        ((BF16, BF16, BF16, BF16), {}),
+        ((F32, F32, F32, None), {}),
+        ((F16, F16, BF16, F32), {}),
+        ((BF16, BF16, F32, FP8), {"master": True}),
+        ((BF16, BF16, BF16, BF16), {"stochastic": True}),
+        ((BF16, F32, INT8, INT8), {"stochastic": True}),
+    ],
+)
+def test_every_instruction_set_gives_the_same_bits(
+    dtypes: tuple[torch.dtype | None, ...], modes: dict[str, bool]
+) -> None:
     from drift_kernels import _cpu
 
     sets = _cpu.instruction_sets()
-    problem = Problem.random([1, 1000, 40_001], (BF16, BF16, BF16, BF16))
+    problem = Problem.random([1, 1000, 40_001], dtypes, **modes)
     stats, outputs = [], []
     try:
         for name in sets:
