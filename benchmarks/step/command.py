@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     problem = Problem.random(named_shapes, args.modules, dtype, device)
     contenders = [entry.make(problem) for entry in entries]
     if with_copy and streams.wanted(args.contenders):
-        contenders += map(streams.streams, [one for one in contenders if one.name == "cpu"])
+        contenders = [each for one in contenders for each in streams.beside(one)]
     if with_copy:
         contenders.insert(0, copy(problem))
     timings = measure(contenders, device, args.reps)

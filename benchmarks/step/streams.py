@@ -50,6 +50,11 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(library)
 
 
+def beside(one: Contender) -> list[Contender]:
+    """A contender, and its streams if it is of the cpu backend."""
+    return [one, streams(one)] if one.name == "cpu" else [one]
+
+
 def streams(ours: Contender) -> Contender:
     """Of a contender of the cpu backend, on whose parameters and states it works; it leaves their values."""
     _library()
