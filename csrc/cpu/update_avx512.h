@@ -214,13 +214,24 @@ struct Padded {
 };
 
 template <class Param, class Grad, class State, class Delta>
-DRIFT_512 void update_block(const Stored<Param, Grad, State, Delta>& stored, const Scalars& c,
-                            Drawn<Param, State>& drawn, int64_t count) {
+DRIFT_512 void update_block(const Stored<Param, Grad, State, Delta>& stored, const Coefficients& coefficients,
+                            const Scalars& c, Drawn<Param, State>& drawn, int64_t count) {
   constexpr bool kWhole = std::is_same_v<State, int8_state>;  // a scale is of all its block
   const int64_t whole = kWhole ? (count % kTurn == 0 ? count : 0) : count / kTurn * kTurn;
   if (whole != 0) update_turns(stored, c, drawn, 0, whole);
   const int64_t rest = count - whole;
   if (rest == 0) return;
+  if constexpr (!kWhole && !kStochastic<Param> && !kStochastic<State> && !kCoded<Delta>) {
+    // Without copies: a model has many small tensors.
+    Stored<Param, Grad, State, Delta> last = stored;
+    last.param += whole;
+    last.residual += whole;
+    last.grad += whole;
+    last.exp_avg += whole;
+    last.exp_avg_sq += whole;
+    last.delta += whole;
+    return drift::update_block(last, last.delta, coefficients, drawn.param, drawn.exp_avg, drawn.exp_avg_sq, rest);
+  }
   Padded<Param, Grad, State, Delta, kWhole ? kPrepared : kTurn> padded;
   update_turns(padded.of(stored, whole, rest), c, drawn, whole, (rest + kTurn - 1) / kTurn * kTurn);
   padded.back(stored, whole, rest);
@@ -237,7 +248,7 @@ DRIFT_512 void update_chunk(const Row& row, uint64_t grad, const Coefficients& c
   Drawn<Param, State> drawn;
   for (int64_t block = begin; block < end; block += kBlock) {
     drawn.draw(random, block);
-    update_block(Stored<Param, Grad, State, Delta>::of(row, grad, block), c, drawn,
+    update_block(Stored<Param, Grad, State, Delta>::of(row, grad, block), coefficients, c, drawn,
                  block + kBlock < end ? kBlock : end - block);
   }
 }
