@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.step import contender, libraries, lineup, measure, memory, peers
+from benchmarks.step import contender, libraries, lineup, measure, memory, peers, streams
 from benchmarks.step.modes import BY_LABEL, Mode
 from benchmarks.step.problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
 from drift_kernels.kernels import backends
+from drift_kernels.kernels.plan import Plan
 
 CPU = torch.device("cpu")
 BACKEND = "cpu" if backends.load("cpu").unavailable(CPU) is None else "reference"
@@ -161,6 +162,37 @@ def test_contenders_share_gradients_but_not_parameters() -> None:
 def parameters(one: contender.Contender) -> list[Tensor]:
     assert one.optimizer is not None
     return one.optimizer.param_groups[0]["params"]
+
+
+@pytest.mark.skipif(BACKEND != "cpu" or streams.compiler() is None, reason="needs the cpu backend and a compiler")
+@pytest.mark.parametrize("label", ["bf16 states", "fp32 states, master", "int8 states, stochastic, int8 prior"])
+@pytest.mark.parametrize("scaling", [None, "gradnorm"])
+def test_streams_visit_every_buffer_of_a_step_and_leave_its_values(
+    label: str, scaling: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem.random(MEDIUM, ["mlp"], torch.bfloat16, CPU)
+    ours = contender.drift(problem, BACKEND, scaling, BY_LABEL[label])
+    ours.step()
+    kept = [t for state in ours.optimizer.state.values() for key, t in state.items() if key != "step"]
+    kept += parameters(ours)
+    before = [t.clone() for t in kept]
+    swept: list[tuple[bool, bool]] = []
+    sweep = streams._sweep
+
+    def recorded(plan: Plan, with_delta: bool, writes: bool) -> None:
+        swept.append((with_delta, writes))
+        sweep(plan, with_delta, writes)
+
+    monkeypatch.setattr(streams, "_sweep", recorded)
+    limit = streams.streams(ours)
+    limit.step()
+    assert all(map(torch.equal, kept, before))
+    assert (limit.bytes, limit.mode, limit.scaling) == (ours.bytes, ours.mode, scaling)
+    assert any(writes for _, writes in swept)
+    assert any(not writes for _, writes in swept) == (scaling == "gradnorm")
+    assert any(with_delta for with_delta, _ in swept) == (scaling is not None)
+    ours.step()
+    assert not all(map(torch.equal, kept, before))
 
 
 # Memory

@@ -196,6 +196,7 @@ ROW_KEYS = {
     *("benchmark", "contender", "label", "ours", "scaling", "clip", "ms", "min_ms", "host_ms"),
     *("states", "rounding", "master", "prior_dtype", "prior_device"),
     *("bytes", "bytes_per_param", "state_bytes", "stored_bytes", "peak_extra_bytes", "gb_per_s", "percent_of_copy"),
+    "percent_of_streams",
     *("ratio_to_fused", "ratio_to_foreach_bias", "ratio_to_hook"),
     *(
         "model",

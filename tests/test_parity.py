@@ -11,6 +11,7 @@ import pytest
 import torch
 from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, run, tensors_of, threads
 
+from drift_kernels.formats.blocks import BLOCK
 from drift_kernels.kernels import backends, reference
 from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.operands import Operands
@@ -121,6 +122,18 @@ def test_special_values(name: str, dtypes: tuple[torch.dtype | None, ...], modes
 
 
 @pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000], ids=["positive", "negative"])
+def test_a_nan_of_either_sign_makes_the_scales_of_its_block_nan(name: str, bits: int) -> None:
+    problem = Problem.random([3 * BLOCK], (BF16, F32, INT8, None))
+    problem.grads[0].view(torch.int32)[BLOCK + 5] = bits
+    expected = run("reference", problem.clone(), steps=1)
+    assert_same_bits(run(name, problem, steps=1), expected)
+    for scale in (problem.operands[0].exp_avg_scale, problem.operands[0].exp_avg_sq_scale):
+        assert scale is not None
+        assert scale.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", available())
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
 def test_stores_round_as_torch_casts(name: str, dtype: torch.dtype, fraction: float) -> None:
@@ -216,11 +229,24 @@ def test_sums_keep_their_bound_where_every_rounding_errs_alike(name: str, offset
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="instruction sets are the cpu backend's")
-def test_every_instruction_set_gives_the_same_bits() -> None:
+@pytest.mark.parametrize(
+    ("dtypes", "modes"),
+    [
+        ((BF16, BF16, BF16, BF16), {}),
+        ((F32, F32, F32, None), {}),
+        ((F16, F16, BF16, F32), {}),
+        ((BF16, BF16, F32, FP8), {"master": True}),
+        ((BF16, BF16, BF16, BF16), {"stochastic": True}),
+        ((BF16, F32, INT8, INT8), {"stochastic": True}),
+    ],
+)
+def test_every_instruction_set_gives_the_same_bits(
+    dtypes: tuple[torch.dtype | None, ...], modes: dict[str, bool]
+) -> None:
     from drift_kernels import _cpu
 
     sets = _cpu.instruction_sets()
-    problem = Problem.random([1, 1000, 40_001], (BF16, BF16, BF16, BF16))
+    problem = Problem.random([1, 1000, 40_001], dtypes, **modes)
     stats, outputs = [], []
     try:
         for name in sets:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from ..rows import row_metadata
-from . import bars, lineup, modes, roofline, shapes
+from . import bars, lineup, modes, roofline, shapes, streams
 from .contender import BACKENDS, copy
 from .libraries import LIBRARIES
 from .lineup import SCALINGS
@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     metadata = row_metadata(device)
     problem = Problem.random(named_shapes, args.modules, dtype, device)
     contenders = [entry.make(problem) for entry in entries]
+    if with_copy and streams.wanted(args.contenders):
+        contenders = [each for one in contenders for each in streams.beside(one)]
     if with_copy:
         contenders.insert(0, copy(problem))
     timings = measure(contenders, device, args.reps)
@@ -146,8 +148,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        choices=(*WITHOUT_PRIOR, *WITH_PRIOR, *LIBRARIES, *ours),
-        help="default: all that the device can run, but the reference, and on a CPU `compiled`; "
+        choices=(*WITHOUT_PRIOR, *WITH_PRIOR, *LIBRARIES, streams.NAME, *ours),
+        help="default: all that the device can run, but the reference, and on a CPU `compiled`, libraries and "
+        "`streams`; "
         "torch fused always runs",
     )
     parser.add_argument("--reps", type=int, default=20, help="repetitions of each contender (default: %(default)s)")

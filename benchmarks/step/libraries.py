@@ -1,4 +1,4 @@
-"""Optimizers of other libraries, where they are installed: rivals on a GPU, without a prior.
+"""Optimizers of other libraries, where they are installed: rivals without a prior, on a GPU, and of some on a CPU.
 
 Each is built as its own documentation says, with the hyperparameters of all; its other defaults are its own.
 """
@@ -53,12 +53,14 @@ class Library:
         path: module and class.
         states: the dtypes of its states for parameters of a dtype, an element each; the scales of blocks not counted.
         options: of its constructor, beside those of AdamW.
+        on_cpu: whether it has kernels for the CPU too.
     """
 
     label: str
     path: str
     states: Callable[[torch.dtype], Dtypes]
     options: dict[str, Any] = field(default_factory=dict)
+    on_cpu: bool = False
 
     def build(self, params: list[Tensor]) -> Optimizer:
         module, name = self.path.rsplit(".", 1)
@@ -71,11 +73,18 @@ class Library:
 
 LIBRARIES = {
     "bnb": Library("bitsandbytes AdamW, 32-bit", "bitsandbytes.optim.AdamW", _float32, {"optim_bits": 32}),
-    "bnb_8bit": Library("bitsandbytes AdamW8bit", "bitsandbytes.optim.AdamW8bit", _eight_bits),
+    "bnb_8bit": Library("bitsandbytes AdamW8bit", "bitsandbytes.optim.AdamW8bit", _eight_bits, on_cpu=True),
     "torchao": Library("torchao _AdamW", "torchao.optim._AdamW", _as_params),
     "torchao_8bit": Library("torchao AdamW8bit", "torchao.optim.AdamW8bit", _eight_bits),
     "optimi": Library("optimi AdamW", "optimi.AdamW", _with_correction, {"triton": True}),
     "flashoptim": Library("FlashOptim AdamW", "flashoptim.FlashAdamW", _eight_bits_with_correction),
+    "deepspeed": Library(
+        "DeepSpeedCPUAdam",
+        "deepspeed.ops.adam.DeepSpeedCPUAdam",
+        _float32,
+        {"adamw_mode": True, "fp32_optimizer_states": True},
+        on_cpu=True,
+    ),
     "apex": Library("apex FusedAdam", "apex.optimizers.FusedAdam", _float32, {"adam_w_mode": True}),
     "te": Library(
         "Transformer Engine FusedAdam",
@@ -89,7 +98,7 @@ LIBRARIES = {
 def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a library cannot step on this device, in a line; None if it can: it has then taken a step."""
     library = LIBRARIES[name]
-    if device.type != "cuda":
+    if device.type != "cuda" and not library.on_cpu:
         return "it is measured on GPUs only"
     try:
         importlib.import_module(library.path.partition(".")[0])

@@ -45,6 +45,13 @@ def make_rows(
                 return Spread(*(ms / theirs.median for ms in spread))._asdict()
         return None
 
+    def percent_of_streams(contender: Contender, spread: Spread) -> float | None:
+        what = (contender.scaling, contender.clip, contender.mode)
+        for limit, limits in zip(contenders, spreads, strict=True):
+            if limit.name == "streams" and contender.name == "cpu" and (limit.scaling, limit.clip, limit.mode) == what:
+                return 100 * limits.median / spread.median
+        return None
+
     copy = next((gb_per_s(c, s) for c, s in zip(contenders, spreads, strict=True) if c.name == "copy"), None)
     copy_clip = min(contender.clip for contender in contenders if contender.name == "fused")
     rows = []
@@ -70,6 +77,7 @@ def make_rows(
             **kept._asdict(),
             "gb_per_s": None if copy is None else gb_per_s(contender, spread),
             "percent_of_copy": None if copy is None else 100 * gb_per_s(contender, spread) / copy,
+            "percent_of_streams": percent_of_streams(contender, spread),
             "ratio_to_fused": ratio(spread, "fused", None, clip),
         }
         for rival in RIVALS:
@@ -82,6 +90,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     """The rows, section by section of the same scaling; ours in bold."""
     first = rows[0]
     on_gpu, with_rate = first["device_type"] == "cuda", first["gb_per_s"] is not None
+    with_streams = any(row["percent_of_streams"] is not None for row in rows)
     rivals = {
         f"ratio_to_{rival}": heading
         for rival, heading in RIVALS.items()
@@ -94,6 +103,7 @@ def print_table(rows: list[Row], console: Console) -> None:
     numbers = ["ms", "quartiles", "x torch\nfused", *rivals.values()]
     numbers += ["stored\nB/param"]
     numbers += ["moved\nB/param", "GB/s", "of a\ncopy"] if with_rate else []
+    numbers += ["of\nstreams"] if with_streams else []
     numbers += ["peak\nB/param", "host ms"] if on_gpu else []
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
@@ -110,6 +120,9 @@ def print_table(rows: list[Row], console: Console) -> None:
             cells.append(_per_param(row, "stored_bytes"))
             if with_rate:
                 cells += [f"{row['bytes_per_param']:.1f}", number(row["gb_per_s"]), f"{row['percent_of_copy']:.0f}%"]
+            if with_streams:
+                percent = row["percent_of_streams"]
+                cells.append("" if percent is None else f"{percent:.0f}%")
             if on_gpu:
                 cells += [_per_param(row, "peak_extra_bytes"), number(row["host_ms"]["median"])]
             table.add_row(*cells, style="bold" if row["ours"] else None)

@@ -52,6 +52,12 @@ class RandomBlock {
     return 0;
   }
 
+  // Two elements a word.
+  DRIFT_HD uint32_t* words() { return bits_.words; }
+  DRIFT_HD const uint32_t* words_from([[maybe_unused]] int64_t word) const {
+    return kStochastic<T> ? bits_.words + word : nullptr;
+  }
+
  private:
   static constexpr int kCalls = kPrepared / 8;
 

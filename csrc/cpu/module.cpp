@@ -3,13 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cfenv>
 #include <vector>
 
 #include "../export.h"
 #include "describe.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -38,40 +37,6 @@ void select_instruction_set(const std::string& name) {
     }
   }
   throw std::invalid_argument("this machine has no instruction set " + name);
-}
-
-// IEEE defaults (nearest, no flush to zero) for the calling thread, whatever torch.set_flush_denormal or the host
-// program chose.
-class FloatEnvironment {
- public:
-  FloatEnvironment() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~FloatEnvironment() { std::fesetenv(&saved_); }
-
- private:
-  std::fenv_t saved_;
-};
-
-// Calls body(row, chunk, begin, end) for every chunk of the table.
-template <class Body>
-void for_each_chunk(const Row* rows, int64_t count, int threads, Body body) {
-  const int64_t chunks = rows[count - 1].first_chunk + chunk_count(rows[count - 1].numel);
-  int64_t elements = 0;
-  for (int64_t t = 0; t < count; ++t) elements += rows[t].numel;
-  const bool parallel = threads > 1 && elements > 2 * kChunk;
-#pragma omp parallel num_threads(threads) if (parallel)
-  {
-    const FloatEnvironment environment;
-    int64_t tensor = 0;
-#pragma omp for schedule(monotonic : dynamic)  // a thread's chunks ascend, so its tensors do
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      while (tensor + 1 < count && rows[tensor + 1].first_chunk <= chunk) ++tensor;
-      const int64_t begin = (chunk - rows[tensor].first_chunk) * kChunk;
-      body(tensor, chunk, begin, std::min(begin + kChunk, rows[tensor].numel));
-    }
-  }
 }
 
 struct Launch {
