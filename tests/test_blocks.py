@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,10 +31,13 @@ def test_codes_are_the_nearest_and_a_variance_stays_above_zero(numel: int, scale
             assert torch.equal(coded == 0, values == 0)
 
 
-def test_a_nan_takes_its_block_with_it_and_no_other() -> None:
-    x = torch.randn(2 * BLOCK + 44)
-    x[BLOCK + 2] = torch.nan
-    coded, scales = blocks.encode_state(x, blocks.MOMENT)
+@pytest.mark.parametrize("nan", [torch.nan, -torch.nan], ids=["positive", "negative"])
+@pytest.mark.parametrize("dtype", [blocks.MOMENT, blocks.VARIANCE], ids=str)
+def test_a_nan_takes_its_block_with_it_and_no_other(dtype: torch.dtype, nan: float) -> None:
+    """Whatever its sign: that of what a processor makes, such as of 0 * Inf, differs."""
+    x = torch.randn(2 * BLOCK + 44).abs()
+    x[BLOCK + 2] = nan
+    coded, scales = blocks.encode_state(x, dtype)
     decoded = blocks.decode_state(coded, scales)
     assert decoded[BLOCK : 2 * BLOCK].isnan().all()
     assert decoded[:BLOCK].isfinite().all()

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from drift_kernels.kernels import backends
-from drift_kernels.kernels.operands import Operands
 from drift_kernels.kernels.plan import Plan
 
 from . import ptx
@@ -83,7 +83,7 @@ class Device:
 
     def __init__(self, library: Path, sources: dict[str, str]) -> None:
         self.sources = sources
-        self.launched: dict[str, ptx.Entry] = {}
+        self.launches: list[str] = []  # by name
         self.memory: list[tuple[str, Tensor, bool]] = []
         self._kernels: dict[str, tuple[_Kernel, Any]] = {}
         self._operations: dict[str, int] = {}
@@ -103,8 +103,7 @@ class Device:
         return int(self._library.simulator_steps())
 
     def run(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:
-        """Launches a kernel by a part of its name with tensors, which it may write, and ctypes numbers."""
-        (name,) = [full for full in self.sources if name in full]
+        """Launches a kernel with tensors, which it may write, and ctypes numbers."""
         self.memory = [(f"argument {i}", a, True) for i, a in enumerate(arguments) if isinstance(a, Tensor)]
         values = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
         pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -112,13 +111,15 @@ class Device:
         if not kernel or self._library.simulator_run(kernel, c_int64(blocks), c_int64(threads), pointers):
             raise Fault(self._library.simulator_reason().decode())
 
-    def forget(self, name: str) -> None:
-        """Decodes the kernel anew when it is launched: after its source has been changed."""
+    def change(self, name: str, source: str) -> None:
+        """Gives a kernel another source."""
+        self.sources[name] = source
         self._kernels.pop(name, None)
 
     def _prepared(self, name: bytes) -> int | None:
         try:
             self._set_ranges()
+            self.launches.append(name.decode())
             kernel = self._kernels.get(name.decode()) or self._decoded(name.decode())
             return ctypes.addressof(kernel[0])
         except Exception as error:
@@ -136,7 +137,8 @@ class Device:
         ranges = [found[key] for key in sorted(found)]
         for before, after in zip(ranges, ranges[1:], strict=False):
             assert before.end <= after.begin, f"{after.name} overlaps {before.name}"
-        self._library.simulator_ranges((_Range * len(ranges))(*ranges), len(ranges))
+        self._ranges = (_Range * len(ranges))(*ranges)  # the names are kept by it
+        self._library.simulator_ranges(self._ranges, len(ranges))
 
     def _operation(self, instruction: ptx.Instruction) -> int:
         name = instruction.operation
@@ -162,7 +164,6 @@ class Device:
         kernel = _Kernel(name.encode(), code, constants, params, len(code), entry.registers, len(constants), len(entry.params))
         kernel.param_bytes, kernel.shared_bytes = entry.param_bytes, entry.shared_bytes
         kernel.local_bytes, kernel.max_threads = entry.local_bytes, entry.max_threads
-        self.launched[name] = entry
         self._kernels[name] = kernel, (code, constants, params)
         return self._kernels[name]
 
@@ -194,14 +195,15 @@ def backend_of(build: Build) -> tuple[Device, ModuleType]:
 
 
 def _launching(device: Device, name: str, function: Any) -> Any:
+    names = list(inspect.signature(function).parameters)
+    made = [key for key, value in vars(Plan).items() if isinstance(value, cached_property)]
+    written = WRITTEN.get(name)
+
     def launch(*args: Any, **kwargs: Any) -> Any:
-        # What is made in the launch, a cached property, is made before it.
-        for arg in args:
-            if isinstance(arg, Plan):
-                for made in ("device_table", "chunk_tensor", "partials"):
-                    getattr(arg, made)
-        names = ["plan", "out" if name == "grad_stats" else "coefficients"]
-        written = WRITTEN.get(name)
+        for plan in args:
+            if isinstance(plan, Plan):  # what would be made in the launch is made before it
+                for key in made:
+                    getattr(plan, key)
         device.memory = [
             (found, tensor, written is None or found in written)
             for at, arg in zip(names, args, strict=False)
@@ -210,6 +212,3 @@ def _launching(device: Device, name: str, function: Any) -> Any:
         return function(*args, **kwargs)
 
     return launch
-
-
-__all__ = ["Device", "Fault", "Operands", "backend_of"]

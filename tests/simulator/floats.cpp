@@ -12,7 +12,8 @@ template <class F>
 F approximately(F x) {
   const int nudge = device().options.nudge;
   if (!std::isfinite(x) || x == 0) return x;
-  for (int i = std::abs(nudge); i > 0; --i) x = std::nextafter(x, nudge > 0 ? HUGE_VAL : -HUGE_VAL);
+  const F towards = std::copysign(std::numeric_limits<F>::infinity(), F(nudge));
+  for (int i = std::abs(nudge); i > 0; --i) x = std::nextafter(x, towards);
   return x;
 }
 
