@@ -5,14 +5,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # 4.57 checks the names of the older transformers: make test VENV=.venv-tf4 TRANSFORMERS='==4.57.*'
 TRANSFORMERS ?=
+# What `simulate` compiles for.
+ARCH ?= 90
 
-.PHONY: demo test gpu lint format clean
+.PHONY: demo test simulate gpu lint format clean
 
 demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real digit images
 	$(BIN)/python -m examples.digit_sums --short
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -q
+
+simulate: $(READY)  ## all kernels of the cuda backend, as nvcc compiles them for ARCH, on a simulated device: no GPU
+	DRIFT_KERNELS_SIMULATE=$(ARCH) $(BIN)/python -m pytest -q tests/test_simulator.py tests/test_simulator_faults.py
 
 # With the python3 that is there, and what it has: such a machine often has no network.
 gpu:  ## make gpu OUT=folder: on a machine with a GPU, builds, tests and measures there; ends within 10 minutes

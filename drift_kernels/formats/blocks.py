@@ -68,7 +68,7 @@ def decode_state(codes: Tensor, scale: Tensor) -> Tensor:
 def encode_state(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """float32 `x` as codes of `dtype` (MOMENT or VARIANCE), to the nearest on the scale of roots, and their scales."""
     coded = x.abs() if dtype == MOMENT else sqrt(x).abs()  # what is proportional to the scale
-    largest = in_blocks(coded).view(torch.int32).amax(1).view(torch.float32)  # as integers: a NaN, of no sign, is the largest
+    largest = in_blocks(coded).view(torch.int32).amax(1).view(torch.float32)  # as integers: NaN is the largest
     limit = STATE_LIMITS[dtype]
     scale = largest / (limit**2 if dtype == MOMENT else limit)
     scale = torch.where((largest != 0) & (scale < _NORMAL), _NORMAL, scale)

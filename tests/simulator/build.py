@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import runpy
-import shlex
-import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -28,7 +26,8 @@ def setup() -> dict[str, Any]:
 
 def missing() -> str | None:
     """Why nothing can be compiled here; None if it can."""
-    return next((f"there is no {name}" for name in ("c++", "nvcc") if shutil.which(name) is None), None)
+    found = {"C++ compiler": setup()["cxx_compiler"](), "nvcc": setup()["nvcc"]()}
+    return next((f"there is no {name}" for name, path in found.items() if path is None), None)
 
 
 class Build:
@@ -50,18 +49,25 @@ class Build:
         self.ptx = [folder / f"{path.stem}.ptx" for path in device]
         self.simulator, self.extension = folder / "libsimulator.so", folder / "_cuda.so"
 
-        nvcc = setup()["nvcc"]()
+        cxx, nvcc = setup()["cxx_compiler"](), setup()["nvcc"]()
         target = f"-gencode=arch=compute_{arch},code=compute_{arch}"
         ninja = setup()["ninja_syntax"].Writer((folder / "build.ninja").open("w"), width=1000)
         with ninja.output:
             # --keep: that of the PTX which the object is made from.
             ninja.rule("device", f"{nvcc} {setup()['CUDA_FLAGS']} {target} --keep --keep-dir=. -c $in -o $out")
-            ninja.rule("module", f"{nvcc} -std=c++17 -O0 -Xcompiler -fPIC {' '.join(setup()['include_flags']())} -c $in -o $out")
+            ninja.rule(
+                "module",
+                f"{nvcc} -std=c++17 -O0 -Xcompiler -fPIC {' '.join(setup()['include_flags']())} -c $in -o $out",
+            )
             ninja.rule("cudart", f"{nvcc} -std=c++20 -Xcompiler -fPIC -c $in -o $out")
-            ninja.rule("simulator", f"c++ -std=c++20 {HOST_FLAGS} -c $in -o $out")
-            ninja.rule("link", "c++ -shared $in -o $out")
+            ninja.rule("simulator", f"{cxx} -std=c++20 {HOST_FLAGS} -c $in -o $out")
+            ninja.rule("link", f"{cxx} -shared $in -o $out")
             rules = {"cudart": "cudart"}  # it includes CUDA's headers
-            hosts = [out for p in HERE.glob("*.cpp") for out in ninja.build(f"{p.stem}.o", rules.get(p.stem, "simulator"), str(p))]
+            hosts = [
+                out
+                for p in HERE.glob("*.cpp")
+                for out in ninja.build(f"{p.stem}.o", rules.get(p.stem, "simulator"), str(p))
+            ]
             devices = [out for p in device for out in ninja.build(f"{p.stem}.o", "device", str(p))]
             module = ninja.build("module.o", "module", str(ROOT / "csrc/cuda/module.cpp"))
             ninja.build(self.simulator.name, "link", hosts)
@@ -72,12 +78,3 @@ class Build:
 
     def finish(self) -> None:
         assert self._running.wait() == 0
-
-
-def to_ptx(source: Path, arch: str) -> str:
-    """The PTX of a file of kernels."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.ptx"
-        flags = [*setup()["CUDA_FLAGS"].split(), f"-arch=compute_{arch}", "-ptx"]
-        subprocess.run([setup()["nvcc"](), *flags, str(source), "-o", str(out)], check=True)
-        return out.read_text()

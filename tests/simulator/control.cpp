@@ -60,7 +60,8 @@ void define_packing(const string& type) {
   define("mov.pack.b" + type, [](Thread& t, const Instruction& in) {
     const int bytes = kBytes / in.ins;
     u64 value = 0;
-    for (int i = 0; i < in.ins; ++i) std::memcpy(reinterpret_cast<u8*>(&value) + i * bytes, t.registers + in.in[i], bytes);
+    for (int i = 0; i < in.ins; ++i)
+      std::memcpy(reinterpret_cast<u8*>(&value) + i * bytes, t.registers + in.in[i], bytes);
     t.set<u64>(in.out[0], value);
   });
   define("mov.unpack.b" + type, [](Thread& t, const Instruction& in) {
@@ -119,10 +120,10 @@ void vote(Thread* const* lanes, uint32_t members, const Instruction& in) {
 template <class T, class F>
 void define_reduction(const string& name, F) {
   define("redux.sync." + name, Collective([](Thread* const* lanes, uint32_t members, const Instruction& in) {
-    T all = lanes[__builtin_ctz(members)]->get<T>(in.in[0]);
-    each(members & (members - 1), [&](int lane) { all = F()(all, lanes[lane]->get<T>(in.in[0])); });
-    each(members, [&](int lane) { lanes[lane]->set<T>(in.out[0], all); });
-  }));
+           T all = lanes[__builtin_ctz(members)]->get<T>(in.in[0]);
+           each(members & (members - 1), [&](int lane) { all = F()(all, lanes[lane]->get<T>(in.in[0])); });
+           each(members, [&](int lane) { lanes[lane]->set<T>(in.out[0], all); });
+         }));
 }
 template <class T>
 void define_reductions(const string& type) {
@@ -166,7 +167,8 @@ void define_control() {
   define("ld", load);
   define("st", store);
   define("cvta", [](Thread& t, const Instruction& in) { t.set(in.out[0], t.get<u64>(in.in[0]) + kWindow[in.space]); });
-  define("cvta.to", [](Thread& t, const Instruction& in) { t.set(in.out[0], t.get<u64>(in.in[0]) - kWindow[in.space]); });
+  define("cvta.to",
+         [](Thread& t, const Instruction& in) { t.set(in.out[0], t.get<u64>(in.in[0]) - kWindow[in.space]); });
   define("bra", [](Thread& t, const Instruction& in) { t.pc = in.target - 1; });
   define("ret", [](Thread& t, const Instruction&) { t.state = State::kDone; });
   define("bar.sync", [](Thread& t, const Instruction&) { t.state = State::kAtBarrier; });

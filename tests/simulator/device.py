@@ -62,7 +62,7 @@ class _Range(Structure):
     _fields_ = [("begin", c_uint64), ("end", c_uint64), ("name", c_char_p), ("granule", c_int32), ("writable", c_int32)]
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """What the simulator found."""
 
 
@@ -70,12 +70,14 @@ def tensors_in(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Ten
     """Every tensor that an argument of a launch holds, and what it is called there."""
     if isinstance(value, Tensor):
         yield name, value
-    elif isinstance(value, list | tuple) and depth < 4:
+    elif depth == 5:
+        return
+    elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item, name, depth + 1)
-    elif type(value).__module__.startswith("drift_kernels.") and hasattr(value, "__dict__"):
-        for key, item in vars(value).items():
-            yield from tensors_in(item, key, depth + 1)
+    elif isinstance(value, dict) or type(value).__module__.startswith("drift_kernels."):
+        for key, item in (value if isinstance(value, dict) else getattr(value, "__dict__", {})).items():
+            yield from tensors_in(item, str(key), depth + 1)
 
 
 class Device:
@@ -83,7 +85,7 @@ class Device:
 
     def __init__(self, library: Path, sources: dict[str, str]) -> None:
         self.sources = sources
-        self.launches: list[str] = []  # by name
+        self.launched: list[str] = []  # by name
         self.memory: list[tuple[str, Tensor, bool]] = []
         self._kernels: dict[str, tuple[_Kernel, Any]] = {}
         self._operations: dict[str, int] = {}
@@ -109,7 +111,7 @@ class Device:
         pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         kernel = c_void_p(self._prepared(name.encode()))
         if not kernel or self._library.simulator_run(kernel, c_int64(blocks), c_int64(threads), pointers):
-            raise Fault(self._library.simulator_reason().decode())
+            raise FaultError(self._library.simulator_reason().decode())
 
     def change(self, name: str, source: str) -> None:
         """Gives a kernel another source."""
@@ -119,7 +121,7 @@ class Device:
     def _prepared(self, name: bytes) -> int | None:
         try:
             self._set_ranges()
-            self.launches.append(name.decode())
+            self.launched.append(name.decode())
             kernel = self._kernels.get(name.decode()) or self._decoded(name.decode())
             return ctypes.addressof(kernel[0])
         except Exception as error:
@@ -127,16 +129,15 @@ class Device:
             return None
 
     def _set_ranges(self) -> None:
-        found = {}
-        for name, tensor, writable in self.memory:
-            if tensor.numel():
-                begin = tensor.data_ptr()
-                key = begin, begin + tensor.numel() * tensor.element_size()
-                assert key not in found or not writable or found[key].writable, name
-                found[key] = _Range(*key, name.encode(), tensor.element_size(), int(writable))
-        ranges = [found[key] for key in sorted(found)]
-        for before, after in zip(ranges, ranges[1:], strict=False):
-            assert before.end <= after.begin, f"{after.name} overlaps {before.name}"
+        """Of the memory; what is a part of other tensors is theirs."""
+        ranges: list[_Range] = []
+        spans = ((t.data_ptr(), t.data_ptr() + t.nbytes, name, t, w) for name, t, w in self.memory if t.is_contiguous())
+        for begin, end, name, tensor, writable in sorted(spans, key=lambda span: (span[0], -span[1])):
+            if ranges and end <= ranges[-1].end:
+                ranges[-1].writable |= int(writable)
+            elif begin < end:
+                assert not ranges or ranges[-1].end <= begin, f"{name} overlaps another tensor"
+                ranges.append(_Range(begin, end, name.encode(), tensor.element_size(), int(writable)))
         self._ranges = (_Range * len(ranges))(*ranges)  # the names are kept by it
         self._library.simulator_ranges(self._ranges, len(ranges))
 
@@ -145,23 +146,24 @@ class Device:
         if name not in self._operations:
             self._operations[name] = self._library.simulator_operation(name.encode())
         if self._operations[name] < 0:
-            raise ptx.Unknown(f"{name}, of `{instruction.text}`")
+            raise ptx.UnknownError(f"{name}, of `{instruction.text}`")
         return self._operations[name]
 
     def _decoded(self, name: str) -> tuple[_Kernel, Any]:
         entry = ptx.Entry(self.sources[name])
         code = (_Instruction * len(entry.code))()
-        number = lambda register: register if register >= 0 else entry.registers + ~register
         for packed, i in zip(code, entry.code, strict=True):
             packed.operation, packed.guard, packed.negated = self._operation(i), i.guard, i.negated
             packed.out_count, packed.in_count = len(i.outs), len(i.ins)
             packed.outs[: len(i.outs)] = i.outs
-            packed.ins[: len(i.ins)] = [number(register) for register in i.ins]
+            packed.ins[: len(i.ins)] = [r if r >= 0 else entry.registers + ~r for r in i.ins]
             packed.target, packed.space, packed.bytes, packed.count = i.target, i.space, i.bytes, i.count
             packed.is_signed, packed.flag, packed.offset, packed.text = i.is_signed, i.flag, i.offset, i.text.encode()
         constants = (c_uint64 * len(entry.constants))(*entry.constants)
         params = (c_int32 * (2 * len(entry.params)))(*(n for param in entry.params for n in param))
-        kernel = _Kernel(name.encode(), code, constants, params, len(code), entry.registers, len(constants), len(entry.params))
+        kernel = _Kernel(
+            name.encode(), code, constants, params, len(code), entry.registers, len(constants), len(entry.params)
+        )
         kernel.param_bytes, kernel.shared_bytes = entry.param_bytes, entry.shared_bytes
         kernel.local_bytes, kernel.max_threads = entry.local_bytes, entry.max_threads
         self._kernels[name] = kernel, (code, constants, params)
@@ -172,26 +174,29 @@ def backend_of(build: Build) -> tuple[Device, ModuleType]:
     """A device with the kernels of a build, and drift_kernels.kernels.cuda on it, which takes CPU tensors."""
     build.finish()
     device = Device(build.simulator, {k: v for path in build.ptx for k, v in ptx.entries(path.read_text()).items()})
-    spec = importlib.util.spec_from_file_location("simulated._cuda", build.extension)
-    assert spec is not None and spec.loader is not None
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
-
-    cuda = backends.load("cuda")
+    extension = _imported("simulated._cuda", build.extension)
     name = f"{backends.__package__}.simulated"
-    spec = importlib.util.spec_from_file_location(name, cuda.__file__)  # type: ignore[attr-defined]
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _imported(name, Path(inspect.getfile(backends)).with_name("cuda.py"))
     module._cuda, module._reason = extension, None
     stream = SimpleNamespace(cuda_stream=0)
     there = SimpleNamespace(device=lambda _: nullcontext(), current_stream=lambda _: stream, current_device=lambda: 0)
     module.torch = SimpleNamespace(cuda=there)
-    for function in [name for name in vars(backends.Backend) if not name.startswith("_") and callable(getattr(module, name))]:
+    for function in [
+        name for name in vars(backends.Backend) if not name.startswith("_") and callable(getattr(module, name))
+    ]:
         setattr(module, function, _launching(device, function, getattr(module, function)))
     module.unavailable = lambda device: None if device.type == "cpu" else "it runs on CPU tensors"
     sys.modules[name] = module
     return device, module
+
+
+def _imported(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _launching(device: Device, name: str, function: Any) -> Any:

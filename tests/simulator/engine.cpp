@@ -91,10 +91,17 @@ void start(Thread& thread, const Block& block, int64_t threads, int64_t blocks) 
   const Kernel& kernel = *thread.kernel;
   const auto lane = static_cast<uint32_t>(thread.index % 32);
   const uint32_t bit = 1u << lane;
-  const uint64_t specials[kSpecials] = {
-      static_cast<uint64_t>(thread.index), static_cast<uint64_t>(block.index), static_cast<uint64_t>(threads),
-      static_cast<uint64_t>(blocks), lane, static_cast<uint64_t>(thread.index / 32), bit, bit - 1, bit | (bit - 1),
-      ~(bit | (bit - 1)), ~(bit - 1)};
+  const uint64_t specials[kSpecials] = {static_cast<uint64_t>(thread.index),
+                                        static_cast<uint64_t>(block.index),
+                                        static_cast<uint64_t>(threads),
+                                        static_cast<uint64_t>(blocks),
+                                        lane,
+                                        static_cast<uint64_t>(thread.index / 32),
+                                        bit,
+                                        bit - 1,
+                                        bit | (bit - 1),
+                                        ~(bit | (bit - 1)),
+                                        ~(bit - 1)};
   std::copy_n(specials, +kSpecials, thread.registers);
   std::fill_n(thread.written, kernel.registers, 0);
   std::fill_n(thread.written, +kSpecials, 1);

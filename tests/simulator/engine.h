@@ -36,7 +36,7 @@ struct Kernel {
 struct Range {
   uint64_t begin, end;
   const char* name;
-  int32_t granule;   // bytes of an element, for which races are looked for
+  int32_t granule;  // bytes of an element, for which races are looked for
   int32_t writable;
 };
 

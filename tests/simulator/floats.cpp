@@ -45,8 +45,10 @@ void define_arithmetic(const string& type) {
   op<kForm>("mul" + after, [](F a, F b) { return a * b; });
   op<kForm>("min" + after, [](F a, F b) { return smaller(a, b); });
   op<kForm>("max" + after, [](F a, F b) { return larger(a, b); });
-  op<kForm>("min" + ftz + ".NaN." + type, [](F a, F b) { return std::isnan(a + b) && !(std::isinf(a) && std::isinf(b)) ? a + b : smaller(a, b); });
-  op<kForm>("max" + ftz + ".NaN." + type, [](F a, F b) { return std::isnan(a + b) && !(std::isinf(a) && std::isinf(b)) ? a + b : larger(a, b); });
+  op<kForm>("min" + ftz + ".NaN." + type,
+            [](F a, F b) { return std::isnan(a + b) && !(std::isinf(a) && std::isinf(b)) ? a + b : smaller(a, b); });
+  op<kForm>("max" + ftz + ".NaN." + type,
+            [](F a, F b) { return std::isnan(a + b) && !(std::isinf(a) && std::isinf(b)) ? a + b : larger(a, b); });
   // Signs only: a NaN stays the NaN that it is, but for the flushed.
   constexpr Form kSign = kForm == kFlushed ? kFlushed : kPlain;
   op<kSign>("abs" + after, [](F a) { return std::fabs(a); });
@@ -165,7 +167,8 @@ float widened(u16 x) {
 template <int kExponent>
 void convert_halves(const string& type) {
   rounded("cvt", "." + type + ".f32", [](float a) { return narrowed<kExponent>(a); });
-  rounded("cvt", "." + type + "x2.f32", [](float high, float low) { return u32(narrowed<kExponent>(high)) << 16 | narrowed<kExponent>(low); });
+  rounded("cvt", "." + type + "x2.f32",
+          [](float high, float low) { return u32(narrowed<kExponent>(high)) << 16 | narrowed<kExponent>(low); });
   op<kArithmetic>("cvt.f32." + type, [](u16 a) { return widened<kExponent>(a); });
   for (const char* opcode : {"mov.", "mov.b16."}) op(opcode + type, [](u16 a) { return a; });
 }

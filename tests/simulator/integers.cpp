@@ -57,8 +57,8 @@ void define_typed(const string& type) {
   op("setp.ge." + type, [](T a, T b) { return a >= b; });
   if constexpr (sizeof(T) < 8) {
     op("mul.wide." + type, [](T a, T b) { return W(W(a) * W(b)); });
-    op("mad.wide." +
-                                                                                                           type, [](T a, T b, W c) { return W(std::make_unsigned_t<W>(W(a) * W(b)) + std::make_unsigned_t<W>(c)); });
+    op("mad.wide." + type,
+       [](T a, T b, W c) { return W(std::make_unsigned_t<W>(W(a) * W(b)) + std::make_unsigned_t<W>(c)); });
   }
 }
 

@@ -57,10 +57,10 @@ constexpr size_t count_of(R (F::*)(A...) const) {
 template <Form kForm = kPlain, int kRounding = FE_TONEAREST, class F>
 void op(const string& name, F) {
   define(name, Step([](Thread& t, const Instruction& in) {
-    if constexpr (kRounding != FE_TONEAREST) std::fesetround(kRounding);
-    apply<kForm, F>(t, in, &F::operator(), std::make_index_sequence<count_of(&F::operator())>());
-    if constexpr (kRounding != FE_TONEAREST) std::fesetround(FE_TONEAREST);
-  }));
+           if constexpr (kRounding != FE_TONEAREST) std::fesetround(kRounding);
+           apply<kForm, F>(t, in, &F::operator(), std::make_index_sequence<count_of(&F::operator())>());
+           if constexpr (kRounding != FE_TONEAREST) std::fesetround(FE_TONEAREST);
+         }));
 }
 template <Form kForm = kArithmetic, class F>
 void rounded(const string& before, const string& after, F f) {

@@ -13,13 +13,31 @@ SHARED_BASE = 1024
 SPECIALS = [f"%{name}" for name in ("tid.x", "ctaid.x", "ntid.x", "nctaid.x", "laneid", "warpid")] + [
     f"%lanemask_{name}" for name in ("eq", "lt", "le", "gt", "ge")
 ]
-FIXED = {f"%{name}.{axis}": value for name, value in (("tid", 0), ("ctaid", 0), ("ntid", 1), ("nctaid", 1)) for axis in "yz"}
+FIXED = {
+    f"%{name}.{axis}": value for name, value in (("tid", 0), ("ctaid", 0), ("ntid", 1), ("nctaid", 1)) for axis in "yz"
+}
 # What says how memory is cached, or that an instruction is for all threads alike, does not change what is computed.
-IGNORED = {"cs", "cg", "ca", "cv", "lu", "wb", "wt", "weak", "volatile", "relaxed", "acquire", "gpu", "cta", "sys", "uni"}
+IGNORED = {
+    "cs",
+    "cg",
+    "ca",
+    "cv",
+    "lu",
+    "wb",
+    "wt",
+    "weak",
+    "volatile",
+    "relaxed",
+    "acquire",
+    "gpu",
+    "cta",
+    "sys",
+    "uni",
+}
 ENTRY = re.compile(r"\.entry (\w+)\s*\(([^)]*)\)([^{;]*)\{")
 
 
-class Unknown(Exception):
+class UnknownError(Exception):
     """What the simulator does not know."""
 
 
@@ -107,7 +125,7 @@ class Entry:
             elif re.match(r"\.(shared|local) ", statement):
                 self._place(statement)
             elif statement.startswith(".") and not re.match(r"\.(pragma|loc|file)\b", statement):
-                raise Unknown(f"the directive `{statement}` in {self.name}")
+                raise UnknownError(f"the directive `{statement}` in {self.name}")
             elif not statement.startswith("."):
                 texts.append(statement)
         self.code = [self._instruction(text, labels) for text in texts]
@@ -124,7 +142,7 @@ class Entry:
             " ".join(text.split()),
         )
         if match is None:
-            raise Unknown(f"the declaration `{text}` in {self.name}")
+            raise UnknownError(f"the declaration `{text}` in {self.name}")
         space, align, kind, name, count = match.groups()
         size = BYTES[kind]
         unit = int(align or size)
@@ -147,7 +165,7 @@ class Entry:
             return self._registers.setdefault(text, len(self._registers))
         if text == "_":
             return self._registers.setdefault(f"_{len(self._registers)}", len(self._registers))
-        raise Unknown(f"the operand {text}")
+        raise UnknownError(f"the operand {text}")
 
     def _operands(self, text: str) -> list[int]:
         """Of one operand, which may be a vector or a pair."""
@@ -156,7 +174,7 @@ class Entry:
     def _address(self, text: str) -> tuple[int, int]:
         match = re.fullmatch(r"\[([%\w]+)(?:\+?(-?\d+))?\]", text.replace(" ", ""))
         if match is None:
-            raise Unknown(f"the address {text}")
+            raise UnknownError(f"the address {text}")
         return self._operand(match[1]), int(match[2] or 0)
 
     def _instruction(self, text: str, labels: dict[str, int]) -> Instruction:
@@ -166,8 +184,8 @@ class Entry:
             parsed = self._parsed(text, opcode.replace("::", ".").split("."), split(rest), labels)
             if guard:
                 parsed.guard, parsed.negated = self._operand(guard[2]), guard[1] == "!"
-        except (Unknown, KeyError, ValueError, IndexError) as error:
-            raise Unknown(f"`{text}` in {self.name}: {error!r}") from None
+        except (UnknownError, KeyError, ValueError, IndexError) as error:
+            raise UnknownError(f"`{text}` in {self.name}: {error!r}") from None
         return parsed
 
     def _parsed(self, text: str, opcode: list[str], operands: list[str], labels: dict[str, int]) -> Instruction:
@@ -184,10 +202,10 @@ class Entry:
             # Within a block, barriers order; what is handed over between blocks wants the device's.
             parsed.operation = "fence"
             if not {"gl", "gpu", "sys"} & set(opcode):
-                raise Unknown("a fence for less than the device")
+                raise UnknownError("a fence for less than the device")
         elif kind in ("bar", "barrier") and "warp" not in opcode:
             if operands != ["0"] or "sync" not in opcode:
-                raise Unknown("a barrier other than the block's")
+                raise UnknownError("a barrier other than the block's")
             parsed.operation = "bar.sync"
         elif name == "bar.warp.sync":
             parsed.ins = self._operands(operands[0])
@@ -213,7 +231,11 @@ class Entry:
         """Loads, stores and atomic operations."""
         kind, *parts = opcode
         space = next((part for part in parts if part in SPACES), "generic")
-        parts = [part for part in parts if part != space and part not in IGNORED and not part.startswith(("L1", "L2", "evict"))]
+        parts = [
+            part
+            for part in parts
+            if part != space and part not in IGNORED and not part.startswith(("L1", "L2", "evict"))
+        ]
         vector = next((part for part in parts if re.fullmatch(r"v\d", part)), "v1")
         *rest, of_type = [part for part in parts if part != vector and part not in ("nc", "release", "acq_rel")]
         parsed = Instruction(text, kind, space=SPACES.index(space), count=int(vector[1:]))
@@ -228,5 +250,5 @@ class Entry:
             parsed.operation = ".".join(["atom", *rest, of_type])
             parsed.flag = bool({"release", "acq_rel"} & set(opcode))
         elif rest:
-            raise Unknown(f".{rest[0]}")
+            raise UnknownError(f".{rest[0]}")
         return parsed
