@@ -161,6 +161,22 @@ VALUES: list[tuple[str, int, int]] = [
     ("max.f32 %f2, %f1, 0f80000000; mov.b32 %r7, %f2;", bits(0.0), 0),
     ("min.f32 %f2, %f1, 0f3F800000; mov.b32 %r7, %f2;", bits(math.nan), bits(1.0)),
     ("min.NaN.f32 %f2, %f1, 0f3F800000; mov.b32 %r7, %f2;", bits(math.nan), 0x7FFFFFFF),
+    (
+        "mov.b64 %d5, {%f1, %f1}; add.rz.f32x2 %d5, %d5, %d5; mov.b64 {%f2, %f3}, %d5; mov.b32 %r7, %f3;",
+        bits(1.5),
+        bits(3.0),
+    ),
+    (
+        "ld.global.L1::no_allocate.v8.b32 {_, _, _, _, _, _, _, %r7}, [%d1];",
+        0,
+        7,
+    ),
+    ("setp.eq.u32 %p2, %r1, 0; @%p2 st.shared.u8 [tile+3], %r9; bar.sync 0; ld.shared.s8 %r7, [tile+3];", 200, -56),
+    (
+        "st.shared.u32 [%r3], %r9; mov.u64 %d5, tile; cvta.shared.u64 %d5, %d5; ld.u32 %r7, [%d5];",
+        77,
+        77,
+    ),
     ("rcp.approx.ftz.f32 %f2, %f1; mov.b32 %r7, %f2;", bits(4.0), bits(0.25)),
     ("mul.rn.ftz.f32 %f2, %f1, 0f3F000000; mov.b32 %r7, %f2;", 0x00800000, 0),
     ("setp.neu.f32 %p2, %f1, %f1; selp.b32 %r7, 1, 2, %p2;", bits(math.nan), 1),

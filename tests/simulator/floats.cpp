@@ -102,6 +102,25 @@ T saturated(F x) {
   return x >= end ? Limits::max() : x < (Limits::is_signed ? -end : F(0)) ? Limits::min() : static_cast<T>(x);
 }
 
+// Two in a register.
+struct Pair {
+  float low, high;
+};
+template <class F>
+Pair of_each(F f, Pair a, Pair b, Pair c = {}) {
+  const auto one = [&](float x, float y, float z) { return result<kArithmetic>(f(x, y, z)); };
+  return {one(a.low, b.low, c.low), one(a.high, b.high, c.high)};
+}
+void define_pairs() {
+  rounded<kPlain>("add", ".f32x2",
+                  [](Pair a, Pair b) { return of_each([](float x, float y, float) { return x + y; }, a, b); });
+  rounded<kPlain>("mul", ".f32x2",
+                  [](Pair a, Pair b) { return of_each([](float x, float y, float) { return x * y; }, a, b); });
+  rounded<kPlain>("fma", ".f32x2", [](Pair a, Pair b, Pair c) {
+    return of_each([](float x, float y, float z) { return std::fma(x, y, z); }, a, b, c);
+  });
+}
+
 template <class T, class F>
 void convert_between(const string& integer, const string& floating) {
   rounded("cvt", "." + floating + "." + integer, [](T a) { return static_cast<F>(a); });
@@ -179,6 +198,7 @@ void define_floats() {
   define_arithmetic<float, kArithmetic>("f32");
   define_arithmetic<float, kFlushed>("f32");
   define_arithmetic<double, kArithmetic>("f64");
+  define_pairs();
   define_tests<float>("f32");
   define_tests<double>("f64");
   convert_from<i8>("s8");

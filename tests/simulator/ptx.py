@@ -181,7 +181,7 @@ class Entry:
         guard = re.match(r"@(!?)([%\w]+) ", text)
         opcode, _, rest = (text[guard.end() :] if guard else text).partition(" ")
         try:
-            parsed = self._parsed(text, opcode.replace("::", ".").split("."), split(rest), labels)
+            parsed = self._parsed(text, opcode.replace("::cta", "").split("."), split(rest), labels)
             if guard:
                 parsed.guard, parsed.negated = self._operand(guard[2]), guard[1] == "!"
         except (UnknownError, KeyError, ValueError, IndexError) as error:
@@ -231,11 +231,8 @@ class Entry:
         """Loads, stores and atomic operations."""
         kind, *parts = opcode
         space = next((part for part in parts if part in SPACES), "generic")
-        parts = [
-            part
-            for part in parts
-            if part != space and part not in IGNORED and not part.startswith(("L1", "L2", "evict"))
-        ]
+        hint = re.compile(r"L\d::(?!cache_hint)")  # with a policy there is one operand more
+        parts = [part for part in parts if part != space and part not in IGNORED and not hint.match(part)]
         vector = next((part for part in parts if re.fullmatch(r"v\d", part)), "v1")
         *rest, of_type = [part for part in parts if part != vector and part not in ("nc", "release", "acq_rel")]
         parsed = Instruction(text, kind, space=SPACES.index(space), count=int(vector[1:]))
