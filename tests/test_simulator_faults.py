@@ -173,7 +173,7 @@ VALUES: list[tuple[str, int, int]] = [
     ),
     ("setp.eq.u32 %p2, %r1, 0; @%p2 st.shared.u8 [tile+3], %r9; bar.sync 0; ld.shared.s8 %r7, [tile+3];", 200, -56),
     (
-        "st.shared.u32 [%r3], %r9; mov.u64 %d5, tile; cvta.shared.u64 %d5, %d5; ld.u32 %r7, [%d5];",
+        "st.shared.u32 [%r3], %r9; bar.sync 0; mov.u64 %d5, tile; cvta.shared.u64 %d5, %d5; ld.u32 %r7, [%d5];",
         77,
         77,
     ),

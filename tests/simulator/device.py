@@ -178,6 +178,7 @@ def backend_of(build: Build) -> tuple[Device, ModuleType]:
     name = f"{backends.__package__}.simulated"
     module = _imported(name, Path(inspect.getfile(backends)).with_name("cuda.py"))
     module._cuda, module._reason = extension, None
+    module.READS_TENSORS = True  # so that a plan has what a launch may access
     stream = SimpleNamespace(cuda_stream=0)
     there = SimpleNamespace(device=lambda _: nullcontext(), current_stream=lambda _: stream, current_device=lambda: 0)
     module.torch = SimpleNamespace(cuda=there)
