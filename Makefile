@@ -5,14 +5,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # 4.57 checks the names of the older transformers: make test VENV=.venv-tf4 TRANSFORMERS='==4.57.*'
 TRANSFORMERS ?=
+# What `simulate` compiles for.
+ARCH ?= 90
 
-.PHONY: demo test gpu lint format clean
+SOURCES = $(shell git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh')
+
+.PHONY: demo test simulate gpu lint format clean
 
 demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real digit images
 	$(BIN)/python -m examples.digit_sums --short
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+
+simulate: $(READY)  ## all kernels of the cuda backend, as nvcc compiles them for ARCH, on a simulated device: no GPU
+	DRIFT_KERNELS_SIMULATE=$(ARCH) $(BIN)/python -m pytest -q tests/test_simulator.py tests/test_simulator_faults.py
 
 # With the python3 that is there, and what it has: such a machine often has no network.
 gpu:  ## make gpu OUT=folder: on a machine with a GPU, builds, tests and measures there; ends within 10 minutes
@@ -23,12 +30,12 @@ lint: $(READY)  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $(SOURCES)
 
 # torch first and pinned: nothing else may then pull another one.
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)

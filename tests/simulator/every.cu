@@ -1,0 +1,2 @@
+// The project's kernels, all of them.
+#include "../../csrc/cuda/kernels.cu"

@@ -1,0 +1,35 @@
+"""The simulated device of a run of the tests: built once, while others run."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from . import build
+from .device import Device, backend_of
+
+# All kernels, and of which architecture; otherwise a few, of sm_90.
+EVERY = os.environ.get("DRIFT_KERNELS_SIMULATE")
+MISSING = "there is a GPU" if torch.cuda.is_available() else build.missing()
+
+
+@cache
+def begin() -> build.Build | None:
+    return None if MISSING else build.Build(EVERY or "90", "every" if EVERY else "few")
+
+
+@cache
+def simulated() -> tuple[Device, ModuleType]:
+    begun = begin()
+    assert begun is not None
+    return backend_of(begun)
+
+
+def fresh_device() -> Device:
+    """With its options as they are by default."""
+    device = simulated()[0]
+    device.options()
+    return device
