@@ -35,7 +35,7 @@ FLOORS = {
     ],
     "formats": [{"rounding", "philox"}, {"blocks"}],
     "kernels": [
-        {"operands", "scalings"}, {"plan", "coefficients"}, {"layout", "reference"},
+        {"operands", "scalings", "counts"}, {"plan", "coefficients"}, {"filling"}, {"layout", "reference"},
         {"cpu", "cuda", "triton", "describe"}, {"backends"},
     ],
     "kernels/triton": [
