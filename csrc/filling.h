@@ -1,5 +1,5 @@
-// What the kernel that fills coefficients is given: drift_kernels/kernels/filling.py lays it out, in words of 8 bytes. As
-// in table.h a field is written once, and layout.h tells Python the names.
+// What the kernel that fills coefficients is given: drift_kernels/kernels/filling.py lays it out, in words of 8 bytes.
+// As in table.h a field is written once, and layout.h tells Python the names.
 #pragma once
 
 #include <iterator>

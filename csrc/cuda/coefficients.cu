@@ -1,7 +1,6 @@
-#include "coefficients.h"
-
 #include <algorithm>
 
+#include "coefficients.h"
 #include "kernels.h"
 
 namespace drift {

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats.rounding import sqrt64
 from ..kernels import backends
 from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_coefficient
 from ..kernels.describe import Description, describe, describe_values
@@ -205,7 +206,7 @@ class Engine:
         norm = clip = None
         if self.max_grad_norm is not None and biases:
             squares = [coefficients.biased_norm_squared(c).to(biases[0][1].device) for coefficients, c in biases]
-            norm = torch.stack(squares).sum().clamp(min=0).sqrt()
+            norm = sqrt64(torch.stack(squares).sum().clamp(min=0))
             clip = clip_coefficient(norm, self.max_grad_norm)
         self.grad_norm = norm
         for coefficients, c in biases:

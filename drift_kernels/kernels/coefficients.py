@@ -5,7 +5,7 @@ launch. All arithmetic is float64 on vectors of length n, on the device, never r
 the float32 table that the kernels read.
 
 This is the specification. A backend with `fill_coefficients` has a kernel that does the same (filling.py), bit for bit:
-so every operation here is one rounding (no addcmul), powers are those of counts.py, and sums have an order.
+so every operation here is rounded by itself (no addcmul), powers are those of counts.py, and sums have an order.
 
 With g the gradient of the descent direction (negated by `maximize`), delta the prior's delta, c the prior's
 coefficient (scalings.py) and k the clip coefficient:
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats.rounding import sqrt64
 from .counts import counts_of
 from .scalings import SCALINGS
 
@@ -164,8 +165,8 @@ def _fixed(h: Hyperparameters) -> dict[str, float]:
 
 
 class OrderedSum:
-    """The sum of n numbers, float64, in an order of its own: row r is added to lane r % 512, and the lanes by halves, the
-    upper to the lower ones. (Fewer rows than lanes: what is left out would add zeros.)
+    """The sum of n numbers, float64, in an order of its own: number r is added to lane r % 512, and the lanes by halves,
+    the upper to the lower ones. (Of fewer numbers there are fewer lanes: the others would add zeros.)
 
     Attributes:
         addends: [n], to be filled before each `total`, which overwrites them.
@@ -284,7 +285,7 @@ class CoefficientTable:
             return self._constant
         inv = self._inv_scale
         self._sums = self.stats if inv is None else self.stats * torch.stack((inv * inv, inv))
-        grad_norm = self._sums[:, 0].sqrt()
+        grad_norm = sqrt64(self._sums[:, 0])
         ratio = torch.where(grad_norm.isfinite(), grad_norm, 0.0) * self.inv_delta_norm
         cosine = self._of.sign * self._sums[:, 1] / grad_norm * self.inv_delta_norm
         cosine = cosine.nan_to_num(nan=0.0).clamp(-1.0, 1.0)

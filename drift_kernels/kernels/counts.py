@@ -1,11 +1,11 @@
 """Step counts, and what they make of a step: 1 - beta1^t and 1/sqrt(1 - beta2^t), the same bits wherever computed.
 
-Libraries' pow differ in the last bit. Here a power is multiplications in a fixed order: with x_k = beta^(2^k) where bit k
-of t is set, and 1 elsewhere, each square made of the one before,
+Libraries' pow differ in the last bit. Here a power is multiplications in a fixed order: with x_k = beta^(2^k) where bit
+k of t is set, and 1 elsewhere, each square made of the one before,
 
     beta^t = the product of x_0 ... x_31 by a tree of neighbours: ((x_0*x_1)*(x_2*x_3)) * ...
 
-csrc/cuda/coefficients.h has the same. Counts on the host are looked at there, equal ones once; counts on a GPU never are.
+csrc/cuda/coefficients.h has the same. Counts on the host are looked at there, equal ones once; those on a GPU never.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..formats.rounding import sqrt64
 
 BITS = 32
 MANY = 8  # different counts and betas, from which on vectors take less time than numbers
@@ -144,7 +146,7 @@ class DeviceCounts:
 
 def _corrected(powered: Tensor, counts: Tensor) -> Corrections:
     bc1, bc2 = (1 - powered).unbind()
-    return Corrections(bc1, bc2.sqrt().reciprocal(), counts.double())
+    return Corrections(bc1, sqrt64(bc2).reciprocal(), counts.double())
 
 
 def counts_of(steps: Tensor, device: torch.device) -> Counts:

@@ -7,8 +7,8 @@ from .coefficients import Coefficients
 from .filling import FILLING_FIELDS, GROUP_FIELDS, MAX_GROUPS
 from .plan import CHUNK, ROW_FIELDS
 
-# As an extension exports it (csrc/layout.h): the columns of Plan.table and of the coefficients' table, the words of what
-# fills coefficients and how many param groups it takes, the elements of a chunk and of a block of codes.
+# As an extension exports it (csrc/layout.h): the columns of Plan.table and of the coefficients' table, the words of a
+# Filling and how many param groups it takes, the elements of a chunk and of a block of codes.
 LAYOUT: dict[str, tuple[str, ...] | int] = {
     "row": ROW_FIELDS,
     "coefficients": Coefficients._fields,
