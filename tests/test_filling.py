@@ -1,28 +1,24 @@
-"""Coefficients that a kernel fills, against coefficients.py, bit for bit; and how many launches a step is.
+"""Coefficients that a kernel fills, against coefficients.py, bit for bit.
 
-The kernel runs on the host (grid.py), as the backend that the cuda backend is: two optimizers on equal models, one of
-which takes the kernel.
+The kernel runs on the host (grid.py), in a backend that is as the cuda backend is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Iterator
 from typing import Any
 
 import grid
 import pytest
 import torch
-from problems import BF16, DEVICE, F32, GRID, assert_same_bits
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from filled import Pair, Params, deltas_of, fills, models, on_grid, random_between, random_groups
+from problems import BF16, DEVICE, assert_same_bits
+from torch import Tensor
 
-from drift_kernels import FusedDriftAdamW, GradientBias
+from drift_kernels import GradientBias
 from drift_kernels.engine.launches import DeviceBatch
-from drift_kernels.kernels import backends, counts
-from drift_kernels.kernels.coefficients import CoefficientTable, GradScale, Hyperparameters, OrderedSum
-from drift_kernels.kernels.filling import MAX_GROUPS, Filling
+from drift_kernels.kernels.filling import Filling
 from drift_kernels.kernels.scalings import SCALINGS, Scaling
 from drift_kernels.sharding import Reduction
 
@@ -31,101 +27,11 @@ pytestmark = pytest.mark.skipif(
 )
 begin = grid.begin
 
-Params = dict[str, nn.Parameter]
-SHAPES = {"layers.0.weight": (33, 65), "layers.1.weight": (3, 17), "layers.1.bias": (33,), "norm.weight": (7,)}
-UNKNOWN = ("norm.weight",)  # to the prior
-
 
 @pytest.fixture(autouse=True)
-def on_grid(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """ "auto" takes the kernels on the host."""
-    monkeypatch.setitem(backends.AUTO, DEVICE.type, (GRID,))
-    backends.resolve.cache_clear()
-    yield
-    backends.resolve.cache_clear()
-
-
-def random_between(low: float, high: float) -> float:
-    return low + (high - low) * float(torch.rand(()))
-
-
-def models(shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = F32) -> tuple[Params, Params]:
-    values = {name: torch.randn(shape, device=DEVICE).to(dtype) for name, shape in shapes.items()}
-    first, second = ({name: nn.Parameter(value.clone()) for name, value in values.items()} for _ in range(2))
-    return first, second
-
-
-def deltas_of(params: Params) -> dict[str, Tensor]:
-    return {name: torch.randn_like(p) * 0.1 for name, p in params.items() if name not in UNKNOWN}
-
-
-def random_groups(params: Params) -> list[dict[str, Any]]:
-    """A group for every two parameters, each with hyperparameters of its own."""
-    named, groups = list(params.items()), []
-    for index in range(0, len(named), 2):
-        group = {
-            "lr": random_between(0, 1e-1),
-            "betas": (random_between(0.0, 0.99), random_between(0.9, 0.9999)),
-            "eps": 10 ** random_between(-12, -6),
-            "weight_decay": random_between(0, 0.2),
-            "maximize": index % 4 == 0,
-            "alpha": random_between(-1, 1),
-            "normalize_to_param": index % 4 == 2,
-        }
-        groups.append(group | {"params": named[index : index + 2]})
-    return groups
-
-
-class Pair:
-    """The same steps with coefficients that the kernel fills, and with those of coefficients.py."""
-
-    def __init__(self, models: tuple[Params, Params], groups: Callable[[Params], list[Any]], **options: Any) -> None:
-        self.models = models
-        self.optimizers = []
-        made = groups(models[0])
-        for params in models:
-            own = [{**group, "params": [(name, params[name]) for name, _ in group["params"]]} for group in made]
-            self.optimizers.append(FusedDriftAdamW(own, **options))
-
-    def step(self, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Params], None] = lambda params: None) -> None:
-        for p in self.models[0].values():
-            p.grad = torch.randn_like(p) * 0.3
-        spoil(self.models[0])
-        for name, p in self.models[1].items():
-            grad = self.models[0][name].grad
-            p.grad = None if grad is None else grad.clone()
-        for fills, optimizer in zip((True, False), self.optimizers, strict=True):
-            monkeypatch.setattr(grid, "FILLS_COEFFICIENTS", fills)
-            optimizer.step()
-        self.compare()
-
-    def compare(self) -> None:
-        first, second = self.optimizers
-        tables, figures = [], []
-        for optimizer in self.optimizers:
-            batches = optimizer._engine.batches
-            tables.append([batch.coefficients.table for batch in batches])
-            figures.append([optimizer.grad_norm, optimizer.prior_cosine, optimizer.prior_ratio])
-            for batch in batches:
-                figures[-1].append(batch.coefficients.steps.clone())
-        assert_same_bits(*tables)
-        for one, other in zip(*figures, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-        params = [list(model.values()) for model in self.models]
-        assert_same_bits([p.detach() for p in params[0]], [p.detach() for p in params[1]])
-        for one, other in zip(*params, strict=True):
-            for key, value in first.state[one].items():
-                assert_same_bits([value.float()], [second.state[other][key].float()])
-
-
-def fills(monkeypatch: pytest.MonkeyPatch) -> list[Filling]:
-    """Those that the kernel is given from now on."""
-    given: list[Filling] = []
-    original = grid.fill_coefficients
-    monkeypatch.setattr(grid, "fill_coefficients", lambda filling: (given.append(filling), original(filling))[1])
-    return given
+def kernels_on_the_host() -> Iterator[None]:
+    with on_grid():
+        yield
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e6, math.inf])
@@ -286,162 +192,3 @@ def test_the_bias_alone(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert torch.equal(found[0].cosine, found[1].cosine)
                 assert torch.equal(found[0].ratio, found[1].ratio)
     assert len(given) == 6
-
-
-# Where the kernel is not asked
-
-
-def test_more_groups_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = fills(monkeypatch)
-    for count in (MAX_GROUPS, MAX_GROUPS + 1):
-        both = models({f"layers.{index}.weight": (3,) for index in range(count)})
-        pair = Pair(both, lambda params: [{"params": [each], "lr": 1e-3 * i} for i, each in enumerate(params.items())])
-        pair.step(monkeypatch)
-        assert len(given) == 1
-
-
-@pytest.mark.parametrize(("max_grad_norm", "expected"), [(None, 2), (0.5, 0)])
-def test_a_norm_over_several_batches(
-    max_grad_norm: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A parameter that is given twice steps twice, in batches of their own."""
-    both, given = models(), fills(monkeypatch)
-
-    def twice(params: Params) -> list[dict[str, Any]]:
-        named = list(params.items())
-        return [{"params": [*named, named[0]]}]
-
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        pair = Pair(both, twice, max_grad_norm=max_grad_norm)
-    for step in range(1, 4):
-        pair.step(monkeypatch)
-        assert len(given) == step * expected
-
-
-# What a step is made of
-
-# Of torch's operations, those that launch nothing.
-NOTHING = {
-    *("alias", "as_strided", "detach", "expand", "select", "slice", "split", "t", "unbind", "view"),
-    *("empty", "empty_like", "empty_strided"),
-    *("_record_function_enter_new", "_record_function_exit"),
-}
-
-
-class Operations(TorchDispatchMode):
-    """The operations that a device would have run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in NOTHING:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("capturable", [True, False])
-@pytest.mark.parametrize(
-    ("scaling", "max_grad_norm", "plans", "expected"),
-    [
-        *(("adaptive_cosine", 0.5, 1, 3), ("adaptive_cosine", None, 1, 3)),
-        *(("absolute", 0.5, 1, 3), ("absolute", None, 1, 2)),
-        *(("adaptive_cosine", 0.5, 2, 5), ("adaptive_cosine", None, 2, 4), ("absolute", None, 2, 3)),
-    ],
-)
-def test_a_step_is_two_or_three_launches_and_nothing_else(
-    scaling: str, max_grad_norm: float | None, plans: int, expected: int, capturable: bool
-) -> None:
-    """For one plan; of several each has its update, and its sums where it needs them. With several groups, a learning
-    rate that changes in every step, a GradScaler."""
-    params, _ = models({name: shape for name, shape in SHAPES.items() if plans == 2 or name not in UNKNOWN})
-    options = {"prior": deltas_of(params), "prior_scaling": scaling, "max_grad_norm": max_grad_norm}
-    if capturable:
-        options |= {key: torch.tensor(0.01, device=DEVICE) for key in ("lr", "alpha")}
-    ours = FusedDriftAdamW(
-        [{"params": list(params.items())[:1]}, {"params": list(params.items())[1:], "weight_decay": 0.2}],
-        capturable=capturable,
-        **options,
-    )
-    for step in range(4):
-        for p in params.values():
-            p.grad = torch.randn_like(p)
-        if not capturable:
-            ours.param_groups[1]["lr"] = 1e-3 / (step + 1)
-        elif step > 0:
-            ours.grad_scale, ours.found_inf = torch.tensor(3.0), torch.tensor(0.0)
-        before = grid.launched().value
-        with Operations() as operations:
-            ours.step()
-        if step > 1:  # the first makes the plans; the second, under the first scaler, anew
-            assert operations.names == []
-            assert grid.launched().value - before == expected
-
-
-def test_a_step_without_the_kernel_is_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The count above counts."""
-    monkeypatch.setattr(grid, "FILLS_COEFFICIENTS", False)
-    params, _ = models()
-    ours = FusedDriftAdamW(params.items(), prior=deltas_of(params), max_grad_norm=0.5, prior_scaling="adaptive_cosine")
-    for _ in range(2):
-        for p in params.values():
-            p.grad = torch.randn_like(p)
-        with Operations() as operations:
-            ours.step()
-    assert len(operations.names) > 30
-
-
-# What coefficients.py and the kernel share
-
-
-def test_powers_are_the_same_as_numbers_as_vectors_and_in_the_kernel() -> None:
-    some = [0, 1, 2, 3, 7, 8, 255, 256, 257, 999, 65_535, 65_536, 10**6, 2**24 - 1, 2**24]
-    some += torch.randint(2**24, (700,)).tolist()
-    n = len(some)
-    betas = torch.rand(2, n, dtype=torch.float64)
-    betas[1] = 1 - 10 ** (-6 * betas[1])
-    steps = torch.tensor(some, dtype=F32)
-    powered = counts.powers(counts.squares(betas), steps)
-    for beta, found in zip(betas, powered, strict=True):
-        for b, t, value in zip(beta.tolist(), some, found.tolist(), strict=True):
-            assert counts.power(b, t) == value
-            if t < 300:
-                exact = Fraction(b) ** t
-                assert abs(Fraction(value) - exact) <= exact * Fraction(t, 2**52), (b, t)
-
-    table = CoefficientTable(torch.device("cpu"), steps - 1, [0.0] * n, [0.0] * n)
-    other = CoefficientTable(torch.device("cpu"), steps - 1, [0.0] * n, [0.0] * n)
-    groups = []
-    for row in range(n):
-        h = Hyperparameters(0.1, *betas[:, row].tolist(), 1e-8, 0.1, False, 0.0, "absolute", False)
-        table.set_hyperparameters(slice(row, row + 1), h)
-        groups.append(h)
-    table.advance()
-    table.set_gradient_coefficients(table.bias(with_stats=False), None)
-    found = torch.empty_like(other.table)
-    for first in range(0, n, MAX_GROUPS):
-        some_groups = groups[first : first + MAX_GROUPS]
-        other = CoefficientTable(torch.device("cpu"), steps - 1, [0.0] * n, [0.0] * n)
-        group_of = [min(max(row - first, 0), len(some_groups) - 1) for row in range(n)]
-        filling = Filling(other, group_of)
-        filling.prepare(some_groups, GradScale(None, None), advances=True, with_stats=False, max_grad_norm=None)
-        grid.fill_coefficients(filling)
-        found[first : first + MAX_GROUPS] = other.table[first : first + MAX_GROUPS]
-    assert_same_bits([found], [table.table])
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 255, 511, 512, 513, 1700])
-def test_the_order_of_a_sum(n: int) -> None:
-    numbers = torch.randn(n, dtype=torch.float64) * 10 ** torch.linspace(-8, 8, n, dtype=torch.float64)
-    ordered = OrderedSum(n, DEVICE)
-    for _ in range(2):  # it can be filled again
-        ordered.addends.copy_(numbers)
-        lanes = [0.0] * 512
-        for row, number in enumerate(numbers.tolist()):
-            lanes[row % 512] += number
-        while len(lanes) > 1:
-            half = len(lanes) // 2
-            lanes = [lanes[lane] + lanes[lane + half] for lane in range(half)]
-        assert float(ordered.total()) == lanes[0]

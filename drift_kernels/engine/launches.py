@@ -157,6 +157,7 @@ class DeviceBatch:
         self.biased_names = [self.slots[row].name for row in biased]
         self.copied = [slot for slot in self.slots if slot.copy is not None]
         self.biased_rows = torch.tensor(biased, dtype=torch.int64, device=device)
+        self._readers = {bound.readers for bound in bounds if bound is not None and bound.readers is not None}
         self._rule = rule
         self._reduction = Reduction([slot.shard for slot in self.slots])
         self._groups: dict[int, Hyperparameters] = {}
@@ -254,6 +255,8 @@ class DeviceBatch:
 
     def run(self, plan: Plan, rows: slice, launch: Launch, groups: list[Hyperparameters]) -> None:
         """The rule, on these rows of a launch, whose tensors are those of `plan`."""
+        for readers in self._readers:
+            readers.add(plan.device)
         with_delta = launch.reads_delta(groups, decoupled=self._rule.reads_decoupled)
         self._rule.run(self.backend, plan, self.coefficients.table[rows], with_delta=with_delta)
 

@@ -165,8 +165,8 @@ def _fixed(h: Hyperparameters) -> dict[str, float]:
 
 
 class OrderedSum:
-    """The sum of n numbers, float64, in an order of its own: number r is added to lane r % 512, and the lanes by halves,
-    the upper to the lower ones. (Of fewer numbers there are fewer lanes: the others would add zeros.)
+    """The sum of n numbers, float64, in an order of its own: number r is added to lane r % 512, then the upper half of
+    the lanes to the lower one, until there is one. (Fewer numbers have fewer lanes: the others would add zeros.)
 
     Attributes:
         addends: [n], to be filled before each `total`, which overwrites them.
