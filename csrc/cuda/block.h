@@ -234,25 +234,31 @@ DRIFT_HD bool arrives_last(uint32_t* arrived, uint32_t chunks) {
 }
 
 // The end of a block that has the sums of its chunk in sums[0]: the last of a row adds up those of the row, in an order
-// that does not depend on which it is.
-DRIFT_HD void finish_sums(const Launch& launch, const Chunk& chunk, Sums* sums) {
-  const Row& row = launch.rows[chunk.row];
-  const int64_t chunks = chunk_count(row.numel);
+// that does not depend on which it is. (The chunk is looked up again: what is kept over the turns costs registers.)
+DRIFT_HD void finish_sums(const Launch& launch, int64_t block, Sums* sums) {
   each_thread([&](int thread) {
     if (thread != 0) return;
-    launch.partials[chunk.index] = sums[0];
-    sums[0].grad_grad = arrives_last(launch.arrived + chunk.row, static_cast<uint32_t>(chunks)) ? 1.0 : 0.0;
+    const int64_t index = launch.first_chunk + block;
+    const int32_t row = launch.chunk_rows[index];
+    launch.partials[index] = sums[0];
+    const auto chunks = static_cast<uint32_t>(chunk_count(launch.rows[row].numel));
+    sums[0].grad_grad = arrives_last(launch.arrived + row, chunks) ? 1.0 : 0.0;
   });
   if (sums[0].grad_grad == 0.0) return;
-  each_thread([&](int) {});  // before what has been read is overwritten
+  const int32_t row = launch.chunk_rows[launch.first_chunk + block];
+  const int64_t begin = launch.rows[row].first_chunk;
+  const int64_t end = begin + chunk_count(launch.rows[row].numel);
+  each_thread([&](int) {});  // all have read what is overwritten next
   each_thread([&](int thread) {
     Sums own{0.0, 0.0};
-    for (int64_t i = thread; i < chunks; i += kThreads) add(own, read_shared(launch.partials + row.first_chunk + i));
+    for (int64_t chunk = begin + thread; chunk < end; chunk += kThreads) {
+      add(own, read_shared(launch.partials + chunk));
+    }
     sums[thread] = own;
   });
   add_up(sums);
   each_thread([&](int thread) {
-    if (thread == 0) launch.totals[chunk.row] = sums[0];
+    if (thread == 0) launch.totals[row] = sums[0];
   });
 }
 
@@ -286,7 +292,7 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
     sums[thread] = own;
   });
   add_up(sums);
-  finish_sums(launch, chunk, sums);
+  finish_sums(launch, block, sums);
 }
 
 // bias: reference.bias_ on the chunk of this block.
