@@ -98,13 +98,15 @@ DRIFT_HD double fill_row(const Filling& f, const Group& group, const Common& com
     const double grad_delta = sums.grad_delta * common.inv_scale;
     const double grad_norm = sqrt(grad_grad);
     const double ratio = (std::isfinite(grad_norm) ? grad_norm : 0.0) * inv_delta_norm;
-    double cosine = group.sign * grad_delta / grad_norm * inv_delta_norm;
+    const double along = group.sign * grad_delta;
+    double cosine = along / grad_norm * inv_delta_norm;
     cosine = std::isnan(cosine) ? 0.0 : cosine > 1.0 ? 1.0 : cosine < -1.0 ? -1.0 : cosine;
     c = c + alpha * ratio * (group.by_ratio + group.by_cosine * cosine);
-    const double of_grad = fabs(c) * delta_norm / grad_norm;
+    const double pull = fabs(c) * delta_norm;
+    const double of_grad = pull / grad_norm;
     pointer<double>(f.cosine)[row] = cosine;
     pointer<double>(f.ratio)[row] = std::isnan(of_grad) ? 0.0 : of_grad;
-    squared = grad_grad - 2.0 * c * group.sign * grad_delta + (c * delta_norm) * (c * delta_norm);
+    squared = grad_grad - 2.0 * c * along + pull * pull;
   }
   pointer<double>(f.bias)[row] = c;
   return squared;

@@ -206,7 +206,7 @@ class Engine:
         norm = clip = None
         if self.max_grad_norm is not None and biases:
             squares = [coefficients.biased_norm_squared(c).to(biases[0][1].device) for coefficients, c in biases]
-            norm = sqrt64(torch.stack(squares).sum().clamp(min=0))
+            norm = sqrt64((squares[0] if len(squares) == 1 else torch.stack(squares).sum()).clamp(min=0))
             clip = clip_coefficient(norm, self.max_grad_norm)
         self.grad_norm = norm
         for coefficients, c in biases:

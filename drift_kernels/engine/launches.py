@@ -161,7 +161,7 @@ class DeviceBatch:
         self._rule = rule
         self._reduction = Reduction([slot.shard for slot in self.slots])
         self._groups: dict[int, Hyperparameters] = {}
-        self._measured: set[int] = set()  # launches whose sums may stand in the table, by id
+        self._measured: list[Launch] = []  # those whose sums stand in the table
         if backend.FILLS_COEFFICIENTS:
             self._filling = Filling(self.coefficients, [slot.group for slot in self.slots])
             for launch in self.launches:
@@ -239,10 +239,11 @@ class DeviceBatch:
         if not measured:
             return False
         stats = self.coefficients.stats
-        if len(measured) < len(self.launches) and (not self._measured <= set(map(id, measured)) or capturing()):
-            stats.zero_()  # what is not measured now; a graph does not know what was measured before its replay
-            self._measured = set()
-        self._measured |= set(map(id, measured))
+        if len(measured) < len(self.launches):
+            # What is not measured now is zero. (A graph does not know what will be measured before its replay.)
+            if capturing() or any(launch not in measured for launch in self._measured):
+                stats.zero_()
+        self._measured = measured
         for launch in measured:
             self.measure(launch.plan, launch.rows, launch, groups)
         self._reduction.sum_(stats)

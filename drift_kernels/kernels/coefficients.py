@@ -176,11 +176,12 @@ class OrderedSum:
         width = min(LANES, 1 << (n - 1).bit_length())
         lanes = torch.zeros(-(-n // width), width, dtype=torch.float64, device=device)
         self.addends = lanes.view(-1)[:n]
-        self._additions = [(lanes[0], row) for row in lanes[1:]]
+        self._total = lanes[0, 0]
+        added: Any = lanes.numpy() if device.type == "cpu" else lanes  # numpy's calls are shorter
+        self._additions = [(added[0], row) for row in added[1:]]
         while width > 1:
             width //= 2
-            self._additions.append((lanes[0, :width], lanes[0, width : 2 * width]))
-        self._total = lanes[0, 0]
+            self._additions.append((added[0, :width], added[0, width : 2 * width]))
 
     def total(self) -> Tensor:
         """[], new."""
@@ -231,6 +232,7 @@ class CoefficientTable:
         self._written: Tensor | None = None  # the prior's coefficients that the table has, unclipped and unscaled
         self._inv_scale: Tensor | None = None  # of this step's gradients
         self._sums = self.stats  # `stats` without the scale
+        self._along = self._pull = self._constant  # <g, delta> and norm(c*delta)
         self._stale = True  # whether hyperparameters have been set since what follows from them was computed
 
     def set_hyperparameters(self, rows: slice, h: Hyperparameters, before: Hyperparameters | None = None) -> None:
@@ -287,20 +289,20 @@ class CoefficientTable:
         self._sums = self.stats if inv is None else self.stats * torch.stack((inv * inv, inv))
         grad_norm = sqrt64(self._sums[:, 0])
         ratio = torch.where(grad_norm.isfinite(), grad_norm, 0.0) * self.inv_delta_norm
-        cosine = self._of.sign * self._sums[:, 1] / grad_norm * self.inv_delta_norm
+        self._along = self._of.sign * self._sums[:, 1]
+        cosine = self._along / grad_norm * self.inv_delta_norm
         cosine = cosine.nan_to_num(nan=0.0).clamp(-1.0, 1.0)
         c = self._constant + self._alpha * ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
         self.prior_cosine = cosine
-        self.prior_ratio = (c.abs() * self.delta_norm / grad_norm).nan_to_num(nan=0.0, posinf=torch.inf)
+        self._pull = c.abs() * self.delta_norm
+        self.prior_ratio = (self._pull / grad_norm).nan_to_num(nan=0.0, posinf=torch.inf)
         return c
 
     def biased_norm_squared(self, c: Tensor) -> Tensor:
-        """norm(g')^2 over all tensors, float64 []; after `bias`."""
+        """norm(g')^2 over all tensors, float64 []; after `bias` with statistics."""
         if self._sum is None:
             self._sum = OrderedSum(len(c), c.device)
-        grad_grad, grad_delta = self._sums.unbind(1)
-        inside = grad_grad - 2 * c * self._of.sign * grad_delta
-        torch.add(inside, (c * self.delta_norm) ** 2, out=self._sum.addends)
+        torch.add(self._sums[:, 0] - 2 * c * self._along, self._pull * self._pull, out=self._sum.addends)
         return self._sum.total()
 
     def set_gradient_coefficients(self, c: Tensor, clip: Tensor | None) -> None:

@@ -90,7 +90,9 @@ class HostCounts:
         self._steps = steps.numpy()  # the same memory
         self._betas = np.zeros((2, len(steps)))
         self._device = device
-        self._out = torch.empty(len(Corrections._fields), len(steps), dtype=torch.float64, device="cpu")
+        self._sent = torch.empty(len(Corrections._fields), len(steps), dtype=torch.float64, device="cpu")
+        self._out = self._sent.numpy()
+        self._here = Corrections._make(self._sent.unbind())
         self._first: np.ndarray = np.empty(0, np.int64)  # of each kind of row, the first
         self._kind: np.ndarray = np.empty(0, np.int64)  # of each row
         self._known = False
@@ -106,13 +108,14 @@ class HostCounts:
             _, self._first, self._kind = np.unique(kinds, axis=1, return_index=True, return_inverse=True)
             self._kind = self._kind.reshape(-1)
             self._known = True
-        values = np.array(self._of_kinds(self._betas[:, self._first], self._steps[self._first]))
+        values = self._of_kinds(self._betas[:, self._first], self._steps[self._first])
         if len(self._first) == 1:
-            self._out.numpy()[:] = values
+            self._out[:] = values
         else:
-            np.take(values, self._kind, axis=1, out=self._out.numpy())
-        # Non-blocking, or it would wait.
-        return Corrections._make(self._out.to(self._device, non_blocking=True).unbind())
+            np.take(values, self._kind, axis=1, out=self._out)
+        if self._device.type == "cpu":
+            return self._here
+        return Corrections._make(self._sent.to(self._device, non_blocking=True).unbind())  # blocking, it would wait
 
     def _of_kinds(self, betas: np.ndarray, counts: np.ndarray) -> list[list[float]] | np.ndarray:
         """[3, kinds]."""
