@@ -123,6 +123,7 @@ DRIFT_HD void fill_block(const Filling& f, const Group* groups, double* squares)
     for (int64_t row = thread; row < f.count; row += kFillThreads) own += fill_row(f, group_of(row), common, row);
     squares[thread] = own;
   });
+  double norm = 0.0;
   double clip = 1.0;
   if (f.clips != 0) {
     for (int half = kFillThreads / 2; half > 0; half /= 2) {
@@ -131,12 +132,12 @@ DRIFT_HD void fill_block(const Filling& f, const Group* groups, double* squares)
       });
     }
     // A NaN stays, in all of them.
-    const double norm = sqrt(squares[0] < 0.0 ? 0.0 : squares[0]);
+    norm = sqrt(squares[0] < 0.0 ? 0.0 : squares[0]);
     clip = 1.0 / (norm + kClipEpsilon) * f.max_grad_norm;
     if (clip > 1.0) clip = 1.0;
-    *pointer<double>(f.grad_norm) = norm;
   }
   each_fill_thread([&](int thread) {
+    if (thread == 0 && f.clips != 0) *pointer<double>(f.grad_norm) = norm;
     DRIFT_KEEP_ROLLED
     for (int64_t row = thread; row < f.count; row += kFillThreads) {
       Coefficients& out = pointer<Coefficients>(f.coefficients)[row];

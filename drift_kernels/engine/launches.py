@@ -239,10 +239,10 @@ class DeviceBatch:
         if not measured:
             return False
         stats = self.coefficients.stats
-        if len(measured) < len(self.launches):
-            # What is not measured now is zero. (A graph does not know what will be measured before its replay.)
-            if capturing() or any(launch not in measured for launch in self._measured):
-                stats.zero_()
+        # What is not measured now is zero. (A graph does not know what will be measured before its replay.)
+        stale = any(launch not in measured for launch in self._measured)
+        if stale or (len(measured) < len(self.launches) and capturing()):
+            stats.zero_()
         self._measured = measured
         for launch in measured:
             self.measure(launch.plan, launch.rows, launch, groups)

@@ -288,14 +288,13 @@ class CoefficientTable:
         inv = self._inv_scale
         self._sums = self.stats if inv is None else self.stats * torch.stack((inv * inv, inv))
         grad_norm = sqrt64(self._sums[:, 0])
-        ratio = torch.where(grad_norm.isfinite(), grad_norm, 0.0) * self.inv_delta_norm
+        ratio = grad_norm.nan_to_num(nan=0.0, posinf=0.0).mul_(self.inv_delta_norm)
         self._along = self._of.sign * self._sums[:, 1]
-        cosine = self._along / grad_norm * self.inv_delta_norm
-        cosine = cosine.nan_to_num(nan=0.0).clamp(-1.0, 1.0)
-        c = self._constant + self._alpha * ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
+        cosine = (self._along / grad_norm).mul_(self.inv_delta_norm).nan_to_num_(nan=0.0).clamp_(-1.0, 1.0)
+        c = self._constant + ratio.mul_(self._alpha).mul_(self._of.by_ratio + self._of.by_cosine * cosine)
         self.prior_cosine = cosine
         self._pull = c.abs() * self.delta_norm
-        self.prior_ratio = (self._pull / grad_norm).nan_to_num(nan=0.0, posinf=torch.inf)
+        self.prior_ratio = (self._pull / grad_norm).nan_to_num_(nan=0.0, posinf=torch.inf)
         return c
 
     def biased_norm_squared(self, c: Tensor) -> Tensor:

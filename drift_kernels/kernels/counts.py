@@ -103,7 +103,7 @@ class HostCounts:
 
     def corrections(self) -> Corrections:
         # All counts rise together, so that rows which are equal stay so, but for what users write into them.
-        if not self._known or not (self._steps[self._first][self._kind] == self._steps).all():
+        if not (self._known and self._as_known()):
             kinds = np.vstack((self._steps, self._betas))
             _, self._first, self._kind = np.unique(kinds, axis=1, return_index=True, return_inverse=True)
             self._kind = self._kind.reshape(-1)
@@ -116,6 +116,10 @@ class HostCounts:
         if self._device.type == "cpu":
             return self._here
         return Corrections._make(self._sent.to(self._device, non_blocking=True).unbind())  # blocking, it would wait
+
+    def _as_known(self) -> bool:
+        firsts = self._steps[self._first]
+        return bool((self._steps == (firsts if len(firsts) == 1 else firsts[self._kind])).all())
 
     def _of_kinds(self, betas: np.ndarray, counts: np.ndarray) -> list[list[float]] | np.ndarray:
         """[3, kinds]."""
