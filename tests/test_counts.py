@@ -27,7 +27,7 @@ def test_powers_are_the_same_as_numbers_as_vectors_and_in_the_kernel() -> None:
     for beta, found in zip(betas, powered, strict=True):
         for b, t, value in zip(beta.tolist(), some, found.tolist(), strict=True):
             assert counts.power(b, t) == value
-            if t < 300:
+            if t < 300 and value > 1e-290:
                 exact = Fraction(b) ** t
                 assert abs(Fraction(value) - exact) <= exact * Fraction(t, 2**52), (b, t)
 
