@@ -47,11 +47,15 @@ def kernels(path: Path, *options: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def operations(ptx: str, kind: str = "f32") -> Counter[str]:
+    """How often PTX has each operation of arithmetic, of float32 or of "f64"."""
+    return Counter(re.findall(PTX_ARITHMETIC.format(kind), ptx))
+
+
 def arithmetic(path: Path, kind: str = "f32") -> dict[str, Counter[str]]:
-    """For each kernel in an extension, how often its PTX has each operation of arithmetic, of float32 or of "f64"."""
-    operations = PTX_ARITHMETIC.format(kind)
+    """For each kernel in an extension, how often its PTX has which operations."""
     entries = re.split(r"\.entry (\w+)\(", run("-ptx", path))[1:]
-    return {name: Counter(re.findall(operations, body)) for name, body in zip(entries[::2], entries[1::2], strict=True)}
+    return {name: operations(body, kind) for name, body in zip(entries[::2], entries[1::2], strict=True)}
 
 
 def scalars(counts: Mapping[str, int], *opcodes: str) -> int:

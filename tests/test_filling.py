@@ -123,8 +123,10 @@ def test_several_plans_of_which_some_need_no_sums(max_grad_norm: float | None, m
         for optimizer in pair.optimizers:
             optimizer.param_groups[1]["prior_scaling"] = scaling
         pair.step(monkeypatch)
-    (batch,) = pair.optimizers[0]._engine.batches
-    assert len(batch.launches) > 1
+        (batch,) = pair.optimizers[0]._engine.batches
+        (rows,) = (launch.rows for launch in batch.launches if launch.group_rows[0][0] == 1)
+        measured = max_grad_norm is not None or scaling in ("adaptive_cosine", "gradnorm")
+        assert bool((batch.coefficients.stats[rows] != 0).any()) == measured
 
 
 def test_both_ways_in_turn_are_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +138,8 @@ def test_both_ways_in_turn_are_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(DeviceBatch, "can_fill", lambda self, groups, turn=turn: turn and original(self, groups))
         for optimizer in pair.optimizers:
             for group in optimizer.param_groups:
-                group["betas"] = (0.9, 0.99) if step % 2 else (0.8, 0.999)
+                # What coefficients.py wrote in step 2 holds again in step 5, but the kernel wrote something else between.
+                group["betas"] = (0.8, 0.999) if step in (3, 4) else (0.9, 0.99)
         pair.step(monkeypatch)
 
 
