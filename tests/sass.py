@@ -11,7 +11,6 @@ import inspect
 import json
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 

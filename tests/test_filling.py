@@ -138,7 +138,7 @@ def test_both_ways_in_turn_are_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(DeviceBatch, "can_fill", lambda self, groups, turn=turn: turn and original(self, groups))
         for optimizer in pair.optimizers:
             for group in optimizer.param_groups:
-                # What coefficients.py wrote in step 2 holds again in step 5, but the kernel wrote something else between.
+                # What coefficients.py wrote in step 2 holds again in step 5; the kernel wrote something else between.
                 group["betas"] = (0.8, 0.999) if step in (3, 4) else (0.9, 0.99)
         pair.step(monkeypatch)
 
