@@ -51,7 +51,7 @@ CPU = Extension(
 )
 CUDA = Extension(
     "drift_kernels._cuda",
-    sources=["csrc/cuda/kernels.cu", "csrc/cuda/module.cpp"],
+    sources=["csrc/cuda/kernels.cu", "csrc/cuda/coefficients.cu", "csrc/cuda/module.cpp"],
     optional=os.environ.get("DRIFT_KERNELS_CUDA") != "1",
     depends=HEADERS,
 )

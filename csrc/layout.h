@@ -3,7 +3,7 @@
 #pragma once
 
 #include "codes.h"
-#include "table.h"
+#include "filling.h"
 
 namespace drift {
 
@@ -14,6 +14,9 @@ template <class Names, class Number>
 void for_each_part(Names names, Number number) {
   names("row", kRowNames);
   names("coefficients", kCoefficientNames);
+  names("filling", kFillingNames);
+  names("group", kGroupNames);
+  number("groups", kMaxGroups);
   number("chunk", kChunk);
   number("block", int64_t{kScaleBlock});
 }

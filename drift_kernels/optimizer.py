@@ -11,9 +11,10 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from .engine.backward import BackwardHandle, attach
 from .engine.binding import PriorBinding
-from .engine.engine import Engine, capturing
+from .engine.engine import Engine
 from .engine.figures import bias_figures, memory_report
 from .engine.hyperparameters import check_max_grad_norm, check_seed, hyperparameters
+from .engine.launches import capturing
 from .engine.rules import AdamW
 from .kernels import backends
 from .kernels.coefficients import GradScale

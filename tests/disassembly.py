@@ -18,8 +18,8 @@ from typing import Any
 
 # An instruction in a listing: address, predicate, opcode.
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-# Arithmetic of float32 in PTX; a packed operation does two.
-PTX_ARITHMETIC = re.compile(r"\b(?:add|sub|mul|fma|mad|div|sqrt)(?:\.\w+)*\.f32(?:x2)?\b")
+# Arithmetic of floats in PTX; a packed operation does two.
+PTX_ARITHMETIC = r"\b(?:add|sub|mul|fma|mad|div|sqrt|rcp|rsqrt)(?:\.\w+)*\.{}(?:x2)?\b"
 
 
 def cuobjdump() -> str | None:
@@ -52,10 +52,15 @@ def kernels(path: Path, *options: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def arithmetic(path: Path) -> dict[str, Counter[str]]:
-    """For each kernel in an extension, how often its PTX has each operation of float32 arithmetic."""
+def operations(ptx: str, kind: str = "f32") -> Counter[str]:
+    """How often PTX has each operation of arithmetic, of float32 or of "f64"."""
+    return Counter(re.findall(PTX_ARITHMETIC.format(kind), ptx))
+
+
+def arithmetic(path: Path, kind: str = "f32") -> dict[str, Counter[str]]:
+    """For each kernel in an extension, how often its PTX has which operations."""
     entries = re.split(r"\.entry (\w+)\(", run("-ptx", path))[1:]
-    return {name: Counter(PTX_ARITHMETIC.findall(body)) for name, body in zip(entries[::2], entries[1::2], strict=True)}
+    return {name: operations(body, kind) for name, body in zip(entries[::2], entries[1::2], strict=True)}
 
 
 def scalars(counts: Mapping[str, int], *opcodes: str) -> int:

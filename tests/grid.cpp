@@ -1,4 +1,5 @@
 // The cuda backend's kernels on the host: every block of a grid, and every thread of a block, one after another.
+#include "../csrc/cuda/coefficients.h"
 #include "../csrc/cuda/plan.h"
 #include "../csrc/dtypes.h"
 #include "../csrc/layout.h"
@@ -45,12 +46,18 @@ extern "C" const char* layout() {
   return text.c_str();
 }
 
+// Launches that a device would have had.
+extern "C" {
+int64_t launched = 0;
+}
+
 // From chunk `begin` of each launch on, so that the end of a huge tensor can be run alone.
 extern "C" void update(const Plan* plan, const char* const* dtypes, const Coefficients* coefficients, int64_t begin) {
   const UpdateBlock body = select_update(parse(dtypes), [](auto p, auto g, auto s, auto d) -> UpdateBlock {
     return run_update<Unwrap<decltype(p)>, Unwrap<decltype(g)>, Unwrap<decltype(s)>, Unwrap<decltype(d)>>;
   });
-  for_each_launch(*plan, coefficients, nullptr, [&](const Launch& launch, int64_t chunks) {
+  for_each_launch(*plan, coefficients, {}, [&](const Launch& launch, int64_t chunks) {
+    ++launched;
     for (int64_t block = begin; block < chunks; ++block) body(launch, block);
   });
 }
@@ -59,18 +66,25 @@ extern "C" void bias(const Plan* plan, const char* const* dtypes, const Coeffici
   const BiasBlock body = select_bias(parse(dtypes), [](auto grad, auto delta) -> BiasBlock {
     return bias_block<Unwrap<decltype(grad)>, Unwrap<decltype(delta)>>;
   });
-  for_each_launch(*plan, coefficients, nullptr, [&](const Launch& launch, int64_t chunks) {
+  for_each_launch(*plan, coefficients, {}, [&](const Launch& launch, int64_t chunks) {
+    ++launched;
     for (int64_t block = 0; block < chunks; ++block) body(launch, block);
   });
 }
 
-extern "C" void grad_stats(const Plan* plan, const char* const* dtypes, Sums* partials, Sums* out) {
+extern "C" void grad_stats(const Plan* plan, const char* const* dtypes, Sums* partials, uint32_t* arrived, Sums* out) {
   const SumBlock body = select_sum(parse(dtypes), [](auto grad, auto delta) -> SumBlock {
     return sum_block<Unwrap<decltype(grad)>, Unwrap<decltype(delta)>>;
   });
   Sums shared[kThreads];
-  for_each_launch(*plan, nullptr, partials, [&](const Launch& launch, int64_t chunks) {
+  for_each_launch(*plan, nullptr, {partials, out, arrived}, [&](const Launch& launch, int64_t chunks) {
+    ++launched;
     for (int64_t block = 0; block < chunks; ++block) body(launch, block, shared);
   });
-  for (int64_t block = 0; block < plan->count; ++block) total_block(plan->rows, partials, out, block, shared);
+}
+
+extern "C" void fill_coefficients(const Filling* filling) {
+  double shared[kFillThreads];
+  ++launched;
+  fill_block(*filling, reinterpret_cast<const Group*>(filling + 1), shared);
 }

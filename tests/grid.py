@@ -13,10 +13,13 @@ import torch
 from background import OUT, Product
 from torch import Tensor
 
+from drift_kernels.kernels.filling import Filling
 from drift_kernels.kernels.layout import mismatch
 from drift_kernels.kernels.plan import Plan
 
+CAPTURABLE = True
 READS_TENSORS = False
+FILLS_COEFFICIENTS = True
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILER = shutil.which("c++")
@@ -62,13 +65,28 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (plan.partials, out))
+    if plan.has_empty:
+        out.zero_()
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (plan.partials, plan.arrived, out))
     _library().grad_stats(*_arguments(plan, with_delta), *pointers)
 
 
 def update(plan: Plan, coefficients: Tensor, *, with_delta: bool, first_chunk: int = 0) -> None:
     begin = ctypes.c_int64(first_chunk)
     _library().update(*_arguments(plan, with_delta), ctypes.c_void_p(coefficients.data_ptr()), begin)
+
+
+def fill_coefficients(filling: Filling) -> None:
+    _library().fill_coefficients(ctypes.c_void_p(filling.address))
+
+
+def prepare(plan: Plan) -> None:
+    _ = plan.partials, plan.arrived
+
+
+def launched() -> ctypes.c_int64:
+    """How many launches there have been."""
+    return ctypes.c_int64.in_dll(_library(), "launched")
 
 
 def bias(plan: Plan, coefficients: Tensor) -> None:

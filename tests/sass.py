@@ -11,7 +11,6 @@ import inspect
 import json
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def compiled(arch: int, source: ASTSource, options: dict[str, Any]) -> dict[str,
         **facts,
         "threads": 32 * options["num_warps"],
         "specialized": [p.name for p in source.fn.params if not p.is_constexpr and not p.do_not_specialize],
-        "ptx": Counter(disassembly.PTX_ARITHMETIC.findall(binary.asm["ptx"])),
+        "ptx": disassembly.operations(binary.asm["ptx"]),
     }
 
 

@@ -122,7 +122,7 @@ def test_every_combination_of_dtypes_has_a_kernel(by_arch: dict[str, Kernels]) -
         kinds = Counter(name.partition("<")[0] for name in kernels)
         # By the types of (gradients, states, deltas): float; float16; bfloat16 to nearest and at random; masters.
         updates = 1 * 3 * 3 + 2 * 2 * 3 + 2 * (2 * 3 * 5) + 2 * 4 * 5
-        assert kinds == {"update": updates, "sum": 2 * 5 + 3, "bias": 2 * 4 + 2, "total": 1}, arch
+        assert kinds == {"update": updates, "sum": 2 * 5 + 3, "bias": 2 * 4 + 2, "fill": 2}, arch
 
 
 def expected_accesses(sizes: list[int], turn: int, single: int) -> dict[str, int]:
@@ -171,14 +171,15 @@ def test_the_bias_moves_16_bytes_at_a_time_or_one_element(by_arch: dict[str, Ker
 
 
 def test_nothing_spills_and_two_blocks_share_a_multiprocessor(by_arch: dict[str, Kernels]) -> None:
-    """Three of what rounds two-byte parameters to nearest, four of the sums and the bias."""
+    """Three of what rounds two-byte parameters to nearest, four of the sums and the bias. One block fills coefficients,
+    with twice as many threads."""
     for arch, kernels in by_arch.items():
         for name, facts in kernels.items():
             usage = facts["usage"]
             assert usage["STACK"] == usage["LOCAL"] == 0, f"{arch} {name}"
             assert not [opcode for opcode in facts["sass"] if opcode.startswith(("LDL", "STL"))], f"{arch} {name}"
             plain = name.startswith(("update<bfloat16", "update<float16")) and "int8_state" not in name
-            blocks = 3 if plain else 2 if name.startswith("update") else 4
+            blocks = 3 if plain else 2 if name.startswith(("update", "fill")) else 4
             assert usage["REG"] * THREADS * blocks <= 65_536, f"{arch} {name}: {usage['REG']} registers"
             assert usage["SHARED"] * blocks <= 100 * 1024, f"{arch} {name}: {usage['SHARED']} bytes shared"
 
@@ -197,6 +198,18 @@ def test_every_operation_is_rounded_by_itself(extension: Path, by_arch: dict[str
             assert counts["sqrt.rn.f32"] == 2 * roots, name
         else:
             assert counts["sqrt.rn.f32"] == counts["div.rn.f32"] == roots, name
+
+
+def test_coefficients_are_filled_by_operations_that_every_library_rounds_alike(extension: Path) -> None:
+    """In float64 no fma, no approximation, no function of CUDA's library."""
+    ptx = disassembly.arithmetic(extension, "f64")
+    filling = {name: counts for name, counts in ptx.items() if "fill" in name}
+    assert len(filling) == 2
+    for name, counts in ptx.items():
+        assert all(".rn.f64" in op and not op.startswith(("fma", "mad", "rsqrt")) for op in counts), name
+    for name, counts in filling.items():
+        assert counts["mul.rn.f64"] > 100, name
+        assert counts["sqrt.rn.f64"] == 3, name
 
 
 def test_its_cudart_is_its_own(extension: Path) -> None:

@@ -35,7 +35,7 @@ FLOORS = {
     ],
     "formats": [{"rounding", "philox"}, {"blocks"}],
     "kernels": [
-        {"operands", "scalings"}, {"plan", "coefficients"}, {"layout", "reference"},
+        {"operands", "scalings", "counts"}, {"plan", "coefficients"}, {"filling"}, {"layout", "reference"},
         {"cpu", "cuda", "triton", "describe"}, {"backends"},
     ],
     "kernels/triton": [
@@ -49,8 +49,8 @@ FLOORS = {
         {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
     ],
     "engine": [
-        {"seen", "hyperparameters", "reach", "lookalikes"}, {"binding", "rules"}, {"launches"}, {"engine", "figures"},
-        {"backward"},
+        {"seen", "hyperparameters", "reach", "lookalikes", "pinned"}, {"binding", "rules"}, {"launches"},
+        {"engine", "figures"}, {"backward"},
     ],
     "integrations": [{"named_groups", "step_figures"}, {"transformers"}, {"__init__"}],
 }  # fmt: skip

@@ -28,7 +28,9 @@ struct Launch {
   const Row* rows;
   const int32_t* chunk_rows;  // the row of each chunk
   const Coefficients* coefficients;
-  Sums* partials;  // of each chunk
+  Sums* partials;     // of each chunk
+  Sums* totals;       // of each row
+  uint32_t* arrived;  // of each row, how many of its chunks have their partial sums: 0 before a launch, and after it
   int64_t first_row;
   int64_t first_chunk;
   uint64_t grads[kMaxRows];  // from first_row on
@@ -209,7 +211,58 @@ DRIFT_HD void add_up(Sums* sums) {
   }
 }
 
-// The first stage of grad_stats: sum(g*g) and sum(g*delta) of the chunk of this block, a thread's lanes in float32 and
+// What other blocks have written in this launch: past a multiprocessor's own cache.
+DRIFT_HD Sums read_shared(const Sums* sums) {
+#if defined(__CUDA_ARCH__)
+  return {__ldcg(&sums->grad_grad), __ldcg(&sums->grad_delta)};
+#else
+  return *sums;
+#endif
+}
+
+// Counts a chunk whose partial sums are written; whether it is the last of its row. The count goes back to 0 then.
+DRIFT_HD bool arrives_last(uint32_t* arrived, uint32_t chunks) {
+#if defined(__CUDA_ARCH__)
+  __threadfence();
+  const bool last = atomicInc(arrived, chunks - 1) == chunks - 1;
+  __threadfence();
+  return last;
+#else
+  *arrived = *arrived + 1 == chunks ? 0 : *arrived + 1;
+  return *arrived == 0;
+#endif
+}
+
+// The end of a block that has the sums of its chunk in sums[0]: the last of a row adds up those of the row, in an order
+// that does not depend on which it is. (The chunk is looked up again: what is kept over the turns costs registers.)
+DRIFT_HD void finish_sums(const Launch& launch, int64_t block, Sums* sums) {
+  each_thread([&](int thread) {
+    if (thread != 0) return;
+    const int64_t index = launch.first_chunk + block;
+    const int32_t row = launch.chunk_rows[index];
+    launch.partials[index] = sums[0];
+    const auto chunks = static_cast<uint32_t>(chunk_count(launch.rows[row].numel));
+    sums[0].grad_grad = arrives_last(launch.arrived + row, chunks) ? 1.0 : 0.0;
+  });
+  if (sums[0].grad_grad == 0.0) return;
+  const int32_t row = launch.chunk_rows[launch.first_chunk + block];
+  const int64_t begin = launch.rows[row].first_chunk;
+  const int64_t end = begin + chunk_count(launch.rows[row].numel);
+  each_thread([&](int) {});  // all have read what is overwritten next
+  each_thread([&](int thread) {
+    Sums own{0.0, 0.0};
+    for (int64_t chunk = begin + thread; chunk < end; chunk += kThreads) {
+      add(own, read_shared(launch.partials + chunk));
+    }
+    sums[thread] = own;
+  });
+  add_up(sums);
+  each_thread([&](int thread) {
+    if (thread == 0) launch.totals[row] = sums[0];
+  });
+}
+
+// grad_stats: sum(g*g) and sum(g*delta) of the chunk of this block, a thread's lanes in float32 and
 // all beyond them in float64. `sums` is shared by the block's threads.
 template <class Grad, class Delta>
 DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
@@ -239,9 +292,7 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
     sums[thread] = own;
   });
   add_up(sums);
-  each_thread([&](int thread) {
-    if (thread == 0) launch.partials[chunk.index] = sums[0];
-  });
+  finish_sums(launch, block, sums);
 }
 
 // bias: reference.bias_ on the chunk of this block.
@@ -264,21 +315,6 @@ DRIFT_HD void bias_block(const Launch& launch, int64_t block) {
       }
       at.store(grad, g);
     });
-  });
-}
-
-// The second stage of grad_stats: the sums of one tensor over its chunks.
-DRIFT_HD void total_block(const Row* rows, const Sums* partials, Sums* out, int64_t block, Sums* sums) {
-  const Row row = rows[block];
-  const int64_t end = row.first_chunk + chunk_count(row.numel);
-  each_thread([&](int thread) {
-    Sums own{0.0, 0.0};
-    for (int64_t chunk = row.first_chunk + thread; chunk < end; chunk += kThreads) add(own, partials[chunk]);
-    sums[thread] = own;
-  });
-  add_up(sums);
-  each_thread([&](int thread) {
-    if (thread == 0) out[block] = sums[0];
   });
 }
 

@@ -28,11 +28,6 @@ __global__ void __launch_bounds__(kThreads, kBiasBlocks) bias(const __grid_const
   bias_block<Grad, Delta>(launch, blockIdx.x);
 }
 
-__global__ void __launch_bounds__(kThreads) total(const Row* rows, const Sums* partials, Sums* out) {
-  __shared__ Sums sums[kThreads];
-  total_block(rows, partials, out, blockIdx.x, sums);
-}
-
 template <class T>
 using Unwrap = typename T::type;
 
@@ -61,14 +56,11 @@ cudaError_t launch_chunks(ChunkKernel kernel, const Launch& launch, int64_t chun
   return cudaGetLastError();
 }
 
-cudaError_t launch_totals(const Row* rows, const Sums* partials, Sums* out, int64_t count, cudaStream_t stream) {
-  total<<<static_cast<unsigned>(count), kThreads, 0, stream>>>(rows, partials, out);
-  return cudaGetLastError();
+cudaError_t load(ChunkKernel kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel);
 }
 
-cudaError_t check_device() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, total);
-}
+cudaError_t check_device() { return load_fill(); }
 
 }  // namespace drift

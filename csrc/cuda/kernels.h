@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../dtypes.h"
+#include "../filling.h"
 #include "block.h"
 
 namespace drift {
@@ -17,8 +18,12 @@ ChunkKernel bias_kernel(DTypes dtypes);
 
 cudaError_t launch_chunks(ChunkKernel kernel, const Launch& launch, int64_t chunks, cudaStream_t stream);
 
-// The second stage of grad_stats, one block a tensor.
-cudaError_t launch_totals(const Row* rows, const Sums* partials, Sums* out, int64_t count, cudaStream_t stream);
+// The coefficients of a step, from the sums of grad_stats.
+cudaError_t launch_fill(const Filling& filling, const Group* groups, cudaStream_t stream);
+
+// Loads a kernel, which the driver otherwise does when it is first launched: in a capture, that fails.
+cudaError_t load(ChunkKernel kernel);
+cudaError_t load_fill();
 
 // Whether the current device can run what this module was compiled for.
 cudaError_t check_device();

@@ -27,30 +27,49 @@ struct Target {
 };
 
 void launch_on(const Target& target, ChunkKernel kernel, const std::string& name, const Coefficients* coefficients,
-               Sums* partials) {
+               const SumSpace& sums = {}) {
   if (kernel == nullptr) throw std::invalid_argument("the cuda backend has no " + name + " kernel for these dtypes");
   check(cudaSetDevice(target.device), "cudaSetDevice");
-  for_each_launch(target.plan, coefficients, partials, [&](const Launch& launch, int64_t chunks) {
+  for_each_launch(target.plan, coefficients, sums, [&](const Launch& launch, int64_t chunks) {
     check(launch_chunks(kernel, launch, chunks, target.stream), "launching " + name);
   });
 }
 
 void update(const Target& target, uint64_t coefficients) {
   const py::gil_scoped_release release;  // a full launch queue blocks
-  launch_on(target, update_kernel(target.dtypes), "update", pointer<const Coefficients>(coefficients), nullptr);
+  launch_on(target, update_kernel(target.dtypes), "update", pointer<const Coefficients>(coefficients));
 }
 
 void bias(const Target& target, uint64_t coefficients) {
   const py::gil_scoped_release release;
-  launch_on(target, bias_kernel(target.dtypes), "bias", pointer<const Coefficients>(coefficients), nullptr);
+  launch_on(target, bias_kernel(target.dtypes), "bias", pointer<const Coefficients>(coefficients));
 }
 
-void grad_stats(const Target& target, uint64_t partials, uint64_t out) {
+void grad_stats(const Target& target, uint64_t partials, uint64_t arrived, uint64_t out) {
   const py::gil_scoped_release release;
-  launch_on(target, sum_kernel(target.dtypes), "grad_stats", nullptr, pointer<Sums>(partials));
-  check(launch_totals(target.plan.device_rows, pointer<Sums>(partials), pointer<Sums>(out), target.plan.count,
-                      target.stream),
-        "launching the second stage of grad_stats");
+  launch_on(target, sum_kernel(target.dtypes), "grad_stats", nullptr,
+            {pointer<Sums>(partials), pointer<Sums>(out), pointer<uint32_t>(arrived)});
+}
+
+// `words` is a Filling, and the groups that it says.
+void fill_coefficients(uint64_t words, int device, uint64_t stream) {
+  const py::gil_scoped_release release;
+  const auto* filling = pointer<const Filling>(words);
+  if (filling->groups > kMaxGroups) throw std::invalid_argument("more groups than a kernel's parameters hold");
+  check(cudaSetDevice(device), "cudaSetDevice");
+  check(launch_fill(*filling, pointer<const Group>(words + sizeof(Filling)), pointer<CUstream_st>(stream)),
+        "launching fill_coefficients");
+}
+
+// Loads what a target may ever launch; of dtypes that have no such kernel, nothing.
+void load_kernels(const Target& target) {
+  const py::gil_scoped_release release;
+  check(cudaSetDevice(target.device), "cudaSetDevice");
+  for (const ChunkKernel kernel :
+       {update_kernel(target.dtypes), sum_kernel(target.dtypes), bias_kernel(target.dtypes)}) {
+    if (kernel != nullptr) check(load(kernel), "loading a kernel");
+  }
+  check(load_fill(), "loading a kernel");
 }
 
 // Why the device cannot run the kernels; None if it can.
@@ -86,5 +105,7 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("dtypes"), py::arg("device"), py::arg("stream"));
   m.def("update", &update, py::arg("target"), py::arg("coefficients"));
   m.def("bias", &bias, py::arg("target"), py::arg("coefficients"));
-  m.def("grad_stats", &grad_stats, py::arg("target"), py::arg("partials"), py::arg("out"));
+  m.def("grad_stats", &grad_stats, py::arg("target"), py::arg("partials"), py::arg("arrived"), py::arg("out"));
+  m.def("fill_coefficients", &fill_coefficients, py::arg("words"), py::arg("device"), py::arg("stream"));
+  m.def("load_kernels", &load_kernels, py::arg("target"));
 }

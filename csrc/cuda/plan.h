@@ -16,9 +16,16 @@ struct Plan {
   int64_t count;
 };
 
+// Where sums go, on the device: of each chunk, and of each row, which count the chunks that have theirs.
+struct SumSpace {
+  Sums* partials;
+  Sums* totals;
+  uint32_t* arrived;
+};
+
 // Calls run(launch, chunks) for all rows, kMaxRows at a time, leaving out what has no element.
 template <class F>
-void for_each_launch(const Plan& plan, const Coefficients* coefficients, Sums* partials, F run) {
+void for_each_launch(const Plan& plan, const Coefficients* coefficients, const SumSpace& sums, F run) {
   for (int64_t first = 0; first < plan.count; first += kMaxRows) {
     const int64_t count = std::min(kMaxRows, plan.count - first);
     const Row& last = plan.rows[first + count - 1];
@@ -29,7 +36,9 @@ void for_each_launch(const Plan& plan, const Coefficients* coefficients, Sums* p
     launch.rows = plan.device_rows;
     launch.chunk_rows = plan.chunk_rows;
     launch.coefficients = coefficients;
-    launch.partials = partials;
+    launch.partials = sums.partials;
+    launch.totals = sums.totals;
+    launch.arrived = sums.arrived;
     launch.first_row = first;
     launch.first_chunk = first_chunk;
     std::copy_n(plan.grads + first, count, launch.grads);

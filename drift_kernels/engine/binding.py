@@ -21,6 +21,7 @@ from ..prior.stored import norm_of
 from ..prior.strengths import Strengths
 from ..sharding import Reduction, Shard
 from .lookalikes import Candidate, check_not_weights
+from .pinned import Readers
 from .reach import check_reach, say_reach
 
 logger = logging.getLogger("drift_kernels")
@@ -28,14 +29,15 @@ logger = logging.getLogger("drift_kernels")
 
 @dataclass(frozen=True)
 class BoundDelta:
-    """A delta where the kernels read it, of a small prior its codes and scales; norm(delta) and norm(W) in float64; and
-    what its param group's alpha is multiplied by."""
+    """A delta where the kernels read it, of a small prior its codes and scales; norm(delta) and norm(W) in float64;
+    what its param group's alpha is multiplied by; where it is in pinned memory, who reads it."""
 
     delta: Tensor
     delta_scale: Tensor | None
     delta_norm: float
     param_norm: float
     alpha: float = 1.0
+    readers: Readers | None = None
 
     @property
     def stored(self) -> Tensor | QuantizedDelta:
@@ -57,6 +59,7 @@ class PriorBinding:
         self.prior = prior
         self._on_host = on_host  # whether deltas stay in pinned host memory
         self._alphas = dict.fromkeys(prior.names, 1.0) if strengths is None else strengths.of(prior.names)
+        self._readers = Readers()
         self._idle_said = False
         self._sources: dict[str, str | Source] = {}  # by live name; one stored delta by its own name
         self._infos: dict[str, DeltaInfo] = {}  # by live name
@@ -65,7 +68,7 @@ class PriorBinding:
         self._bound: dict[str, BoundDelta] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_bound": {}}
+        return {**vars(self), "_bound": {}, "_readers": Readers()}
 
     @classmethod
     def of(
@@ -148,14 +151,18 @@ class PriorBinding:
         if isinstance(stored, QuantizedDelta) and param.dtype != torch.bfloat16:
             stored = stored.expand()
         delta, scale = (stored, None) if isinstance(stored, Tensor) else (stored.codes, stored.scales)
-        if self._on_host and param.is_cuda:
+        readers = self._readers if self._on_host and param.is_cuda else None
+        if readers is not None:
             delta, scale = delta.pin_memory(), None if scale is None else scale.pin_memory()
+            for pinned in (delta, scale):
+                if pinned is not None:
+                    readers.guard(pinned)
         param_norm = info.param_norm
         if param_norm is None:
             param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
         # One parameter has one alpha: where the patterns tell a joined delta's parts apart, the first part decides.
         alpha = self._alphas[stored_names(self._sources[name])[0]]
-        return BoundDelta(delta, scale, info.delta_norm, param_norm, alpha)
+        return BoundDelta(delta, scale, info.delta_norm, param_norm, alpha, readers)
 
     def _stored(self, name: str, param: Tensor, shard: Shard | None) -> Tensor | QuantizedDelta:
         """The delta of what this rank holds; zero for tokens that it does not know."""

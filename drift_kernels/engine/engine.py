@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats.rounding import sqrt64
 from ..kernels import backends
 from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_coefficient
 from ..kernels.describe import Description, describe, describe_values
@@ -18,16 +19,11 @@ from ..state.precision import held
 from ..torch_private import makes_fake_tensors
 from .binding import BoundDelta, PriorBinding
 from .hyperparameters import check_capture, check_grad, check_memory, hyperparameters
-from .launches import DeviceBatch, Member, Slot
+from .launches import DeviceBatch, Member, Slot, capturing
 from .rules import Rule
 
 ParamGroups = list[dict[str, Any]]
 States = dict[Tensor, dict[str, Any]]
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class StepTensors(NamedTuple):
@@ -107,9 +103,7 @@ class Engine:
                 check_capture(group, index)
             for batch in self.batches:
                 batch.check_capture()
-        for batch in self.batches:
-            batch.begin(groups, grad_scale)
-        self._set_bias(groups)
+        self._fill(groups, grad_scale)
         for batch in self.batches:
             for slot in batch.copied:
                 slot.copy_in(tensors.whole[slot.index])
@@ -193,6 +187,18 @@ class Engine:
             for (device, steps_device, _), those in members.items()
         ]
 
+    def _fill(self, groups: list[Hyperparameters], grad_scale: GradScale) -> None:
+        """Counts the step, and fills its coefficients: by the backend where it can, otherwise as coefficients.py says.
+        A norm over several batches is more than one launch can know."""
+        together = self.max_grad_norm is not None and len(self.batches) > 1
+        if not together and all(batch.can_fill(groups) for batch in self.batches):
+            norms = [batch.fill(groups, grad_scale, self.max_grad_norm) for batch in self.batches]
+            self.grad_norm = norms[0] if norms else None
+            return
+        for batch in self.batches:
+            batch.begin(groups, grad_scale)
+        self._set_bias(groups)
+
     def _set_bias(self, groups: list[Hyperparameters]) -> None:
         """Gradient statistics, the prior's coefficients, and clipping, over all devices together."""
         clipping = self.max_grad_norm is not None
@@ -200,7 +206,7 @@ class Engine:
         norm = clip = None
         if self.max_grad_norm is not None and biases:
             squares = [coefficients.biased_norm_squared(c).to(biases[0][1].device) for coefficients, c in biases]
-            norm = torch.stack(squares).sum().clamp(min=0).sqrt()
+            norm = sqrt64((squares[0] if len(squares) == 1 else torch.stack(squares).sum()).clamp(min=0))
             clip = clip_coefficient(norm, self.max_grad_norm)
         self.grad_norm = norm
         for coefficients, c in biases:

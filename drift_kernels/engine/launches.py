@@ -15,12 +15,18 @@ from ..formats.philox import Place
 from ..kernels.backends import Backend
 from ..kernels.coefficients import CoefficientTable, GradScale, Hyperparameters
 from ..kernels.describe import Description
+from ..kernels.filling import MAX_GROUPS, Filling
 from ..kernels.operands import Operands
 from ..kernels.plan import Plan
 from ..sharding import Reduction, Shard, local
 from ..state.precision import OPERANDS
 from .binding import BoundDelta
 from .rules import Rule
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -151,9 +157,15 @@ class DeviceBatch:
         self.biased_names = [self.slots[row].name for row in biased]
         self.copied = [slot for slot in self.slots if slot.copy is not None]
         self.biased_rows = torch.tensor(biased, dtype=torch.int64, device=device)
+        self._readers = {bound.readers for bound in bounds if bound is not None and bound.readers is not None}
         self._rule = rule
         self._reduction = Reduction([slot.shard for slot in self.slots])
         self._groups: dict[int, Hyperparameters] = {}
+        self._measured: list[Launch] = []  # those whose sums stand in the table
+        if backend.FILLS_COEFFICIENTS:
+            self._filling = Filling(self.coefficients, [slot.group for slot in self.slots])
+            for launch in self.launches:
+                backend.prepare(launch.plan)
 
     def _launch(self, members: list[Member], rows: slice, count: int) -> Launch:
         plan = Plan([m.slot.operands(m.param, m.state) for m in members], members[0].grad_dtype)
@@ -197,19 +209,45 @@ class DeviceBatch:
                 if groups[group].must_be_written(before):
                     self.coefficients.set_hyperparameters(rows, groups[group], before)
         self._groups = dict(enumerate(groups))
-        self._rule.begin(self.coefficients, grad_scale)
+        if self._rule.advances:
+            self.coefficients.advance(grad_scale)
+        else:
+            self.coefficients.refresh()
+
+    def fill(self, groups: list[Hyperparameters], grad_scale: GradScale, max_grad_norm: float | None) -> Tensor | None:
+        """All coefficients of a step, by the backend, where `can_fill`; the norm that is clipped. In place of `begin`,
+        `bias` and what the engine makes of these."""
+        with_stats = self._measure_all(groups, all_stats=max_grad_norm is not None)
+        norm = self._filling.prepare(
+            groups, grad_scale, advances=self._rule.advances, with_stats=with_stats, max_grad_norm=max_grad_norm
+        )
+        self._groups = {}  # `begin` has to write all of them
+        self.backend.fill_coefficients(self._filling)
+        return norm
+
+    def can_fill(self, groups: list[Hyperparameters]) -> bool:
+        """Whether the backend fills the coefficients of such groups."""
+        return self.backend.FILLS_COEFFICIENTS and len(groups) <= MAX_GROUPS
 
     def bias(self, groups: list[Hyperparameters], all_stats: bool) -> Tensor:
         """The prior's coefficients, float64 [n], after the gradient statistics that they need (or those of all)."""
+        return self.coefficients.bias(self._measure_all(groups, all_stats))
+
+    def _measure_all(self, groups: list[Hyperparameters], all_stats: bool) -> bool:
+        """The gradient statistics that are needed, over all ranks; whether there are any."""
         measured = [launch for launch in self.launches if all_stats or launch.needs_stats(groups)]
-        if measured:
-            stats = self.coefficients.stats
-            if len(measured) < len(self.launches):
-                stats.zero_()  # what is not measured now, or ranks would add up what they added up before
-            for launch in measured:
-                self.measure(launch.plan, launch.rows, launch, groups)
-            self._reduction.sum_(stats)
-        return self.coefficients.bias(bool(measured))
+        if not measured:
+            return False
+        stats = self.coefficients.stats
+        # What is not measured now is zero. (A graph does not know what will be measured before its replay.)
+        stale = any(launch not in measured for launch in self._measured)
+        if stale or (len(measured) < len(self.launches) and capturing()):
+            stats.zero_()
+        self._measured = measured
+        for launch in measured:
+            self.measure(launch.plan, launch.rows, launch, groups)
+        self._reduction.sum_(stats)
+        return True
 
     def measure(self, plan: Plan, rows: slice, launch: Launch, groups: list[Hyperparameters]) -> None:
         """Gradient statistics of these rows of a launch, whose tensors are those of `plan`."""
@@ -218,6 +256,8 @@ class DeviceBatch:
 
     def run(self, plan: Plan, rows: slice, launch: Launch, groups: list[Hyperparameters]) -> None:
         """The rule, on these rows of a launch, whose tensors are those of `plan`."""
+        for readers in self._readers:
+            readers.add(plan.device)
         with_delta = launch.reads_delta(groups, decoupled=self._rule.reads_decoupled)
         self._rule.run(self.backend, plan, self.coefficients.table[rows], with_delta=with_delta)
 

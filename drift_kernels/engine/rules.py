@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.backends import Backend
-from ..kernels.coefficients import CoefficientTable, GradScale
 from ..kernels.plan import Plan
 from ..sharding import local
 from ..state.live import check_live_state, make_contiguous
@@ -23,6 +22,7 @@ State = dict[str, Any]
 
 class Rule(Protocol):
     writes_grads: bool  # it changes gradients, and not parameters
+    advances: bool  # its steps are counted, and have AdamW's coefficients
     reads_decoupled: bool  # it has a use for a delta that does not bias the gradient
     counts_on_device: bool  # step counts live on their parameters' device, as those of capturable groups do
 
@@ -41,9 +41,6 @@ class Rule(Protocol):
     def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
         """Where a parameter's step count lives."""
 
-    def begin(self, coefficients: CoefficientTable, grad_scale: GradScale) -> None:
-        """Fills the coefficients that need no gradient."""
-
     def run(self, backend: Backend, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
         """One launch, with the rows of the coefficients that are the plan's."""
 
@@ -52,6 +49,7 @@ class AdamW:
     """`reference.drift_adamw_`, on parameters and states that are held as `precision` says."""
 
     writes_grads = False
+    advances = True
     reads_decoupled = True
 
     def __init__(self, precision: Precision) -> None:
@@ -82,9 +80,6 @@ class AdamW:
     def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
         return param.device if self.counts_on_device or group["capturable"] else torch.device("cpu")
 
-    def begin(self, coefficients: CoefficientTable, grad_scale: GradScale) -> None:
-        coefficients.advance(grad_scale)
-
     def run(self, backend: Backend, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
         backend.update(plan, coefficients, with_delta=with_delta)
 
@@ -93,6 +88,7 @@ class Bias:
     """`reference.bias_`: gradients are biased in place, for whatever optimizer comes next."""
 
     writes_grads = True
+    advances = False
     reads_decoupled = False
     counts_on_device = False
 
@@ -110,9 +106,6 @@ class Bias:
 
     def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
         return torch.device("cpu")
-
-    def begin(self, coefficients: CoefficientTable, grad_scale: GradScale) -> None:
-        coefficients.refresh()
 
     def run(self, backend: Backend, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
         backend.bias(plan, coefficients)

@@ -5,6 +5,7 @@ Every function works element by element on tensors of any shape.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,11 @@ def sqrt(x: Tensor) -> Tensor:
     (`torch.sqrt` on the CPU is an ulp off for a fifth of its inputs; the float64 root, rounded once more, is exact.)
     """
     return x.double().sqrt().float()
+
+
+def sqrt64(x: Tensor) -> Tensor:
+    """The correctly rounded float64 root of float64 `x`. (`torch.sqrt` gives it on a GPU alone.)"""
+    return torch.from_numpy(np.asarray(np.sqrt(x.numpy()))) if x.device.type == "cpu" else x.sqrt()
 
 
 def round_stochastically(x: Tensor, random: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError
+from .filling import Filling
 from .plan import Plan
 
 log = logging.getLogger("drift_kernels")
@@ -30,6 +31,7 @@ class Backend(Protocol):
     __name__: str
     CAPTURABLE: bool  # whether a CUDA graph can hold its launches
     READS_TENSORS: bool  # whether it reads `plan.operands`, and not only what stands in the plan's tables
+    FILLS_COEFFICIENTS: bool  # whether it has `fill_coefficients` and `prepare`; coefficients.py serves the others
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why the backend cannot run on `device`; None if it can."""
@@ -47,6 +49,12 @@ class Backend(Protocol):
     def bias(self, plan: Plan, coefficients: Tensor) -> None:
         """`reference.bias_` on every gradient, in place, with such coefficients; the plan has deltas, and no states are
         read."""
+
+    def fill_coefficients(self, filling: Filling) -> None:
+        """One launch: what coefficients.py makes of a step, bit for bit, after its `Filling.prepare`."""
+
+    def prepare(self, plan: Plan) -> None:
+        """Loads and allocates what the launches of a plan may need, since a CUDA graph that is captured can not."""
 
 
 def load(name: str) -> Backend:

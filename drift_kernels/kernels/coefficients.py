@@ -4,6 +4,9 @@ A `CoefficientTable` holds one row per tensor, so tensors of different param gro
 launch. All arithmetic is float64 on vectors of length n, on the device, never read by the host, and rounded once to
 the float32 table that the kernels read.
 
+This is the specification. A backend with `fill_coefficients` has a kernel that does the same (filling.py), bit for bit:
+so every operation here is rounded by itself (no addcmul), powers are those of counts.py, and sums have an order.
+
 With g the gradient of the descent direction (negated by `maximize`), delta the prior's delta, c the prior's
 coefficient (scalings.py) and k the clip coefficient:
 
@@ -21,10 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats.rounding import sqrt64
+from .counts import counts_of
 from .scalings import SCALINGS
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; so do we.
 CLIP_EPSILON = 1e-6
+
+# The threads that add up rows in csrc/cuda/coefficients.h (kFillThreads there).
+LANES = 512
 
 
 class Coefficients(NamedTuple):
@@ -111,7 +119,7 @@ class GradScale(NamedTuple):
 UNSCALED = GradScale(None, None)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """What the hyperparameters say about a tensor, in float64. `normalized` is what of `absolute` is rescaled to
     norm(W)."""
 
@@ -128,7 +136,7 @@ class _Row(NamedTuple):
     decoupled: float
 
     @classmethod
-    def of(cls, h: Hyperparameters) -> _Row:
+    def of(cls, h: Hyperparameters) -> Row:
         scaling = SCALINGS[h.scaling]
         return cls(
             lr=h.lr,
@@ -156,6 +164,32 @@ def _fixed(h: Hyperparameters) -> dict[str, float]:
     }
 
 
+class OrderedSum:
+    """The sum of n numbers, float64, in an order of its own: number r is added to lane r % 512, then the upper half of
+    the lanes to the lower one, until there is one. (Fewer numbers have fewer lanes: the others would add zeros.)
+
+    Attributes:
+        addends: [n], to be filled before each `total`, which overwrites them.
+    """
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        width = min(LANES, 1 << (n - 1).bit_length())
+        lanes = torch.zeros(-(-n // width), width, dtype=torch.float64, device=device)
+        self.addends = lanes.view(-1)[:n]
+        self._total = lanes[0, 0]
+        added: Any = lanes.numpy() if device.type == "cpu" else lanes  # numpy's calls are shorter
+        self._additions = [(added[0], row) for row in added[1:]]
+        while width > 1:
+            width //= 2
+            self._additions.append((added[0, :width], added[0, width : 2 * width]))
+
+    def total(self) -> Tensor:
+        """[], new."""
+        for lower, upper in self._additions:
+            lower += upper
+        return self._total.clone()
+
+
 class CoefficientTable:
     """The coefficients of n tensors on one device.
 
@@ -181,24 +215,24 @@ class CoefficientTable:
         self.stats = torch.zeros(n, 2, dtype=torch.float64, device=device)
         self.prior_cosine: Tensor | None = None
         self.prior_ratio: Tensor | None = None
-        self._delta_norm = torch.tensor(delta_norms, dtype=torch.float64, device=device)
-        self._inv_delta_norm = torch.where(self._delta_norm > 0, 1 / self._delta_norm, 0.0)
-        self._norm_ratio = torch.tensor(param_norms, dtype=torch.float64, device=device) * self._inv_delta_norm
+        self.delta_norm = torch.tensor(delta_norms, dtype=torch.float64, device=device)
+        self.inv_delta_norm = torch.where(self.delta_norm > 0, self.delta_norm.reciprocal(), 0.0)
+        self.norm_ratio = torch.tensor(param_norms, dtype=torch.float64, device=device) * self.inv_delta_norm
         same = alphas is None or all(alpha == 1 for alpha in alphas)
-        self._factor = None if same else torch.tensor(alphas, dtype=torch.float64, device=device)
+        self.factor = None if same else torch.tensor(alphas, dtype=torch.float64, device=device)
         self._one = torch.ones((), dtype=torch.float64, device=device)
         self._constant = torch.zeros(n, dtype=torch.float64, device=device)  # what of c needs no statistics
         # The hyperparameters' table is laid out column by column, the kernels' row by row. Their columns, by name:
-        self._rows = torch.zeros(len(_Row._fields), n, dtype=torch.float64, device=device)
-        self._of: Any = _Row._make(self._rows)
+        self._rows = torch.zeros(len(Row._fields), n, dtype=torch.float64, device=device)
+        self._of: Any = Row._make(self._rows)
         self._alpha: Any = self._of.alpha  # of each tensor
         self._out = Coefficients._make(self.table.unbind(1))
-        self._betas = self._rows[_Row._fields.index("beta1") : _Row._fields.index("beta2") + 1]
-        self._corrections = torch.empty_like(self._betas)  # 1 - beta^step
-        self._bc1, self._bc2 = self._corrections.unbind()
+        self._counts = counts_of(steps, device)
+        self._sum: OrderedSum | None = None
         self._written: Tensor | None = None  # the prior's coefficients that the table has, unclipped and unscaled
         self._inv_scale: Tensor | None = None  # of this step's gradients
         self._sums = self.stats  # `stats` without the scale
+        self._along = self._pull = self._constant  # <g, delta> and norm(c*delta)
         self._stale = True  # whether hyperparameters have been set since what follows from them was computed
 
     def set_hyperparameters(self, rows: slice, h: Hyperparameters, before: Hyperparameters | None = None) -> None:
@@ -206,21 +240,27 @@ class CoefficientTable:
 
         One write for each, which a CUDA graph can hold: a tensor's is a copy on the device, a number's a fill.
         """
-        held = {} if before is None else {**_Row.of(before)._asdict(), **_fixed(before)}
-        for columns, values in ((self._of, _Row.of(h)._asdict()), (self._out, _fixed(h))):
+        held = {} if before is None else {**Row.of(before)._asdict(), **_fixed(before)}
+        for columns, values in ((self._of, Row.of(h)._asdict()), (self._out, _fixed(h))):
             for name, value in values.items():
                 if isinstance(value, Tensor) or isinstance(held.get(name), Tensor) or held.get(name) != value:
                     getattr(columns, name)[rows] = value
+        if before is None or (before.beta1, before.beta2) != (h.beta1, h.beta2):
+            self._counts.set_betas(rows, h.beta1, h.beta2)
         self._stale = True
+
+    def forget_written(self) -> None:
+        """Something else has written to the table: all hyperparameters must be set before the next `advance`."""
+        self._written = None
 
     def refresh(self) -> None:
         """Fills what depends on newly set hyperparameters alone."""
         if self._stale:
-            torch.addcmul(self._one, self._of.lr, self._of.weight_decay, value=-1, out=self._out.decay)
-            if self._factor is not None:
-                self._alpha = self._of.alpha * self._factor
+            torch.sub(self._one, self._of.lr * self._of.weight_decay, out=self._out.decay)
+            if self.factor is not None:
+                self._alpha = self._of.alpha * self.factor
             torch.mul(self._of.lr * self._alpha, self._of.decoupled, out=self._out.delta_step)
-            self._constant = self._alpha * (self._of.absolute + self._of.normalized * self._norm_ratio)
+            self._constant = self._alpha * (self._of.absolute + self._of.normalized * self.norm_ratio)
             self._stale = False
 
     def advance(self, grad_scale: GradScale = UNSCALED) -> None:
@@ -231,11 +271,9 @@ class CoefficientTable:
         self.refresh()
         self._inv_scale, taken = grad_scale.on(self._rows.device)
         self.steps += 1 if taken is None else taken.to(self.steps.device)
-        steps = self.steps.to(self._rows.device, self._rows.dtype, non_blocking=True)  # blocking, it would wait
-        torch.pow(self._betas, steps, out=self._corrections)
-        torch.sub(self._one, self._corrections, out=self._corrections)
-        torch.div(self._of.lr, self._bc1, out=self._out.step_size)
-        torch.rsqrt(self._bc2, out=self._out.inv_sqrt_bc2)
+        bc1, inv_sqrt_bc2, steps = self._counts.corrections()
+        torch.div(self._of.lr, bc1, out=self._out.step_size)
+        self._out.inv_sqrt_bc2.copy_(inv_sqrt_bc2)
         self._out.step.copy_(steps if taken is None else steps * taken)
 
     def bias(self, with_stats: bool) -> Tensor:
@@ -249,19 +287,22 @@ class CoefficientTable:
             return self._constant
         inv = self._inv_scale
         self._sums = self.stats if inv is None else self.stats * torch.stack((inv * inv, inv))
-        grad_norm = self._sums[:, 0].sqrt()
-        ratio = torch.where(grad_norm.isfinite(), grad_norm, 0.0) * self._inv_delta_norm
-        cosine = self._of.sign * self._sums[:, 1] / grad_norm * self._inv_delta_norm
-        cosine = cosine.nan_to_num(nan=0.0).clamp(-1.0, 1.0)
-        c = self._constant + self._alpha * ratio * (self._of.by_ratio + self._of.by_cosine * cosine)
+        grad_norm = sqrt64(self._sums[:, 0])
+        ratio = grad_norm.nan_to_num(nan=0.0, posinf=0.0).mul_(self.inv_delta_norm)
+        self._along = self._of.sign * self._sums[:, 1]
+        cosine = (self._along / grad_norm).mul_(self.inv_delta_norm).nan_to_num_(nan=0.0).clamp_(-1.0, 1.0)
+        c = self._constant + ratio.mul_(self._alpha).mul_(self._of.by_ratio + self._of.by_cosine * cosine)
         self.prior_cosine = cosine
-        self.prior_ratio = (c.abs() * self._delta_norm / grad_norm).nan_to_num(nan=0.0, posinf=torch.inf)
+        self._pull = c.abs() * self.delta_norm
+        self.prior_ratio = (self._pull / grad_norm).nan_to_num_(nan=0.0, posinf=torch.inf)
         return c
 
     def biased_norm_squared(self, c: Tensor) -> Tensor:
-        """norm(g')^2 over all tensors, float64 []; after `bias`."""
-        grad_grad, grad_delta = self._sums.unbind(1)
-        return (grad_grad - 2 * c * self._of.sign * grad_delta + (c * self._delta_norm) ** 2).sum()
+        """norm(g')^2 over all tensors, float64 []; after `bias` with statistics."""
+        if self._sum is None:
+            self._sum = OrderedSum(len(c), c.device)
+        torch.add(self._sums[:, 0] - 2 * c * self._along, self._pull * self._pull, out=self._sum.addends)
+        return self._sum.total()
 
     def set_gradient_coefficients(self, c: Tensor, clip: Tensor | None) -> None:
         """The coefficients of the gradient and of the delta, from the prior's (`bias`) and the clip coefficient."""

@@ -10,6 +10,7 @@ from .plan import Plan
 
 CAPTURABLE = False
 READS_TENSORS = False
+FILLS_COEFFICIENTS = False
 
 _reason: str | None = None
 try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .filling import Filling
 from .layout import mismatch
 from .plan import Plan
 
 CAPTURABLE = True  # new gradient addresses travel in the kernels' parameters
 READS_TENSORS = False
+FILLS_COEFFICIENTS = True
 
 _reason: str | None = None
 try:
@@ -46,7 +48,23 @@ def _target(plan: Plan, with_delta: bool) -> _cuda.Target:
 
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
     with torch.cuda.device(plan.device):
-        _cuda.grad_stats(_target(plan, with_delta), plan.partials.data_ptr(), out.data_ptr())
+        if plan.has_empty:
+            out.zero_()  # no block comes to theirs
+        space = plan.partials.data_ptr(), plan.arrived.data_ptr()
+        _cuda.grad_stats(_target(plan, with_delta), *space, out.data_ptr())
+
+
+def fill_coefficients(filling: Filling) -> None:
+    with torch.cuda.device(filling.device):
+        stream = torch.cuda.current_stream(filling.device).cuda_stream
+        _cuda.fill_coefficients(filling.address, _index(filling.device), stream)
+
+
+def prepare(plan: Plan) -> None:
+    with torch.cuda.device(plan.device):
+        _ = plan.partials, plan.arrived
+        for with_delta in (True, False):
+            _cuda.load_kernels(_target(plan, with_delta))
 
 
 def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from ..formats.blocks import BLOCK
 from .coefficients import Coefficients
+from .filling import FILLING_FIELDS, GROUP_FIELDS, MAX_GROUPS
 from .plan import CHUNK, ROW_FIELDS
 
-# As an extension exports it (csrc/layout.h): the columns of Plan.table and of the coefficients' table, the elements of
-# a chunk and of a block of codes.
+# As an extension exports it (csrc/layout.h): the columns of Plan.table and of the coefficients' table, the words of a
+# Filling and how many param groups it takes, the elements of a chunk and of a block of codes.
 LAYOUT: dict[str, tuple[str, ...] | int] = {
     "row": ROW_FIELDS,
     "coefficients": Coefficients._fields,
+    "filling": FILLING_FIELDS,
+    "group": GROUP_FIELDS,
+    "groups": MAX_GROUPS,
     "chunk": CHUNK,
     "block": BLOCK,
 }

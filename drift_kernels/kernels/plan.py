@@ -53,6 +53,7 @@ class Plan:
         master: whether parameters have a residual.
         at_random: whether what is bfloat16, but a master, is rounded at random.
         numel: elements of all parameters together.
+        has_empty: whether a parameter has no element.
         nbytes: by operand, of all the tensors together.
     """
 
@@ -75,6 +76,7 @@ class Plan:
         chunks = (numels + (CHUNK - 1)) // CHUNK
         self.chunk_count, self.numel = int(chunks.sum()), int(numels.sum())
         self._chunks = chunks
+        self.has_empty = bool((numels == 0).any())
         self.table = torch.zeros(len(operands), len(ROW_FIELDS), dtype=torch.int64, device="cpu")
         self.table[:, NUMEL] = numels
         self.table[:, FIRST_CHUNK] = chunks.cumsum(0) - chunks
@@ -93,6 +95,11 @@ class Plan:
 
     def __len__(self) -> int:
         return self._count
+
+    @cached_property
+    def arrived(self) -> Tensor:
+        """int32 [n] on the device, zeros: room for counts of the chunks that have their partials."""
+        return torch.zeros(len(self), dtype=torch.int32, device=self.device)
 
     @property
     def has_deltas(self) -> bool:
@@ -141,7 +148,7 @@ class Plan:
 
     @cached_property
     def partials(self) -> Tensor:
-        """float64 [chunk_count, 2] on the device: room for the first stage of `grad_stats`."""
+        """float64 [chunk_count, 2] on the device: room for the sums of every chunk."""
         return torch.empty(self.chunk_count, 2, dtype=torch.float64, device=self.device)
 
     def dtype_names(self, with_delta: bool) -> DTypeNames:

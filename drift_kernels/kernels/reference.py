@@ -20,6 +20,7 @@ from .plan import Plan
 
 CAPTURABLE = True
 READS_TENSORS = True
+FILLS_COEFFICIENTS = False
 
 
 def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delta: bool = True) -> None:

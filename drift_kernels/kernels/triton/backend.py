@@ -23,6 +23,7 @@ if missing is None:
 
 CAPTURABLE = False  # new gradient addresses take a copy from the host
 READS_TENSORS = False
+FILLS_COEFFICIENTS = False
 
 # Eight elements a thread: 16 bytes of each bfloat16 tensor, 32 of each float32 one, requested before the first is used.
 UPDATE_BLOCK = 1024
