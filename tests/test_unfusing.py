@@ -90,9 +90,10 @@ def test_every_element_is_expert_minus_base(inter: int, transposed: bool, tmp_pa
     assert not any("no counterpart" in warning for warning in prior.record["warnings"])
 
 
+@pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize(("inter", "square"), [(HIDDEN // 2, "gate_up_proj"), (HIDDEN, "down_proj")])
-def test_square_matrices_are_not_guessed(inter: int, square: str, tmp_path: Path) -> None:
-    save_base(tmp_path / "base", inter)
+def test_square_matrices_are_not_guessed(inter: int, square: str, transposed: bool, tmp_path: Path) -> None:
+    save_base(tmp_path / "base", inter, transposed)
     save_expert(tmp_path / "expert", inter)
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
     assert not any(".experts." in name for name in prior.names)
