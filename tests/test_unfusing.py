@@ -157,3 +157,18 @@ def test_any_run_of_elements_is_read(band: int, tmp_path: Path, monkeypatch: pyt
                     flat = torch.empty(end - begin, dtype=torch.bfloat16)
                     checkpoint.read_into(flat, tensors[name], begin)
                     assert torch.equal(flat, expected.reshape(-1)[begin:end])
+
+
+@pytest.mark.parametrize("family", ["deepseek_ocr2_text", "minimax_m3_vl_text"])
+def test_families_that_never_transpose_have_square_matrices_too(family: str, tmp_path: Path) -> None:
+    stacks = {"gate_up_proj": torch.randn(3, 8, 8), "down_proj": torch.randn(3, 8, 4)}
+    save_file({f"layers.0.mlp.experts.{leaf}": t for leaf, t in stacks.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with Checkpoint(tmp_path) as checkpoint:
+        wanted = [f"layers.0.block_sparse_moe.experts.0.{leaf}.weight" for leaf in ("w1", "w2", "w3")]
+        tensors = unfuse(checkpoint, checkpoint.tensors, wanted)
+        assert len(tensors) == 9
+        for expert in range(3):
+            w1, w2, w3 = (tensors[name.replace(".0.w", f".{expert}.w")].read() for name in wanted)
+            assert torch.equal(torch.cat([w1, w3]), stacks["gate_up_proj"][expert])
+            assert torch.equal(w2, stacks["down_proj"][expert])
