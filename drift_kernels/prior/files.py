@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ _DTYPES = {
 }
 CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
+_BAND = 1 << 16  # elements of a transposed matrix that are read at a time
 _OPEN_FILES = 16  # of a checkpoint; names in order are in few shards at a time
 
 TensorType = tuple[torch.dtype, tuple[int, ...]]
@@ -74,8 +76,44 @@ class StoredTensor:
             raise CheckpointError(f"{self.path}: torch has no dtype {self.dtype}")
         flat = torch.empty(end - begin, dtype=self.dtype, device="cpu")
         with open_file(self.path) as file:
-            read_exactly(file, byte_view(flat), self.offset + begin * flat.element_size())
+            self.read_from(file, flat, begin)
         return flat
+
+    def read_from(self, file: FileIO, flat: Tensor, start: int) -> None:
+        """Fill `flat` (1-D, contiguous, of this dtype) with the elements from `start` on, out of the open file."""
+        read_exactly(file, byte_view(flat), self.offset + start * flat.element_size())
+
+
+@dataclass(frozen=True)
+class TransposedMatrix(StoredTensor):
+    """A matrix that lies transposed in a file, within lines of `stride` elements: element [r, c] is the r-th of line c,
+    counted from `offset`."""
+
+    stride: int
+
+    def read_from(self, file: FileIO, flat: Tensor, start: int) -> None:
+        """Rows that `flat` begins or ends within are filled alone, so that no more than `flat` is needed."""
+        columns, done = self.shape[1], 0
+        while done < flat.numel():
+            row, column = divmod(start + done, columns)
+            left = flat.numel() - done
+            rows = 1 if column else max(left // columns, 1)
+            width = min(columns - column, left)
+            target = flat[done : done + rows * width].view(rows, width)
+            self._fill(file, target, row, column)
+            done += rows * width
+
+    def _fill(self, file: FileIO, target: Tensor, row: int, column: int) -> None:
+        """The box that begins at [row, column], a few of the file's lines at a time."""
+        rows, width = target.shape
+        lines = max(_BAND // self.stride, 1)
+        band = torch.empty(min(lines, width) * self.stride, dtype=target.dtype, device="cpu")
+        for begin in range(0, width, lines):
+            count = min(lines, width - begin)
+            read = band[: (count - 1) * self.stride + rows]
+            place = (column + begin) * self.stride + row
+            read_exactly(file, byte_view(read), self.offset + place * band.element_size())
+            target[:, begin : begin + count] = read.as_strided((rows, count), (1, self.stride))
 
 
 @dataclass(frozen=True)
@@ -140,7 +178,7 @@ class Checkpoint:
     def read_into(self, flat: Tensor, tensor: StoredTensor, start: int = 0) -> None:
         """Fill `flat` (1-D, contiguous, the tensor's dtype) with the tensor's elements from `start` on."""
         with self._files.using(tensor.path) as file:
-            read_exactly(file, byte_view(flat), tensor.offset + start * flat.element_size())
+            tensor.read_from(file, flat, start)
 
     def close(self) -> None:
         self._files.close()

@@ -9,7 +9,7 @@ directions: a prior made of a live model's names binds to a model that holds its
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import PriorMismatchError
@@ -106,6 +106,23 @@ def of_one_expert(name: str) -> bool:
 def of_all_experts(name: str) -> bool:
     """Whether a tensor holds those of all experts, fused: `layers.3.mlp.experts.gate_up_proj`."""
     return _OF_ALL_EXPERTS.search(name) is not None
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """The experts that a single expert's weight belongs to, and its number among them."""
+    match = _SINGLE_EXPERT.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]))
+
+
+def place_in_stack(name: str, stacks: Container[str]) -> tuple[str, str, int, int] | None:
+    """Where a single expert's weight lies among fused ones: the stack's name, what stands before the expert's number,
+    and which of how many equal parts of the rows."""
+    if match := _SINGLE_EXPERT.fullmatch(name):
+        for fused, index, count in _places(_STACKS, match[3]):
+            for stack in _spellings(match[1] + fused):
+                if stack in stacks:
+                    return stack, match[1], index, count
+    return None
 
 
 def stored_names(delta: str | Source) -> tuple[str, ...]:

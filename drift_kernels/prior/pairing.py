@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError, PriorError
@@ -24,6 +24,7 @@ from .names import (
     some,
     with_layer,
 )
+from .unfusing import check_experts, unfuse
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -135,6 +136,7 @@ def pair_up(
     models = {
         role: model if role == "base" else model.numbered_like(base, selection.layers) for role, model in models.items()
     }
+    models = _with_single_experts(models)
     warnings = _config_warnings(checkpoints) + _vocabulary_warnings(models)
     if selection.of([HEAD]):
         _untie_heads(models, warnings)
@@ -144,6 +146,7 @@ def pair_up(
     for role, model in models.items():
         found = set(selection.of(marked_weights(model.tensors)))
         check_encodings(role, model.checkpoint, model.tensors, everywhere, found)
+    check_experts(asked)
     shared = set.intersection(*map(set, asked.values()))
     if not shared:
         samples = "; ".join(f"{role} has {some(asked[role]) or some(sorted(models[role].tensors))}" for role in asked)
@@ -167,6 +170,15 @@ def pair_up(
     return pairs, warnings
 
 
+def _with_single_experts(models: Mapping[str, LanguageModel]) -> dict[str, LanguageModel]:
+    """The models, where one that stores its experts fused has single ones if another has."""
+    singles = {name for model in models.values() for name in model.tensors if of_one_expert(name)}
+    return {
+        role: replace(model, tensors=unfuse(model.checkpoint, model.tensors, singles)) if singles else model
+        for role, model in models.items()
+    }
+
+
 def _left_out(models: Mapping[str, LanguageModel], asked: Mapping[str, list[str]], selection: Selection) -> list[str]:
     """What a user may think is in the prior and is not."""
     chosen = set.intersection(*map(set, asked.values()))
@@ -188,9 +200,12 @@ def _left_out(models: Mapping[str, LanguageModel], asked: Mapping[str, list[str]
     one_by_one = {role for role, names in asked.items() if any(map(of_one_expert, names))}
     fused = {role for role, names in asked.items() if any(map(of_all_experts, names))} - one_by_one
     if one_by_one and fused:
+        stacks = [name for role in sorted(fused) for name in asked[role] if of_all_experts(name)]
         warnings.append(
             f"experts are stored one by one in the {', '.join(sorted(one_by_one))} and fused in the "
-            f"{', '.join(sorted(fused))}: they are not paired; save one of the models in the other's form first"
+            f"{', '.join(sorted(fused))}: they are not paired, since neither the family nor the sizes in its "
+            f"config tell whether they lie transposed ({some(stacks)}); save "
+            "one of the models in the other's form first"
         )
     return warnings
 

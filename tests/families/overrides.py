@@ -82,3 +82,17 @@ EXPERT_FIELDS: dict[str, dict[str, Any]] = {"mllama": {"num_hidden_layers": 3}}
 
 # Family -> a file that transformers wants beside the weights.
 EMPTY_FILES = {"qwen2_5_omni": "spk_dict.pt"}
+
+# Family -> why nothing that a user can set binds the rest; shown where no cure was found.
+NO_CURE = {
+    "cosmos3_omni": "nothing to do: within a layer the base's file has other names than the expert's (`to_q` for "
+    "`q_proj`), and a name map changes prefixes only",
+    "lara_mini": "nothing to do: `in_proj` is one matrix on disk and four in memory, and a stored delta is not split "
+    "into parts of unequal size",
+    "minimax_m3_vl": "nothing to do: the shared experts are joined in the expert's file and apart, under another name, "
+    "in the base's; only routed experts are paired across forms",
+    "mistral_large4": "nothing to do: transformers renames most of a layer as it loads, by rules that this package "
+    "lacks, and a name map changes prefixes only",
+    "sarvam_moe": "nothing to do: `query_key_value` is one matrix on disk and three in memory, and a stored delta is "
+    "not split into parts of unequal size",
+}

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 
 from .check import Row
+from .overrides import NO_CURE
 
 _RESULTS = Path(__file__).parent / "results"
 _PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -40,8 +41,8 @@ the two models share is found by the structure of the live models, not by this p
 
 Verdicts: **full**, all matrices bound; **partial**, some, and the others are told of; **error**, nothing is bound, and
 an error says so; **fault**, one of the three above. n/m: matrices bound, of those that both have. The cure in the last
-column was tried; it binds all of them unless it says how many. Where transformers has no text-only class for a language
-model, its bare text model is the expert.
+column was tried; it binds all of them unless it says how many. If nothing that was tried helps, it says why where that
+is known. Where transformers has no text-only class for a language model, its bare text model is the expert.
 """
 
 
@@ -122,11 +123,12 @@ def _line(rows: dict[str, Row], versions: Sequence[str]) -> list[str]:
         tried = row is not None and row.verdict != "not tried"
         verdicts.append(f"{row.verdict} {row.bound}/{row.shared}" if tried else "not tried" if row else "-")
     worst = min(rows.values(), key=lambda row: (row.verdict == "not tried", row.bound - row.shared))
+    cure = NO_CURE.get(worst.family, worst.cure) if worst.cure == "none found" else worst.cure
     prefixes = [
         " / ".join(dict.fromkeys(f"`{p}`" for row in rows.values() if (p := getattr(row, end))))
         for end in ("stored", "live")
     ]
-    return [best.family, best.model, best.expert, *prefixes, *verdicts, best.rest, _cell(worst.told), _cell(worst.cure)]
+    return [best.family, best.model, best.expert, *prefixes, *verdicts, best.rest, _cell(worst.told), _cell(cure)]
 
 
 def _best(rows: dict[str, Row]) -> Row:
