@@ -164,6 +164,25 @@ def test_every_projection_is_bound_to_the_difference_of_the_live_models(family: 
     assert coverage.summary().startswith(f"{len(prior)} of {len(prior)} deltas are bound")
 
 
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize("box", [(slice(0, 1), slice(0, 32), slice(0, 96)), (slice(0, 1), slice(3, 9), slice(40, 60))])
+def test_single_experts_fill_transposed_ones(experts: int, box: tuple[slice, ...]) -> None:
+    """transformers 4.57 holds Qwen3-VL-MoE's so."""
+    stem = "layers.0.mlp.experts."
+    parts = {f"{stem}{e}.{p}_proj.weight": torch.randn(48, 32) for e in range(experts) for p in ("gate", "up")}
+    parts |= {f"{stem}{e}.down_proj.weight": torch.randn(32, 48) for e in range(experts)}
+    prior = Prior.from_mapping(parts)
+    shapes = {"gate_up_proj": (experts, 32, 96), "down_proj": (experts, 48, 32)}
+    named = [(f"model.{stem}{name}", nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
+    coverage = prior.match(named, strict=True)
+    gates = [torch.cat([parts[f"{stem}{e}.{p}_proj.weight"] for p in ("gate", "up")]).T for e in range(experts)]
+    gate_up = prior.load_stored(coverage.sources[named[0][0]])
+    assert torch.equal(gate_up, torch.stack(gates))
+    assert torch.equal(prior.load_stored(coverage.sources[named[0][0]], box=box), torch.stack(gates)[box])
+    downs = torch.stack([parts[f"{stem}{e}.down_proj.weight"].T for e in range(experts)])
+    assert torch.equal(prior.load_stored(coverage.sources[named[1][0]]), downs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_small_priors_of_single_experts(dtype: torch.dtype, tmp_path: Path) -> None:
     """The delta is what the parts hold, expanded: joined as codes beside bfloat16 where their blocks fit together."""

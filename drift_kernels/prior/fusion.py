@@ -221,7 +221,8 @@ def _joined(name: str, names: list[str], stored: Mapping[str, Shape]) -> Iterato
 
 
 def _stacked(name: str, stem: str, leaves: tuple[str, ...], stored: Mapping[str, Shape]) -> Iterator[Source]:
-    """As many experts as are stored in the shapes of the first."""
+    """As many experts as are stored in the shapes of the first; and these with each matrix transposed, as
+    transformers 4 holds Qwen3-VL-MoE's."""
     shapes = [stored.get(f"{stem}0.{leaf}.weight") for leaf in leaves]
     parts: list[Part] = []
     expert = 0
@@ -238,7 +239,10 @@ def _stacked(name: str, stem: str, leaves: tuple[str, ...], stored: Mapping[str,
     if len(parts) == 1:  # a stack of one matrix has another shape than what is stored
         parts = [replace(parts[0], of=_all_of(stored[parts[0].name]))]
     if parts:
-        yield Source(name, (expert, parts[-1].into[1].stop, parts[-1].into[2].stop), tuple(parts))
+        rows, columns = parts[-1].into[1].stop, parts[-1].into[2].stop
+        yield Source(name, (expert, rows, columns), tuple(parts))
+        swapped = (replace(part, into=(part.into[0], part.into[2], part.into[1]), transposed=True) for part in parts)
+        yield Source(name, (expert, columns, rows), tuple(swapped))
 
 
 def _places(rules: Mapping[str, tuple[tuple[str, ...], ...]], leaf: str) -> Iterator[tuple[str, int, int]]:
