@@ -209,7 +209,7 @@ def test_coefficients_are_filled_by_operations_that_every_library_rounds_alike(e
         assert all(".rn.f64" in op and not op.startswith(("fma", "mad", "rsqrt")) for op in counts), name
     for name, counts in filling.items():
         assert counts["mul.rn.f64"] > 100, name
-        assert counts["sqrt.rn.f64"] == 3, name
+        assert counts["sqrt.rn.f64"] >= 3, name  # a branch may be there twice
 
 
 def test_its_cudart_is_its_own(extension: Path) -> None:

@@ -45,7 +45,7 @@ FLOORS = {
     "prior": [
         {"names", "norms", "verification"}, {"foreign", "quantized"}, {"reading", "record", "fusion"}, {"files"},
         {"arithmetic", "encodings", "hub", "in_memory", "stored", "writing"},
-        {"alignment", "assembly", "coverage", "fingerprint", "pairing", "plausible", "strengths"},
+        {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
         {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
     ],
     "engine": [

@@ -7,7 +7,7 @@ namespace drift {
 namespace {
 
 template <int64_t kGroups>
-__global__ void __launch_bounds__(kFillThreads) fill(const __grid_constant__ Fill<kGroups> given) {
+__global__ void __launch_bounds__(kFillThreads, 1) fill(const __grid_constant__ Fill<kGroups> given) {
   __shared__ double squares[kFillThreads];
   fill_block(given.filling, given.groups, squares);
 }

@@ -41,7 +41,7 @@ def squares(betas: Tensor) -> Tensor:
 
 def powers(squared: Tensor, counts: Tensor) -> Tensor:
     """betas^counts, of `squares(betas)`, [32, 2, n], and counts, [n]."""
-    bits = torch.arange(BITS, device=counts.device)[:, None, None]
+    bits = torch.arange(BITS, dtype=torch.int64, device=counts.device)[:, None, None]
     return product(torch.where(counts.to(torch.int64) >> bits & 1 != 0, squared, 1.0))
 
 

@@ -76,7 +76,7 @@ class Filling:
         self._words[_AT["count"]] = n
         for name, tensor in self._tensors.items():
             self._words[_AT[name]] = tensor.data_ptr()
-        self._lent: list[Tensor] = []  # scalars of this step, which the kernel has still to read
+        self._lent: list[Tensor] = []  # scalars of this step, which the kernel has still to read or to write
 
     @staticmethod
     def _is_elsewhere(table: CoefficientTable) -> bool:
@@ -125,6 +125,7 @@ class Filling:
         if max_grad_norm is None:
             return None
         norm = torch.empty((), dtype=torch.float64, device=self.device)
+        self._lent.append(norm)
         self._numbers[_AT["max_grad_norm"]], words[_AT["grad_norm"]] = max_grad_norm, norm.data_ptr()
         return norm
 
