@@ -152,6 +152,25 @@ def test_an_access_outside_of_a_tensor_is_found(device: Device, backend: ModuleT
         backend.update(plan, table, with_delta=True)
 
 
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (0, "there is no CUDA driver"),
+        (11080, "NVIDIA driver for CUDA 12.1 or newer, and this one is for CUDA 11.8: update the driver"),
+        (12000, "this one is for CUDA 12.0"),
+        (12010, None),
+        (13000, None),
+    ],
+)
+def test_a_driver_that_cannot_take_the_launches_is_refused(
+    device: Device, backend: ModuleType, driver: int, reason: str | None
+) -> None:
+    """Though it may load a kernel."""
+    device.driver(driver)
+    found = backend._cuda.unusable(0)
+    assert found is None if reason is None else reason in found
+
+
 # Kernels that were changed: of what, and all of its instructions of a kind. Each is noticed, by its bits or as a fault.
 
 MUTANTS = [

@@ -72,10 +72,23 @@ void load_kernels(const Target& target) {
   check(load_fill(), "loading a kernel");
 }
 
+// A launch has up to 32,764 bytes of parameters. A kernel with fewer may load where one of these could not be launched.
+constexpr int kOldestDriver = 12010;
+
+// Why the driver, of a CUDA version as cudaDriverGetVersion has it, cannot take the launches.
+std::optional<std::string> wrong_driver(int version) {
+  if (version >= kOldestDriver) return std::nullopt;
+  if (version == 0) return "there is no CUDA driver";
+  return "its launches need an NVIDIA driver for CUDA 12.1 or newer, and this one is for CUDA " +
+         std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) + ": update the driver";
+}
+
 // Why the device cannot run the kernels; None if it can.
 std::optional<std::string> unusable(int device) {
   try {
-    int current;
+    int driver, current;
+    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    if (auto reason = wrong_driver(driver)) return reason;
     check(cudaGetDevice(&current), "cudaGetDevice");
     check(cudaSetDevice(device), "cudaSetDevice");
     const cudaError_t error = check_device();

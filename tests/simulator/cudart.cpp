@@ -21,6 +21,7 @@ struct Configuration {
 };
 
 Prepare prepare = nullptr;
+int driver = 13000;  // its CUDA version
 std::string reason;  // of the last error
 cudaError_t last = cudaSuccess;
 Configuration pushed;
@@ -53,6 +54,7 @@ void simulator_prepare(Prepare function) { prepare = function; }
 void simulator_refuse(const char* text) { reason = text; }
 const char* simulator_reason() { return reason.c_str(); }
 void simulator_options(int backward, int nudge) { device().options = {backward, nudge}; }
+void simulator_driver(int version) { driver = version; }
 uint64_t simulator_steps() { return device().steps; }
 void simulator_ranges(const Range* ranges, int count) {
   device().ranges.assign(ranges, ranges + count);
@@ -107,6 +109,10 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 blocks, dim3 threads, v
 cudaError_t cudaGetLastError() { return std::exchange(last, cudaSuccess); }
 const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorIllegalAddress ? "a fault" : "refused"; }
 const char* cudaGetErrorString(cudaError_t) { return reason.c_str(); }
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver;
+  return cudaSuccess;
+}
 cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 cudaError_t cudaGetDevice(int* index) {
   *index = 0;

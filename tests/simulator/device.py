@@ -99,6 +99,10 @@ class Device:
         """The order of threads and blocks; what approximations are moved by, in units in the last place."""
         self._library.simulator_options(int(backward), nudge)
 
+    def driver(self, version: int) -> None:
+        """The CUDA version that its driver says it is for: 12010 is 12.1."""
+        self._library.simulator_driver(version)
+
     @property
     def steps(self) -> int:
         """Instructions that have been run."""

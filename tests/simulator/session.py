@@ -32,4 +32,5 @@ def fresh_device() -> Device:
     """With its options as they are by default."""
     device = simulated()[0]
     device.options()
+    device.driver(13000)
     return device
