@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from ..captions import Row, number
 from ..redraw import redraw
+from .contender import LIMITS
 from .modes import label_of
 from .table import caption, section_title, title
 
@@ -23,7 +24,7 @@ LONGEST = 6.0  # times torch's fused AdamW
 
 def draw(rows: list[Row], path: Path) -> None:
     """Time of each contender against torch's fused AdamW without a prior, as horizontal bars with their quartiles."""
-    rows = [row for row in rows if row["contender"] != "copy"]
+    rows = [row for row in rows if row["contender"] not in LIMITS]
     places: list[float] = []
     headings: list[tuple[float, str]] = []
     bottom = 0.0

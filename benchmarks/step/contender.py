@@ -19,6 +19,9 @@ from .problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
 # The backends that can run on each type of device; each is a contender of its own name.
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
+# What moves the bytes and computes nothing: what the others are compared with.
+LIMITS = ("copy", "streams")
+
 # Enough for a copy's steady rate on any GPU; more would take memory from the contenders.
 MAX_COPY_BYTES = 2**32
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import NullLocator
 from ..captions import Row, number
 from ..redraw import redraw
 from .bars import FAINT, INK, OURS
+from .contender import LIMITS
 from .modes import label_of
 from .table import caption, title
 
@@ -33,7 +34,7 @@ def draw(rows: list[Row], path: Path) -> None:
     copy = next((row for row in rows if row["contender"] == "copy"), None)
     if copy is None:
         raise ValueError("a roofline needs the row of a copy, which the tiny list does not have")
-    points = sorted((row for row in rows if row is not copy), key=_ns_per_param)
+    points = sorted((row for row in rows if row["contender"] not in LIMITS), key=_ns_per_param)
     bytes_moved = [row["bytes_per_param"] for row in points]
     left, right = 0.9 * min(bytes_moved), 1.1 * max(bytes_moved)
     ns_per_byte = 1 / copy["gb_per_s"]
