@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import grid
@@ -22,10 +23,10 @@ UNKNOWN = ("norm.weight",)  # to the prior
 
 
 @contextmanager
-def on_grid() -> Iterator[None]:
-    """ "auto" takes the kernels on the host, where it would take those of the device."""
+def on_backend(name: str = GRID) -> Iterator[None]:
+    """ "auto" takes the kernels on the host, or on the simulated device, where it would take those of the device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(backends.AUTO, DEVICE.type, (GRID,))
+        patch.setitem(backends.AUTO, DEVICE.type, (name,))
         backends.resolve.cache_clear()
         yield
     backends.resolve.cache_clear()
@@ -65,8 +66,15 @@ def random_groups(params: Params) -> list[dict[str, Any]]:
 class Pair:
     """The same steps with coefficients that the kernel fills, and with those of coefficients.py."""
 
-    def __init__(self, models: tuple[Params, Params], groups: Callable[[Params], list[Any]], **options: Any) -> None:
+    def __init__(
+        self,
+        models: tuple[Params, Params],
+        groups: Callable[[Params], list[Any]],
+        backend: ModuleType = grid,
+        **options: Any,
+    ) -> None:
         self.models = models
+        self.backend = backend
         self.optimizers = []
         made = groups(models[0])
         for params in models:
@@ -81,7 +89,7 @@ class Pair:
             grad = self.models[0][name].grad
             p.grad = None if grad is None else grad.clone()
         for fills, optimizer in zip((True, False), self.optimizers, strict=True):
-            monkeypatch.setattr(grid, "FILLS_COEFFICIENTS", fills)
+            monkeypatch.setattr(self.backend, "FILLS_COEFFICIENTS", fills)
             optimizer.step()
         self.compare()
 

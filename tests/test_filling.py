@@ -12,7 +12,7 @@ from typing import Any
 import grid
 import pytest
 import torch
-from filled import Pair, Params, deltas_of, fills, models, on_grid, random_between, random_groups
+from filled import Pair, Params, deltas_of, fills, models, on_backend, random_between, random_groups
 from problems import BF16, DEVICE, assert_same_bits
 from torch import Tensor
 
@@ -30,7 +30,7 @@ begin = grid.begin
 
 @pytest.fixture(autouse=True)
 def kernels_on_the_host() -> Iterator[None]:
-    with on_grid():
+    with on_backend():
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import grid
 import pytest
 import torch
-from filled import SHAPES, UNKNOWN, Pair, Params, deltas_of, fills, models, on_grid
+from filled import SHAPES, UNKNOWN, Pair, Params, deltas_of, fills, models, on_backend
 from problems import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +25,7 @@ begin = grid.begin
 
 @pytest.fixture(autouse=True)
 def kernels_on_the_host() -> Iterator[None]:
-    with on_grid():
+    with on_backend():
         yield
 
 

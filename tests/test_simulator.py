@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from filled import Pair, deltas_of, models, on_backend, random_groups
 from problems import BF16, F16, F32, Problem, assert_same_bits, coefficients, run, tensors_of
 from simulator import session
 from simulator.device import Device
@@ -169,6 +170,20 @@ def test_a_driver_that_cannot_take_the_launches_is_refused(
     device.driver(driver)
     found = backend._cuda.unusable(0)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("groups", [1, 9])
+def test_coefficients_are_those_of_coefficients_py(
+    groups: int, device: Device, backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few param groups and many have kernels of their own."""
+    both = models({f"layers.{i}.weight": (3, 5 + i) for i in range(2 * groups)}, BF16)
+    with on_backend("simulated"):
+        pair = Pair(both, random_groups, backend, prior=deltas_of(both[0]), state_dtype=BF16, max_grad_norm=0.5)
+        before = len(device.launched)
+        for _ in range(3):
+            pair.step(monkeypatch)
+    assert sum("fill" in name for name in device.launched[before:]) == 3
 
 
 # Kernels that were changed: of what, and all of its instructions of a kind. Each is noticed, by its bits or as a fault.
