@@ -1,6 +1,6 @@
-"""What the Triton backend's launches become on NVIDIA GPUs that need not be there.
+"""What the Triton backend's launches become on GPUs that need not be there.
 
-    python tests/sass.py ARCH            prints JSON: one object for each kernel, compiled for sm_ARCH
+    python tests/sass.py ARCH            prints JSON: one object for each kernel, compiled for sm_ARCH, or AMD's gfxARCH
 
 It is a program of its own because `triton.jit` gives kernels that compile only where TRITON_INTERPRET is not set.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -83,5 +85,28 @@ def compiled(arch: int, source: ASTSource, options: dict[str, Any]) -> dict[str,
     }
 
 
+def compiled_for_amd(arch: str, source: ASTSource) -> dict[str, Any]:
+    """For a CDNA GPU, whose warps have 64 threads: the machine code's instructions, and what it says of memory."""
+    target = GPUTarget("hip", arch, 64)
+    code = triton.compile(source, target=target, options=backend.options(target.warp_size)).asm["amdgcn"]
+    usage = {
+        key: int(value)
+        for key, value in re.findall(
+            r"^\s+\.(vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", code, re.MULTILINE
+        )
+    }
+    lines = re.findall(r"^\t([a-z]\w+)( [^;\n]*)?", code, re.MULTILINE)
+    return {
+        "usage": usage,
+        "opcodes": Counter(re.sub(r"_e(?:32|64)$", "", opcode) for opcode, _ in lines),
+        "mixed": [operands for opcode, operands in lines if opcode.startswith("v_fma_mix")],
+    }
+
+
 if __name__ == "__main__":
-    json.dump({name: compiled(int(sys.argv[1]), *launch) for name, launch in launches().items()}, sys.stdout)
+    chosen = sys.argv[1]
+    made = {
+        name: compiled_for_amd(chosen, source) if chosen.startswith("gfx") else compiled(int(chosen), source, options)
+        for name, (source, options) in launches().items()
+    }
+    json.dump(made, sys.stdout)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,14 @@ from drift_kernels.kernels.triton import backend
 triton = pytest.importorskip("triton")
 
 ARCHS = [80, 90, 100]
+AMD = ["gfx942", "gfx950"]
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "None": 0}
 
 # For each architecture, what tests/sass.py says of each kernel.
 Kernels = dict[str, dict[str, Any]]
 
 
-def compiled(arch: int) -> Product:
+def compiled(arch: int | str) -> Product:
     """What `triton.jit` makes, in a process where it compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -38,7 +41,7 @@ def compiled(arch: int) -> Product:
 
 
 def begin() -> None:
-    for arch in ARCHS:
+    for arch in [*ARCHS, *AMD]:
         compiled(arch).begin()
 
 
@@ -57,11 +60,11 @@ def kernels(by_arch: dict[int, Kernels], arch: int) -> Kernels:
     return by_arch[arch]
 
 
-def opcodes(kernels: Kernels, kernel: str) -> Iterator[tuple[str, list[int], dict[str, int]]]:
+def opcodes(kernels: Kernels, kernel: str, key: str = "sass") -> Iterator[tuple[str, list[int], dict[str, int]]]:
     """For each combination of dtypes without codes: the kernel, their sizes, and how often each opcode occurs."""
     for name, facts in kernels.items():
         if name.startswith(kernel) and "int8" not in name:
-            yield name, [SIZES[dtype] for dtype in name.split()[1:] if dtype in SIZES], facts["sass"]
+            yield name, [SIZES[dtype] for dtype in name.split()[1:] if dtype in SIZES], facts[key]
 
 
 def test_an_update_moves_16_bytes_at_a_time_or_one_element(kernels: Kernels) -> None:
@@ -135,6 +138,54 @@ def test_every_operation_is_rounded_by_itself(arch: int, kernels: Kernels) -> No
 
 def test_no_argument_makes_a_kernel_compile_again(kernels: Kernels) -> None:
     assert not {name: facts["specialized"] for name, facts in kernels.items() if facts["specialized"]}
+
+
+# AMD's CDNA
+
+
+@pytest.fixture(scope="module", params=AMD)
+def on_amd(request: pytest.FixtureRequest) -> Kernels:
+    return json.loads(compiled(request.param).path().read_text())
+
+
+def test_nothing_spills_on_amd(on_amd: Kernels) -> None:
+    for name, facts in on_amd.items():
+        assert facts["usage"] == {"vgpr_spill_count": 0, "private_segment_fixed_size": 0}, name
+
+
+def test_an_update_moves_16_bytes_at_a_time_on_amd(on_amd: Kernels) -> None:
+    """Eight elements a thread, in warps of 64."""
+    for name, (param, grad, state, delta), opcodes_of in opcodes(on_amd, "_update_chunk", "opcodes"):
+        residual = [2] if "master" in name else []
+        read, written = [param, grad, state, state, delta, *residual], [param, state, state, *residual]
+        for access, sizes in (("load", read), ("store", written)):
+            wide = sum(
+                n for opcode, n in opcodes_of.items() if re.fullmatch(rf"(?:global|buffer)_{access}_dwordx4", opcode)
+            )
+            assert wide == sum(8 * size // 16 for size in sizes), name
+
+
+def test_sums_and_biases_move_16_bytes_at_a_time_on_amd(on_amd: Kernels) -> None:
+    for kernel in ("_sum_chunk", "_bias_chunk"):
+        for name, sizes, opcodes_of in opcodes(on_amd, kernel, "opcodes"):
+            assert opcodes_of["global_load_dwordx4"] == sum(16 * size // 16 for size in sizes), name
+
+
+def test_every_operation_is_rounded_by_itself_on_amd(on_amd: Kernels) -> None:
+    """A division takes five fused operations, a root two, and a division of integers two beside its reciprocal: there
+    are no others. Mixed ones convert float16 on the way, of what is added to -0 or multiplied by 1: rounded once."""
+    for name, facts in on_amd.items():
+        count = Counter(facts["opcodes"])
+        divisions, roots = count["v_div_fixup_f32"], count["v_sqrt_f32"]
+        of_integers = count["v_rcp_f32"] - divisions
+        assert count["v_fma_f32"] + count["v_fmac_f32"] == 5 * divisions + 2 * roots + 2 * of_integers, name
+        assert not [
+            op for op in count if re.match(r"v_(?:pk_fma|pk_mad|mad_f|mac_f|fma_f16|fmac_f16|fma_mixlo|rsq)", op)
+        ], name
+        assert all(re.search(r", neg\(0\)|, 1\.0,", operands) for operands in facts["mixed"]), name
+        if name.startswith("_update_chunk"):
+            assert divisions >= 12, name
+            assert roots >= 12, name
 
 
 # The parity tests run the kernels in Triton's interpreter where there is no GPU.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,8 +35,19 @@ BIAS_BLOCK = 2048
 # The chunks whose sums the second stage reads at once.
 TOTAL_BLOCK = 512
 
-# No contraction: every operation is rounded by itself. (And no autotuning: each trial would update the tensors.)
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+THREADS = 128  # of a block, whatever the size of a warp
+
+
+def options(warp_size: int) -> dict[str, Any]:
+    """Of a launch. No contraction: every operation is rounded by itself. No autotuning: each trial would update the
+    tensors."""
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+
+
+@cache
+def _options(device: torch.device) -> dict[str, Any]:
+    """AMD's CDNA has warps of 64 threads."""
+    return options(32 if device.type == "cpu" else triton.runtime.driver.active.get_current_target().warp_size)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -90,9 +102,12 @@ def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
     with _on(plan.device):
         if plan.chunk_count:
             _sum_chunk[(plan.chunk_count,)](
-                *(table, grads, chunk_tensor, plan.partials, grad_dtype, delta_dtype), CHUNK, STATS_BLOCK, **OPTIONS
+                *(table, grads, chunk_tensor, plan.partials, grad_dtype, delta_dtype),
+                CHUNK,
+                STATS_BLOCK,
+                **_options(plan.device),
             )
-        _sum_tensor[(len(plan),)](table, plan.partials, out, CHUNK, TOTAL_BLOCK, **OPTIONS)
+        _sum_tensor[(len(plan),)](table, plan.partials, out, CHUNK, TOTAL_BLOCK, **_options(plan.device))
 
 
 def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
@@ -102,7 +117,7 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     if plan.chunk_count:
         with _on(plan.device):
             _update_chunk[(plan.chunk_count,)](
-                *_tables(plan), coefficients, *dtypes, *modes, CHUNK, UPDATE_BLOCK, **OPTIONS
+                *_tables(plan), coefficients, *dtypes, *modes, CHUNK, UPDATE_BLOCK, **_options(plan.device)
             )
 
 
@@ -111,5 +126,5 @@ def bias(plan: Plan, coefficients: Tensor) -> None:
     if plan.chunk_count:
         with _on(plan.device):
             _bias_chunk[(plan.chunk_count,)](
-                *_tables(plan), coefficients, grad_dtype, delta_dtype, CHUNK, BIAS_BLOCK, **OPTIONS
+                *_tables(plan), coefficients, grad_dtype, delta_dtype, CHUNK, BIAS_BLOCK, **_options(plan.device)
             )
