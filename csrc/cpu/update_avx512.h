@@ -47,7 +47,7 @@ DRIFT_512 void adamw(Elements& e, __m512 grad, __m512 delta, const Scalars& c) {
   adamw_step(e, _mm512_sub_ps(_mm512_mul_ps(c.grad_coef, grad), _mm512_mul_ps(c.delta_coef, delta)), c);
 }
 
-template <class Param, class Grad, class State>
+template <class Param, class State>
 constexpr Order kOrderOf =
     sizeof(State) == 2 && sizeof(Param) == 2 && !std::is_same_v<Param, float16> ? Order::kEvenOdd : Order::kInOrder;
 
@@ -114,7 +114,7 @@ struct Drawn {
 template <class Param, class Grad, class State, class Delta>
 DRIFT_512 void update_turns(const Stored<Param, Grad, State, Delta>& stored, const Scalars& c,
                             Drawn<Param, State>& drawn, int64_t first, int64_t count) {
-  constexpr Order kOrder = kOrderOf<Param, Grad, State>;
+  constexpr Order kOrder = kOrderOf<Param, State>;
   for (int64_t i = 0; i < count; i += kTurn) {
     const int64_t word = (first + i) / 2;
     const Updated u =

@@ -61,6 +61,4 @@ cudaError_t load(ChunkKernel kernel) {
   return cudaFuncGetAttributes(&attributes, kernel);
 }
 
-cudaError_t check_device() { return load_fill(); }
-
 }  // namespace drift

@@ -25,7 +25,4 @@ cudaError_t launch_fill(const Filling& filling, const Group* groups, cudaStream_
 cudaError_t load(ChunkKernel kernel);
 cudaError_t load_fill();
 
-// Whether the current device can run what this module was compiled for.
-cudaError_t check_device();
-
 }  // namespace drift

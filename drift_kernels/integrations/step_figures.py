@@ -39,9 +39,10 @@ def step_figures(optimizer: Any, prefix: str = "prior/") -> dict[str, float]:
     cosine, ratio = drift.prior_cosine, drift.prior_ratio
     if cosine is None or ratio is None:
         return figures
+    modules = drift.prior_modules
     values = dict(zip(("cosine", "ratio"), torch.stack([cosine, ratio]).tolist(), strict=True))
     for figure, of_tensors in values.items():
         for group in (*MODULES, "other"):
-            if members := [v for v, module in zip(of_tensors, drift.prior_modules, strict=True) if module == group]:
+            if members := [v for v, module in zip(of_tensors, modules, strict=True) if module == group]:
                 figures[f"{prefix}{figure}/{group}"] = fmean(members)
     return figures

@@ -58,7 +58,7 @@ class Filling:
         self.address: int = self._words.ctypes.data
         self._groups: dict[int, Hyperparameters] = {}
         # Counts on the host have a copy where the kernel counts, taken anew when they are not what it has made of them.
-        self._counted_on_host = self._is_elsewhere(table)
+        self._counted_on_host = table.steps.device != self.device
         self._steps = torch.empty_like(table.steps, device=self.device) if self._counted_on_host else table.steps
         self._expected: Tensor | None = None
         ones = torch.ones(n, dtype=torch.float64, device=self.device)
@@ -78,10 +78,6 @@ class Filling:
             self._words[_AT[name]] = tensor.data_ptr()
         self._lent: list[Tensor] = []  # scalars of this step, which the kernel has still to read or to write
 
-    @staticmethod
-    def _is_elsewhere(table: CoefficientTable) -> bool:
-        return table.steps.device != table.table.device
-
     def prepare(
         self,
         groups: list[Hyperparameters],
@@ -97,13 +93,8 @@ class Filling:
         """
         words, table = self._words, self.table
         self._lent = []
-        words[: _AT["max_grad_norm"]] = (
-            table.stats.shape[0],
-            len(groups),
-            advances,
-            with_stats,
-            max_grad_norm is not None,
-        )
+        given = (len(groups), advances, with_stats, max_grad_norm is not None)
+        words[_AT["groups"] : _AT["max_grad_norm"]] = given
         self._set_scalar(_AT["scale"], 1.0 if grad_scale.scale is None else grad_scale.scale)
         self._set_scalar(_AT["found_inf"], 0.0 if grad_scale.found_inf is None else grad_scale.found_inf)
         for index, h in enumerate(groups):
