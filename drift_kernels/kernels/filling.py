@@ -58,7 +58,7 @@ class Filling:
         self.address: int = self._words.ctypes.data
         self._groups: dict[int, Hyperparameters] = {}
         # Counts on the host have a copy where the kernel counts, taken anew when they are not what it has made of them.
-        self._counted_on_host = table.steps.device != self.device
+        self._counted_on_host = self._is_elsewhere(table)
         self._steps = torch.empty_like(table.steps, device=self.device) if self._counted_on_host else table.steps
         self._expected: Tensor | None = None
         ones = torch.ones(n, dtype=torch.float64, device=self.device)
@@ -77,6 +77,10 @@ class Filling:
         for name, tensor in self._tensors.items():
             self._words[_AT[name]] = tensor.data_ptr()
         self._lent: list[Tensor] = []  # scalars of this step, which the kernel has still to read or to write
+
+    @staticmethod
+    def _is_elsewhere(table: CoefficientTable) -> bool:
+        return table.steps.device != table.table.device
 
     def prepare(
         self,
