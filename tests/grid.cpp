@@ -2,18 +2,13 @@
 #include "../csrc/cuda/coefficients.h"
 #include "../csrc/cuda/plan.h"
 #include "../csrc/dtypes.h"
+#include "../csrc/cuda/update.h"
 #include "../csrc/layout.h"
 
 namespace drift {
 namespace {
 
 using UpdateBlock = void (*)(const Launch&, int64_t block);
-
-template <class Param, class Grad, class State, class Delta>
-void run_update(const Launch& launch, int64_t block) {
-  static Tile<State> tile;
-  update_block<Param, Grad, State, Delta>(launch, block, &tile);
-}
 
 using BiasBlock = void (*)(const Launch&, int64_t block);
 using SumBlock = void (*)(const Launch&, int64_t block, Sums*);
@@ -54,7 +49,7 @@ int64_t launched = 0;
 // From chunk `begin` of each launch on, so that the end of a huge tensor can be run alone.
 extern "C" void update(const Plan* plan, const char* const* dtypes, const Coefficients* coefficients, int64_t begin) {
   const UpdateBlock body = select_update(parse(dtypes), [](auto p, auto g, auto s, auto d) -> UpdateBlock {
-    return run_update<Unwrap<decltype(p)>, Unwrap<decltype(g)>, Unwrap<decltype(s)>, Unwrap<decltype(d)>>;
+    return update_block<Unwrap<decltype(p)>, Unwrap<decltype(g)>, Unwrap<decltype(s)>, Unwrap<decltype(d)>>;
   });
   for_each_launch(*plan, coefficients, {}, [&](const Launch& launch, int64_t chunks) {
     ++launched;

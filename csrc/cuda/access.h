@@ -3,12 +3,7 @@
 #pragma once
 
 #include "../tensors.h"
-
-#if defined(__CUDACC__)
-#define DRIFT_UNROLL _Pragma("unroll")
-#else
-#define DRIFT_UNROLL
-#endif
+#include "instructions.h"
 
 namespace drift {
 
@@ -76,31 +71,34 @@ struct Values {
   T values[kCount];
 };
 
-template <class T, int kCount>
-struct Draws {
-  uint16_t bits[kStochastic<T> ? kCount : 1];
-
-  DRIFT_HD uint32_t operator[](int j) const { return kStochastic<T> ? bits[j] : 0; }
+// The same as words of four bytes.
+template <int kWords>
+struct Words {
+  static constexpr int kCount = kWords;
+  uint32_t words[kWords];
 };
+
+template <class T, int kCount>
+DRIFT_HD Words<sizeof(T) * kCount / 4> words_of(const Values<T, kCount>& values) {
+  Words<sizeof(T) * kCount / 4> words;
+  memcpy(&words, &values, sizeof words);
+  return words;
+}
+
+template <class T, int kWords>
+DRIFT_HD Values<T, 4 * kWords / sizeof(T)> values_of(const Words<kWords>& words) {
+  Values<T, 4 * kWords / sizeof(T)> values;
+  memcpy(&values, &words, sizeof words);
+  return values;
+}
 
 // A turn of kCount elements side by side. Where there are random bits or scales, `first` is a multiple of kCount.
 template <int kTurn>
 struct SideBySide {
   static constexpr int kCount = kTurn;
+  static constexpr bool kIsSideBySide = true;
+  static constexpr bool kIsWide = false;
   int first;
-
-  // The chunk begins at element `begin` of its tensor.
-  template <class T>
-  DRIFT_HD Draws<T, kCount> draw(const RandomBits& random, Stream stream, int64_t begin) const {
-    Draws<T, kCount> draws{};
-    if constexpr (kStochastic<T>) {
-      static_assert(kCount == 8, "one call of the generator");
-      const Philox eight = random.eight(stream, begin + first);
-      DRIFT_UNROLL
-      for (int j = 0; j < kCount; ++j) draws.bits[j] = static_cast<uint16_t>(RandomBits::half(eight, j));
-    }
-    return draws;
-  }
 
   DRIFT_HD Values<float, kCount> scales(const float* scale) const {
     static_assert(kScaleBlock % kCount == 0, "a turn has one scale");
@@ -115,6 +113,7 @@ struct SideBySide {
 // In wide accesses: of tensors that are aligned at `first`.
 template <int kTurn>
 struct Wide : SideBySide<kTurn> {
+  static constexpr bool kIsWide = true;
   using SideBySide<kTurn>::kCount;
   using SideBySide<kTurn>::first;
 
@@ -193,6 +192,8 @@ struct Narrow : SideBySide<kTurn> {
 template <int kTurn>
 struct Striped {
   static constexpr int kCount = kTurn;
+  static constexpr bool kIsSideBySide = false;
+  static constexpr bool kIsWide = false;
   int first;
   int end;
 
@@ -208,16 +209,6 @@ struct Striped {
     store_each(*this, tensor, turn);
   }
 
-  template <class T>
-  DRIFT_HD Draws<T, kCount> draw(const RandomBits& random, Stream stream, int64_t begin) const {
-    Draws<T, kCount> draws{};
-    if constexpr (kStochastic<T>) {
-      DRIFT_UNROLL
-      for (int j = 0; j < kCount; ++j) draws.bits[j] = static_cast<uint16_t>(random.one(stream, begin + index(j)));
-    }
-    return draws;
-  }
-
   DRIFT_HD Values<float, kCount> scales(const float* scale) const {
     Values<float, kCount> all{};
     DRIFT_UNROLL
@@ -227,21 +218,6 @@ struct Striped {
     return all;
   }
 };
-
-// As load, but codes are decoded.
-template <class At, class T>
-DRIFT_HD Values<Decoded<T>, At::kCount> load_decoded(At at, const T* tensor, [[maybe_unused]] const float* scale) {
-  const auto stored = at.load(tensor);
-  if constexpr (kCoded<T>) {
-    const auto scales = at.scales(scale);
-    Values<Decoded<T>, At::kCount> decoded;
-    DRIFT_UNROLL
-    for (int j = 0; j < At::kCount; ++j) decoded.values[j] = decode(stored.values[j], scales.values[j]);
-    return decoded;
-  } else {
-    return stored;
-  }
-}
 
 // A chunk's elements 0 .. size, cut where wide accesses begin (`body`) and end (`tail`).
 struct Span {

@@ -4,13 +4,12 @@
 // bit for bit.
 #pragma once
 
-#include "access.h"
+#include "blocks.h"
 
 namespace drift {
 
-// Elements of a thread's turn, all requested before the first is used: what is in flight. An update asks for 40 to 160
-// bytes at once, the sums and the bias for 32 to 128.
-constexpr int kUpdateTurn = 8;
+// Elements of a thread's turn, all requested before the first is used: what is in flight. The sums and the bias ask for
+// 32 to 128 bytes at once.
 constexpr int kSumTurn = 16;
 constexpr int kBiasTurn = 16;
 
@@ -65,136 +64,6 @@ DRIFT_HD Chunk find_chunk(const Launch& launch, int64_t block) {
   const int64_t left = row.numel - chunk.begin;
   chunk.size = static_cast<int>(left < kChunk ? left : kChunk);
   return chunk;
-}
-
-template <class State, int kCount>
-struct States {
-  Values<Decoded<ExpAvg<State>>, kCount> exp_avg;
-  Values<Decoded<ExpAvgSq<State>>, kCount> exp_avg_sq;
-};
-
-// Load, update and store a turn, but for the states, which are returned.
-template <class At, class Param, class Grad, class State, class Delta>
-DRIFT_HD States<State, At::kCount> update_turn(At at, const Stored<Param, Grad, State, Delta>& stored,
-                                               const Coefficients& c, const RandomBits& random, int64_t begin) {
-  auto param = at.load(stored.param);
-  auto residual = at.load(stored.residual);
-  const auto grad = at.load(stored.grad);
-  States<State, At::kCount> states{load_decoded(at, stored.exp_avg, stored.exp_avg_scale),
-                                   load_decoded(at, stored.exp_avg_sq, stored.exp_avg_sq_scale)};
-  const auto delta = load_decoded(at, stored.delta, stored.delta_scale);
-  const auto for_param = at.template draw<Param>(random, Stream::kParam, begin);
-  const auto for_exp_avg = at.template draw<State>(random, Stream::kExpAvg, begin);
-  const auto for_exp_avg_sq = at.template draw<State>(random, Stream::kExpAvgSq, begin);
-
-  const Tensors<Param, Grad, Decoded<ExpAvg<State>>, Decoded<ExpAvgSq<State>>, Decoded<Delta>> turn{
-      param.values, residual.values, grad.values, states.exp_avg.values, states.exp_avg_sq.values, delta.values};
-  DRIFT_UNROLL
-  for (int j = 0; j < At::kCount; ++j) {
-    Element e = turn.load(j);
-    e = turn.update(e, j, c);
-    turn.store(j, e, {for_param[j], for_exp_avg[j], for_exp_avg_sq[j]});
-  }
-  at.store(stored.param, param);
-  at.store(stored.residual, residual);
-  return states;
-}
-
-// What threads share where states are codes, whose scales follow from 128 elements: a turn's states of each thread, and
-// the bits of the largest magnitudes among them.
-template <class State>
-struct Tile {};
-
-template <>
-struct Tile<int8_state> {
-  States<int8_state, kUpdateTurn> states[kThreads];
-  uint32_t exp_avg[kThreads];
-  uint32_t exp_avg_sq[kThreads];
-};
-
-DRIFT_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-
-template <class T, int kCount>
-DRIFT_HD uint32_t largest(const Values<T, kCount>& turn) {
-  uint32_t bits = 0;
-  DRIFT_UNROLL
-  for (int j = 0; j < kCount; ++j) bits = larger(bits, magnitude_bits(turn.values[j]));
-  return bits;
-}
-
-// A thread's codes, under the scale of the threads of its block of 128 elements, the first of which stores it.
-template <class T, class At>
-DRIFT_HD void store_codes(At at, T* tensor, float* scale, const Values<Decoded<T>, At::kCount>& values,
-                          const uint32_t* largest_of, int thread) {
-  constexpr int kGroup = kScaleBlock / At::kCount;
-  const int begin = thread / kGroup * kGroup;
-  uint32_t bits = 0;
-  for (int member = begin; member < begin + kGroup; ++member) bits = larger(bits, largest_of[member]);
-  const float shared = scale_of<T>(bits);
-  const float inverse = inverse_of(shared);
-  Values<T, At::kCount> codes;
-  DRIFT_UNROLL
-  for (int j = 0; j < At::kCount; ++j) codes.values[j] = narrow<T>(code_of(values.values[j], inverse));
-  at.store(tensor, codes);
-  if (thread == begin) write(scale + at.first / kScaleBlock, shared);
-}
-
-// Where states are codes: tiles of a turn for each thread, side by side.
-template <class Param, class Grad, class Delta>
-DRIFT_HD void update_tiles(const Stored<Param, Grad, int8_state, Delta>& stored, const Span& span,
-                           const Coefficients& c, const RandomBits& random, int64_t begin, Tile<int8_state>* tile) {
-  const auto at_turn = [&](int first, auto work) {
-    if (first + kUpdateTurn <= span.tail) {
-      work(Wide<kUpdateTurn>{{first}});
-    } else if (first < span.size) {
-      work(Narrow<kUpdateTurn>{{first}, span.size});
-    }
-  };
-  DRIFT_KEEP_ROLLED
-  for (int start = 0; start < span.size; start += kThreads * kUpdateTurn) {
-    each_thread([&](int thread) {
-      auto& states = tile->states[thread];
-      states = {};
-      at_turn(start + thread * kUpdateTurn, [&](auto at) { states = update_turn(at, stored, c, random, begin); });
-      tile->exp_avg[thread] = largest(states.exp_avg);
-      tile->exp_avg_sq[thread] = largest(states.exp_avg_sq);
-    });
-    each_thread([&](int thread) {
-      const auto& states = tile->states[thread];
-      at_turn(start + thread * kUpdateTurn, [&](auto at) {
-        store_codes(at, stored.exp_avg, stored.exp_avg_scale, states.exp_avg, tile->exp_avg, thread);
-        store_codes(at, stored.exp_avg_sq, stored.exp_avg_sq_scale, states.exp_avg_sq, tile->exp_avg_sq, thread);
-      });
-    });
-  }
-}
-
-// update: reference.drift_adamw_ on the chunk of this block. `tile` is shared by the block's threads.
-template <class Param, class Grad, class State, class Delta>
-DRIFT_HD void update_block(const Launch& launch, int64_t block, [[maybe_unused]] Tile<State>* tile) {
-  constexpr bool kIsInt8 = std::is_same_v<State, int8_state>;
-  // Random bits and scales are those of whole turns that begin at a multiple of their size.
-  constexpr int kHeads = kStochastic<Param> || kStochastic<State> || kIsInt8 || kCoded<Delta> ? 1 : kPeriod;
-  const Chunk chunk = find_chunk(launch, block);
-  const Row& row = launch.rows[chunk.row];
-  const Coefficients c = launch.coefficients[chunk.row];
-  if (c.step == 0) return;
-  const RandomBits random = random_bits(row, c);
-  const auto stored =
-      Stored<Param, Grad, State, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);
-  const Span span = cut<kUpdateTurn, kHeads>(chunk.size, stored.param, stored.residual, stored.grad, stored.exp_avg,
-                                             stored.exp_avg_sq, stored.delta);
-  if constexpr (kIsInt8) {
-    update_tiles(stored, span, c, random, chunk.begin, tile);
-  } else {
-    each_thread([&](int thread) {
-      for_each_turn<kUpdateTurn>(span, thread, [&](auto at) {
-        const auto states = update_turn(at, stored, c, random, chunk.begin);
-        at.store(stored.exp_avg, states.exp_avg);
-        at.store(stored.exp_avg_sq, states.exp_avg_sq);
-      });
-    });
-  }
 }
 
 DRIFT_HD void add(Sums& sums, const Sums& more) {
@@ -277,13 +146,14 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
     float grad_grad[kLanes] = {};
     float grad_delta[kLanes] = {};
     for_each_turn<kSumTurn>(span, thread, [&](auto at) {
-      const auto g = at.load(grad);
-      const auto d = load_decoded(at, delta, delta_scale);
+      const auto grads = at.load(grad);
+      const auto deltas = fetch(at, delta, delta_scale);
+      const auto g = to_floats(grads);
       DRIFT_UNROLL
       for (int j = 0; j < at.kCount; ++j) {
-        const float x = to_float(g.values[j]);
+        const float x = g.values[j];
         grad_grad[j % kLanes] += x * x;
-        if constexpr (kHasDelta) grad_delta[j % kLanes] += x * to_float(d.values[j]);
+        if constexpr (kHasDelta) grad_delta[j % kLanes] += x * to_floats(deltas).values[j];
       }
     });
     Sums own{0.0, 0.0};
@@ -307,13 +177,13 @@ DRIFT_HD void bias_block(const Launch& launch, int64_t block) {
   const Span span = cut<kBiasTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, grad, delta);
   each_thread([&](int thread) {
     for_each_turn<kBiasTurn>(span, thread, [&](auto at) {
-      auto g = at.load(grad);
-      const auto d = load_decoded(at, delta, delta_scale);
+      const auto grads = at.load(grad);
+      const auto deltas = fetch(at, delta, delta_scale);
+      auto g = to_floats(grads);
+      const auto d = to_floats(deltas);
       DRIFT_UNROLL
-      for (int j = 0; j < at.kCount; ++j) {
-        g.values[j] = round_to<Grad>(biased(to_float(g.values[j]), to_float(d.values[j]), c));
-      }
-      at.store(grad, g);
+      for (int j = 0; j < at.kCount; ++j) g.values[j] = biased(g.values[j], d.values[j], c);
+      at.store(grad, rounded<Grad>(g, {}));
     });
   });
 }

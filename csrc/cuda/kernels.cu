@@ -13,8 +13,7 @@ constexpr int kBiasBlocks = 4;
 
 template <class Param, class Grad, class State, class Delta>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, State>) update(const __grid_constant__ Launch launch) {
-  __shared__ Tile<State> tile;
-  update_block<Param, Grad, State, Delta>(launch, blockIdx.x, &tile);
+  update_block<Param, Grad, State, Delta>(launch, blockIdx.x);
 }
 
 template <class Grad, class Delta>

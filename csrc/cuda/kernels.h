@@ -5,7 +5,7 @@
 
 #include "../dtypes.h"
 #include "../filling.h"
-#include "block.h"
+#include "update.h"
 
 namespace drift {
 

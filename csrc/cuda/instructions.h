@@ -1,0 +1,151 @@
+// Single instructions that C++ has no name for. The host, where the tests run the kernels, has functions with the same
+// results.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "../rounding.h"
+
+#if defined(__CUDACC__)
+#define DRIFT_UNROLL _Pragma("unroll")
+#else
+#define DRIFT_UNROLL
+#endif
+
+namespace drift {
+
+// a * b + c, rounded once. (Contraction is off: nothing else becomes this.)
+DRIFT_HD float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fmaf(a, b, c);
+#endif
+}
+
+// Within a unit in the last place of 1 / x; of a subnormal, 1 / 0.
+DRIFT_HD float near_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// Within a few units in the last place of 1 / sqrt(x); of a subnormal, 1 / 0.
+DRIFT_HD float near_inverse_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
+#endif
+}
+
+// The smaller, the larger; of a NaN and a number, the number.
+DRIFT_HD float smaller_number(float a, float b) { return fminf(a, b); }
+DRIFT_HD float larger_number(float a, float b) { return fmaxf(a, b); }
+
+// The larger; a positive NaN if either is one.
+DRIFT_HD float larger_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return std::isnan(a) || std::isnan(b) ? bits_to_float(0x7fffffffu) : std::max(a, b);
+#endif
+}
+
+// The bits of x; those of the positive quiet NaN if it is one. The device's arithmetic has a single NaN, 0x7fffffff: x
+// must come from there.
+DRIFT_HD uint32_t canonical_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint32_t>(min(static_cast<int>(float_to_bits(x)), 0x7fc00000));
+#else
+  return std::isnan(x) ? 0x7fc00000u : float_to_bits(x);
+#endif
+}
+
+// Four of the eight bytes of a and b (4 to 7): the lowest digit of `bytes` says which is the lowest.
+template <uint32_t kBytes>
+DRIFT_HD uint32_t pick(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(a, b, kBytes);
+#else
+  const uint64_t from = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= static_cast<uint32_t>(from >> (kBytes >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  return picked;
+#endif
+}
+
+// |x| with the sign of a number; that of a NaN is positive, as the device's is.
+DRIFT_HD float with_sign(float x, float sign) {
+#if defined(__CUDA_ARCH__)
+  return bits_to_float(float_to_bits(x) | (float_to_bits(sign) & 0x80000000u));
+#else
+  return sign < 0.0f ? -x : x;
+#endif
+}
+
+// Two halves of a word: the low halves of two words, or the high ones.
+DRIFT_HD uint32_t low_halves(uint32_t low, uint32_t high) { return pick<0x5410>(low, high); }
+DRIFT_HD uint32_t high_halves(uint32_t low, uint32_t high) { return pick<0x7632>(low, high); }
+
+// Two numbers as halves of a word, to nearest, ties to even. A NaN becomes 0x7fff.
+template <class T>
+DRIFT_HD uint32_t nearest_pair(float low, float high) {
+  static_assert(sizeof(T) == 2);
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  if constexpr (std::is_same_v<T, float16>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#else
+  const auto half = [](float x) { return std::isnan(x) ? 0x7fffu : static_cast<uint32_t>(round_to<T>(x).bits); };
+  return half(low) | half(high) << 16;
+#endif
+}
+
+// nearest_pair's words with the canonical NaN.
+template <class T>
+DRIFT_HD uint32_t canonical_pair(uint32_t word) {
+  constexpr uint32_t kNan = std::is_same_v<T, float16> ? 0x7e00 : 0x7fc0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t canonical;
+  asm("min.s16x2 %0, %1, %2;" : "=r"(canonical) : "r"(word), "r"(kNan * 0x10001u));
+  return canonical;
+#else
+  // Only 0x7fff gets a sign from an addition of 1.
+  const uint32_t nans = (word + 0x00010001u) & ~word & 0x80008000u;
+  return word - (nans >> 15) * (0x7fffu - kNan);
+#endif
+}
+
+// The halves of a word as floats.
+template <class T>
+DRIFT_HD void widen_pair(uint32_t word, float& low, float& high) {
+  if constexpr (std::is_same_v<T, float16>) {
+#if defined(__CUDA_ARCH__)
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(low), "=f"(high)
+        : "r"(word));
+#else
+    low = to_float(float16{static_cast<uint16_t>(word)});
+    high = to_float(float16{static_cast<uint16_t>(word >> 16)});
+#endif
+  } else {
+    low = bits_to_float(word << 16);
+    high = bits_to_float(word & 0xffff0000u);
+  }
+}
+
+}  // namespace drift

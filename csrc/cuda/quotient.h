@@ -1,0 +1,69 @@
+// exp_avg / (sqrt(exp_avg_sq) * inv_sqrt_bc2 + eps), correctly rounded, without the slow paths that a compiler adds
+// to a root and a division: for a whole turn at once it is checked that none of its values needs them.
+#pragma once
+
+#include "../adamw.h"
+#include "access.h"
+#include "instructions.h"
+
+namespace drift {
+
+// Of what is checked, a float's upper half has these bits; a pair of bfloat16 has them in both halves.
+template <class T>
+constexpr uint32_t kHalves = sizeof(T) == 4 ? 0x10000 : 0x10001;
+
+// Whether a turn's moments are where quick_root and quick_quotient are exact: |exp_avg| in [2^-63, 2), exp_avg_sq in
+// [2^-96, 2^32). (The exponents 64 to 127 are those whose first two bits are 01; for 31 to 158 these are 00 after a
+// subtraction, whose borrow leaves a lower half only if that is outside.) Of exp_avg_sq a NaN and what is negative is
+// outside too, and neither is ever rounded to something inside.
+template <class T, int kCount>
+DRIFT_HD bool usual(const Values<T, kCount>& exp_avg, const Values<T, kCount>& exp_avg_sq) {
+  constexpr uint32_t kOne = kHalves<T>;
+  const auto m = words_of(exp_avg), v = words_of(exp_avg_sq);
+  uint32_t outside_m = 0, outside_v = 0;
+  DRIFT_UNROLL
+  for (int w = 0; w < m.kCount; ++w) {
+    outside_m |= m.words[w] ^ 0x2000 * kOne;
+    outside_v |= v.words[w] - 0x0f80 * kOne;
+  }
+  return ((outside_m & 0x6000 * kOne) | (outside_v & 0xc000 * kOne)) == 0;
+}
+
+// The same with |exp_avg| in [2^-96, 2^38) and zeros. It is asked where `usual` says no: rows of an embedding that were
+// never seen have zeros, those that were not for long have small moments.
+template <int kCount>
+DRIFT_HD bool admissible(const Values<float, kCount>& exp_avg, const Values<float, kCount>& exp_avg_sq, float eps) {
+  const auto inside = [](float x) { return float_to_bits(x) - 0x0f800000u < 0x43000000u; };
+  bool all = true;
+  DRIFT_UNROLL
+  for (int j = 0; j < kCount; ++j) {
+    const float m = exp_avg.values[j], v = exp_avg_sq.values[j];
+    all = all && (m == 0.0f || inside(fabsf(m))) && (inside(v) || (v == 0.0f && eps >= 0x1p-58f));
+  }
+  return all;
+}
+
+// Whether the rest of a step allows it: a denominator in [2^-58, 2^30] then, and a quotient that is 0 or normal.
+DRIFT_HD bool allows_quick(const Coefficients& c) {
+  return c.inv_sqrt_bc2 >= 0x1p-10f && c.inv_sqrt_bc2 <= 0x1p9f && c.eps >= 0.0f && c.eps <= 0x1p20f;
+}
+
+// sqrt(x) for x = 0, and x from 2^-96 on. A step of Newton's from an approximation: tests/test_quotient.py goes
+// through all of them.
+DRIFT_HD float quick_root(float x) {
+  const float inverse = near_inverse_root(larger_number(x, 0x1p-100f));
+  const float root = x * inverse;
+  return fused(-fused(root, root, -x), 0.5f * inverse, root);
+}
+
+// a / b. What is left over is taken with the sign that keeps -0 / b = -0. The steps are those that compilers make of
+// a division (Markstein, "IA-64 and elementary functions", 2000, chapter 8).
+DRIFT_HD float quick_quotient(float a, float b) {
+  float inverse = near_reciprocal(b);
+  inverse = fused(-fused(b, inverse, -1.0f), inverse, inverse);
+  float quotient = a * inverse;
+  quotient = fused(-fused(b, quotient, -a), inverse, quotient);
+  return fused(-fused(b, quotient, -a), inverse, quotient);
+}
+
+}  // namespace drift
