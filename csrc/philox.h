@@ -13,12 +13,22 @@ struct Philox {
 
 constexpr int kPhiloxRounds = 7;
 
+DRIFT_HD uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;  // nvcc makes of the other form a product of 64 bits
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 // One of the rounds on the words of a counter.
 DRIFT_HD void philox_round(int round, uint64_t key, uint32_t& x0, uint32_t& x1, uint32_t& x2, uint32_t& x3) {
   const uint32_t key0 = static_cast<uint32_t>(key) + static_cast<uint32_t>(round) * 0x9E3779B9u;
   const uint32_t key1 = static_cast<uint32_t>(key >> 32) + static_cast<uint32_t>(round) * 0xBB67AE85u;
-  const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * x0;
-  const uint64_t b = static_cast<uint64_t>(0xCD9E8D57u) * x2;
+  const uint64_t a = wide_product(0xD2511F53u, x0);
+  const uint64_t b = wide_product(0xCD9E8D57u, x2);
   x0 = static_cast<uint32_t>(b >> 32) ^ x1 ^ key0;
   x1 = static_cast<uint32_t>(b);
   x2 = static_cast<uint32_t>(a >> 32) ^ x3 ^ key1;
@@ -58,20 +68,6 @@ struct RandomBits {
     const uint32_t low = index & 4 ? eight.words[2] : eight.words[0];
     const uint32_t high = index & 4 ? eight.words[3] : eight.words[1];
     return (index & 2 ? high : low) >> (index & 1 ? 16 : 0) & 0xffffu;
-  }
-
-  // The bits of elements i .. i + 7; i is a multiple of 8.
-  DRIFT_HD Philox eight(Stream stream, int64_t i) const {
-    if (place->keeps_eights()) return whole_eight(stream, place->whole_index(i) >> 3);
-    Philox x{};
-    DRIFT_KEEP_ROLLED
-    for (int j = 0; j < 8; ++j) {  // a queue of 16-bit halves
-      x.words[0] = x.words[0] >> 16 | x.words[1] << 16;
-      x.words[1] = x.words[1] >> 16 | x.words[2] << 16;
-      x.words[2] = x.words[2] >> 16 | x.words[3] << 16;
-      x.words[3] = x.words[3] >> 16 | one(stream, i + j) << 16;
-    }
-    return x;
   }
 };
 

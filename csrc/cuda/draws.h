@@ -1,7 +1,7 @@
 // Random bits for a thread's turn.
 #pragma once
 
-#include "access.h"
+#include "launch.h"
 
 namespace drift {
 
@@ -32,37 +32,32 @@ DRIFT_HD TurnDraws<Param, State, kCount> draw_for(F draw) {
 struct ChunkBits {
   RandomBits random;
   int64_t begin;
-  // Where the chunk's eights are side by side in the whole tensor: the first. All have the same upper half.
-  bool side_by_side;
-  int64_t first_eight;
+  int64_t first_eight;  // where the chunk's eights are side by side in the whole tensor: the first; else -1
 
-  static DRIFT_HD ChunkBits of(const RandomBits& random, int64_t begin, int size) {
+  static DRIFT_HD ChunkBits of(const RandomBits& random, const Chunk& chunk) {
     const Place& place = *random.place;
-    const int64_t first = place.whole_index(begin), last = place.whole_index(begin + size - 1);
-    const bool side_by_side = place.keeps_eights() && last - first == size - 1 && first >> 35 == last >> 35;
-    return {random, begin, side_by_side, first >> 3};
+    const int64_t first = place.whole_index(chunk.begin), last = place.whole_index(chunk.begin + chunk.size - 1);
+    return {random, chunk.begin, last - first == chunk.size - 1 ? first / 8 : -1};
   }
 
-  // Of eight elements from `first` of the chunk on, which is a multiple of 8.
-  DRIFT_HD Philox near_eight(Stream stream, int first) const {
-    const auto low = static_cast<uint32_t>(first_eight) + static_cast<uint32_t>(first) / 8;
-    return random.whole_eight(stream, first_eight >> 32 << 32 | low);
+  // Of elements first .. first + 7 of the chunk, which are an eight of the whole tensor too.
+  DRIFT_HD int64_t eight(int first) const {
+    return first_eight >= 0 ? first_eight + first / 8 : random.place->whole_index(begin + first) / 8;
   }
-  DRIFT_HD Philox far_eight(Stream stream, int first) const { return random.eight(stream, begin + first); }
 };
 
 // The random bits of a turn, for what is rounded with them.
 template <class Param, class State, class At>
 DRIFT_HD TurnDraws<Param, State, At::kCount> draw(At at, const ChunkBits& bits) {
-  const auto words = [](const Philox& x) { return Words<4>{{x.words[0], x.words[1], x.words[2], x.words[3]}}; };
   if constexpr (!kStochastic<Param> && !kStochastic<State>) {
     return {};
-  } else if constexpr (At::kIsSideBySide) {
+  } else if constexpr (At::kIsWide) {
     static_assert(At::kCount == 8, "one call of the generator");
-    if (!bits.side_by_side) {
-      return draw_for<Param, State, 8>([&](Stream stream) { return words(bits.far_eight(stream, at.first)); });
-    }
-    return draw_for<Param, State, 8>([&](Stream stream) { return words(bits.near_eight(stream, at.first)); });
+    const int64_t eight = bits.eight(at.first);
+    return draw_for<Param, State, 8>([&](Stream stream) {
+      const Philox x = bits.random.whole_eight(stream, eight);
+      return Words<4>{{x.words[0], x.words[1], x.words[2], x.words[3]}};
+    });
   } else {
     return draw_for<Param, State, At::kCount>([&](Stream stream) {
       Words<At::kCount / 2> words{};

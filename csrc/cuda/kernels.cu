@@ -3,11 +3,9 @@
 namespace drift {
 namespace {
 
-// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 41 to 110 KB are in
-// flight.
+// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 42 to 164 KB are in flight.
 template <class Param, class State>
-constexpr int kUpdateBlocks =
-    (std::is_same_v<Param, bfloat16> || std::is_same_v<Param, float16>) && !std::is_same_v<State, int8_state> ? 3 : 2;
+constexpr int kUpdateBlocks = kStochastic<Param> || kStochastic<State> || std::is_same_v<State, int8_state> ? 3 : 4;
 constexpr int kSumBlocks = 4;
 constexpr int kBiasBlocks = 4;
 
@@ -18,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, State>) update(
 
 template <class Grad, class Delta>
 __global__ void __launch_bounds__(kThreads, kSumBlocks) sum(const __grid_constant__ Launch launch) {
-  __shared__ Sums sums[kThreads];
+  __shared__ Sums sums[kThreads / kWarp];
   sum_block<Grad, Delta>(launch, blockIdx.x, sums);
 }
 

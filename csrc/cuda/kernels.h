@@ -5,6 +5,8 @@
 
 #include "../dtypes.h"
 #include "../filling.h"
+#include "bias.h"
+#include "sums.h"
 #include "update.h"
 
 namespace drift {

@@ -1,9 +1,9 @@
-// From a plan to launches: the host's side of block.h, without a call to CUDA, so that the tests can run it too.
+// From a plan to launches: the host's side of launch.h, without a call to CUDA, so that the tests can run it too.
 #pragma once
 
 #include <algorithm>
 
-#include "block.h"
+#include "launch.h"
 
 namespace drift {
 

@@ -1,19 +1,12 @@
 // The kernel of the update: what one block's threads do with one chunk. reference.drift_adamw_, bit for bit.
 #pragma once
 
-#include "block.h"
 #include "blocks.h"
 
 namespace drift {
 
 // Elements of a thread's turn, all requested before the first is used: 40 to 160 bytes in flight.
 constexpr int kUpdateTurn = 8;
-
-// A row's coefficients, and whether they allow the quick forms of quotient.h.
-struct Rule {
-  Coefficients c;
-  bool is_quick;
-};
 
 // What is computed of a turn before it divides: the new moments, and the parameter but for its last term.
 template <int kCount>
@@ -64,27 +57,32 @@ struct Uncoded {
 
 // Loads, updates and stores a turn, but for states that are codes, which are returned.
 template <class At, class Param, class Grad, class State, class Delta>
-DRIFT_HD Uncoded<At::kCount> update_turn(At at, const Stored<Param, Grad, State, Delta>& stored, const Rule& rule,
+DRIFT_HD Uncoded<At::kCount> update_turn(At at, const Stored<Param, Grad, State, Delta>& stored, const Coefficients& c,
                                          const ChunkBits& bits) {
   constexpr int kCount = At::kCount;
   constexpr bool kIsInt8 = std::is_same_v<State, int8_state>;
   using Rounded = std::conditional_t<kIsInt8, float, State>;
-  const Coefficients& c = rule.c;
   auto [m, v, param] = load_and_update_moments(at, stored, c);
   const auto draws = draw<Param, Rounded>(at, bits);
-  auto exp_avg = rounded<Rounded, At::kIsWide>(m, draws.exp_avg);
-  auto exp_avg_sq = rounded<Rounded, At::kIsWide>(v, draws.exp_avg_sq);
+  const auto store_states = [&](const auto& exp_avg, const auto& exp_avg_sq) {
+    if constexpr (!kIsInt8) {
+      at.store(stored.exp_avg, exp_avg);
+      at.store(stored.exp_avg_sq, exp_avg_sq);
+    }
+  };
+  const auto exp_avg = rounded<Rounded, At::kIsWide>(m, draws.exp_avg);
+  const auto exp_avg_sq = rounded<Rounded, At::kIsWide>(v, draws.exp_avg_sq);
 
   Values<float, kCount> root, quotient;
-  if (At::kIsWide && rule.is_quick && (usual(exp_avg, exp_avg_sq) || admissible(m, v, c.eps))) {
+  if (At::kIsWide && (usual(exp_avg, exp_avg_sq) || admissible(m, v, c.eps))) {
+    store_states(exp_avg, exp_avg_sq);
     DRIFT_UNROLL
     for (int j = 0; j < kCount; ++j) {
       root.values[j] = quick_root(v.values[j]);
       quotient.values[j] = quick_quotient(m.values[j], denominator(root.values[j], c));
     }
   } else {
-    exp_avg = rounded<Rounded>(m, draws.exp_avg);
-    exp_avg_sq = rounded<Rounded>(v, draws.exp_avg_sq);
+    store_states(rounded<Rounded>(m, draws.exp_avg), rounded<Rounded>(v, draws.exp_avg_sq));
     DRIFT_UNROLL
     for (int j = 0; j < kCount; ++j) {
       root.values[j] = sqrtf(v.values[j]);
@@ -102,10 +100,6 @@ DRIFT_HD Uncoded<At::kCount> update_turn(At at, const Stored<Param, Grad, State,
     at.store(stored.residual, residual);
   } else {
     at.store(stored.param, rounded<Param>(param, draws.param));
-  }
-  if constexpr (!kIsInt8) {
-    at.store(stored.exp_avg, exp_avg);
-    at.store(stored.exp_avg_sq, exp_avg_sq);
   }
   return {m, root};
 }
@@ -158,7 +152,7 @@ DRIFT_HD void store_codes(At at, T* tensor, float* scales, const Values<float, A
 
 // Where states are codes: a turn for each thread, side by side.
 template <class Param, class Grad, class Delta>
-DRIFT_HD void update_codes(const Stored<Param, Grad, int8_state, Delta>& stored, const Span& span, const Rule& rule,
+DRIFT_HD void update_codes(const Stored<Param, Grad, int8_state, Delta>& stored, const Span& span, const Coefficients& c,
                            const ChunkBits& bits) {
   using Turn = Uncoded<kUpdateTurn>;
   const auto at_turn = [&](int first, auto work) {
@@ -173,7 +167,7 @@ DRIFT_HD void update_codes(const Stored<Param, Grad, int8_state, Delta>& stored,
     with_largest<Turn>(
         [&](int thread, Turn& turn) -> Largest {
           turn = {};
-          at_turn(start + thread * kUpdateTurn, [&](auto at) { turn = update_turn(at, stored, rule, bits); });
+          at_turn(start + thread * kUpdateTurn, [&](auto at) { turn = update_turn(at, stored, c, bits); });
           return {largest_bits(turn.exp_avg), largest_bits(turn.root)};
         },
         [&](int thread, const Turn& turn, Largest largest) {
@@ -199,20 +193,21 @@ DRIFT_HD void update_block(const Launch& launch, int64_t block) {
   const Row& row = launch.rows[chunk.row];
   const Coefficients c = launch.coefficients[chunk.row];
   if (c.step == 0) return;
-  const Rule rule{c, allows_quick(c)};
   ChunkBits bits{};
   if constexpr (kStochastic<Param> || kStochastic<State>) {
-    bits = ChunkBits::of(random_bits(row, c), chunk.begin, chunk.size);
+    bits = ChunkBits::of(random_bits(row, c), chunk);
   }
   const auto stored =
       Stored<Param, Grad, State, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);
-  const Span span = cut<kUpdateTurn, kHeads>(chunk.size, stored.param, stored.residual, stored.grad, stored.exp_avg,
-                                             stored.exp_avg_sq, stored.delta);
+  const bool may_be_wide = allows_quick(c) && (!(kStochastic<Param> || kStochastic<State>) || row.place.keeps_eights());
+  const Span span = may_be_wide ? cut<kUpdateTurn, kHeads>(chunk.size, stored.param, stored.residual, stored.grad,
+                                                           stored.exp_avg, stored.exp_avg_sq, stored.delta)
+                                : Span{0, 0, chunk.size};
   if constexpr (kIsInt8) {
-    update_codes(stored, span, rule, bits);
+    update_codes(stored, span, c, bits);
   } else {
     each_thread([&](int thread) {
-      for_each_turn<kUpdateTurn>(span, thread, [&](auto at) { update_turn(at, stored, rule, bits); });
+      for_each_turn<kUpdateTurn>(span, thread, [&](auto at) { update_turn(at, stored, c, bits); });
     });
   }
 }

@@ -1,0 +1,139 @@
+// The kernel of grad_stats: what one block's threads do with one chunk, and the last of a tensor's with its sums.
+#pragma once
+
+#include "blocks.h"
+
+namespace drift {
+
+// Elements of a thread's turn, all requested before the first is used: at most 128 bytes.
+template <class Grad, class Delta>
+constexpr int kSumTurn = sizeof(Grad) <= 2 && sizeof(Delta) <= 2 ? 32 : 16;
+
+// In which a thread adds up its products in float32: ten of the chunk's at most in each, so that rounding stays within
+// 10 * 2^-24 = 6e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
+constexpr int kLanes = 8;
+
+DRIFT_HD void add(Sums& sums, const Sums& more) {
+  sums.grad_grad += more.grad_grad;
+  sums.grad_delta += more.grad_delta;
+}
+
+constexpr int kWarp = 32;
+
+// The sum of own(thread) over the block's threads, into sums[0], in an order that is always the same: each warp's by a
+// tree, then the warps'. `sums` has room for one of each warp, and may be overwritten by any thread afterwards.
+template <class Own>
+DRIFT_HD void add_up(Own own, Sums* sums) {
+#if defined(__CUDA_ARCH__)
+  const int thread = static_cast<int>(threadIdx.x);
+  Sums x = own(thread);
+  DRIFT_UNROLL
+  for (int other = kWarp / 2; other > 0; other /= 2) {
+    add(x, {__shfl_xor_sync(0xffffffffu, x.grad_grad, other), __shfl_xor_sync(0xffffffffu, x.grad_delta, other)});
+  }
+  if (thread % kWarp == 0) sums[thread / kWarp] = x;
+  __syncthreads();
+#else
+  for (int begin = 0; begin < kThreads; begin += kWarp) {
+    Sums x[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) x[lane] = own(begin + lane);
+    for (int half = kWarp / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) add(x[lane], x[lane + half]);
+    }
+    sums[begin / kWarp] = x[0];
+  }
+#endif
+  each_thread([&](int thread) {
+    if (thread != 0) return;
+    for (int warp = 1; warp < kThreads / kWarp; ++warp) add(sums[0], sums[warp]);
+  });
+}
+
+// What other blocks have written in this launch: past a multiprocessor's own cache.
+DRIFT_HD Sums read_shared(const Sums* sums) {
+#if defined(__CUDA_ARCH__)
+  return {__ldcg(&sums->grad_grad), __ldcg(&sums->grad_delta)};
+#else
+  return *sums;
+#endif
+}
+
+// Counts a chunk whose partial sums are written; whether it is the last of its row. The count goes back to 0 then.
+DRIFT_HD bool arrives_last(uint32_t* arrived, uint32_t chunks) {
+#if defined(__CUDA_ARCH__)
+  __threadfence();
+  const bool last = atomicInc(arrived, chunks - 1) == chunks - 1;
+  __threadfence();
+  return last;
+#else
+  *arrived = *arrived + 1 == chunks ? 0 : *arrived + 1;
+  return *arrived == 0;
+#endif
+}
+
+// The end of a block that has the sums of its chunk in sums[0]: the last of a row adds up those of the row, in an order
+// that does not depend on which it is. (The chunk is looked up again: what is kept over the turns costs registers.)
+DRIFT_HD void finish_sums(const Launch& launch, int64_t block, Sums* sums) {
+  each_thread([&](int thread) {
+    if (thread != 0) return;
+    const int64_t index = launch.first_chunk + block;
+    const int32_t row = launch.chunk_rows[index];
+    launch.partials[index] = sums[0];
+    const auto chunks = static_cast<uint32_t>(chunk_count(launch.rows[row].numel));
+    sums[0].grad_grad = arrives_last(launch.arrived + row, chunks) ? 1.0 : 0.0;
+  });
+  if (sums[0].grad_grad == 0.0) return;
+  const int32_t row = launch.chunk_rows[launch.first_chunk + block];
+  const int64_t begin = launch.rows[row].first_chunk;
+  const int64_t end = begin + chunk_count(launch.rows[row].numel);
+  each_thread([&](int) {});  // all have read what is overwritten next
+  const auto own = [&](int thread) {
+    Sums own{0.0, 0.0};
+    DRIFT_KEEP_ROLLED
+    for (int64_t chunk = begin + thread; chunk < end; chunk += kThreads) {
+      add(own, read_shared(launch.partials + chunk));
+    }
+    return own;
+  };
+  add_up(own, sums);
+  each_thread([&](int thread) {
+    if (thread == 0) launch.totals[row] = sums[0];
+  });
+}
+
+// grad_stats: sum(g*g) and sum(g*delta) of the chunk of this block, a thread's lanes in float32 and
+// all beyond them in float64. `sums` is shared by the block's threads.
+template <class Grad, class Delta>
+DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
+  constexpr bool kHasDelta = !std::is_same_v<Delta, Nothing>;
+  const Chunk chunk = find_chunk(launch, block);
+  const Grad* __restrict grad = pointer<const Grad>(launch.grads[chunk.row - launch.first_row]) + chunk.begin;
+  const Row& row = launch.rows[chunk.row];
+  const Delta* __restrict delta = pointer<const Delta>(row.delta) + chunk.begin;
+  const float* delta_scale = pointer<const float>(row.delta_scale) + chunk.begin / kScaleBlock;
+  constexpr int kTurn = kSumTurn<Grad, Delta>;
+  const Span span = cut<kTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, grad, delta);
+  const auto own = [&](int thread) {
+    float grad_grad[kLanes] = {};
+    float grad_delta[kLanes] = {};
+    for_each_turn<kTurn>(span, thread, [&](auto at) {
+      const auto grads = at.load(grad);
+      const auto deltas = fetch(at, delta, delta_scale);
+      const auto g = to_floats(grads);
+      DRIFT_UNROLL
+      for (int j = 0; j < at.kCount; ++j) {
+        const float x = g.values[j];
+        grad_grad[j % kLanes] = fused(x, x, grad_grad[j % kLanes]);
+        if constexpr (kHasDelta) grad_delta[j % kLanes] = fused(x, to_floats(deltas).values[j], grad_delta[j % kLanes]);
+      }
+    });
+    Sums own{0.0, 0.0};
+    DRIFT_UNROLL
+    for (int j = 0; j < kLanes; ++j) add(own, {grad_grad[j], grad_delta[j]});
+    return own;
+  };
+  add_up(own, sums);
+  finish_sums(launch, block, sums);
+}
+
+}  // namespace drift
