@@ -42,7 +42,7 @@ struct Draw {
   uint32_t exp_avg_sq;
 };
 
-// The tensors of one row as stored, from element `begin` on, which is a multiple of kScaleBlock.
+// The tensors of one row as stored. A move is by elements; it begins and ends at a scale of what has codes.
 template <class Param, class Grad, class State, class Delta>
 struct Stored {
   Param* __restrict param;
@@ -56,16 +56,40 @@ struct Stored {
   const float* __restrict delta_scale;
 
   static DRIFT_HD Stored of(const Row& row, uint64_t grad, int64_t begin) {
-    const int64_t block = begin / kScaleBlock;
-    return {pointer<Param>(row.param) + begin,
-            pointer<Residual<Param>>(row.residual) + begin,
-            pointer<const Grad>(grad) + begin,
-            pointer<ExpAvg<State>>(row.exp_avg) + begin,
-            pointer<float>(row.exp_avg_scale) + block,
-            pointer<ExpAvgSq<State>>(row.exp_avg_sq) + begin,
-            pointer<float>(row.exp_avg_sq_scale) + block,
-            pointer<const Delta>(row.delta) + begin,
-            pointer<const float>(row.delta_scale) + block};
+    return Stored{pointer<Param>(row.param),
+                  pointer<Residual<Param>>(row.residual),
+                  pointer<const Grad>(grad),
+                  pointer<ExpAvg<State>>(row.exp_avg),
+                  pointer<float>(row.exp_avg_scale),
+                  pointer<ExpAvgSq<State>>(row.exp_avg_sq),
+                  pointer<float>(row.exp_avg_sq_scale),
+                  pointer<const Delta>(row.delta),
+                  pointer<const float>(row.delta_scale)}
+        .moved(begin);
+  }
+
+  DRIFT_HD Stored moved(int64_t elements) const {
+    const int64_t scales = elements / kScaleBlock;
+    return {param + elements,      residual + elements,       grad + elements,
+            exp_avg + elements,    exp_avg_scale + scales,    exp_avg_sq + elements,
+            exp_avg_sq_scale + scales, delta + elements,      delta_scale + scales};
+  }
+};
+
+// A gradient and its delta, likewise.
+template <class Grad, class Delta>
+struct GradAndDelta {
+  Grad* __restrict grad;
+  const Delta* __restrict delta;
+  const float* __restrict delta_scale;
+
+  static DRIFT_HD GradAndDelta of(const Row& row, uint64_t grad, int64_t begin) {
+    return GradAndDelta{pointer<Grad>(grad), pointer<const Delta>(row.delta), pointer<const float>(row.delta_scale)}
+        .moved(begin);
+  }
+
+  DRIFT_HD GradAndDelta moved(int64_t elements) const {
+    return {grad + elements, delta + elements, delta_scale + elements / kScaleBlock};
   }
 };
 

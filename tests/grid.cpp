@@ -2,6 +2,8 @@
 #include "../csrc/cuda/coefficients.h"
 #include "../csrc/cuda/plan.h"
 #include "../csrc/dtypes.h"
+#include "../csrc/cuda/bias.h"
+#include "../csrc/cuda/sums.h"
 #include "../csrc/cuda/update.h"
 #include "../csrc/layout.h"
 
@@ -71,7 +73,7 @@ extern "C" void grad_stats(const Plan* plan, const char* const* dtypes, Sums* pa
   const SumBlock body = select_sum(parse(dtypes), [](auto grad, auto delta) -> SumBlock {
     return sum_block<Unwrap<decltype(grad)>, Unwrap<decltype(delta)>>;
   });
-  Sums shared[kThreads];
+  Sums shared[kThreads / kWarp];
   for_each_launch(*plan, nullptr, {partials, out, arrived}, [&](const Launch& launch, int64_t chunks) {
     ++launched;
     for (int64_t block = 0; block < chunks; ++block) body(launch, block, shared);

@@ -71,6 +71,14 @@ struct Values {
   T values[kCount];
 };
 
+template <int kCount>
+DRIFT_HD Values<float, kCount> all_of(float x) {
+  Values<float, kCount> all;
+  DRIFT_UNROLL
+  for (int j = 0; j < kCount; ++j) all.values[j] = x;
+  return all;
+}
+
 // The same as words of four bytes.
 template <int kWords>
 struct Words {
@@ -92,30 +100,15 @@ DRIFT_HD Values<T, 4 * kWords / sizeof(T)> values_of(const Words<kWords>& words)
   return values;
 }
 
-// A turn of kCount elements side by side. Where there are random bits or scales, `first` is a multiple of kCount.
+// How a thread reaches the elements of a turn. Where there are random bits or scales, those of a turn side by side
+// begin at a multiple of kCount.
+
+// Side by side in wide accesses, of tensors that are aligned, and were moved to `first`.
 template <int kTurn>
-struct SideBySide {
+struct Wide {
   static constexpr int kCount = kTurn;
-  static constexpr bool kIsSideBySide = true;
-  static constexpr bool kIsWide = false;
-  int first;
-
-  DRIFT_HD Values<float, kCount> scales(const float* scale) const {
-    static_assert(kScaleBlock % kCount == 0, "a turn has one scale");
-    const float shared = read(scale + first / kScaleBlock);
-    Values<float, kCount> all;
-    DRIFT_UNROLL
-    for (int j = 0; j < kCount; ++j) all.values[j] = shared;
-    return all;
-  }
-};
-
-// In wide accesses: of tensors that are aligned at `first`.
-template <int kTurn>
-struct Wide : SideBySide<kTurn> {
   static constexpr bool kIsWide = true;
-  using SideBySide<kTurn>::kCount;
-  using SideBySide<kTurn>::first;
+  int first;
 
   template <class T>
   static constexpr int kBytes = sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16;
@@ -125,7 +118,7 @@ struct Wide : SideBySide<kTurn> {
     Values<T, kCount> turn{};
     if constexpr (!std::is_same_v<T, Nothing>) {
       constexpr int kWords = sizeof turn / kBytes<T>;
-      const auto* source = reinterpret_cast<const Word<kBytes<T>>*>(tensor + first);
+      const auto* source = reinterpret_cast<const Word<kBytes<T>>*>(tensor);
       Word<kBytes<T>> words[kWords];
       DRIFT_UNROLL
       for (int w = 0; w < kWords; ++w) words[w] = read(source + w);
@@ -138,13 +131,19 @@ struct Wide : SideBySide<kTurn> {
   DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
     if constexpr (!std::is_same_v<T, Nothing>) {
       constexpr int kWords = sizeof turn / kBytes<T>;
-      auto* target = reinterpret_cast<Word<kBytes<T>>*>(tensor + first);
+      auto* target = reinterpret_cast<Word<kBytes<T>>*>(tensor);
       Word<kBytes<T>> words[kWords];
       memcpy(words, &turn, sizeof turn);
       DRIFT_UNROLL
       for (int w = 0; w < kWords; ++w) write(target + w, words[w]);
     }
   }
+
+  DRIFT_HD Values<float, kCount> scales(const float* scale) const {
+    static_assert(kScaleBlock % kCount == 0, "a turn has one scale");
+    return all_of<kCount>(read(scale));
+  }
+  DRIFT_HD void store_scale(float* scale, float x) const { write(scale, x); }
 };
 
 // Element by element, below `end`.
@@ -170,12 +169,15 @@ DRIFT_HD void store_each(const At& at, T* tensor, const Values<T, kCount>& turn)
   }
 }
 
+// Side by side, one by one.
 template <int kTurn>
-struct Narrow : SideBySide<kTurn> {
-  using SideBySide<kTurn>::kCount;
+struct Narrow {
+  static constexpr int kCount = kTurn;
+  static constexpr bool kIsWide = false;
+  int first;
   int end;
 
-  DRIFT_HD int index(int j) const { return this->first + j; }
+  DRIFT_HD int index(int j) const { return first + j; }
 
   template <class T>
   DRIFT_HD Values<T, kCount> load(const T* tensor) const {
@@ -186,13 +188,20 @@ struct Narrow : SideBySide<kTurn> {
   DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
     store_each(*this, tensor, turn);
   }
+
+  DRIFT_HD Values<float, kCount> scales(const float* scale) const {
+    static_assert(kScaleBlock % kCount == 0, "a turn has one scale");
+    return all_of<kCount>(first < end ? read(scale + first / kScaleBlock) : 0.0f);
+  }
+  DRIFT_HD void store_scale(float* scale, float x) const {
+    if (first < end) write(scale + first / kScaleBlock, x);
+  }
 };
 
 // Elements first, first + kThreads, ...: a warp's are side by side.
 template <int kTurn>
 struct Striped {
   static constexpr int kCount = kTurn;
-  static constexpr bool kIsSideBySide = false;
   static constexpr bool kIsWide = false;
   int first;
   int end;
@@ -244,19 +253,25 @@ DRIFT_HD Span cut(int size, const T*... tensors) {
   return {0, 0, size};
 }
 
-// A thread's turns: turn(Wide) over the body, turn(Striped), of half the size, over what is before and after it.
-template <int kTurn, class F>
-DRIFT_HD void for_each_turn(const Span& span, int thread, F turn) {
+// A thread's turns: turn(Wide, tensors moved to it) over the body, turn(Striped, tensors), of half the size, over what is
+// before and after it.
+template <int kTurn, class Tensors, class F>
+DRIFT_HD void for_each_turn(const Span& span, int thread, const Tensors& tensors, F turn) {
+  int first = span.body + thread * kTurn;
+  Tensors there = tensors.moved(first);
   DRIFT_KEEP_ROLLED
-  for (int first = span.body + thread * kTurn; first < span.tail; first += kThreads * kTurn) {
-    turn(Wide<kTurn>{{first}});
+  for (; first < span.tail; first += kThreads * kTurn) {
+    turn(Wide<kTurn>{first}, there);
+    there = there.moved(kThreads * kTurn);
   }
   DRIFT_KEEP_ROLLED
   for (int side = 0; side < 2; ++side) {
     const int begin = side == 0 ? 0 : span.tail;
     const int end = side == 0 ? span.body : span.size;
     DRIFT_KEEP_ROLLED
-    for (int first = begin + thread; first < end; first += kThreads * kTurn / 2) turn(Striped<kTurn / 2>{first, end});
+    for (int first = begin + thread; first < end; first += kThreads * kTurn / 2) {
+      turn(Striped<kTurn / 2>{first, end}, tensors);
+    }
   }
 }
 

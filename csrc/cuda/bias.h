@@ -13,19 +13,18 @@ DRIFT_HD void bias_block(const Launch& launch, int64_t block) {
   const Chunk chunk = find_chunk(launch, block);
   const Row& row = launch.rows[chunk.row];
   const Coefficients& c = launch.coefficients[chunk.row];
-  Grad* __restrict grad = pointer<Grad>(launch.grads[chunk.row - launch.first_row]) + chunk.begin;
-  const Delta* __restrict delta = pointer<const Delta>(row.delta) + chunk.begin;
-  const float* delta_scale = pointer<const float>(row.delta_scale) + chunk.begin / kScaleBlock;
-  const Span span = cut<kBiasTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, grad, delta);
+  const auto tensors =
+      GradAndDelta<Grad, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);
+  const Span span = cut<kBiasTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, tensors.grad, tensors.delta);
   each_thread([&](int thread) {
-    for_each_turn<kBiasTurn>(span, thread, [&](auto at) {
-      const auto grads = at.load(grad);
-      const auto deltas = fetch(at, delta, delta_scale);
+    for_each_turn<kBiasTurn>(span, thread, tensors, [&](auto at, const auto& there) {
+      const auto grads = at.load(there.grad);
+      const auto deltas = fetch(at, there.delta, there.delta_scale);
       auto g = to_floats(grads);
       const auto d = to_floats(deltas);
       DRIFT_UNROLL
       for (int j = 0; j < at.kCount; ++j) g.values[j] = biased(g.values[j], d.values[j], c);
-      at.store(grad, rounded<Grad>(g, {}));
+      at.store(there.grad, rounded<Grad>(g, {}));
     });
   });
 }

@@ -92,7 +92,7 @@ DRIFT_HD float quick_code(moment_code, float x, float inverse) {
 
 // No root that is not 0 has the code of 0.
 DRIFT_HD float quick_code(variance_code, float root, float inverse) {
-  const float least = smaller_number(root * 0x1p100f, 1.0f);
+  const float least = one_if_positive_or_nan(root);
   return larger_number(smaller_number(root * inverse, 255.0f), least);
 }
 

@@ -28,11 +28,12 @@ DRIFT_HD TurnDraws<Param, State, kCount> draw_for(F draw) {
   return draws;
 }
 
-// The random bits of a chunk, which begins at element `begin` of its tensor.
+// The random bits of a chunk, which begins at element `begin` of its tensor. One call of the generator serves an eight:
+// elements 8*k to 8*k + 7 of the whole tensor. (Where the place does not keep eights, elements draw one by one.)
 struct ChunkBits {
   RandomBits random;
   int64_t begin;
-  int64_t first_eight;  // where the chunk's eights are side by side in the whole tensor: the first; else -1
+  int64_t first_eight;  // the first of the chunk's, if they are side by side in the whole tensor; else -1
 
   static DRIFT_HD ChunkBits of(const RandomBits& random, const Chunk& chunk) {
     const Place& place = *random.place;
@@ -40,9 +41,10 @@ struct ChunkBits {
     return {random, chunk.begin, last - first == chunk.size - 1 ? first / 8 : -1};
   }
 
-  // Of elements first .. first + 7 of the chunk, which are an eight of the whole tensor too.
+  // The eight of the chunk's elements first .. first + 7.
   DRIFT_HD int64_t eight(int first) const {
-    return first_eight >= 0 ? first_eight + first / 8 : random.place->whole_index(begin + first) / 8;
+    if (first_eight >= 0) return first_eight + static_cast<uint32_t>(first) / 8;
+    return random.place->whole_index(begin + first) / 8;
   }
 };
 

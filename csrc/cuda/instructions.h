@@ -84,6 +84,17 @@ DRIFT_HD uint32_t pick(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Of a NaN too, 1 where x is not 0.
+DRIFT_HD float one_if_positive_or_nan(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("set.gtu.f32.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x <= 0.0f ? 0.0f : 1.0f;
+#endif
+}
+
 // |x| with the sign of a number; that of a NaN is positive, as the device's is.
 DRIFT_HD float with_sign(float x, float sign) {
 #if defined(__CUDA_ARCH__)

@@ -27,6 +27,14 @@ struct Launch {
 };
 static_assert(sizeof(Launch) <= 32764, "the limit on kernel parameters");
 
+#if defined(__CUDA_ARCH__)
+constexpr bool kIsDevice = true;
+DRIFT_HD int own_thread() { return static_cast<int>(threadIdx.x); }
+#else
+constexpr bool kIsDevice = false;
+DRIFT_HD int own_thread() { return 0; }
+#endif
+
 // The threads of a block up to a barrier: on the device each runs as itself, on the host all of them in turn.
 template <class F>
 DRIFT_HD void each_thread(F f) {

@@ -21,6 +21,12 @@ DRIFT_HD Values<float, kCount> to_floats(const Values<T, kCount>& stored) {
   }
 }
 
+// With kNumbers there may be no NaN; else one becomes the canonical one.
+template <bool kNumbers>
+DRIFT_HD uint32_t bits_of(float x) {
+  return kNumbers ? float_to_bits(x) : canonical_bits(x);
+}
+
 // Of a master: `residuals` has the lower halves.
 template <int kCount>
 DRIFT_HD Values<float, kCount> joined(const Values<master_bfloat16, kCount>& nearest,
@@ -31,13 +37,13 @@ DRIFT_HD Values<float, kCount> joined(const Values<master_bfloat16, kCount>& nea
   return floats;
 }
 
-template <int kCount>
+template <bool kNumbers, int kCount>
 DRIFT_HD void split(const Values<float, kCount>& x, Values<master_bfloat16, kCount>& nearest,
                     Values<int16_t, kCount>& residuals) {
   Words<kCount / 2> high, low;
   DRIFT_UNROLL
   for (int w = 0; w < kCount / 2; ++w) {
-    const uint32_t first = canonical_bits(x.values[2 * w]), second = canonical_bits(x.values[2 * w + 1]);
+    const uint32_t first = bits_of<kNumbers>(x.values[2 * w]), second = bits_of<kNumbers>(x.values[2 * w + 1]);
     high.words[w] = high_halves(first + 0x8000u, second + 0x8000u);
     low.words[w] = low_halves(first, second);
   }
@@ -45,8 +51,7 @@ DRIFT_HD void split(const Values<float, kCount>& x, Values<master_bfloat16, kCou
   residuals = values_of<int16_t>(low);
 }
 
-// What is computed, rounded to T. With kNumbers there may be no NaN: one would become a NaN that is not the canonical
-// one, or, rounded at random, a zero.
+// What is computed, rounded to T. (With kNumbers a NaN would become another NaN, or, rounded at random, a zero.)
 template <class T, bool kNumbers = false, int kCount>
 DRIFT_HD Values<T, kCount> rounded(const Values<float, kCount>& x, const Draws<T, kCount>& draws) {
   if constexpr (std::is_same_v<T, float>) {
@@ -58,8 +63,7 @@ DRIFT_HD Values<T, kCount> rounded(const Values<float, kCount>& x, const Draws<T
       const float low = x.values[2 * w], high = x.values[2 * w + 1];
       if constexpr (kStochastic<T>) {
         const uint32_t random = draws.words[w];
-        const uint32_t first = kNumbers ? float_to_bits(low) : canonical_bits(low);
-        const uint32_t second = kNumbers ? float_to_bits(high) : canonical_bits(high);
+        const uint32_t first = bits_of<kNumbers>(low), second = bits_of<kNumbers>(high);
         words.words[w] = high_halves(first + (random & 0xffffu), second + (random >> 16));
       } else {
         const uint32_t nearest = nearest_pair<T>(low, high);

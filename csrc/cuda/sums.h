@@ -107,18 +107,16 @@ template <class Grad, class Delta>
 DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
   constexpr bool kHasDelta = !std::is_same_v<Delta, Nothing>;
   const Chunk chunk = find_chunk(launch, block);
-  const Grad* __restrict grad = pointer<const Grad>(launch.grads[chunk.row - launch.first_row]) + chunk.begin;
-  const Row& row = launch.rows[chunk.row];
-  const Delta* __restrict delta = pointer<const Delta>(row.delta) + chunk.begin;
-  const float* delta_scale = pointer<const float>(row.delta_scale) + chunk.begin / kScaleBlock;
+  const auto tensors = GradAndDelta<const Grad, Delta>::of(
+      launch.rows[chunk.row], launch.grads[chunk.row - launch.first_row], chunk.begin);
   constexpr int kTurn = kSumTurn<Grad, Delta>;
-  const Span span = cut<kTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, grad, delta);
+  const Span span = cut<kTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, tensors.grad, tensors.delta);
   const auto own = [&](int thread) {
     float grad_grad[kLanes] = {};
     float grad_delta[kLanes] = {};
-    for_each_turn<kTurn>(span, thread, [&](auto at) {
-      const auto grads = at.load(grad);
-      const auto deltas = fetch(at, delta, delta_scale);
+    for_each_turn<kTurn>(span, thread, tensors, [&](auto at, const auto& there) {
+      const auto grads = at.load(there.grad);
+      const auto deltas = fetch(at, there.delta, there.delta_scale);
       const auto g = to_floats(grads);
       DRIFT_UNROLL
       for (int j = 0; j < at.kCount; ++j) {

@@ -8,7 +8,36 @@ namespace drift {
 // Elements of a thread's turn, all requested before the first is used: 40 to 160 bytes in flight.
 constexpr int kUpdateTurn = 8;
 
-// What is computed of a turn before it divides: the new moments, and the parameter but for its last term.
+// A turn as it is loaded.
+template <class Param, class Grad, class State, class Delta, int kCount>
+struct Loaded {
+  Values<Param, kCount> param;
+  Values<Residual<Param>, kCount> residual;
+  Values<Grad, kCount> grad;
+  Fetched<ExpAvg<State>, kCount> exp_avg;
+  Fetched<ExpAvgSq<State>, kCount> exp_avg_sq;
+  Fetched<Delta, kCount> delta;
+
+  DRIFT_HD Values<float, kCount> params() const {
+    if constexpr (std::is_same_v<Param, master_bfloat16>) {
+      return joined(param, residual);
+    } else {
+      return to_floats(param);
+    }
+  }
+};
+
+template <class At, class Param, class Grad, class State, class Delta>
+DRIFT_HD Loaded<Param, Grad, State, Delta, At::kCount> load(At at, const Stored<Param, Grad, State, Delta>& stored) {
+  return {at.load(stored.param),
+          at.load(stored.residual),
+          at.load(stored.grad),
+          fetch(at, stored.exp_avg, stored.exp_avg_scale),
+          fetch(at, stored.exp_avg_sq, stored.exp_avg_sq_scale),
+          fetch(at, stored.delta, stored.delta_scale)};
+}
+
+// What is computed of it before a division: the new moments, and the parameter but for its last term.
 template <int kCount>
 struct Moments {
   Values<float, kCount> exp_avg;
@@ -16,36 +45,38 @@ struct Moments {
   Values<float, kCount> param;
 };
 
-template <class At, class Param, class Grad, class State, class Delta>
-DRIFT_HD Moments<At::kCount> load_and_update_moments(At at, const Stored<Param, Grad, State, Delta>& stored,
-                                                     const Coefficients& c) {
-  const auto param = at.load(stored.param);
-  [[maybe_unused]] const auto residual = at.load(stored.residual);
-  const auto grad = at.load(stored.grad);
-  const auto exp_avg = fetch(at, stored.exp_avg, stored.exp_avg_scale);
-  const auto exp_avg_sq = fetch(at, stored.exp_avg_sq, stored.exp_avg_sq_scale);
-  const auto delta = fetch(at, stored.delta, stored.delta_scale);
-
-  const auto g = to_floats(grad);
-  Moments<At::kCount> x{to_floats(exp_avg), to_floats(exp_avg_sq), {}};
-  if constexpr (std::is_same_v<Param, master_bfloat16>) {
-    x.param = joined(param, residual);
-  } else {
-    x.param = to_floats(param);
-  }
+template <class Param, class Grad, class State, class Delta, int kCount>
+DRIFT_HD Moments<kCount> moments_of(const Loaded<Param, Grad, State, Delta, kCount>& loaded, const Coefficients& c) {
+  const auto g = to_floats(loaded.grad);
+  Moments<kCount> x{to_floats(loaded.exp_avg), to_floats(loaded.exp_avg_sq), loaded.params()};
   DRIFT_UNROLL
-  for (int j = 0; j < At::kCount; ++j) {
+  for (int j = 0; j < kCount; ++j) {
     if constexpr (std::is_same_v<State, int8_state>) x.exp_avg_sq.values[j] *= x.exp_avg_sq.values[j];  // from its root
     if constexpr (std::is_same_v<Delta, Nothing>) {
       update_moments(x.exp_avg.values[j], x.exp_avg_sq.values[j], scaled(g.values[j], c), c);
       x.param.values[j] = decayed(x.param.values[j], c);
     } else {
-      const float d = to_floats(delta).values[j];
+      const float d = to_floats(loaded.delta).values[j];
       update_moments(x.exp_avg.values[j], x.exp_avg_sq.values[j], scaled(g.values[j], d, c), c);
       x.param.values[j] = decayed(x.param.values[j], d, c);
     }
   }
   return x;
+}
+
+// kNumbers: no result is NaN.
+template <bool kNumbers, class At, class Param>
+DRIFT_HD void store_param(At at, const Values<float, At::kCount>& x, const Draws<Param, At::kCount>& draws,
+                          Param* param, [[maybe_unused]] Residual<Param>* residual) {
+  if constexpr (std::is_same_v<Param, master_bfloat16>) {
+    Values<master_bfloat16, At::kCount> nearest;
+    Values<int16_t, At::kCount> rest;
+    split<kNumbers>(x, nearest, rest);
+    at.store(param, nearest);
+    at.store(residual, rest);
+  } else {
+    at.store(param, rounded<Param, kNumbers>(x, draws));
+  }
 }
 
 // The states of a turn where they are codes, whose scales follow from those of other threads too.
@@ -62,7 +93,8 @@ DRIFT_HD Uncoded<At::kCount> update_turn(At at, const Stored<Param, Grad, State,
   constexpr int kCount = At::kCount;
   constexpr bool kIsInt8 = std::is_same_v<State, int8_state>;
   using Rounded = std::conditional_t<kIsInt8, float, State>;
-  auto [m, v, param] = load_and_update_moments(at, stored, c);
+  const auto loaded = load(at, stored);
+  const auto [m, v, before] = moments_of(loaded, c);
   const auto draws = draw<Param, Rounded>(at, bits);
   const auto store_states = [&](const auto& exp_avg, const auto& exp_avg_sq) {
     if constexpr (!kIsInt8) {
@@ -73,33 +105,23 @@ DRIFT_HD Uncoded<At::kCount> update_turn(At at, const Stored<Param, Grad, State,
   const auto exp_avg = rounded<Rounded, At::kIsWide>(m, draws.exp_avg);
   const auto exp_avg_sq = rounded<Rounded, At::kIsWide>(v, draws.exp_avg_sq);
 
-  Values<float, kCount> root, quotient;
-  if (At::kIsWide && (usual(exp_avg, exp_avg_sq) || admissible(m, v, c.eps))) {
+  Values<float, kCount> root, param;
+  if (At::kIsWide && (usual(loaded.param, exp_avg, exp_avg_sq) || admissible(before, m, v, c.eps))) {
     store_states(exp_avg, exp_avg_sq);
     DRIFT_UNROLL
     for (int j = 0; j < kCount; ++j) {
       root.values[j] = quick_root(v.values[j]);
-      quotient.values[j] = quick_quotient(m.values[j], denominator(root.values[j], c));
+      param.values[j] = stepped(before.values[j], quick_quotient(m.values[j], denominator(root.values[j], c)), c);
     }
+    store_param<true>(at, param, draws.param, stored.param, stored.residual);
   } else {
     store_states(rounded<Rounded>(m, draws.exp_avg), rounded<Rounded>(v, draws.exp_avg_sq));
     DRIFT_UNROLL
     for (int j = 0; j < kCount; ++j) {
       root.values[j] = sqrtf(v.values[j]);
-      quotient.values[j] = m.values[j] / denominator(root.values[j], c);
+      param.values[j] = stepped(before.values[j], m.values[j] / denominator(root.values[j], c), c);
     }
-  }
-  DRIFT_UNROLL
-  for (int j = 0; j < kCount; ++j) param.values[j] = stepped(param.values[j], quotient.values[j], c);
-
-  if constexpr (std::is_same_v<Param, master_bfloat16>) {
-    Values<master_bfloat16, kCount> nearest;
-    Values<int16_t, kCount> residual;
-    split(param, nearest, residual);
-    at.store(stored.param, nearest);
-    at.store(stored.residual, residual);
-  } else {
-    at.store(stored.param, rounded<Param>(param, draws.param));
+    store_param<false>(at, param, draws.param, stored.param, stored.residual);
   }
   return {m, root};
 }
@@ -144,43 +166,45 @@ DRIFT_HD void with_largest(First first, Second second) {
 
 // Codes of a turn, and their scale, which the first thread stores.
 template <class T, class At>
-DRIFT_HD void store_codes(At at, T* tensor, float* scales, const Values<float, At::kCount>& x, float scale,
-                          float inverse) {
-  at.store(tensor, encoded<T>(x, inverse));
-  if (at.first % kScaleBlock == 0) write(scales + at.first / kScaleBlock, scale);
+DRIFT_HD void store_codes(At at, T* tensor, float* scale, const Values<float, At::kCount>& x, uint32_t largest) {
+  const float shared = quick_scale<T>(largest);
+  at.store(tensor, encoded<T>(x, quick_inverse(shared)));
+  if (at.first % kScaleBlock == 0) at.store_scale(scale, shared);
 }
 
-// Where states are codes: a turn for each thread, side by side.
-template <class Param, class Grad, class Delta>
-DRIFT_HD void update_codes(const Stored<Param, Grad, int8_state, Delta>& stored, const Span& span, const Coefficients& c,
-                           const ChunkBits& bits) {
+// A turn for each thread, side by side, where states are codes: the turn at(thread) of tensors(thread).
+template <class At, class Tensors>
+DRIFT_HD void update_codes(At at, Tensors tensors, const Coefficients& c, const ChunkBits& bits) {
   using Turn = Uncoded<kUpdateTurn>;
-  const auto at_turn = [&](int first, auto work) {
-    if (first + kUpdateTurn <= span.tail) {
-      work(Wide<kUpdateTurn>{{first}});
-    } else if (first < span.size) {
-      work(Narrow<kUpdateTurn>{{first}, span.size});
-    }
-  };
+  with_largest<Turn>(
+      [&](int thread, Turn& turn) -> Largest {
+        turn = update_turn(at(thread), tensors(thread), c, bits);
+        return {largest_bits(turn.exp_avg), largest_bits(turn.root)};
+      },
+      [&](int thread, const Turn& turn, Largest largest) {
+        const auto there = tensors(thread);
+        store_codes(at(thread), there.exp_avg, there.exp_avg_scale, turn.exp_avg, largest.exp_avg);
+        store_codes(at(thread), there.exp_avg_sq, there.exp_avg_sq_scale, turn.root, largest.root);
+      });
+}
+
+// Of all of a chunk: tiles of a turn for each thread, the last of which may not be full.
+template <class Tensors>
+DRIFT_HD void update_tiles(const Tensors& stored, const Span& span, const Coefficients& c, const ChunkBits& bits) {
+  constexpr int kTile = kThreads * kUpdateTurn;
+  int start = 0;
+  // On the device a thread has its own place in a tile, and keeps it.
+  Tensors tile = stored.moved(kIsDevice ? own_thread() * kUpdateTurn : 0);
   DRIFT_KEEP_ROLLED
-  for (int start = 0; start < span.size; start += kThreads * kUpdateTurn) {
-    with_largest<Turn>(
-        [&](int thread, Turn& turn) -> Largest {
-          turn = {};
-          at_turn(start + thread * kUpdateTurn, [&](auto at) { turn = update_turn(at, stored, c, bits); });
-          return {largest_bits(turn.exp_avg), largest_bits(turn.root)};
-        },
-        [&](int thread, const Turn& turn, Largest largest) {
-          const float exp_avg_scale = quick_scale<moment_code>(largest.exp_avg);
-          const float exp_avg_sq_scale = quick_scale<variance_code>(largest.root);
-          const float exp_avg_inverse = quick_inverse(exp_avg_scale);
-          const float exp_avg_sq_inverse = quick_inverse(exp_avg_sq_scale);
-          at_turn(start + thread * kUpdateTurn, [&](auto at) {
-            store_codes(at, stored.exp_avg, stored.exp_avg_scale, turn.exp_avg, exp_avg_scale, exp_avg_inverse);
-            store_codes(at, stored.exp_avg_sq, stored.exp_avg_sq_scale, turn.root, exp_avg_sq_scale,
-                        exp_avg_sq_inverse);
-          });
-        });
+  for (; start + kTile <= span.tail; start += kTile) {
+    update_codes([&](int thread) { return Wide<kUpdateTurn>{start + thread * kUpdateTurn}; },
+                 [&](int thread) { return kIsDevice ? tile : tile.moved(thread * kUpdateTurn); }, c, bits);
+    tile = tile.moved(kTile);
+  }
+  DRIFT_KEEP_ROLLED
+  for (; start < span.size; start += kTile) {
+    update_codes([&](int thread) { return Narrow<kUpdateTurn>{start + thread * kUpdateTurn, span.size}; },
+                 [&](int) { return stored; }, c, bits);
   }
 }
 
@@ -204,10 +228,11 @@ DRIFT_HD void update_block(const Launch& launch, int64_t block) {
                                                            stored.exp_avg, stored.exp_avg_sq, stored.delta)
                                 : Span{0, 0, chunk.size};
   if constexpr (kIsInt8) {
-    update_codes(stored, span, c, bits);
+    update_tiles(stored, span, c, bits);
   } else {
     each_thread([&](int thread) {
-      for_each_turn<kUpdateTurn>(span, thread, [&](auto at) { update_turn(at, stored, c, bits); });
+      for_each_turn<kUpdateTurn>(span, thread, stored,
+                                 [&](auto at, const auto& there) { update_turn(at, there, c, bits); });
     });
   }
 }

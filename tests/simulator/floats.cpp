@@ -60,6 +60,7 @@ void define_arithmetic(const string& type) {
   op<kForm>("lg2.approx" + after, [](F a) { return approximately(std::log2(a)); });
   op<kForm>("div.approx" + after, [](F a, F b) { return approximately(a / b); });
   op<kForm>("div.full" + after, [](F a, F b) { return approximately(a / b); });
+  op<kForm>("set.gtu.f32" + after, [](F a, F b) { return a <= b ? 0.0f : 1.0f; });
   op<kForm>("setp.eq" + after, [](F a, F b) { return a == b; });
   op<kForm>("setp.ne" + after, [](F a, F b) { return a < b || a > b; });
   op<kForm>("setp.lt" + after, [](F a, F b) { return a < b; });
