@@ -62,12 +62,18 @@ DRIFT_HD TurnDraws<Param, State, At::kCount> draw(At at, const ChunkBits& bits) 
     });
   } else {
     return draw_for<Param, State, At::kCount>([&](Stream stream) {
-      Words<At::kCount / 2> words{};
-      DRIFT_UNROLL
+      Words<At::kCount / 2> queue{};
+      DRIFT_KEEP_ROLLED
       for (int j = 0; j < At::kCount; ++j) {
-        words.words[j / 2] |= bits.random.one(stream, bits.begin + at.index(j)) << (16 * (j % 2));
+        uint32_t next = bits.random.one(stream, bits.begin + at.index(j));
+        DRIFT_UNROLL
+        for (int w = At::kCount / 2 - 1; w >= 0; --w) {
+          const uint32_t leaves = queue.words[w] & 0xffffu;
+          queue.words[w] = queue.words[w] >> 16 | next << 16;
+          next = leaves;
+        }
       }
-      return words;
+      return queue;
     });
   }
 }
