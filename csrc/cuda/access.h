@@ -79,7 +79,7 @@ DRIFT_HD Values<float, kCount> all_of(float x) {
   return all;
 }
 
-// The same as words of four bytes.
+// The same as words of four bytes, the last of which may not be full.
 template <int kWords>
 struct Words {
   static constexpr int kCount = kWords;
@@ -87,9 +87,9 @@ struct Words {
 };
 
 template <class T, int kCount>
-DRIFT_HD Words<sizeof(T) * kCount / 4> words_of(const Values<T, kCount>& values) {
-  Words<sizeof(T) * kCount / 4> words;
-  memcpy(&words, &values, sizeof words);
+DRIFT_HD Words<(sizeof(T) * kCount + 3) / 4> words_of(const Values<T, kCount>& values) {
+  Words<(sizeof(T) * kCount + 3) / 4> words{};
+  memcpy(&words, &values, sizeof values);
   return words;
 }
 
@@ -253,9 +253,9 @@ DRIFT_HD Span cut(int size, const T*... tensors) {
   return {0, 0, size};
 }
 
-// A thread's turns: turn(Wide, tensors moved to it) over the body, turn(Striped, tensors), of half the size, over what is
-// before and after it.
-template <int kTurn, class Tensors, class F>
+// A thread's turns: turn(Wide, tensors moved to it) over the body, turn(Striped, tensors), of kSide elements, over what
+// is before and after it.
+template <int kTurn, int kSide, class Tensors, class F>
 DRIFT_HD void for_each_turn(const Span& span, int thread, const Tensors& tensors, F turn) {
   int first = span.body + thread * kTurn;
   Tensors there = tensors.moved(first);
@@ -269,8 +269,8 @@ DRIFT_HD void for_each_turn(const Span& span, int thread, const Tensors& tensors
     const int begin = side == 0 ? 0 : span.tail;
     const int end = side == 0 ? span.body : span.size;
     DRIFT_KEEP_ROLLED
-    for (int first = begin + thread; first < end; first += kThreads * kTurn / 2) {
-      turn(Striped<kTurn / 2>{first, end}, tensors);
+    for (int first = begin + thread; first < end; first += kThreads * kSide) {
+      turn(Striped<kSide>{first, end}, tensors);
     }
   }
 }

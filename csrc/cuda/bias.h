@@ -17,7 +17,7 @@ DRIFT_HD void bias_block(const Launch& launch, int64_t block) {
       GradAndDelta<Grad, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);
   const Span span = cut<kBiasTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, tensors.grad, tensors.delta);
   each_thread([&](int thread) {
-    for_each_turn<kBiasTurn>(span, thread, tensors, [&](auto at, const auto& there) {
+    for_each_turn<kBiasTurn, 8>(span, thread, tensors, [&](auto at, const auto& there) {
       const auto grads = at.load(there.grad);
       const auto deltas = fetch(at, there.delta, there.delta_scale);
       auto g = to_floats(grads);

@@ -3,17 +3,18 @@
 namespace drift {
 namespace {
 
-// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 42 to 164 KB are in flight.
-template <class Param, class Grad, class State>
-constexpr int kUpdateBlocks = kStochastic<Param> || kStochastic<State> || std::is_same_v<State, int8_state> ||
-                                      (sizeof(Grad) == 4 && sizeof(State) == 4)
-                                  ? 3
-                                  : 4;
+// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 42 to 123 KB are in flight.
+template <class Param, class Grad, class State, class Delta>
+constexpr int kUpdateBlocks = [] {
+  if (sizeof(Grad) == 4 && sizeof(State) == 4) return 2;
+  const bool is_plain = (std::is_same_v<Param, bfloat16> || std::is_same_v<Param, float16>) && sizeof(State) > 1;
+  return is_plain && !kCoded<Delta> ? 4 : 3;
+}();
 constexpr int kSumBlocks = 4;
 constexpr int kBiasBlocks = 4;
 
 template <class Param, class Grad, class State, class Delta>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, Grad, State>) update(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, Grad, State, Delta>) update(const __grid_constant__ Launch launch) {
   update_block<Param, Grad, State, Delta>(launch, blockIdx.x);
 }
 

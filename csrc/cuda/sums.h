@@ -7,7 +7,7 @@ namespace drift {
 
 // Elements of a thread's turn, all requested before the first is used: at most 128 bytes.
 template <class Grad, class Delta>
-constexpr int kSumTurn = sizeof(Grad) <= 2 && sizeof(Delta) <= 2 ? 32 : 16;
+constexpr int kSumTurn = sizeof(Grad) == 2 && sizeof(Delta) <= 2 && !kCoded<Delta> ? 32 : 16;
 
 // In which a thread adds up its products in float32: ten of the chunk's at most in each, so that rounding stays within
 // 10 * 2^-24 = 6e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
@@ -114,7 +114,7 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
   const auto own = [&](int thread) {
     float grad_grad[kLanes] = {};
     float grad_delta[kLanes] = {};
-    for_each_turn<kTurn>(span, thread, tensors, [&](auto at, const auto& there) {
+    for_each_turn<kTurn, 8>(span, thread, tensors, [&](auto at, const auto& there) {
       const auto grads = at.load(there.grad);
       const auto deltas = fetch(at, there.delta, there.delta_scale);
       const auto g = to_floats(grads);

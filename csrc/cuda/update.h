@@ -231,7 +231,7 @@ DRIFT_HD void update_block(const Launch& launch, int64_t block) {
     update_tiles(stored, span, c, bits);
   } else {
     each_thread([&](int thread) {
-      for_each_turn<kUpdateTurn>(span, thread, stored,
+      for_each_turn<kUpdateTurn, kStochastic<Param> || kStochastic<State> ? 2 : 4>(span, thread, stored,
                                  [&](auto at, const auto& there) { update_turn(at, there, c, bits); });
     });
   }
