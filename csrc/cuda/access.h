@@ -66,9 +66,10 @@ DRIFT_HD void write(T* address, T value) {
 }
 
 // What a thread holds of one tensor in one turn. All of a turn is requested before the first of it is used.
-template <class T, int kCount>
+template <class T, int kLength>
 struct Values {
-  T values[kCount];
+  static constexpr int kCount = kLength;
+  T values[kLength];
 };
 
 template <int kCount>
@@ -271,6 +272,34 @@ DRIFT_HD void for_each_turn(const Span& span, int thread, const Tensors& tensors
     DRIFT_KEEP_ROLLED
     for (int first = begin + thread; first < end; first += kThreads * kSide) {
       turn(Striped<kSide>{first, end}, tensors);
+    }
+  }
+}
+
+// use(load(at, tensors)) for each turn, the next of which is requested before this is used.
+template <int kTurn, int kSide, class Tensors, class Load, class Use>
+DRIFT_HD void for_each_turn_ahead(const Span& span, int thread, const Tensors& tensors, Load load, Use use) {
+  constexpr int kStride = kThreads * kTurn;
+  int first = span.body + thread * kTurn;
+  if (first < span.tail) {
+    Tensors there = tensors.moved(first);
+    auto next = load(Wide<kTurn>{first}, there);
+    DRIFT_KEEP_ROLLED
+    for (; first + kStride < span.tail; first += kStride) {
+      const auto turn = next;
+      there = there.moved(kStride);
+      next = load(Wide<kTurn>{first + kStride}, there);
+      use(turn);
+    }
+    use(next);
+  }
+  DRIFT_KEEP_ROLLED
+  for (int side = 0; side < 2; ++side) {
+    const int begin = side == 0 ? 0 : span.tail;
+    const int end = side == 0 ? span.body : span.size;
+    DRIFT_KEEP_ROLLED
+    for (int first = begin + thread; first < end; first += kThreads * kSide) {
+      use(load(Striped<kSide>{first, end}, tensors));
     }
   }
 }

@@ -5,12 +5,21 @@
 
 namespace drift {
 
-// Elements of a thread's turn, all requested before the first is used: at most 128 bytes.
-template <class Grad, class Delta>
-constexpr int kSumTurn = sizeof(Grad) == 2 && sizeof(Delta) <= 2 && !kCoded<Delta> ? 32 : 16;
+template <class Grad, class Delta, int kCount>
+struct GradAndDeltaTurn {
+  Values<Grad, kCount> grad;
+  Fetched<Delta, kCount> delta;
+};
 
-// In which a thread adds up its products in float32: ten of the chunk's at most in each, so that rounding stays within
-// 10 * 2^-24 = 6e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
+// Elements of a thread's turn, of 64 bytes at most. A turn is requested before the one before it is added up.
+template <class Grad, class Delta>
+constexpr int kSumTurn = [] {
+  constexpr int kBytes = sizeof(Grad) + (std::is_same_v<Delta, Nothing> ? 0 : sizeof(Delta));
+  return 32 * kBytes <= 64 ? 32 : 16 * kBytes <= 64 ? 16 : 8;
+}();
+
+// In which a thread adds up its products in float32: eight of the chunk's in each, and one of what is beside wide turns,
+// so that rounding stays within 9 * 2^-24 = 6e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
 constexpr int kLanes = 8;
 
 DRIFT_HD void add(Sums& sums, const Sums& more) {
@@ -114,17 +123,22 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
   const auto own = [&](int thread) {
     float grad_grad[kLanes] = {};
     float grad_delta[kLanes] = {};
-    for_each_turn<kTurn, 8>(span, thread, tensors, [&](auto at, const auto& there) {
-      const auto grads = at.load(there.grad);
-      const auto deltas = fetch(at, there.delta, there.delta_scale);
+    const auto add_turn = [&](const auto& grads, const auto& deltas) {
       const auto g = to_floats(grads);
       DRIFT_UNROLL
-      for (int j = 0; j < at.kCount; ++j) {
+      for (int j = 0; j < g.kCount; ++j) {
         const float x = g.values[j];
         grad_grad[j % kLanes] = fused(x, x, grad_grad[j % kLanes]);
         if constexpr (kHasDelta) grad_delta[j % kLanes] = fused(x, to_floats(deltas).values[j], grad_delta[j % kLanes]);
       }
-    });
+    };
+    for_each_turn_ahead<kTurn, 8>(
+        span, thread, tensors,
+        [](auto at, const auto& there) {
+          return GradAndDeltaTurn<Grad, Delta, decltype(at)::kCount>{at.load(there.grad),
+                                                                    fetch(at, there.delta, there.delta_scale)};
+        },
+        [&](const auto& turn) { add_turn(turn.grad, turn.delta); });
     Sums own{0.0, 0.0};
     DRIFT_UNROLL
     for (int j = 0; j < kLanes; ++j) add(own, {grad_grad[j], grad_delta[j]});
