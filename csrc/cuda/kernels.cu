@@ -10,8 +10,7 @@ constexpr int kUpdateBlocks = [] {
   const bool is_plain = (std::is_same_v<Param, bfloat16> || std::is_same_v<Param, float16>) && sizeof(State) > 1;
   return is_plain && !kCoded<Delta> ? 4 : 3;
 }();
-template <class Delta>
-constexpr int kSumBlocks = kCoded<Delta> ? 3 : 4;
+constexpr int kSumBlocks = 4;
 constexpr int kBiasBlocks = 4;
 
 template <class Param, class Grad, class State, class Delta>
@@ -20,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, Grad, State, De
 }
 
 template <class Grad, class Delta>
-__global__ void __launch_bounds__(kThreads, kSumBlocks<Delta>) sum(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, kSumBlocks) sum(const __grid_constant__ Launch launch) {
   __shared__ Sums sums[kThreads / kWarp];
   sum_block<Grad, Delta>(launch, blockIdx.x, sums);
 }

@@ -18,9 +18,11 @@ constexpr int kSumTurn = [] {
   return 32 * kBytes <= 64 ? 32 : 16 * kBytes <= 64 ? 16 : 8;
 }();
 
-// In which a thread adds up its products in float32: eight of the chunk's in each, and one of what is beside wide turns,
-// so that rounding stays within 9 * 2^-24 = 6e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
-constexpr int kLanes = 8;
+// In which a thread adds up its products in float32: 8 or 16 of the chunk's in each, and one of what is beside wide
+// turns, so that rounding stays within 9 or 17 * 2^-24 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)). Codes take
+// the registers of the other lanes.
+template <class Delta>
+constexpr int kLanes = kCoded<Delta> ? 4 : 8;
 
 DRIFT_HD void add(Sums& sums, const Sums& more) {
   sums.grad_grad += more.grad_grad;
@@ -121,15 +123,15 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
   constexpr int kTurn = kSumTurn<Grad, Delta>;
   const Span span = cut<kTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, tensors.grad, tensors.delta);
   const auto own = [&](int thread) {
-    float grad_grad[kLanes] = {};
-    float grad_delta[kLanes] = {};
+    float grad_grad[kLanes<Delta>] = {};
+    float grad_delta[kLanes<Delta>] = {};
     const auto add_turn = [&](const auto& grads, const auto& deltas) {
       const auto g = to_floats(grads);
       DRIFT_UNROLL
       for (int j = 0; j < g.kCount; ++j) {
         const float x = g.values[j];
-        grad_grad[j % kLanes] = fused(x, x, grad_grad[j % kLanes]);
-        if constexpr (kHasDelta) grad_delta[j % kLanes] = fused(x, to_floats(deltas).values[j], grad_delta[j % kLanes]);
+        grad_grad[j % kLanes<Delta>] = fused(x, x, grad_grad[j % kLanes<Delta>]);
+        if constexpr (kHasDelta) grad_delta[j % kLanes<Delta>] = fused(x, to_floats(deltas).values[j], grad_delta[j % kLanes<Delta>]);
       }
     };
     for_each_turn_ahead<kTurn, 8>(
@@ -141,7 +143,7 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
         [&](const auto& turn) { add_turn(turn.grad, turn.delta); });
     Sums own{0.0, 0.0};
     DRIFT_UNROLL
-    for (int j = 0; j < kLanes; ++j) add(own, {grad_grad[j], grad_delta[j]});
+    for (int j = 0; j < kLanes<Delta>; ++j) add(own, {grad_grad[j], grad_delta[j]});
     return own;
   };
   add_up(own, sums);
