@@ -24,9 +24,7 @@ struct Element {
 DRIFT_HD float biased(float grad, float delta, const Coefficients& c) { return grad - c.delta_coef * delta; }
 
 DRIFT_HD float scaled(float grad, const Coefficients& c) { return c.grad_coef * grad; }
-DRIFT_HD float scaled(float grad, float delta, const Coefficients& c) {
-  return biased(c.grad_coef * grad, delta, c);
-}
+DRIFT_HD float scaled(float grad, float delta, const Coefficients& c) { return biased(c.grad_coef * grad, delta, c); }
 
 DRIFT_HD void update_moments(float& exp_avg, float& exp_avg_sq, float g, const Coefficients& c) {
   exp_avg = c.beta1 * exp_avg + c.one_minus_beta1 * g;

@@ -70,9 +70,9 @@ struct Stored {
 
   DRIFT_HD Stored moved(int64_t elements) const {
     const int64_t scales = elements / kScaleBlock;
-    return {param + elements,      residual + elements,       grad + elements,
-            exp_avg + elements,    exp_avg_scale + scales,    exp_avg_sq + elements,
-            exp_avg_sq_scale + scales, delta + elements,      delta_scale + scales};
+    return {param + elements,          residual + elements,    grad + elements,
+            exp_avg + elements,        exp_avg_scale + scales, exp_avg_sq + elements,
+            exp_avg_sq_scale + scales, delta + elements,       delta_scale + scales};
   }
 };
 

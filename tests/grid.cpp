@@ -1,10 +1,10 @@
 // The cuda backend's kernels on the host: every block of a grid, and every thread of a block, one after another.
+#include "../csrc/cuda/bias.h"
 #include "../csrc/cuda/coefficients.h"
 #include "../csrc/cuda/plan.h"
-#include "../csrc/dtypes.h"
-#include "../csrc/cuda/bias.h"
 #include "../csrc/cuda/sums.h"
 #include "../csrc/cuda/update.h"
+#include "../csrc/dtypes.h"
 #include "../csrc/layout.h"
 
 namespace drift {

@@ -191,14 +191,16 @@ def test_coefficients_are_those_of_coefficients_py(
 MUTANTS = [
     (0, r"(mul)\.rn\.f32", r"\1.rz.f32", "differs"),
     (0, r"(add)\.rn\.f32", r"\1.rp.f32", "differs"),
-    (2, r"(div|sqrt|rcp)\.rn\.f32", r"\1.rm.f32", "differs"),
+    (2, r"(fma)\.rn\.f32", r"\1.rm.f32", "differs"),
+    (0, r"min\.s16x2", "max.s16x2", "differs"),
     (0, r"(st\.global\S* \[%\w+)\+?\d*\]", r"\1+16]", "out of bounds|differs|race"),
     (0, r"(st\.global\S* \[%\w+)\+?\d*\]", r"\1+1]", "misaligned"),
     (0, r"(ld\.global)\.cs", r"\1.nc", r"ld\.global\.nc"),
     (0, r"st\.global\S* [^;]*;", "", "differs"),
-    (1, r"bar\.sync\s+0;", "", "race|not written"),
+    (1, r"bar\.warp\.sync[^;]*;", "", "race"),
+    (1, r"shfl\.sync\.bfly", "shfl.sync.up", "differs"),
     (1, r"mul\.lo\.s64", "mul.hi.s64", "differs"),
-    (1, r"xor\.b64", "or.b64", "differs"),
+    (1, r"xor\.b32", "or.b32", "differs"),
     (1, r"max\.u32", "min.u32", "differs"),
     (1, r"sub\.rn\.f32", "sub.rz.f32", "differs"),
     (2, r"%ctaid\.x", "%tid.x", "out of bounds|differs|race"),
@@ -206,14 +208,11 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize(("which", "pattern", "replacement", "words"), MUTANTS, ids=lambda value: str(value)[:40])
-def test_changed_instructions_are_noticed(
-    device: Device, which: int, pattern: str, replacement: str, words: str
-) -> None:
-    problem = Problem.random(NUMELS, *FEW[which])
+def assert_is_noticed(device: Device, which: int, layout: str, pattern: str, replacement: str, words: str) -> None:
+    problem = placed(Problem.random(NUMELS, *FEW[which]), layout)
     expected = run("reference", problem.clone(), steps=1)
     before = len(device.launched)
-    assert_same_bits(run("simulated", problem.clone(), steps=1), expected)
+    assert_same_bits(run("simulated", placed(problem.clone(), layout), steps=1), expected)
     (name,) = set(device.launched[before:])
     source = device.sources[name]
     changed, count = re.subn(pattern, replacement, re.sub(r"[ \t]+", " ", source))
@@ -224,6 +223,19 @@ def test_changed_instructions_are_noticed(
             assert_same_bits(run("simulated", problem, steps=1), expected)
     finally:
         device.change(name, source)
+
+
+@pytest.mark.parametrize(("which", "pattern", "replacement", "words"), MUTANTS, ids=lambda value: str(value)[:40])
+def test_changed_instructions_are_noticed(
+    device: Device, which: int, pattern: str, replacement: str, words: str
+) -> None:
+    assert_is_noticed(device, which, "aligned", pattern, replacement, words)
+
+
+@pytest.mark.parametrize("operation", ["div", "sqrt"])
+def test_changed_divisions_and_roots_are_noticed(device: Device, operation: str) -> None:
+    """Those of turns that are not wide."""
+    assert_is_noticed(device, 2, "each", rf"({operation})\.rn\.f32", r"\1.rm.f32", "differs")
 
 
 @pytest.mark.skipif(not EVERY, reason="a few kernels only")

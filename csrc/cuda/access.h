@@ -40,15 +40,35 @@ struct Raw<16> {
 };
 #endif
 
+// The most that one access moves: of four-byte types, whose alignment then has the period of that of two-byte types, 32
+// bytes where the device can.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class T>
+constexpr int kWidest = sizeof(T) == 4 ? 32 : 16;
+#else
+template <class T>
+constexpr int kWidest = 16;
+#endif
+
 // One access to a tensor. On the device it says that the address, which came as a number, is in global memory, and that
 // the line will not be needed again.
 template <class T>
 DRIFT_HD T read(const T* address) {
 #if defined(__CUDA_ARCH__)
-  const auto raw = __ldcs(reinterpret_cast<const typename Raw<sizeof(T)>::type*>(address));
-  T value;
-  memcpy(&value, &raw, sizeof value);
-  return value;
+  if constexpr (sizeof(T) == 32) {
+    uint32_t w[8];
+    asm volatile("ld.global.cs.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]), "=r"(w[4]), "=r"(w[5]), "=r"(w[6]), "=r"(w[7])
+                 : "l"(__cvta_generic_to_global(address)));
+    T value;
+    memcpy(&value, w, sizeof value);
+    return value;
+  } else {
+    const auto raw = __ldcs(reinterpret_cast<const typename Raw<sizeof(T)>::type*>(address));
+    T value;
+    memcpy(&value, &raw, sizeof value);
+    return value;
+  }
 #else
   return *address;
 #endif
@@ -57,9 +77,17 @@ DRIFT_HD T read(const T* address) {
 template <class T>
 DRIFT_HD void write(T* address, T value) {
 #if defined(__CUDA_ARCH__)
-  typename Raw<sizeof(T)>::type raw;
-  memcpy(&raw, &value, sizeof raw);
-  __stcs(reinterpret_cast<typename Raw<sizeof(T)>::type*>(address), raw);
+  if constexpr (sizeof(T) == 32) {
+    uint32_t w[8];
+    memcpy(w, &value, sizeof w);
+    asm volatile("st.global.cs.v8.b32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8};" ::"l"(__cvta_generic_to_global(address)),
+                 "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(w[4]), "r"(w[5]), "r"(w[6]), "r"(w[7])
+                 : "memory");
+  } else {
+    typename Raw<sizeof(T)>::type raw;
+    memcpy(&raw, &value, sizeof raw);
+    __stcs(reinterpret_cast<typename Raw<sizeof(T)>::type*>(address), raw);
+  }
 #else
   *address = value;
 #endif
@@ -112,7 +140,7 @@ struct Wide {
   int first;
 
   template <class T>
-  static constexpr int kBytes = sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16;
+  static constexpr int kBytes = sizeof(T) * kCount < kWidest<T> ? sizeof(T) * kCount : kWidest<T>;
 
   template <class T>
   DRIFT_HD Values<T, kCount> load(const T* tensor) const {

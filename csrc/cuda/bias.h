@@ -13,8 +13,7 @@ DRIFT_HD void bias_block(const Launch& launch, int64_t block) {
   const Chunk chunk = find_chunk(launch, block);
   const Row& row = launch.rows[chunk.row];
   const Coefficients& c = launch.coefficients[chunk.row];
-  const auto tensors =
-      GradAndDelta<Grad, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);
+  const auto tensors = GradAndDelta<Grad, Delta>::of(row, launch.grads[chunk.row - launch.first_row], chunk.begin);
   const Span span = cut<kBiasTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, tensors.grad, tensors.delta);
   each_thread([&](int thread) {
     for_each_turn<kBiasTurn, 8>(span, thread, tensors, [&](auto at, const auto& there) {

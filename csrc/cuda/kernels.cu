@@ -3,7 +3,8 @@
 namespace drift {
 namespace {
 
-// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 42 to 123 KB are in flight.
+// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 42 to 123 KB are in
+// flight.
 template <class Param, class Grad, class State, class Delta>
 constexpr int kUpdateBlocks = [] {
   if (sizeof(Grad) == 4 && sizeof(State) == 4) return 2;
@@ -14,7 +15,8 @@ constexpr int kSumBlocks = 4;
 constexpr int kBiasBlocks = 4;
 
 template <class Param, class Grad, class State, class Delta>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, Grad, State, Delta>) update(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<Param, Grad, State, Delta>)
+    update(const __grid_constant__ Launch launch) {
   update_block<Param, Grad, State, Delta>(launch, blockIdx.x);
 }
 

@@ -33,8 +33,9 @@ DRIFT_HD bool usual(const Values<Param, kCount>& param, const Values<State, kCou
   return ((outside_p & 0x4000 * kHalves<Param>) | (outside_m & 0x6000 * kOne) | (outside_v & 0xc000 * kOne)) == 0;
 }
 
-// The same of any finite param, |exp_avg| in [2^-96, 2^38), and zeros. It is asked where `usual` says no: gains of a norm
-// are 2 and more, rows of an embedding that were never seen have zeros, those that were not for long small moments.
+// The same of any finite param, |exp_avg| in [2^-96, 2^38), and zeros. It is asked where `usual` says no: gains of a
+// norm are 2 and more, rows of an embedding that were never seen have zeros, those that were not for long small
+// moments.
 template <int kCount>
 DRIFT_HD bool admissible(const Values<float, kCount>& param, const Values<float, kCount>& exp_avg,
                          const Values<float, kCount>& exp_avg_sq, float eps) {
@@ -43,8 +44,8 @@ DRIFT_HD bool admissible(const Values<float, kCount>& param, const Values<float,
   DRIFT_UNROLL
   for (int j = 0; j < kCount; ++j) {
     const float p = param.values[j], m = exp_avg.values[j], v = exp_avg_sq.values[j];
-    all = all && fabsf(p) < 0x1p127f && (m == 0.0f || inside(fabsf(m))) &&
-          (inside(v) || (v == 0.0f && eps >= 0x1p-58f));
+    all =
+        all && fabsf(p) < 0x1p127f && (m == 0.0f || inside(fabsf(m))) && (inside(v) || (v == 0.0f && eps >= 0x1p-58f));
   }
   return all;
 }

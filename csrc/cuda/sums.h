@@ -19,8 +19,8 @@ constexpr int kSumTurn = [] {
 }();
 
 // In which a thread adds up its products in float32: 8 or 16 of the chunk's in each, and one of what is beside wide
-// turns, so that rounding stays within 9 or 17 * 2^-24 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)). Codes take
-// the registers of the other lanes.
+// turns, so that rounding stays within 9 or 17 * 2^-24 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)). Codes
+// take the registers of the other lanes.
 template <class Delta>
 constexpr int kLanes = kCoded<Delta> ? 4 : 8;
 
@@ -118,8 +118,8 @@ template <class Grad, class Delta>
 DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
   constexpr bool kHasDelta = !std::is_same_v<Delta, Nothing>;
   const Chunk chunk = find_chunk(launch, block);
-  const auto tensors = GradAndDelta<const Grad, Delta>::of(
-      launch.rows[chunk.row], launch.grads[chunk.row - launch.first_row], chunk.begin);
+  const auto tensors = GradAndDelta<const Grad, Delta>::of(launch.rows[chunk.row],
+                                                           launch.grads[chunk.row - launch.first_row], chunk.begin);
   constexpr int kTurn = kSumTurn<Grad, Delta>;
   const Span span = cut<kTurn, kCoded<Delta> ? 1 : kPeriod>(chunk.size, tensors.grad, tensors.delta);
   const auto own = [&](int thread) {
@@ -131,14 +131,15 @@ DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
       for (int j = 0; j < g.kCount; ++j) {
         const float x = g.values[j];
         grad_grad[j % kLanes<Delta>] = fused(x, x, grad_grad[j % kLanes<Delta>]);
-        if constexpr (kHasDelta) grad_delta[j % kLanes<Delta>] = fused(x, to_floats(deltas).values[j], grad_delta[j % kLanes<Delta>]);
+        if constexpr (kHasDelta)
+          grad_delta[j % kLanes<Delta>] = fused(x, to_floats(deltas).values[j], grad_delta[j % kLanes<Delta>]);
       }
     };
     for_each_turn_ahead<kTurn, 8>(
         span, thread, tensors,
         [](auto at, const auto& there) {
           return GradAndDeltaTurn<Grad, Delta, decltype(at)::kCount>{at.load(there.grad),
-                                                                    fetch(at, there.delta, there.delta_scale)};
+                                                                     fetch(at, there.delta, there.delta_scale)};
         },
         [&](const auto& turn) { add_turn(turn.grad, turn.delta); });
     Sums own{0.0, 0.0};

@@ -18,11 +18,12 @@ struct Loaded {
   Fetched<ExpAvgSq<State>, kCount> exp_avg_sq;
   Fetched<Delta, kCount> delta;
 
-  DRIFT_HD Values<float, kCount> params() const {
+  // Of a master both halves: with a residual that it never has, a number becomes a NaN.
+  DRIFT_HD auto whole_param() const {
     if constexpr (std::is_same_v<Param, master_bfloat16>) {
       return joined(param, residual);
     } else {
-      return to_floats(param);
+      return param;
     }
   }
 };
@@ -48,7 +49,7 @@ struct Moments {
 template <class Param, class Grad, class State, class Delta, int kCount>
 DRIFT_HD Moments<kCount> moments_of(const Loaded<Param, Grad, State, Delta, kCount>& loaded, const Coefficients& c) {
   const auto g = to_floats(loaded.grad);
-  Moments<kCount> x{to_floats(loaded.exp_avg), to_floats(loaded.exp_avg_sq), loaded.params()};
+  Moments<kCount> x{to_floats(loaded.exp_avg), to_floats(loaded.exp_avg_sq), to_floats(loaded.whole_param())};
   DRIFT_UNROLL
   for (int j = 0; j < kCount; ++j) {
     if constexpr (std::is_same_v<State, int8_state>) x.exp_avg_sq.values[j] *= x.exp_avg_sq.values[j];  // from its root
@@ -106,7 +107,7 @@ DRIFT_HD Uncoded<At::kCount> update_turn(At at, const Stored<Param, Grad, State,
   const auto exp_avg_sq = rounded<Rounded, At::kIsWide>(v, draws.exp_avg_sq);
 
   Values<float, kCount> root, param;
-  if (At::kIsWide && (usual(loaded.param, exp_avg, exp_avg_sq) || admissible(before, m, v, c.eps))) {
+  if (At::kIsWide && (usual(loaded.whole_param(), exp_avg, exp_avg_sq) || admissible(before, m, v, c.eps))) {
     store_states(exp_avg, exp_avg_sq);
     DRIFT_UNROLL
     for (int j = 0; j < kCount; ++j) {
@@ -136,9 +137,9 @@ DRIFT_HD Largest larger(Largest a, Largest b) {
   return {a.exp_avg > b.exp_avg ? a.exp_avg : b.exp_avg, a.root > b.root ? a.root : b.root};
 }
 
-// first(thread, held) gives a thread's Largest; second(thread, held, largest) is given that of the kScaleThreads threads
-// which share a scale. On the device each thread runs as itself, all of a warp together; on the host one after the
-// other.
+// first(thread, held) gives a thread's Largest; second(thread, held, largest) is given that of the kScaleThreads
+// threads which share a scale. On the device each thread runs as itself, all of a warp together; on the host one after
+// the other.
 constexpr int kScaleThreads = kScaleBlock / kUpdateTurn;
 
 template <class Held, class First, class Second>
@@ -231,8 +232,8 @@ DRIFT_HD void update_block(const Launch& launch, int64_t block) {
     update_tiles(stored, span, c, bits);
   } else {
     each_thread([&](int thread) {
-      for_each_turn<kUpdateTurn, kStochastic<Param> || kStochastic<State> ? 2 : 4>(span, thread, stored,
-                                 [&](auto at, const auto& there) { update_turn(at, there, c, bits); });
+      for_each_turn<kUpdateTurn, kStochastic<Param> || kStochastic<State> ? 2 : 4>(
+          span, thread, stored, [&](auto at, const auto& there) { update_turn(at, there, c, bits); });
     });
   }
 }

@@ -129,11 +129,22 @@ class Entry:
             elif not statement.startswith("."):
                 texts.append(statement)
         self.code = [self._instruction(text, labels) for text in texts]
+        self._fill_what_compilers_leave_undefined()
 
     registers = property(lambda self: len(self._registers))
     param_bytes = property(lambda self: self._sizes["param"])
     local_bytes = property(lambda self: self._sizes["local"])
     shared_bytes = property(lambda self: self._sizes["shared"] - SHARED_BASE)
+
+    def _fill_what_compilers_leave_undefined(self) -> None:
+        """Parts of a word that no instruction gives a value, since what uses the word looks at other parts of it."""
+        written = {number for instruction in self.code for number in instruction.outs}
+        for instruction in self.code:
+            if instruction.operation.startswith("mov.pack"):
+                instruction.ins = [
+                    number if number < len(SPECIALS) or number in written else self._constant(0xBAD)
+                    for number in instruction.ins
+                ]
 
     def _place(self, text: str) -> tuple[int, int]:
         """Offset and size of a variable, which are given to it."""
