@@ -61,14 +61,19 @@ DRIFT_HD float larger_or_nan(float a, float b) {
 #endif
 }
 
-// The bits of x; those of the positive quiet NaN if it is one. The device's arithmetic has a single NaN, 0x7fffffff: x
-// must come from there.
-DRIFT_HD uint32_t canonical_bits(float x) {
+// The bits of what was computed. The device's arithmetic has a single NaN, 0x7fffffff.
+DRIFT_HD uint32_t result_bits(float x) {
 #if defined(__CUDA_ARCH__)
-  return static_cast<uint32_t>(min(static_cast<int>(float_to_bits(x)), 0x7fc00000));
+  return float_to_bits(x);
 #else
-  return std::isnan(x) ? 0x7fc00000u : float_to_bits(x);
+  return std::isnan(x) ? 0x7fffffffu : float_to_bits(x);
 #endif
+}
+
+// Likewise; of a NaN those of the canonical one.
+DRIFT_HD uint32_t canonical_bits(float x) {
+  const auto bits = static_cast<int32_t>(result_bits(x));
+  return static_cast<uint32_t>(bits < 0x7fc00000 ? bits : 0x7fc00000);
 }
 
 // Four of the eight bytes of a and b (4 to 7): the lowest digit of `bytes` says which is the lowest.
@@ -95,13 +100,9 @@ DRIFT_HD float one_if_positive_or_nan(float x) {
 #endif
 }
 
-// |x| with the sign of a number; that of a NaN is positive, as the device's is.
+// |x| with the sign of what was computed, which is that of a number, or positive.
 DRIFT_HD float with_sign(float x, float sign) {
-#if defined(__CUDA_ARCH__)
-  return bits_to_float(float_to_bits(x) | (float_to_bits(sign) & 0x80000000u));
-#else
-  return sign < 0.0f ? -x : x;
-#endif
+  return bits_to_float(float_to_bits(x) | (result_bits(sign) & 0x80000000u));
 }
 
 // Two halves of a word: the low halves of two words, or the high ones.

@@ -24,7 +24,7 @@ DRIFT_HD Values<float, kCount> to_floats(const Values<T, kCount>& stored) {
 // With kNumbers there may be no NaN; else one becomes the canonical one.
 template <bool kNumbers>
 DRIFT_HD uint32_t bits_of(float x) {
-  return kNumbers ? float_to_bits(x) : canonical_bits(x);
+  return kNumbers ? result_bits(x) : canonical_bits(x);
 }
 
 // Of a master: `residuals` has the lower halves.
