@@ -1,6 +1,6 @@
 """What the Triton backend's launches become on GPUs that need not be there.
 
-    python tests/sass.py ARCH            prints JSON: one object for each kernel, compiled for sm_ARCH, or AMD's gfxARCH
+    PYTHONPATH=. python tests/sass.py ARCH    prints JSON: one object for each kernel, compiled for sm_ARCH, or AMD's gfxARCH
 
 It is a program of its own because `triton.jit` gives kernels that compile only where TRITON_INTERPRET is not set.
 """
@@ -16,13 +16,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import disassembly
+import contraction
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
+from benchmarks.gpu import disassembly
 from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.operands import Operands
 from drift_kernels.kernels.plan import Plan
@@ -81,7 +82,7 @@ def compiled(arch: int, source: ASTSource, options: dict[str, Any]) -> dict[str,
         **facts,
         "threads": 32 * options["num_warps"],
         "specialized": [p.name for p in source.fn.params if not p.is_constexpr and not p.do_not_specialize],
-        "ptx": disassembly.operations(binary.asm["ptx"]),
+        "ptx": contraction.operations(binary.asm["ptx"]),
     }
 
 

@@ -1,0 +1,109 @@
+"""The sheet itself: an entry for each kernel and architecture, made from a compiled extension, and kept as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ...rows import row_metadata
+from .. import disassembly
+from . import machines
+from .instructions import parse
+from .kinds import traffic
+from .machines import MACHINES
+from .model import Kernel, predict
+from .paths import wide_path
+
+Entry = dict[str, Any]
+Sheet = dict[str, Any]
+
+WHAT = "predicted from machine code, without a GPU"
+
+
+def kernels(extension: Path, arch: str) -> list[Kernel]:
+    """Those that stream tensors, by name."""
+    options = ("-arch", arch)
+    listings = disassembly.listings(extension, *options)
+    usages, threads = disassembly.usages(extension, *options), disassembly.threads(extension, *options)
+    found = []
+    for mangled, name in sorted(
+        zip(listings, disassembly.demangled(list(listings)), strict=True), key=lambda one: one[1]
+    ):
+        moved = traffic(name)
+        path = None if moved is None else wide_path(parse(listings[mangled]))
+        if moved is not None and path is not None:
+            usage = usages[mangled]
+            found.append(Kernel(name, arch, moved, path, usage["REG"], usage["SHARED"], threads[mangled]))
+    return found
+
+
+def make(extension: Path, archs: list[str], pattern: str = "") -> Sheet:
+    """Of the kernels whose name has the pattern (a regular expression)."""
+    found = [kernel for arch in archs for kernel in kernels(extension, arch) if re.search(pattern, kernel.name)]
+    metadata = row_metadata()
+    return {
+        "what": WHAT,
+        **{key: metadata[key] for key in ("commit", "dirty", "date")},
+        "compiler": disassembly.compiler(extension, archs[0]),
+        "constants": machines.constants(),
+        "kernels": [entry(kernel) for kernel in found],
+    }
+
+
+def entry(kernel: Kernel) -> Entry:
+    """What is predicted of it, on every machine of its architecture.
+
+    `share` is by latency, in ns; `ceilings`, `bound` and `us_per_million` (microseconds for a million elements) are those
+    of the longest.
+    """
+    predictions = {
+        machine.name: {ns: predict(kernel, machine, ns) for ns in machines.LATENCIES}
+        for machine in MACHINES
+        if machine.arch == kernel.arch
+    }
+    bandwidth = {machine.name: machine.terabytes * machines.COPY_SHARE for machine in MACHINES}
+    per_machine = {}
+    for name, by_latency in predictions.items():
+        slowest = by_latency[machines.LATENCIES[-1]]
+        per_machine[name] = {
+            "share": {str(ns): round(prediction.share, 3) for ns, prediction in by_latency.items()},
+            "bound": slowest.bound,
+            "ceilings": {
+                part: round(share, 3) for part, share in sorted(slowest.ceilings.items(), key=lambda one: one[1])
+            },
+            "us_per_million": round(kernel.traffic.all / bandwidth[name] / slowest.share, 2),
+            "kb_in_flight": round(slowest.in_flight / 1024, 1),
+        }
+    elements = kernel.elements
+    return {
+        "kernel": kernel.name,
+        "arch": kernel.arch,
+        "bytes_per_element": round(kernel.traffic.all, 3),
+        "instructions_per_element": round(len(kernel.path.steps) / elements, 2),
+        "pipes": {pipe: round(count / elements, 2) for pipe, count in kernel.path.pipes().most_common()},
+        "elements_per_turn": elements,
+        "registers": kernel.registers,
+        "shared_bytes": kernel.shared,
+        "threads": kernel.threads,
+        "blocks": kernel.blocks,
+        "remarks": kernel.remarks(),
+        "machines": per_machine,
+    }
+
+
+def write(sheet: Sheet, path: Path) -> None:
+    """An entry in a line."""
+    entries = ",\n".join(f"  {json.dumps(one)}" for one in sheet["kernels"])
+    rest = json.dumps({**sheet, "kernels": []}, indent=1)
+    path.write_text(rest.replace('"kernels": []', f'"kernels": [\n{entries}\n ]') + "\n")
+
+
+def read(path: Path) -> Sheet:
+    return json.loads(path.read_text())
+
+
+def by_kernel(sheet: Sheet) -> dict[tuple[str, str], Entry]:
+    """Entries by architecture and kernel."""
+    return {(one["arch"], one["kernel"]): one for one in sheet["kernels"]}

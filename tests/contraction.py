@@ -1,0 +1,41 @@
+"""Whether compiled kernels round every operation by itself: the arithmetic of their PTX, and of their machine code."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.gpu.disassembly import run
+
+# Arithmetic of floats in PTX; a packed operation does two.
+PTX_ARITHMETIC = r"\b(?:add|sub|mul|fma|mad|div|sqrt|rcp|rsqrt)(?:\.\w+)*\.{}(?:x2)?\b"
+
+
+def operations(ptx: str, kind: str = "f32") -> Counter[str]:
+    """How often PTX has each operation of arithmetic, of float32 or of "f64"."""
+    return Counter(re.findall(PTX_ARITHMETIC.format(kind), ptx))
+
+
+def arithmetic(path: Path, kind: str = "f32") -> dict[str, Counter[str]]:
+    """For each kernel in an extension, how often its PTX has which operations."""
+    entries = re.split(r"\.entry (\w+)\(", run("-ptx", path))[1:]
+    return {name: operations(body, kind) for name, body in zip(entries[::2], entries[1::2], strict=True)}
+
+
+def scalars(counts: Mapping[str, int], *opcodes: str) -> int:
+    """How many operations, of which a packed one does two."""
+    return sum(counts.get(opcode, 0) * (2 if opcode.endswith(("x2", "L2", "D2")) else 1) for opcode in opcodes)
+
+
+def assert_nothing_was_contracted(name: str, sass: Mapping[str, int], ptx: Mapping[str, int]) -> None:
+    """The PTX asks for no fma, and the machine code has every multiplication and addition of it.
+
+    (There are FFMAs: divisions and square roots become sequences of them, whose FMULs and FADDs are all .FTZ. On sm_100
+    some FADDs are moves.)
+    """
+    assert all(".rn.f32" in operation and not operation.startswith(("fma", "mad")) for operation in ptx), name
+    additions = scalars(ptx, "add.rn.f32", "add.rn.f32x2", "sub.rn.f32", "sub.rn.f32x2")
+    assert scalars(sass, "FADD", "FADD2") >= additions, name
+    assert scalars(sass, "FMUL", "FMUL2") == scalars(ptx, "mul.rn.f32", "mul.rn.f32x2"), name
