@@ -1,6 +1,8 @@
 """What the Triton backend's launches become on GPUs that need not be there.
 
-    PYTHONPATH=. python tests/sass.py ARCH    prints JSON: one object for each kernel, compiled for sm_ARCH, or AMD's gfxARCH
+    PYTHONPATH=. python tests/sass.py ARCH
+
+prints JSON: one object for each kernel, compiled for sm_ARCH, or AMD's gfxARCH.
 
 It is a program of its own because `triton.jit` gives kernels that compile only where TRITON_INTERPRET is not set.
 """

@@ -78,7 +78,7 @@ def computed(step: Instruction, registers: dict[str, Lanes | None]) -> Lanes | N
         case "SHF" if step.opcode.startswith("SHF.R") and ".HI" in step.opcode and len(known) == 3:
             return known[2] >> known[1]
         case "LOP3" if len(known) == 4:
-            return logical(*known[:3], int(known[3][0]))
+            return logical(known[0], known[1], known[2], int(known[3][0]))
     return None
 
 

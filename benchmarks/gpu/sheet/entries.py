@@ -27,10 +27,9 @@ def kernels(extension: Path, arch: str) -> list[Kernel]:
     options = ("-arch", arch)
     listings = disassembly.listings(extension, *options)
     usages, threads = disassembly.usages(extension, *options), disassembly.threads(extension, *options)
+    names = dict(zip(disassembly.demangled(list(listings)), listings, strict=True))
     found = []
-    for mangled, name in sorted(
-        zip(listings, disassembly.demangled(list(listings)), strict=True), key=lambda one: one[1]
-    ):
+    for name, mangled in sorted(names.items()):
         moved = traffic(name)
         path = None if moved is None else wide_path(parse(listings[mangled]))
         if moved is not None and path is not None:
@@ -55,27 +54,22 @@ def make(extension: Path, archs: list[str], pattern: str = "") -> Sheet:
 def entry(kernel: Kernel) -> Entry:
     """What is predicted of it, on every machine of its architecture.
 
-    `share` is by latency, in ns; `ceilings`, `bound` and `us_per_million` (microseconds for a million elements) are those
-    of the longest.
+    `share` is by latency, in ns; `ceilings`, `bound` and `us_per_million` (microseconds for a million elements) are
+    those of the longest.
     """
-    predictions = {
-        machine.name: {ns: predict(kernel, machine, ns) for ns in machines.LATENCIES}
-        for machine in MACHINES
-        if machine.arch == kernel.arch
-    }
-    bandwidth = {machine.name: machine.terabytes * machines.COPY_SHARE for machine in MACHINES}
     per_machine = {}
-    for name, by_latency in predictions.items():
-        slowest = by_latency[machines.LATENCIES[-1]]
-        per_machine[name] = {
-            "share": {str(ns): round(prediction.share, 3) for ns, prediction in by_latency.items()},
-            "bound": slowest.bound,
-            "ceilings": {
-                part: round(share, 3) for part, share in sorted(slowest.ceilings.items(), key=lambda one: one[1])
-            },
-            "us_per_million": round(kernel.traffic.all / bandwidth[name] / slowest.share, 2),
-            "kb_in_flight": round(slowest.in_flight / 1024, 1),
-        }
+    for machine in MACHINES:
+        if machine.arch == kernel.arch:
+            by_latency = {str(ns): predict(kernel, machine, ns) for ns in machines.LATENCIES}
+            slowest = by_latency[str(machines.LATENCIES[-1])]
+            ceilings = sorted(slowest.ceilings.items(), key=lambda one: one[1])
+            per_machine[machine.name] = {
+                "share": {ns: round(prediction.share, 3) for ns, prediction in by_latency.items()},
+                "bound": slowest.bound,
+                "ceilings": {part: round(share, 3) for part, share in ceilings},
+                "us_per_million": round(kernel.traffic.all / (machine.of_a_copy * slowest.share), 2),
+                "kb_in_flight": round(slowest.in_flight / 1024, 1),
+            }
     elements = kernel.elements
     return {
         "kernel": kernel.name,

@@ -24,9 +24,14 @@ class Machine:
     terabytes: float
 
     @property
+    def of_a_copy(self) -> float:
+        """Terabytes that a copy moves in a second."""
+        return COPY_SHARE * self.terabytes
+
+    @property
     def copied(self) -> float:
         """Bytes that a copy moves in a cycle, of one multiprocessor."""
-        return COPY_SHARE * self.terabytes * 1e3 / (self.multiprocessors * self.clock)
+        return self.of_a_copy * 1e3 / (self.multiprocessors * self.clock)
 
     def cycles(self, nanoseconds: float) -> float:
         return nanoseconds * self.clock
@@ -43,8 +48,8 @@ ARCHITECTURES = list(dict.fromkeys(machine.arch for machine in MACHINES))
 COPY_SHARE = 0.92  # of the peak that a copy reaches: assumed
 LATENCIES = (800, 1400)  # ns until a load has come while memory is busy: assumed, a low and a high one
 
-# What a multiprocessor holds: GUIDE. Each quarter of it has its own scheduler and its own registers, which come to warps
-# in units of 256; the system takes 1 KB of shared memory for each block.
+# What a multiprocessor holds: GUIDE. Each quarter of it has its own scheduler and its own registers, which warps get in
+# units of 256; the system takes 1 KB of shared memory for each block.
 WARPS, BLOCKS, QUARTERS = 64, 32, 4
 REGISTERS, REGISTER_UNIT = 16384, 256
 SHARED_KB = {"sm_80": 164, "sm_90": 228, "sm_100": 228}
@@ -68,7 +73,8 @@ OPERANDS_READ = 15  # until a store's or a load's operands may change
 BARRIER = 20  # of a block, beyond the wait for its last warp
 L1_BYTES = 64  # that pass between registers and global memory in a cycle
 
-# How much the times vary that an instruction or a request waits for others: 0 is not at all, 1 is at random. Assumed.
+# How much the times of service vary: 0 is not at all, 1 as if at random. Assumed, between the two; of the values tried it
+# agrees best with a simulation of one multiprocessor (benchmarks/README.md). What is not named here does not vary.
 VARIES = {"memory": 0.5}
 
 

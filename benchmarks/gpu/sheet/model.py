@@ -100,7 +100,7 @@ class Prediction:
     Attributes:
         share: of a copy's bandwidth.
         ceilings: the share at which each part alone would stop the kernel, were nothing else in its way: the pipes by
-            name, "issue", "L1", and "latency" (or "barriers"): that so many warps are there, of which each takes its time.
+            name, "issue", "L1", and "latency" (or "barriers"), which is that so many warps each take their time.
         in_flight: bytes of a multiprocessor, at most.
     """
 
@@ -143,7 +143,7 @@ def _warps(kernel: Kernel, turn: Phase) -> tuple[float, float]:
 
 def _blocks(kernel: Kernel, turn: Phase, phases: list[Phase]) -> tuple[float, float]:
     """Likewise where warps wait for each other: a block's turn. Between two barriers the first warp takes its time, and
-    what is busiest then works for the others; blocks stand in each other's way where they are busiest in the whole turn.
+    what is busiest then works for the others; blocks stand in each other's way at what is busiest in the whole turn.
     """
 
     def others(phase: Phase) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from . import machines
@@ -25,16 +25,21 @@ class Phase:
 
     Attributes:
         cycles: that it takes.
-        busy: of these the ones for which each part of the multiprocessor works for it: the pipes by name, "issue", "L1",
-            "memory". A pipe works for as long as it takes no other instruction.
+        busy: of these the ones for which each part of the multiprocessor works for it: the pipes by name, "issue",
+            "L1", "memory". A pipe works for as long as it takes no other instruction.
     """
 
     cycles: float = 0.0
-    busy: Counter[str] = field(default_factory=Counter)
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @classmethod
     def all(cls, phases: list[Phase]) -> Phase:
-        return cls(sum(phase.cycles for phase in phases), sum((phase.busy for phase in phases), Counter()))
+        whole = cls()
+        for phase in phases:
+            whole.cycles += phase.cycles
+            for part, time in phase.busy.items():
+                whole.busy[part] += time
+        return whole
 
     def quarter(self) -> float:
         """Cycles of the busiest of what each quarter has."""
@@ -43,9 +48,11 @@ class Phase:
 
 @dataclass
 class Walk:
-    """Attributes:
-    phases: which barriers of the block end; one if there are none.
-    in_flight: the most bytes that a thread has requested and not yet got.
+    """What it shows.
+
+    Attributes:
+        phases: which barriers of the block end; one if there are none.
+        in_flight: the most bytes that a thread has requested and not yet got.
     """
 
     phases: list[Phase]
@@ -69,7 +76,7 @@ def walk(path: Path, costs: Costs, machine: Machine, latency: float) -> Walk:
     intervals, units = machines.intervals(machine.arch), machines.units(machine.arch)
     now = begun = 0.0
     released = [0.0] * NO_BARRIER
-    free: Counter[str] = Counter()
+    free: dict[str, float] = defaultdict(float)
     requests: list[tuple[float, float]] = []
     in_flight = 0.0
     for _ in range(TURNS):
