@@ -73,8 +73,8 @@ OPERANDS_READ = 15  # until a store's or a load's operands may change
 BARRIER = 20  # of a block, beyond the wait for its last warp
 L1_BYTES = 64  # that pass between registers and global memory in a cycle
 
-# How much the times of service vary: 0 is not at all, 1 as if at random. Assumed, between the two; of the values tried it
-# agrees best with a simulation of one multiprocessor (benchmarks/README.md). What is not named here does not vary.
+# How much the times of service vary: 0 is not at all, 1 as if at random. Assumed, between the two; of the values tried
+# it agrees best with a simulation of one multiprocessor (benchmarks/README.md). What is not named here does not vary.
 VARIES = {"memory": 0.5}
 
 
