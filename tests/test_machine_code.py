@@ -55,8 +55,16 @@ def test_a_path_without_calls_may_be_longer() -> None:
     """By as much as it likes; of two without calls it is the shorter."""
     longer = KERNEL.replace("FADD R20, R12, R16\n", "FADD R20, R12, R16\n" * 30)
     assert len(turn(longer).steps) == len(FAST) + 29
-    without = KERNEL.replace("CALL.REL.NOINC =division", "MOV R20, R12")
-    assert [step.name for step in turn(without).steps].count("MOV") == 2
+    without = KERNEL.replace("    CALL.REL.NOINC =division\n", "")
+    assert [step.name for step in turn(without).steps] == [*FAST[:5], "MOV", "STG", "BRA", *FAST[-3:]]
+
+
+def test_stores_that_some_threads_leave_out_are_made() -> None:
+    """Of scales, by one of the threads that share them."""
+    scales = "@P3 BRA =next\n STG.E.EF desc[UR4][R6.64], R22\n next: IADD3 R2"
+    found = turn(KERNEL.replace("next: IADD3 R2", scales))
+    assert [step.width for step in found.streams] == [16, 16, 16, 4]
+    assert len(found.steps) == len(FAST) + 2
 
 
 def test_one_instruction_more_is_one_more() -> None:
@@ -79,7 +87,7 @@ def test_without_hints_streams_are_what_moves() -> None:
 
 def test_inner_loops_count_once_and_the_loop_that_holds_a_wide_one_is_not_it() -> None:
     text = """
-        outer: MOV R5, RZ
+        outer: LDG.E.EF.128 R12, desc[UR4][R2.64]
         head: LDG.E.EF.128 R12, desc[UR4][R2.64]
         keys: FADD R5, R5, R12
         @P1 BRA =keys
