@@ -195,9 +195,26 @@ def test_bytes_of_kernels() -> None:
     assert kinds.traffic("sum<bfloat16, fp8_code>") == Traffic(3, 4 / 128)
     assert kinds.traffic("bias<float, bfloat16>") == Traffic(10, 0)
     assert kinds.traffic("fill<8l>") is None
+    assert kinds.traffic("triton sum<bfloat16, fp8_code>") == Traffic(3, 4 / 128)
     labels = [kinds.label(name) for name in HEADLINES]
     assert labels[4] == "update bf16, bf16 states, stochastic, bf16 prior"
     assert len(set(labels)) == len(labels)
+
+
+def test_names_of_tritons_kernels() -> None:
+    """As tests/sass.py has them."""
+    for name, expected in {
+        "_update_chunk bf16 bf16 fp32 bf16": "update<bfloat16, bfloat16, float, bfloat16>",
+        "_update_chunk fp16 fp16 fp32 None": "update<float16, float16, float, Nothing>",
+        "_update_chunk bf16 bf16 bf16 uint8 param_at_random state_at_random": "update<stochastic_bfloat16, bfloat16, "
+        "stochastic_bfloat16, fp8_code>",
+        "_update_chunk bf16 bf16 bf16 None master state_at_random": "update<master_bfloat16, bfloat16, "
+        "stochastic_bfloat16, Nothing>",
+        "_update_chunk bf16 bf16 int8 int8 master": "update<master_bfloat16, bfloat16, int8_state, int8_code>",
+        "_sum_chunk bf16 uint8": "sum<bfloat16, fp8_code>",
+    }.items():
+        assert kinds.of_triton(name) == f"triton {expected}"
+    assert kinds.of_triton("_sum_tensor") is None
 
 
 # What was built

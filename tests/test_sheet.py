@@ -32,7 +32,14 @@ def of_headlines() -> list[Kernel]:
 
 @pytest.fixture
 def sheet() -> entries.Sheet:
-    rest = {"what": entries.WHAT, "commit": "0" * 40, "dirty": False, "date": "", "compiler": "a compiler"}
+    rest = {
+        "what": entries.WHAT,
+        "commit": "0" * 40,
+        "dirty": False,
+        "date": "",
+        "triton": None,
+        "compiler": "a compiler",
+    }
     made = [entries.entry(one) for one in of_headlines()]
     return {**rest, "constants": machines.constants(), "kernels": made}
 
@@ -127,7 +134,7 @@ def test_a_run_without_anything_predicted_is_refused(
     sheet: entries.Sheet, steps: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     write_run(tmp_path, [{**row, "device": "NVIDIA T4"} for row in steps])
-    with pytest.raises(ValueError, match=r"no step of the cuda backend that was predicted .*T4"):
+    with pytest.raises(ValueError, match=r"no step of ours that was predicted .*T4"):
         measured.compare(sheet, tmp_path)
 
 
@@ -146,7 +153,8 @@ def test_a_run_without_anything_predicted_is_refused(
         ({"prior_dtype": "fp8"}, ["update<bfloat16, bfloat16, bfloat16, fp8_code>"]),
         ({"dtype": "float16", "states": "float32"}, ["update<float16, float16, float, float>"]),
         ({"dtype": "float32", "states": "float32"}, ["update<float, float, float, float>"]),
-        ({"contender": "triton"}, None),
+        ({"contender": "triton"}, ["triton update<bfloat16, bfloat16, bfloat16, bfloat16>"]),
+        ({"contender": "fused"}, None),
         ({"prior_device": "cpu"}, None),
         ({"biased_params": 5}, None),
     ],
@@ -163,7 +171,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, sheet: entries.Sheet, *options:
     monkeypatch.setattr(disassembly, "built", lambda: Path("extension.so"))
     monkeypatch.setattr(disassembly, "missing", lambda: None)
     monkeypatch.setattr(disassembly, "architectures", lambda path: machines.ARCHITECTURES)
-    monkeypatch.setattr(entries, "make", lambda path, archs: sheet)
+    monkeypatch.setattr(entries, "make", lambda path, archs, cubins: sheet)
     return command.main([str(option) for option in options])
 
 

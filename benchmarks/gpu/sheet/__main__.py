@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     archs = [arch for arch in args.arch or ARCHITECTURES if arch in compiled]
     if not archs:
         parser.error(f"{extension} has code for {', '.join(compiled) or 'no architecture'} only")
-    sheet = entries.make(extension, archs)
+    sheet = entries.make(extension, archs, args.cubins)
     names = list(dict.fromkeys(one["kernel"] for one in sheet["kernels"]))
     shown = list(HEADLINES) if args.kernel is None else [name for name in names if re.search(args.kernel, name)]
     before = None if args.before is None else entries.read(args.before)
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu.sheet", description=__doc__.splitlines()[0])
     parser.add_argument("--extension", type=Path, metavar="FILE", help="default: the one that was built in place")
+    parser.add_argument("--cubins", type=Path, metavar="FOLDER", help="Triton's kernels, as tests/sass.py leaves them")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default: those of the extension")
     parser.add_argument("--kernel", metavar="REGEX", help="kernels to show (default: the headline modes)")
     parser.add_argument("--before", type=Path, metavar="SHEET.json", help="an earlier sheet, to set beside this one")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from ...rows import row_metadata
 from .. import disassembly
 from . import machines
 from .instructions import parse
-from .kinds import traffic
+from .kinds import of_triton, traffic
 from .machines import MACHINES
 from .model import Kernel, predict
 from .paths import wide_path
@@ -28,23 +27,44 @@ def kernels(extension: Path, arch: str) -> list[Kernel]:
     listings = disassembly.listings(extension, *options)
     usages, threads = disassembly.usages(extension, *options), disassembly.threads(extension, *options)
     names = dict(zip(disassembly.demangled(list(listings)), listings, strict=True))
+    found = [
+        _kernel(name, arch, listings[mangled], usages[mangled], threads[mangled])
+        for name, mangled in sorted(names.items())
+        if traffic(name) is not None
+    ]
+    return [kernel for kernel in found if kernel is not None]
+
+
+def triton_kernels(folder: Path, arch: str) -> list[Kernel]:
+    """Likewise of the cubins that tests/sass.py has left in a folder."""
     found = []
-    for name, mangled in sorted(names.items()):
-        moved = traffic(name)
-        path = None if moved is None else wide_path(parse(listings[mangled]))
-        if moved is not None and path is not None:
-            usage = usages[mangled]
-            found.append(Kernel(name, arch, moved, path, usage["REG"], usage["SHARED"], threads[mangled]))
-    return found
+    for path in sorted(folder.glob(f"*.{arch}.cubin")):
+        name = of_triton(path.name.removesuffix(f".{arch}.cubin"))
+        if name is not None:
+            (listing,) = disassembly.listings(path).values()
+            (usage,) = disassembly.usages(path).values()
+            (threads,) = disassembly.threads(path).values()
+            found.append(_kernel(name, arch, listing, usage, threads))
+    return [kernel for kernel in found if kernel is not None]
 
 
-def make(extension: Path, archs: list[str], pattern: str = "") -> Sheet:
-    """Of the kernels whose name has the pattern (a regular expression)."""
-    found = [kernel for arch in archs for kernel in kernels(extension, arch) if re.search(pattern, kernel.name)]
+def _kernel(name: str, arch: str, listing: str, usage: dict[str, int], threads: int) -> Kernel | None:
+    moved, path = traffic(name), wide_path(parse(listing))
+    if moved is None or path is None:
+        return None
+    return Kernel(name, arch, moved, path, usage["REG"], usage["SHARED"], threads)
+
+
+def make(extension: Path, archs: list[str], cubins: Path | None = None) -> Sheet:
+    """`cubins`: a folder with Triton's."""
+    found = [kernel for arch in archs for kernel in kernels(extension, arch)]
+    if cubins is not None:
+        found += [kernel for arch in archs for kernel in triton_kernels(cubins, arch)]
     metadata = row_metadata()
     return {
         "what": WHAT,
         **{key: metadata[key] for key in ("commit", "dirty", "date")},
+        "triton": metadata["triton"] if cubins is not None else None,
         "compiler": disassembly.compiler(extension, archs[0]),
         "constants": machines.constants(),
         "kernels": [entry(kernel) for kernel in found],

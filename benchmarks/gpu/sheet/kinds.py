@@ -34,6 +34,9 @@ SHORT = {
     "fp8_code": "fp8",
 }
 NAMES = {"float32": "float"}  # of torch's dtypes, where csrc has others
+TRITON_NAMES = {"fp32": "float", "bf16": "bfloat16", "fp16": "float16", "None": "Nothing"}
+TRITON_CODES = {"int8": "int8_code", "uint8": "fp8_code"}  # of deltas
+TRITON = "triton "  # before the name of a kernel of the triton backend
 PRIORS = {"int8": "int8_code", "fp8": "fp8_code"}
 
 HEADLINES = (
@@ -49,6 +52,9 @@ HEADLINES = (
     "sum<bfloat16, Nothing>",
     "sum<float, float>",
     "bias<bfloat16, bfloat16>",
+    "triton update<bfloat16, bfloat16, bfloat16, bfloat16>",
+    "triton update<stochastic_bfloat16, bfloat16, stochastic_bfloat16, bfloat16>",
+    "triton sum<bfloat16, bfloat16>",
 )
 
 
@@ -71,7 +77,7 @@ class Traffic:
 
 def parts(kernel: str) -> tuple[str, list[str]] | None:
     """Its kind and its dtypes; None if it is no kernel that streams tensors."""
-    found = re.fullmatch(r"(update|sum|bias)<(.*)>", kernel)
+    found = re.fullmatch(r"(update|sum|bias)<(.*)>", kernel.removeprefix(TRITON))
     return None if found is None else (found[1], found[2].split(", "))
 
 
@@ -104,16 +110,33 @@ def label(kernel: str) -> str:
         words += [f"{SHORT[plain[2]]} states"]
         words += ["stochastic"] if any(dtype.startswith("stochastic") for dtype in dtypes) else []
         words += ["master"] if dtypes[0].startswith("master") else []
-    return ", ".join([*words, "no prior" if plain[-1] == "Nothing" else f"{SHORT[plain[-1]]} prior"])
+    words += ["no prior" if plain[-1] == "Nothing" else f"{SHORT[plain[-1]]} prior"]
+    return ("Triton " if kernel.startswith(TRITON) else "") + ", ".join(words)
+
+
+def of_triton(name: str) -> str | None:
+    """The name, as ours, of what tests/sass.py calls "_update_chunk bf16 bf16 fp32 bf16 master"."""
+    function, *words = name.split()
+    found = re.fullmatch(r"_(update|sum|bias)_chunk", function)
+    if found is None:
+        return None
+    *dtypes, delta = (word for word in words if word in TRITON_NAMES or word in TRITON_CODES)
+    named = ["int8_state" if dtype == "int8" else TRITON_NAMES[dtype] for dtype in dtypes]
+    if "state_at_random" in words:
+        named[2] = f"stochastic_{named[2]}"
+    if "master" in words or "param_at_random" in words:
+        named[0] = f"{'master' if 'master' in words else 'stochastic'}_{named[0]}"
+    named.append(TRITON_CODES.get(delta) or TRITON_NAMES[delta])
+    return f"{TRITON}{found[1]}<{', '.join(named)}>"
 
 
 def launched(row: Row) -> list[str] | None:
-    """By a step of ours that benchmarks.step measured on the cuda backend; None if the model has nothing to say of it.
+    """By a step of ours that benchmarks.step measured on a GPU; None if the model has nothing to say of it.
 
     So it is where only part of the parameters is under the prior, and where the prior is read from the host.
     """
     biased = row["scaling"] != "none"
-    if row["contender"] != "cuda" or (biased and row["biased_params"] != row["params"]):
+    if row["contender"] not in ("cuda", "triton") or (biased and row["biased_params"] != row["params"]):
         return None
     if row["prior_device"] not in (None, "same"):
         return None
@@ -127,5 +150,6 @@ def launched(row: Row) -> list[str] | None:
     if row["master"]:
         param = f"master_{dtype}"
     needs_sums = row["clip"] or (biased and SCALINGS[row["scaling"]].needs_stats)
-    update = f"update<{param}, {dtype}, {state}, {delta}>"
-    return [f"sum<{dtype}, {delta}>", update] if needs_sums else [update]
+    prefix = TRITON if row["contender"] == "triton" else ""
+    update = f"{prefix}update<{param}, {dtype}, {state}, {delta}>"
+    return [f"{prefix}sum<{dtype}, {delta}>", update] if needs_sums else [update]

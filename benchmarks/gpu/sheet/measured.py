@@ -28,9 +28,7 @@ def compare(sheet: Sheet, folder: Path) -> list[dict[str, Any]]:
     found = list(_compared(sheet, rows))
     if not found:
         devices = ", ".join(sorted({row["device"] for row in rows})) or "no device"
-        raise ValueError(
-            f"{folder / 'gpu.json'} has no step of the cuda backend that was predicted (rows of {devices})"
-        )
+        raise ValueError(f"{folder / 'gpu.json'} has no step of ours that was predicted (rows of {devices})")
     return found
 
 
@@ -52,6 +50,7 @@ def _compared(sheet: Sheet, rows: list[Row]) -> Iterator[dict[str, Any]]:
         yield {
             "run": row.get("run"),
             "machine": machine.name,
+            "backend": row["contender"],
             "mode": label_of(row),
             "scaling": row["scaling"],
             "clip": row["clip"],

@@ -35,7 +35,8 @@ def print_sheet(sheet: Sheet, before: Sheet | None, shown: list[str], console: C
 
 def caption(sheet: Sheet, before: Sheet | None = None) -> str:
     since = "" if before is None else f"; before: {commit(before)}"
-    return f"{sheet['what']}; {commit(sheet)}{since}; {sheet['compiler']}"
+    triton = "" if sheet["triton"] is None else f", Triton {sheet['triton']}"
+    return f"{sheet['what']}; {commit(sheet)}{since}; {sheet['compiler']}{triton}"
 
 
 def _table(title: str, columns: list[str]) -> Table:
@@ -114,12 +115,18 @@ def bounds(machine: dict[str, Any]) -> str:
 def print_comparison(compared: list[dict[str, Any]], console: Console) -> None:
     table = _table(
         "share of a copy in the same run, in percent",
-        ["machine", "run", "scaling", f"predicted\n{LOW}/{HIGH} ns", "measured"],
+        ["machine", "backend", "run", "scaling", f"predicted\n{LOW}/{HIGH} ns", "measured"],
     )
     for one in compared:
         predicted = "/".join(f"{one['predicted_percent'][ns]:.0f}" for ns in (LOW, HIGH))
         scaling = f"{one['scaling']}{', clipping' if one['clip'] else ''}"
         table.add_row(
-            one["mode"], one["machine"], one["run"] or "", scaling, predicted, f"{one['measured_percent']:.0f}"
+            one["mode"],
+            one["machine"],
+            one["backend"],
+            one["run"] or "",
+            scaling,
+            predicted,
+            f"{one['measured_percent']:.0f}",
         )
     console.print(table)
