@@ -35,8 +35,10 @@ def test_an_instruction_and_its_control_code() -> None:
     load, add = code
     assert (load.stall, load.sets, load.frees, load.awaited) == (1, 1, 7, [])
     assert (add.stall, add.sets, add.frees, add.awaited) == (2, 7, 7, [2])
-    assert (load.width, load.is_load, load.evicts_first, load.address_register) == (16, True, True, "R2")
+    assert (load.width, load.is_load, load.is_streamed, load.address_register) == (16, True, True, "R2")
     assert load.results == ["R4", "R5", "R6", "R7"]
+    (wide,) = parse(listing("LDG.E.EF.ENL2.256 R12, R8, desc[UR4][R6.64]"))
+    assert (wide.width, sorted(wide.results)) == (32, sorted(f"R{k}" for k in range(8, 16)))
     assert (load.pipe, add.pipe) == ("LSU", "FP32")
     assert Instruction(0, "", "UNHEARD.OF", "").pipe == "UNI"
     assert Instruction(0, "", "STRANGE", "").pipe == ""

@@ -98,8 +98,9 @@ class Instruction:
         return self.name in ("STG", "ST")
 
     @property
-    def evicts_first(self) -> bool:
-        return ".EF" in self.opcode
+    def is_streamed(self) -> bool:
+        """By its hint: evicted first, or not kept at all."""
+        return ".EF" in self.opcode or ".NA" in self.opcode
 
     @property
     def address_register(self) -> str:
@@ -117,6 +118,9 @@ class Instruction:
         found = re.match(r"(?:U?P\w+, )?(U?R)(\d+)", self.operands)
         if not found or self.is_store or self.name in ("STS", "STL", "RED"):
             return []
+        if self.is_load and self.width == 32:  # into two times four
+            second = self.inputs[0].removeprefix(found[1])
+            return [f"{found[1]}{int(first) + k}" for first in (found[2], second) for k in range(4)]
         count = 2 if self.opcode.startswith(("IMAD.WIDE", "CS2R", "D")) else 1
         if self.name in ("LDG", "LD", "LDS", "LDL", "LDC", "ULDC", "LDCU"):
             count = max(1, self.width // 4)

@@ -54,13 +54,13 @@ def wide_path(code: list[Instruction]) -> Path | None:
     edges = successors(code)
     live = reach(0, edges)
     bodies = loops(edges, live)
-    hints = any(step.evicts_first for step in code)
+    hints = any(step.is_streamed for step in code)
 
     def streaming(body: Iterable[int]) -> set[int]:
-        """Ours are all evicted first. Where a kernel says nothing, those whose addresses move."""
+        """Ours all have a hint. Where a kernel has none, those whose addresses move."""
         accesses = [k for k in body if code[k].is_load or code[k].is_store]
         if hints:
-            return {k for k in accesses if code[k].evicts_first}
+            return {k for k in accesses if code[k].is_streamed}
         moved = {register for k in body for register in code[k].results}
         return {k for k in accesses if code[k].address_register in moved}
 
