@@ -79,6 +79,7 @@ def test_without_hints_streams_are_what_moves() -> None:
     text = """
         head: LDG.E.128 R12, desc[UR4][R2.64]
         LDG.E.128 R16, desc[UR4][R8.64]
+        FSETP.NAN.AND P1, PT, R12, R12, PT
         STG.E.128 desc[UR4][R2.64], R12
         IADD3 R2, P0, R2, 0x1000, RZ
         @P0 BRA =head

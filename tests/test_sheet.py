@@ -131,11 +131,19 @@ def test_a_step_of_two_launches_takes_the_time_of_both(
 
 
 def test_a_run_without_anything_predicted_is_refused(
-    sheet: entries.Sheet, steps: list[dict[str, Any]], tmp_path: Path
+    sheet: entries.Sheet,
+    steps: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_run(tmp_path, [{**row, "device": "NVIDIA T4"} for row in steps])
-    with pytest.raises(ValueError, match=r"no step of ours that was predicted .*T4"):
-        measured.compare(sheet, tmp_path)
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, sheet, "--measured", tmp_path)
+    assert "gpu.json has no step of ours that was predicted (NVIDIA T4)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, sheet, "--measured", tmp_path / "elsewhere")
+    assert "No such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

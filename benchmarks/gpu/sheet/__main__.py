@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     before = None if args.before is None else entries.read(args.before)
     compared = []
     if args.measured is not None:
-        compared = sheet["measured"] = compare(sheet, args.measured)
+        try:
+            compared = sheet["measured"] = compare(sheet, args.measured)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     if args.json is not None:
         entries.write(sheet, args.json)
     if args.plot is not None:

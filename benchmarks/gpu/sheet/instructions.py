@@ -100,7 +100,7 @@ class Instruction:
     @property
     def is_streamed(self) -> bool:
         """By its hint: evicted first, or not kept at all."""
-        return ".EF" in self.opcode or ".NA" in self.opcode
+        return not {"EF", "NA"}.isdisjoint(self.opcode.split("."))
 
     @property
     def address_register(self) -> str:
