@@ -28,7 +28,7 @@ def compare(sheet: Sheet, folder: Path) -> list[dict[str, Any]]:
     found = list(_compared(sheet, rows))
     if not found:
         devices = ", ".join(sorted({row["device"] for row in rows})) or "no device"
-        raise ValueError(f"{folder / 'gpu.json'} has no step of ours that was predicted (rows of {devices})")
+        raise ValueError(f"{folder / 'gpu.json'} has no step of ours that was predicted ({devices})")
     return found
 
 
