@@ -118,6 +118,12 @@ def test_predictions_stand_beside_measurements(
     assert one["predicted_percent"] == {ns: pytest.approx(100 * share, abs=0.2) for ns, share in predicted.items()}
 
 
+def test_machines_by_the_drivers_names() -> None:
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe", "NVIDIA GH200 480GB")
+    found = [measured.machine_of(name) for name in names]
+    assert [machine and machine.name for machine in found] == ["H100", "A100", None, None]
+
+
 def test_a_step_of_two_launches_takes_the_time_of_both(
     sheet: entries.Sheet, steps: list[dict[str, Any]], tmp_path: Path
 ) -> None:

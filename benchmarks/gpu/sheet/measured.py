@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from .machines import MACHINES, Machine
 
 
 def machine_of(device: str) -> Machine | None:
-    """By the name that the driver gives it: "NVIDIA H100 80GB HBM3"."""
-    return next((machine for machine in MACHINES if machine.name in device), None)
+    """By the name that the driver gives it: "NVIDIA H100 80GB HBM3". Not "NVIDIA H100 PCIe", whose memory is slower."""
+    words = re.findall(r"\w+", device)
+    return next((machine for machine in MACHINES if machine.name in words and "PCIe" not in words), None)
 
 
 def compare(sheet: Sheet, folder: Path) -> list[dict[str, Any]]:
