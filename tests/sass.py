@@ -1,6 +1,9 @@
 """What the Triton backend's launches become on GPUs that need not be there.
 
-    python tests/sass.py ARCH            prints JSON: one object for each kernel, compiled for sm_ARCH, or AMD's gfxARCH
+    PYTHONPATH=. python tests/sass.py ARCH [FOLDER]
+
+prints JSON: one object for each kernel, compiled for sm_ARCH, or AMD's gfxARCH. NVIDIA's cubins are left in the folder,
+for `python -m benchmarks.gpu.sheet --cubins FOLDER`.
 
 It is a program of its own because `triton.jit` gives kernels that compile only where TRITON_INTERPRET is not set.
 """
@@ -16,13 +19,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import disassembly
+import contraction
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
+from benchmarks.gpu import disassembly
 from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.operands import Operands
 from drift_kernels.kernels.plan import Plan
@@ -71,17 +75,16 @@ def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
     return found
 
 
-def compiled(arch: int, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
+def compiled(arch: int, name: str, source: ASTSource, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary.asm["cubin"])
-        (facts,) = disassembly.kernels(path).values()
+    path = folder / f"{name}.sm_{arch}.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    (facts,) = disassembly.kernels(path).values()
     return {
         **facts,
         "threads": 32 * options["num_warps"],
         "specialized": [p.name for p in source.fn.params if not p.is_constexpr and not p.do_not_specialize],
-        "ptx": disassembly.operations(binary.asm["ptx"]),
+        "ptx": contraction.operations(binary.asm["ptx"]),
     }
 
 
@@ -105,8 +108,13 @@ def compiled_for_amd(arch: str, source: ASTSource) -> dict[str, Any]:
 
 if __name__ == "__main__":
     chosen = sys.argv[1]
-    made = {
-        name: compiled_for_amd(chosen, source) if chosen.startswith("gfx") else compiled(int(chosen), source, options)
-        for name, (source, options) in launches().items()
-    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(sys.argv[2] if len(sys.argv) > 2 else temporary)
+        folder.mkdir(exist_ok=True)
+        made = {
+            name: compiled_for_amd(chosen, source)
+            if chosen.startswith("gfx")
+            else compiled(int(chosen), name, source, options, folder)
+            for name, (source, options) in launches().items()
+        }
     json.dump(made, sys.stdout)

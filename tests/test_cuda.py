@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,13 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import disassembly
+import contraction
 import grid
 import pytest
 import torch
 from background import Product
 from problems import BF16, DEVICE, F32, GRID, Problem, assert_same_bits, coefficients, run, tensors_of
 
+from benchmarks.gpu import disassembly
+from benchmarks.gpu.disassembly import demangled
+from benchmarks.gpu.sheet.kinds import SIZES
 from drift_kernels.kernels import backends
 from drift_kernels.kernels import cuda as backend
 from drift_kernels.kernels.plan import CHUNK
@@ -32,41 +33,23 @@ THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in 
 
 # For each architecture, by kernel, such as "update<bfloat16, bfloat16, float, Nothing>".
 Kernels = dict[str, dict[str, Any]]
-SIZES = {
-    "float": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "stochastic_bfloat16": 2,
-    "master_bfloat16": 2,
-    "int8_state": 1,
-    "int8_code": 1,
-    "fp8_code": 1,
-    "Nothing": 0,
-}
-
-
-def demangled(names: list[str]) -> list[str]:
-    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [re.sub(r"^void |drift::|\(anonymous namespace\)::|\(.*\)$", "", name) for name in done.stdout.splitlines()]
 
 
 def built() -> Path | str:
     """The extension, or why its machine code cannot be looked at."""
-    spec = importlib.util.find_spec("drift_kernels._cuda")
-    if spec is None or spec.origin is None:
+    found = disassembly.built()
+    if found is None:
         return "drift_kernels._cuda was not built: there is no nvcc"
-    if disassembly.cuobjdump() is None or shutil.which("c++filt") is None:
-        return "there is no cuobjdump or no c++filt"
-    return Path(spec.origin)
+    return disassembly.missing() or found
 
 
 @cache
 def listings() -> dict[str, Product]:
-    """Of every architecture, what tests/disassembly.py says."""
+    """Of every architecture, what benchmarks/gpu/disassembly.py says."""
     found = built()
     if isinstance(found, str):
         return {}
-    archs = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", disassembly.run("-lelf", found))))
+    archs = disassembly.architectures(found)
     return {arch: Product(f"{arch}.json", [sys.executable, disassembly.__file__, found, arch]) for arch in archs}
 
 
@@ -220,12 +203,12 @@ def expected_divisions(name: str) -> tuple[int, int]:
 
 def test_every_operation_is_rounded_by_itself(extension: Path, by_arch: dict[str, Kernels]) -> None:
     """But for what is fused on purpose: the sums, and divisions and roots that are exact nevertheless."""
-    ptx = disassembly.arithmetic(extension)
+    ptx = contraction.arithmetic(extension)
     by_name = dict(zip(demangled(list(ptx)), ptx.values(), strict=True))
     for kernels in by_arch.values():
         for name, facts in kernels.items():
             _, fused = expected_divisions(name)
-            disassembly.assert_nothing_was_contracted(name, facts["sass"], by_name[name], fused)
+            contraction.assert_nothing_was_contracted(name, facts["sass"], by_name[name], fused)
     for name, counts in by_name.items():
         divisions, _ = expected_divisions(name)
         assert counts["sqrt.rn.f32"] == counts["div.rn.f32"] == divisions, name
@@ -233,7 +216,7 @@ def test_every_operation_is_rounded_by_itself(extension: Path, by_arch: dict[str
 
 def test_coefficients_are_filled_by_operations_that_every_library_rounds_alike(extension: Path) -> None:
     """In float64 no fma, no approximation, no function of CUDA's library."""
-    ptx = disassembly.arithmetic(extension, "f64")
+    ptx = contraction.arithmetic(extension, "f64")
     filling = {name: counts for name, counts in ptx.items() if "fill" in name}
     assert len(filling) == 2
     for name, counts in ptx.items():

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from background import Product
-from disassembly import assert_nothing_was_contracted
+from contraction import assert_nothing_was_contracted
 from problems import BF16, DEVICE, F32, Problem, assert_same_bits, run
 
 from drift_kernels.kernels.plan import CHUNK

@@ -1,55 +1,16 @@
-"""What cuobjdump says of compiled kernels: opcodes, registers, memory.
-
-python tests/disassembly.py EXTENSION ARCH      prints JSON: one object for each kernel
-"""
+"""Whether compiled kernels round every operation by itself: the arithmetic of their PTX, and of their machine code."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-# An instruction in a listing: address, predicate, opcode.
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+from benchmarks.gpu.disassembly import run
+
 # Arithmetic of floats in PTX; a packed operation does two.
 PTX_ARITHMETIC = r"\b(?:add|sub|mul|fma|mad|div|sqrt|rcp|rsqrt)(?:\.\w+)*\.{}(?:x2)?\b"
-
-
-def cuobjdump() -> str | None:
-    """The program: on PATH, or the one in Triton's package."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        return None
-    inside = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
-    return str(inside) if inside.exists() else None
-
-
-def run(*arguments: object) -> str:
-    command = [str(cuobjdump()), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def kernels(path: Path, *options: str) -> dict[str, dict[str, Any]]:
-    """For each kernel in a cubin or an extension: how often each opcode occurs ("sass"), and what a thread takes."""
-    listing = run("-sass", *options, path)
-    usages = {
-        name: {key: int(count) for key, count in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
-        for name, line in re.findall(r"Function (\S+):\n(.*)", run("-res-usage", *options, path))
-    }
-    bodies = re.split(r"^\s+Function : (\S+)$", listing, flags=re.MULTILINE)[1:]
-    return {
-        name: {"sass": Counter(INSTRUCTION.findall(body)), "usage": usages[name]}
-        for name, body in zip(bodies[::2], bodies[1::2], strict=True)
-    }
 
 
 def operations(ptx: str, kind: str = "f32") -> Counter[str]:
@@ -68,7 +29,7 @@ def scalars(counts: Mapping[str, int], *opcodes: str) -> int:
     return sum(counts.get(opcode, 0) * (2 if opcode.endswith(("x2", "L2", "D2")) else 1) for opcode in opcodes)
 
 
-# What a division or a root begins with where its code is the project's own: exact results do not depend on them.
+# What a division or a root begins with where its code is the project's own.
 APPROXIMATE = ("rcp.approx.ftz.f32", "rsqrt.approx.ftz.f32")
 
 
@@ -83,7 +44,3 @@ def assert_nothing_was_contracted(name: str, sass: Mapping[str, int], ptx: Mappi
     additions = scalars(ptx, "add.rn.f32", "add.rn.f32x2", "sub.rn.f32", "sub.rn.f32x2")
     assert scalars(sass, "FADD", "FADD2") >= additions, name
     assert scalars(sass, "FMUL", "FMUL2") == scalars(ptx, "mul.rn.f32", "mul.rn.f32x2"), name
-
-
-if __name__ == "__main__":
-    json.dump(kernels(Path(sys.argv[1]), "-arch", sys.argv[2]), sys.stdout)
