@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from filled import Pair, deltas_of, models, on_backend, random_groups
-from problems import BF16, F16, F32, Problem, assert_same_bits, coefficients, run, tensors_of
+from problems import BF16, F16, F32, Problem, assert_same_bits, coefficients, run, tensors_of, with_rare_values
 from simulator import session
 from simulator.device import Device
 from simulator.session import EVERY, MISSING, fresh_device, simulated
@@ -101,12 +101,16 @@ def read_only(problem: Problem) -> list[Tensor]:
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=combination_id)
 def test_update_is_the_reference_bit_for_bit(device: Device, combination: tuple[Dtypes, bool, bool]) -> None:
     """In both orders of threads, whatever approximations give, and nothing else is written."""
-    for layout, special in (("aligned", False), ("alike", True), ("each", False)):
+    for layout, change, nudge in (
+        ("aligned", with_rare_values, 1),
+        ("alike", with_special_values, -1),
+        ("each", None, 0),
+    ):
         problem = Problem.random(NUMELS, *combination)
-        problem = placed(with_special_values(problem) if special else problem, layout)
+        problem = placed(change(problem) if change else problem, layout)
         expected = run("reference", problem.clone(), steps=2)
         before = problem.clone()
-        device.options(backward=layout == "alike", nudge={"aligned": 0, "alike": 1, "each": -1}[layout])
+        device.options(backward=layout == "alike", nudge=nudge)
         assert_same_bits(run("simulated", problem, steps=2), expected)
         for now, then in zip(read_only(problem), read_only(before), strict=True):
             assert torch.equal(now.view(torch.uint8), then.view(torch.uint8))
