@@ -52,7 +52,8 @@ extern "C" int64_t wrong_scales(int exponent) {
     const uint32_t largest = float_to_bits(with_exponent(exponent, mantissa));
     const float moment = scale_of<moment_code>(largest), variance = scale_of<variance_code>(largest);
     wrong += !same(quick_scale<moment_code>(largest), moment) || !same(quick_inverse(moment), inverse_of(moment));
-    wrong += !same(quick_scale<variance_code>(largest), variance) || !same(quick_inverse(variance), inverse_of(variance));
+    wrong +=
+        !same(quick_scale<variance_code>(largest), variance) || !same(quick_inverse(variance), inverse_of(variance));
   }
   return wrong;
 }

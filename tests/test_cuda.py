@@ -30,7 +30,7 @@ from drift_kernels.kernels.plan import CHUNK
 
 # What runs the kernels here: a GPU, or the host, thread by thread.
 NAME = "cuda" if DEVICE.type == "cuda" else GRID
-THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in csrc/cuda/block.h
+THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in csrc/cuda
 
 # For each architecture, by kernel, such as "update<bfloat16, bfloat16, float, Nothing>".
 Kernels = dict[str, dict[str, Any]]

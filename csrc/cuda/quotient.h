@@ -57,16 +57,17 @@ DRIFT_HD bool allows_quick(const Coefficients& c) {
          fabsf(c.decay) <= 1.0f && fabsf(c.delta_step) <= 1.0f && fabsf(c.step_size) <= 0x1p20f;
 }
 
-// sqrt(x) for x = 0, and x from 2^-96 on. A step of Newton's from an approximation: tests/test_quotient.py goes
-// through all of them.
+// sqrt(x) for x = 0, and x from 2^-96 on: a step of Newton's from an approximation. It is what nvcc makes of sqrtf, but
+// for its range check, and so as exact as that is: tests/test_quotient.py goes through all mantissas. (Of an
+// approximation that is off by one unit more, a few in a million would be wrong.)
 DRIFT_HD float quick_root(float x) {
   const float inverse = near_inverse_root(larger_number(x, 0x1p-100f));
   const float root = x * inverse;
   return fused(-fused(root, root, -x), 0.5f * inverse, root);
 }
 
-// a / b. What is left over is taken with the sign that keeps -0 / b = -0. The steps are those that compilers make of
-// a division (Markstein, "IA-64 and elementary functions", 2000, chapter 8).
+// a / b, likewise what nvcc makes of a division (Markstein, "IA-64 and elementary functions", 2000, chapter 8); what is
+// left over is taken with the sign that keeps -0 / b = -0.
 DRIFT_HD float quick_quotient(float a, float b) {
   float inverse = near_reciprocal(b);
   inverse = fused(-fused(b, inverse, -1.0f), inverse, inverse);
