@@ -29,13 +29,13 @@ sys.modules[f"{backends.__package__}.{GRID}"] = grid
 
 
 def with_rare_values(problem: Problem) -> Problem:
-    """Runs of 32 elements as there are in models: never seen (zeros, and negative ones), not seen for long (their moments
-    have decayed, to subnormal numbers at last), and large parameters."""
+    """Runs of 32 elements as there are in models: never seen (zeros, also negative ones), not seen for long (their
+    moments have decayed, to subnormal numbers at last), and large parameters."""
     for o, grad in zip(problem.operands, problem.grads, strict=True):
         kind = torch.randint(7, (-(-grad.numel() // 32),), device=DEVICE).repeat_interleave(32)[: grad.numel()]
         quiet = [grad, o.exp_avg, o.exp_avg_sq, *([] if o.delta is None else [o.delta])]
         for t in quiet:
-            t[kind == 1] = 0
+            (t.view(torch.uint8) if t.element_size() == 1 else t)[kind == 1] = 0
             if t.dtype in (F32, BF16, F16):
                 for which, scale in ((2, 0.0), (3, 2.0**-30), (4, 2.0**-70), (5, 2.0**-130)):
                     t[kind == which] *= scale  # zeros keep the sign

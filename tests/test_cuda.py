@@ -171,7 +171,7 @@ def expected_blocks(name: str) -> int:
     param, grad, state, delta = dtypes.split(", ")
     if grad == state == "float":
         return 2
-    return 4 if param in ("bfloat16", "float16") and "int8_state" != state and "code" not in delta else 3
+    return 4 if param in ("bfloat16", "float16") and state != "int8_state" and "code" not in delta else 3
 
 
 def test_nothing_spills_and_blocks_share_a_multiprocessor(by_arch: dict[str, Kernels]) -> None:
@@ -186,7 +186,7 @@ def test_nothing_spills_and_blocks_share_a_multiprocessor(by_arch: dict[str, Ker
 
 
 def expected_divisions(name: str) -> tuple[int, int]:
-    """Correctly rounded ones that nvcc makes, of roots as many; and fused operations, of which the quick ones are made."""
+    """Those that nvcc makes, of roots as many; and fused operations, of which the quick ones are made."""
     kernel, _, dtypes = name.rstrip(">").partition("<")
     types = dtypes.split(", ")
     if kernel == "sum":  # each turn before and after the next is asked for, and one by one

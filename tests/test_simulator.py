@@ -203,7 +203,7 @@ MUTANTS = [
     (0, r"st\.global\S* [^;]*;", "", "differs"),
     (1, r"bar\.warp\.sync[^;]*;", "", "race"),
     (1, r"shfl\.sync\.bfly", "shfl.sync.up", "differs"),
-    (1, r"mul\.lo\.s64", "mul.hi.s64", "differs"),
+    (1, r"mul\.wide\.u32", "mul.wide.s32", "differs"),
     (1, r"xor\.b32", "or.b32", "differs"),
     (1, r"max\.u32", "min.u32", "differs"),
     (1, r"sub\.rn\.f32", "sub.rz.f32", "differs"),
