@@ -140,7 +140,7 @@ class Entry:
         """Parts of a word that no instruction gives a value, since what uses the word looks at other parts of it."""
         written = {number for instruction in self.code for number in instruction.outs}
         for instruction in self.code:
-            if instruction.operation.startswith("mov.pack"):
+            if instruction.operation.startswith(("mov.pack", "prmt")):
                 instruction.ins = [
                     number if number < len(SPECIALS) or number in written else self._constant(0xBAD)
                     for number in instruction.ins
