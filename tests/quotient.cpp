@@ -18,11 +18,10 @@ T of_bits(uint32_t bits) {
   return value;
 }
 
-template <class Param, class State>
+template <class State>
 bool usual_pair(const uint32_t* param, const uint32_t* m, const uint32_t* v) {
-  return usual<Param, State, 2>({of_bits<Param>(param[0]), of_bits<Param>(param[1])},
-                                {of_bits<State>(m[0]), of_bits<State>(m[1])},
-                                {of_bits<State>(v[0]), of_bits<State>(v[1])});
+  return usual<State, 2>({of_bits<float>(param[0]), of_bits<float>(param[1])},
+                         {of_bits<State>(m[0]), of_bits<State>(m[1])}, {of_bits<State>(v[0]), of_bits<State>(v[1])});
 }
 
 }  // namespace
@@ -59,10 +58,10 @@ extern "C" int64_t wrong_scales(int exponent) {
 }
 
 extern "C" bool usual_float(const uint32_t* p, const uint32_t* m, const uint32_t* v) {
-  return usual_pair<float, float>(p, m, v);
+  return usual_pair<float>(p, m, v);
 }
 extern "C" bool usual_bfloat16(const uint32_t* p, const uint32_t* m, const uint32_t* v) {
-  return usual_pair<bfloat16, bfloat16>(p, m, v);
+  return usual_pair<bfloat16>(p, m, v);
 }
 extern "C" bool admissible_float(const float* p, const float* m, const float* v, float eps) {
   return admissible<2>({p[0], p[1]}, {m[0], m[1]}, {v[0], v[1]}, eps);

@@ -122,11 +122,11 @@ def expected_accesses(arch: str, sizes: list[int], turn: int, single: int, copie
 
 
 def test_an_update_moves_as_much_at_a_time_as_can_be_or_one_element(by_arch: dict[str, Kernels]) -> None:
-    """Eight elements a turn where tensors are aligned, four elsewhere, two with random bits (eight where the states are
-    codes). What is stored of a turn is stored in two places: with its quick root and quotient, and without."""
+    """Eight elements a turn where tensors are aligned, four elsewhere, two with masters or random bits (eight where the
+    states are codes). What is stored of a turn is stored in two places: with its quick root and quotient, and without."""
     for name, (param, grad, state, delta), sass in each(by_arch, "update"):
         arch = name.partition(" ")[0]
-        single = TURN if state == 1 else 2 if "stochastic" in name else 4
+        single = TURN if state == 1 else 2 if "stochastic" in name or "master" in name else 4
         residual = [2] if "master" in name else []
         loads, stores = accesses(sass, "LDG"), accesses(sass, "STG")
         expected = expected_accesses(arch, [param, grad, state, state, delta, *residual], TURN, single)
@@ -195,7 +195,7 @@ def expected_divisions(name: str) -> tuple[int, int]:
     if kernel != "update":
         return 0, 0
     # The wide turn, with a quick root and quotient and without, and the other one.
-    beside = TURN if "int8_state" in types else 2 if "stochastic" in name else 4
+    beside = TURN if "int8_state" in types else 2 if "stochastic" in name or "master" in name else 4
     fused = TURN * (2 + 6)
     if "int8_state" in types:  # for either, roots of codes, and of each state a scale and its inverse
         fused += 2 * (TURN * 2 + 2 * (2 + 6))

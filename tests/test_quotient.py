@@ -87,8 +87,8 @@ def test_a_turn_is_usual_where_all_of_its_values_are(name: str) -> None:
     pair = ctypes.c_uint32 * 2
     for p, m, v in itertools.product(PARAMS, MOMENTS, SQUARES):
         expected = abs(p) < 2 and 2.0**-63 <= abs(m) < 2 and 2.0**-96 <= v < 2.0**32
-        found = [bits(x, name) for x in (p, m, v)]
-        good = [bits(x, name) for x in (0.5, -1e-3, 1e-6)]
+        found = [bits(p, "float"), bits(m, name), bits(v, name)]
+        good = [bits(0.5, "float"), bits(-1e-3, name), bits(1e-6, name)]
         for order in (1, -1):
             arguments = [pair(*[x, y][::order]) for x, y in zip(found, good, strict=True)]
             assert usual(*arguments) == expected, (p, m, v)

@@ -12,25 +12,24 @@ namespace drift {
 template <class T>
 constexpr uint32_t kHalves = sizeof(T) == 4 ? 0x10000 : 0x10001;
 
-// Whether a turn is where quick_root and quick_quotient are exact and no result is NaN: |param| in [0, 2), |exp_avg| in
-// [2^-63, 2) and exp_avg_sq in [2^-96, 2^32). (The exponents 64 to 127 are those whose first two bits are 01; for 31 to
-// 158 these are 00 after a subtraction, whose borrow leaves a lower half only if that is outside.) Of exp_avg_sq a NaN
-// and what is negative is outside too, and neither is ever rounded to something inside.
-template <class Param, class State, int kCount>
-DRIFT_HD bool usual(const Values<Param, kCount>& param, const Values<State, kCount>& exp_avg,
+// Whether a turn is where quick_root and quick_quotient are exact and no result is NaN: |param|, but for its last term,
+// in [0, 2), |exp_avg| in [2^-63, 2) and exp_avg_sq in [2^-96, 2^32). (The exponents 64 to 127 are those whose first
+// two bits are 01; for 31 to 158 these are 00 after a subtraction, whose borrow leaves a lower half only if that is
+// outside.) Of exp_avg_sq a NaN and what is negative is outside too, and neither is ever rounded to something inside.
+template <class State, int kCount>
+DRIFT_HD bool usual(const Values<float, kCount>& param, const Values<State, kCount>& exp_avg,
                     const Values<State, kCount>& exp_avg_sq) {
   constexpr uint32_t kOne = kHalves<State>;
-  const auto p = words_of(param);
   const auto m = words_of(exp_avg), v = words_of(exp_avg_sq);
   uint32_t outside_p = 0, outside_m = 0, outside_v = 0;
   DRIFT_UNROLL
-  for (int w = 0; w < p.kCount; ++w) outside_p |= p.words[w];
+  for (int j = 0; j < kCount; ++j) outside_p |= float_to_bits(param.values[j]);
   DRIFT_UNROLL
   for (int w = 0; w < m.kCount; ++w) {
     outside_m |= m.words[w] ^ 0x2000 * kOne;
     outside_v |= v.words[w] - 0x0f80 * kOne;
   }
-  return ((outside_p & 0x4000 * kHalves<Param>) | (outside_m & 0x6000 * kOne) | (outside_v & 0xc000 * kOne)) == 0;
+  return ((outside_p & 0x40000000u) | (outside_m & 0x6000 * kOne) | (outside_v & 0xc000 * kOne)) == 0;
 }
 
 // The same of any finite param, |exp_avg| in [2^-96, 2^38), and zeros. It is asked where `usual` says no: gains of a
@@ -51,10 +50,10 @@ DRIFT_HD bool admissible(const Values<float, kCount>& param, const Values<float,
 }
 
 // Whether the rest of a step allows it. The denominator is in [2^-58, 2^30] then, the quotient is 0 or normal, and the
-// parameter's terms are finite: delta is if exp_avg is.
+// parameter's last term finite.
 DRIFT_HD bool allows_quick(const Coefficients& c) {
   return c.inv_sqrt_bc2 >= 0x1p-10f && c.inv_sqrt_bc2 <= 0x1p9f && c.eps >= 0.0f && c.eps <= 0x1p20f &&
-         fabsf(c.decay) <= 1.0f && fabsf(c.delta_step) <= 1.0f && fabsf(c.step_size) <= 0x1p20f;
+         fabsf(c.step_size) <= 0x1p20f;
 }
 
 // sqrt(x) for x = 0, and x from 2^-96 on: a step of Newton's from an approximation. It is what nvcc makes of sqrtf, but

@@ -8,6 +8,10 @@ namespace drift {
 // Elements of a thread's turn, all requested before the first is used: 40 to 160 bytes in flight.
 constexpr int kUpdateTurn = 8;
 
+// Of one that is not wide: as many as leave registers to spare.
+template <class Param, class State>
+constexpr int kSideTurn = kStochastic<Param> || kStochastic<State> || std::is_same_v<Param, master_bfloat16> ? 2 : 4;
+
 // A turn as it is loaded.
 template <class Param, class Grad, class State, class Delta, int kCount>
 struct Loaded {
@@ -18,12 +22,11 @@ struct Loaded {
   Fetched<ExpAvgSq<State>, kCount> exp_avg_sq;
   Fetched<Delta, kCount> delta;
 
-  // Of a master both halves: with a residual that it never has, a number becomes a NaN.
-  DRIFT_HD auto whole_param() const {
+  DRIFT_HD Values<float, kCount> params() const {
     if constexpr (std::is_same_v<Param, master_bfloat16>) {
       return joined(param, residual);
     } else {
-      return param;
+      return to_floats(param);
     }
   }
 };
@@ -49,7 +52,7 @@ struct Moments {
 template <class Param, class Grad, class State, class Delta, int kCount>
 DRIFT_HD Moments<kCount> moments_of(const Loaded<Param, Grad, State, Delta, kCount>& loaded, const Coefficients& c) {
   const auto g = to_floats(loaded.grad);
-  Moments<kCount> x{to_floats(loaded.exp_avg), to_floats(loaded.exp_avg_sq), to_floats(loaded.whole_param())};
+  Moments<kCount> x{to_floats(loaded.exp_avg), to_floats(loaded.exp_avg_sq), loaded.params()};
   DRIFT_UNROLL
   for (int j = 0; j < kCount; ++j) {
     if constexpr (std::is_same_v<State, int8_state>) x.exp_avg_sq.values[j] *= x.exp_avg_sq.values[j];  // from its root
@@ -94,8 +97,7 @@ DRIFT_HD Uncoded<At::kCount> update_turn(At at, const Stored<Param, Grad, State,
   constexpr int kCount = At::kCount;
   constexpr bool kIsInt8 = std::is_same_v<State, int8_state>;
   using Rounded = std::conditional_t<kIsInt8, float, State>;
-  const auto loaded = load(at, stored);
-  const auto [m, v, before] = moments_of(loaded, c);
+  const auto [m, v, before] = moments_of(load(at, stored), c);
   const auto draws = draw<Param, Rounded>(at, bits);
   const auto store_states = [&](const auto& exp_avg, const auto& exp_avg_sq) {
     if constexpr (!kIsInt8) {
@@ -107,7 +109,7 @@ DRIFT_HD Uncoded<At::kCount> update_turn(At at, const Stored<Param, Grad, State,
   const auto exp_avg_sq = rounded<Rounded, At::kIsWide>(v, draws.exp_avg_sq);
 
   Values<float, kCount> root, param;
-  if (At::kIsWide && (usual(loaded.whole_param(), exp_avg, exp_avg_sq) || admissible(before, m, v, c.eps))) {
+  if (At::kIsWide && (usual(before, exp_avg, exp_avg_sq) || admissible(before, m, v, c.eps))) {
     store_states(exp_avg, exp_avg_sq);
     DRIFT_UNROLL
     for (int j = 0; j < kCount; ++j) {
@@ -232,7 +234,7 @@ DRIFT_HD void update_block(const Launch& launch, int64_t block) {
     update_tiles(stored, span, c, bits);
   } else {
     each_thread([&](int thread) {
-      for_each_turn<kUpdateTurn, kStochastic<Param> || kStochastic<State> ? 2 : 4>(
+      for_each_turn<kUpdateTurn, kSideTurn<Param, State>>(
           span, thread, stored, [&](auto at, const auto& there) { update_turn(at, there, c, bits); });
     });
   }
