@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -193,6 +196,29 @@ def test_streams_visit_every_buffer_of_a_step_and_leave_its_values(
     assert any(with_delta for with_delta, _ in swept) == (scaling is not None)
     ours.step()
     assert not all(map(torch.equal, kept, before))
+
+
+@pytest.mark.skipif(
+    BACKEND != "cpu" or sys.platform != "linux" or platform.machine() != "x86_64", reason="x86-64 Linux"
+)
+def test_counted_instructions_are_those_of_the_kernels_alone() -> None:
+    """None of the interpreter's, whose number differs from run to run: twice the work is exactly twice as many."""
+    from benchmarks.step import instructions
+
+    totals = torch.zeros(64, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)
+    words = torch.ones(64, 16, dtype=torch.int64)
+
+    def sum_words(times: int) -> None:
+        for _ in range(times):
+            addresses = (tensor.data_ptr() for tensor in totals)
+            instructions._cpu.sum_words(words.data_ptr(), 64, 16, *addresses)
+
+    try:
+        once, twice, again = (instructions.count(partial(sum_words, times)) for times in (1, 2, 1))
+    except OSError as refused:
+        pytest.skip(str(refused))
+    assert again == once > 64 * 16 / 8
+    assert twice == 2 * once
 
 
 # Memory

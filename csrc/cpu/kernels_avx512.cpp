@@ -3,7 +3,8 @@
 #define DRIFT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #else
 #define DRIFT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in the compiler's own immintrin.h
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // both in the compiler's own immintrin.h
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "sums_avx512.h"
 #include "update_avx512.h"

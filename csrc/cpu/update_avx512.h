@@ -1,10 +1,13 @@
-// `update_chunk` of chunk.h for AVX-512, by hand: 32 elements a turn, and one look for NaN, after which rounding needs
-// no select. Included by kernels_avx512.cpp alone.
+// `update_chunk` of chunk.h for AVX-512, by hand: two passes over each kPrepared elements, the roots in one and the
+// divisions in the other. A processor that mixes them does them more slowly, and it does not look ahead far enough to
+// have other work while they last. A pass looks once for NaN, after which rounding needs no select. Included by
+// kernels_avx512.cpp alone.
 #pragma once
 
 #include <cstring>
 
-#include "lanes_avx512.h"
+#include "codes_avx512.h"
+#include "philox_avx512.h"
 
 namespace drift::avx512 {
 
@@ -23,162 +26,143 @@ DRIFT_512 Scalars scalars(const Coefficients& c) {
           _mm512_set1_ps(c.eps)};
 }
 
-struct Elements {
-  __m512 param, exp_avg, exp_avg_sq, root;
-};
-
-// adamw_update of adamw.h; the gradient is biased and the parameter decayed before.
-DRIFT_512 void adamw_step(Elements& e, __m512 g, const Scalars& c) {
-  e.exp_avg = _mm512_add_ps(_mm512_mul_ps(c.beta1, e.exp_avg), _mm512_mul_ps(c.one_minus_beta1, g));
-  e.exp_avg_sq =
-      _mm512_add_ps(_mm512_mul_ps(c.beta2, e.exp_avg_sq), _mm512_mul_ps(c.one_minus_beta2, _mm512_mul_ps(g, g)));
-  e.root = _mm512_sqrt_ps(e.exp_avg_sq);
-  const __m512 denominator = _mm512_add_ps(_mm512_mul_ps(e.root, c.inv_sqrt_bc2), c.eps);
-  e.param = _mm512_sub_ps(e.param, _mm512_mul_ps(c.step_size, _mm512_div_ps(e.exp_avg, denominator)));
-}
-
-DRIFT_512 void adamw(Elements& e, __m512 grad, const Scalars& c) {
-  e.param = _mm512_mul_ps(e.param, c.decay);
-  adamw_step(e, _mm512_mul_ps(c.grad_coef, grad), c);
-}
-
-DRIFT_512 void adamw(Elements& e, __m512 grad, __m512 delta, const Scalars& c) {
-  e.param = _mm512_add_ps(_mm512_mul_ps(e.param, c.decay), _mm512_mul_ps(c.delta_step, delta));
-  adamw_step(e, _mm512_sub_ps(_mm512_mul_ps(c.grad_coef, grad), _mm512_mul_ps(c.delta_coef, delta)), c);
-}
-
 template <class Param, class State>
 constexpr Order kOrderOf =
     sizeof(State) == 2 && sizeof(Param) == 2 && !std::is_same_v<Param, float16> ? Order::kEvenOdd : Order::kInOrder;
 
-// The updated values of 32 elements.
-struct Updated {
-  Floats param, exp_avg, exp_avg_sq, root;
-
-  DRIFT_512 bool has_nan() const { return (nan_in(param) | nan_in(exp_avg) | nan_in(exp_avg_sq)) != 0; }
-
-  DRIFT_512 void make_canonical() {
-    param = canonical(param);
-    exp_avg = canonical(exp_avg);
-    exp_avg_sq = canonical(exp_avg_sq);
-  }
+// What the first pass leaves to the second, beside what it stores.
+struct Between {
+  alignas(64) float exp_avg[kPrepared], root[kPrepared], delta[kPrepared];
 };
 
+DRIFT_512 void keep(float* x, Floats value) { store<Order::kInOrder>(x, value, nullptr); }
+DRIFT_512 Floats kept(const float* x) { return load<Order::kInOrder>(x); }
+
+struct Moments {
+  Floats exp_avg, exp_avg_sq;
+
+  DRIFT_512 bool has_nan() const { return avx512::has_nan(exp_avg) || avx512::has_nan(exp_avg_sq); }
+};
+
+// The new moments of the elements from i on, of `old` ones; with the root and, where it was decoded, the delta kept.
 template <Order kOrder, class Param, class Grad, class State, class Delta>
-DRIFT_512 Updated updated(const Stored<Param, Grad, State, Delta>& stored, int64_t i, Floats exp_avg, Floats exp_avg_sq,
-                          const Scalars& c) {
-  const Floats param = load_param<kOrder, Param>(stored.param, stored.residual, i);
-  const Floats grad = load<kOrder>(stored.grad + i);
-  Elements a{param.a, exp_avg.a, exp_avg_sq.a, {}}, b{param.b, exp_avg.b, exp_avg_sq.b, {}};
-  if constexpr (std::is_same_v<Delta, Nothing>) {
-    adamw(a, grad.a, c);
-    adamw(b, grad.b, c);
-  } else {
+DRIFT_512 Moments new_moments(const Stored<Param, Grad, State, Delta>& stored, int64_t i, Moments old, const Scalars& c,
+                              Between& between) {
+  Floats g = load<kOrder>(stored.grad + i) * c.grad_coef;
+  if constexpr (!std::is_same_v<Delta, Nothing>) {
     const Floats delta = load_delta<kOrder>(stored.delta, stored.delta_scale, i);
-    adamw(a, grad.a, delta.a, c);
-    adamw(b, grad.b, delta.b, c);
+    if constexpr (kCoded<Delta>) keep(between.delta + i, delta);
+    g = g - delta * c.delta_coef;
   }
-  Updated u{{a.param, b.param}, {a.exp_avg, b.exp_avg}, {a.exp_avg_sq, b.exp_avg_sq}, {a.root, b.root}};
-  if (__builtin_expect(u.has_nan(), 0)) u.make_canonical();
-  return u;
+  const Moments now{old.exp_avg * c.beta1 + g * c.one_minus_beta1,
+                    old.exp_avg_sq * c.beta2 + g * g * c.one_minus_beta2};
+  keep(between.root + i, root(now.exp_avg_sq));
+  return now;
 }
 
-// The random bits of kPrepared elements, of each tensor that needs them.
-template <class Param, class State>
-struct Drawn {
-  RandomBlock<Param> param;
-  RandomBlock<State> exp_avg, exp_avg_sq;
-
-  DRIFT_512 void draw(const RandomBits& random, int64_t begin) {
-    draw(param, random, Stream::kParam, begin);
-    draw(exp_avg, random, Stream::kExpAvg, begin);
-    draw(exp_avg_sq, random, Stream::kExpAvgSq, begin);
+template <Order kOrder, class Param, class Grad, class State, class Delta>
+DRIFT_512 Floats new_param(const Stored<Param, Grad, State, Delta>& stored, int64_t i, const Scalars& c,
+                           const Between& between) {
+  Floats param = load_param<kOrder, Param>(stored.param + i, stored.residual + i) * c.decay;
+  if constexpr (kCoded<Delta>) {
+    param = param + kept(between.delta + i) * c.delta_step;
+  } else if constexpr (!std::is_same_v<Delta, Nothing>) {
+    param = param + load<kOrder>(stored.delta + i) * c.delta_step;
   }
-
- private:
-  template <class T>
-  static DRIFT_512 void draw(RandomBlock<T>& block, const RandomBits& random, Stream stream, int64_t begin) {
-    if constexpr (kStochastic<T>) {
-      const Place& place = *random.place;
-      const int64_t first = place.whole_index(begin), last = place.whole_index(begin + kPrepared - 8);
-      if (place.keeps_eights() && last - first == kPrepared - 8 && first >> 35 == last >> 35) {
-        draw_eights(random, stream, first >> 3, block.words());
-      } else {
-        block.draw(random, stream, begin);
-      }
-    }
+  const Floats denominator = kept(between.root + i) * c.inv_sqrt_bc2 + c.eps;
+  if constexpr (std::is_same_v<State, float>) {
+    return param - load<kOrder>(stored.exp_avg + i) / denominator * c.step_size;
+  } else {
+    return param - kept(between.exp_avg + i) / denominator * c.step_size;
   }
-};
+}
+
+template <Order kOrder, class Param, class Grad, class State, class Delta>
+DRIFT_512 void update_params(const Stored<Param, Grad, State, Delta>& stored, const Scalars& c,
+                             const Drawn<Param, State>& drawn, int64_t count, const Between& between) {
+  for (int64_t i = 0; i < count; i += kTurn) {
+    const Floats param = new_param<kOrder>(stored, i, c, between);
+    const auto put = [&](Floats x) DRIFT_TARGET __attribute__((always_inline)) {
+      store_param<kOrder>(stored.param + i, stored.residual + i, x, drawn.param.block().words_from(i / 2));
+    };
+    __builtin_expect(has_nan(param), 0) ? put(canonical(param)) : put(param);
+  }
+}
 
 // `count` is a multiple of kTurn.
 template <class Param, class Grad, class State, class Delta>
 DRIFT_512 void update_turns(const Stored<Param, Grad, State, Delta>& stored, const Scalars& c,
-                            Drawn<Param, State>& drawn, int64_t first, int64_t count) {
+                            const Drawn<Param, State>& drawn, int64_t count) {
   constexpr Order kOrder = kOrderOf<Param, State>;
+  Between between;
   for (int64_t i = 0; i < count; i += kTurn) {
-    const int64_t word = (first + i) / 2;
-    const Updated u =
-        updated<kOrder>(stored, i, load<kOrder>(stored.exp_avg + i), load<kOrder>(stored.exp_avg_sq + i), c);
-    store_param<kOrder>(stored.param, stored.residual, i, u.param, drawn.param.words_from(word));
-    store<kOrder>(stored.exp_avg + i, u.exp_avg, drawn.exp_avg.words_from(word));
-    store<kOrder>(stored.exp_avg_sq + i, u.exp_avg_sq, drawn.exp_avg_sq.words_from(word));
+    const Moments old{load<kOrder>(stored.exp_avg + i), load<kOrder>(stored.exp_avg_sq + i)};
+    const Moments now = new_moments<kOrder>(stored, i, old, c, between);
+    if constexpr (!std::is_same_v<State, float>) keep(between.exp_avg + i, now.exp_avg);
+    const auto put = [&](Moments x) DRIFT_TARGET __attribute__((always_inline)) {
+      store<kOrder>(stored.exp_avg + i, x.exp_avg, drawn.exp_avg.block().words_from(i / 2));
+      store<kOrder>(stored.exp_avg_sq + i, x.exp_avg_sq, drawn.exp_avg_sq.block().words_from(i / 2));
+    };
+    __builtin_expect(now.has_nan(), 0) ? put({canonical(now.exp_avg), canonical(now.exp_avg_sq)}) : put(now);
+  }
+  update_params<kOrder>(stored, c, drawn, count, between);
+}
+
+template <bool kLimited>
+DRIFT_512 void encode_turns(moment_code* exp_avg, variance_code* exp_avg_sq, const Scales& scales, int64_t count,
+                            const Between& between) {
+  for (int64_t i = 0; i < count; i += kTurn) {
+    const int64_t block = i / kScaleBlock;
+    encode<kLimited>(exp_avg + i, kept(between.exp_avg + i), scales.inverse[block]);
+    encode<kLimited>(exp_avg_sq + i, kept(between.root + i), scales.inverse[kScales + block]);
   }
 }
 
-// Where the states are codes: kPrepared elements at most, each step over several scale blocks before the next.
+// Out of line: it is the same whatever the other types are.
+inline __attribute__((noinline)) DRIFT_TARGET void encode_states(moment_code* exp_avg, variance_code* exp_avg_sq,
+                                                                 const Scales& scales, int64_t count,
+                                                                 const Between& between) {
+  if (scales.finite) {
+    encode_turns<false>(exp_avg, exp_avg_sq, scales, count, between);
+  } else {
+    encode_turns<true>(exp_avg, exp_avg_sq, scales, count, between);
+  }
+}
+
+// Where the states are codes: those of several scale blocks are made together, and after the parameters, since scales
+// take long.
 template <class Param, class Grad, class Delta>
 DRIFT_512 void update_turns(const Stored<Param, Grad, int8_state, Delta>& stored, const Scalars& c,
-                            Drawn<Param, int8_state>& drawn, int64_t first, int64_t count) {
-  constexpr int kScales = kPrepared / kScaleBlock;
-  static_assert(kScales == 4, "largest_of takes four");
-  alignas(64) float exp_avg[kPrepared], root[kPrepared];
-  __m512i moments[kScales] = {}, roots[kScales] = {};  // the largest in each lane
-  const __m512i magnitude = words(0x7fffffff);
-  for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
-    const int64_t block = begin / kScaleBlock, end = begin + kScaleBlock < count ? begin + kScaleBlock : count;
-    const float moment_scale = stored.exp_avg_scale[block], variance_scale = stored.exp_avg_sq_scale[block];
-    __m512i largest_moment = _mm512_setzero_si512(), largest_root = _mm512_setzero_si512();
-    for (int64_t i = begin; i < end; i += kTurn) {
-      const Updated u = updated<Order::kInOrder>(stored, i, decode(stored.exp_avg + i, moment_scale),
-                                                 decode(stored.exp_avg_sq + i, variance_scale), c);
-      store_param<Order::kInOrder>(stored.param, stored.residual, i, u.param, drawn.param.words_from((first + i) / 2));
-      store<Order::kInOrder>(exp_avg + i, u.exp_avg, nullptr);
-      store<Order::kInOrder>(root + i, u.root, nullptr);
-      const Bits moment = bits(u.exp_avg), variance = bits(u.root);
-      largest_moment = _mm512_max_epu32(largest_moment, _mm512_max_epu32(_mm512_and_si512(moment.a, magnitude),
-                                                                         _mm512_and_si512(moment.b, magnitude)));
-      largest_root = _mm512_max_epu32(largest_root, _mm512_max_epu32(variance.a, variance.b));
-    }
-    moments[block] = largest_moment;
-    roots[block] = largest_root;
+                            const Drawn<Param, int8_state>& drawn, int64_t count) {
+  constexpr Order kOrder = Order::kInOrder;
+  Between between;
+  Largest largest;
+  for (int64_t i = 0; i < count; i += kTurn) {
+    const int64_t block = i / kScaleBlock;
+    const Moments old{decode(stored.exp_avg + i, stored.exp_avg_scale[block]),
+                      decode(stored.exp_avg_sq + i, stored.exp_avg_sq_scale[block])};
+    const Moments now = new_moments<kOrder>(stored, i, old, c, between);
+    keep(between.exp_avg + i, now.exp_avg);
+    largest.take(block, now.exp_avg, now.exp_avg_sq);
   }
-  const Scales of_moments = scales_of<moment_code>(largest_of(moments));
-  const Scales of_roots = scales_of<variance_code>(largest_of(roots));
-  for (int64_t begin = 0; begin < count; begin += kScaleBlock) {
-    const int64_t block = begin / kScaleBlock, end = begin + kScaleBlock < count ? begin + kScaleBlock : count;
-    stored.exp_avg_scale[block] = of_moments.scale[block];
-    stored.exp_avg_sq_scale[block] = of_roots.scale[block];
-    const __m512 moment_inverse = _mm512_set1_ps(of_moments.inverse[block]);
-    const __m512 root_inverse = _mm512_set1_ps(of_roots.inverse[block]);
-    for (int64_t i = begin; i < end; i += 16) {
-      const __m128i moment_codes = code_of_moments(_mm512_load_ps(exp_avg + i), moment_inverse);
-      const __m128i root_codes = code_of_roots(_mm512_load_ps(root + i), root_inverse);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(stored.exp_avg + i), moment_codes);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(stored.exp_avg_sq + i), root_codes);
-    }
-  }
+  const Scales scales = scales_of(largest);
+  update_params<kOrder>(stored, c, drawn, count, between);
+  const auto blocks = static_cast<__mmask8>((1 << (count + kScaleBlock - 1) / kScaleBlock) - 1);
+  _mm_mask_storeu_ps(stored.exp_avg_scale, blocks, _mm_load_ps(scales.scale));
+  _mm_mask_storeu_ps(stored.exp_avg_sq_scale, blocks, _mm_load_ps(scales.scale + kScales));
+  encode_states(stored.exp_avg, stored.exp_avg_sq, scales, count, between);
 }
-
-// Fewer elements than a turn has, or than a block of codes: copied, with zeros behind them, which change no scale.
-template <class Param, class Grad, class State, class Delta, int kRoom>
+// Elements that fill no turn: copied, with zeros behind them, which change no scale.
+template <class Param, class Grad, class State, class Delta>
 struct Padded {
   template <class T>
   struct Room {
-    alignas(64) char bytes[kRoom * sizeof(T)] = {};
+    alignas(64) char bytes[kPrepared * sizeof(T)];
 
     DRIFT_HD T* data() { return reinterpret_cast<T*>(bytes); }
     DRIFT_HD T* of(const T* from, int64_t count) {
       memcpy(bytes, from, count * sizeof(T));
+      memset(bytes + count * sizeof(T), 0, (kTurn - count % kTurn) * sizeof(T));
       return data();
     }
     DRIFT_HD void back(T* to, int64_t count) { memcpy(static_cast<void*>(to), bytes, count * sizeof(T)); }
@@ -193,63 +177,59 @@ struct Padded {
 
   using Tensors = Stored<Param, Grad, State, Delta>;
 
-  DRIFT_HD Tensors of(const Tensors& from, int64_t i, int64_t count) {
+  DRIFT_HD Tensors of(const Tensors& from, int64_t count) {
     Tensors padded = from;
-    padded.param = param.of(from.param + i, count);
-    if constexpr (std::is_same_v<Param, master_bfloat16>) padded.residual = residual.of(from.residual + i, count);
-    padded.grad = grad.of(from.grad + i, count);
-    padded.exp_avg = exp_avg.of(from.exp_avg + i, count);
-    padded.exp_avg_sq = exp_avg_sq.of(from.exp_avg_sq + i, count);
-    if constexpr (!std::is_same_v<Delta, Nothing>) padded.delta = delta.of(from.delta + i, count);
-    padded.delta_scale += i / kScaleBlock;
+    padded.param = param.of(from.param, count);
+    if constexpr (std::is_same_v<Param, master_bfloat16>) padded.residual = residual.of(from.residual, count);
+    padded.grad = grad.of(from.grad, count);
+    padded.exp_avg = exp_avg.of(from.exp_avg, count);
+    padded.exp_avg_sq = exp_avg_sq.of(from.exp_avg_sq, count);
+    if constexpr (!std::is_same_v<Delta, Nothing>) padded.delta = delta.of(from.delta, count);
     return padded;
   }
 
-  DRIFT_HD void back(const Tensors& to, int64_t i, int64_t count) {
-    param.back(to.param + i, count);
-    if constexpr (std::is_same_v<Param, master_bfloat16>) residual.back(to.residual + i, count);
-    exp_avg.back(to.exp_avg + i, count);
-    exp_avg_sq.back(to.exp_avg_sq + i, count);
+  DRIFT_HD void back(const Tensors& to, int64_t count) {
+    param.back(to.param, count);
+    if constexpr (std::is_same_v<Param, master_bfloat16>) residual.back(to.residual, count);
+    exp_avg.back(to.exp_avg, count);
+    exp_avg_sq.back(to.exp_avg_sq, count);
   }
 };
 
+// kPrepared elements at most.
 template <class Param, class Grad, class State, class Delta>
 DRIFT_512 void update_block(const Stored<Param, Grad, State, Delta>& stored, const Coefficients& coefficients,
-                            const Scalars& c, Drawn<Param, State>& drawn, int64_t count) {
-  constexpr bool kWhole = std::is_same_v<State, int8_state>;  // a scale is of all its block
-  const int64_t whole = kWhole ? (count % kTurn == 0 ? count : 0) : count / kTurn * kTurn;
-  if (whole != 0) update_turns(stored, c, drawn, 0, whole);
-  const int64_t rest = count - whole;
-  if (rest == 0) return;
-  if constexpr (!kWhole && !kStochastic<Param> && !kStochastic<State> && !kCoded<Delta>) {
-    // Without copies: a model has many small tensors.
+                            const Scalars& c, const Drawn<Param, State>& drawn, int64_t count) {
+  const int64_t turns = count / kTurn * kTurn, rest = count - turns;
+  if constexpr (std::is_same_v<State, int8_state> || kStochastic<Param> || kStochastic<State> || kCoded<Delta>) {
+    Padded<Param, Grad, State, Delta> padded;
+    update_turns(rest == 0 ? stored : padded.of(stored, count), c, drawn, rest == 0 ? turns : turns + kTurn);
+    if (rest != 0) padded.back(stored, count);
+  } else {  // without copies: a model has many small tensors
+    if (turns != 0) update_turns(stored, c, drawn, turns);
+    if (rest == 0) return;
     Stored<Param, Grad, State, Delta> last = stored;
-    last.param += whole;
-    last.residual += whole;
-    last.grad += whole;
-    last.exp_avg += whole;
-    last.exp_avg_sq += whole;
-    last.delta += whole;
-    return drift::update_block(last, last.delta, coefficients, drawn.param, drawn.exp_avg, drawn.exp_avg_sq, rest);
+    last.param += turns;
+    last.residual += turns;
+    last.grad += turns;
+    last.exp_avg += turns;
+    last.exp_avg_sq += turns;
+    last.delta += turns;
+    drift::update_block(last, last.delta, coefficients, drawn.param.block(), drawn.exp_avg.block(),
+                        drawn.exp_avg_sq.block(), rest);
   }
-  Padded<Param, Grad, State, Delta, kWhole ? kPrepared : kTurn> padded;
-  update_turns(padded.of(stored, whole, rest), c, drawn, whole, (rest + kTurn - 1) / kTurn * kTurn);
-  padded.back(stored, whole, rest);
 }
 
 template <class Param, class Grad, class State, class Delta>
 DRIFT_512 void update_chunk(const Row& row, uint64_t grad, const Coefficients& coefficients, int64_t begin,
                             int64_t end) {
   if (coefficients.step == 0) return;
-  constexpr bool kPrepares = kStochastic<Param> || kStochastic<State> || std::is_same_v<State, int8_state>;
-  constexpr int64_t kBlock = kPrepares ? kPrepared : kChunk;
-  const RandomBits random = random_bits(row, coefficients);
   const Scalars c = scalars(coefficients);
-  Drawn<Param, State> drawn;
-  for (int64_t block = begin; block < end; block += kBlock) {
-    drawn.draw(random, block);
+  Drawn<Param, State> drawn(random_bits(row, coefficients));
+  for (int64_t block = begin; block < end; block += kPrepared) {
+    drawn.draw(block);
     update_block(Stored<Param, Grad, State, Delta>::of(row, grad, block), coefficients, c, drawn,
-                 block + kBlock < end ? kBlock : end - block);
+                 block + kPrepared < end ? kPrepared : end - block);
   }
 }
 
