@@ -123,7 +123,7 @@ def expected_accesses(arch: str, sizes: list[int], turn: int, single: int, copie
 
 def test_an_update_moves_as_much_at_a_time_as_can_be_or_one_element(by_arch: dict[str, Kernels]) -> None:
     """Eight elements a turn where tensors are aligned, four elsewhere, two with masters or random bits (eight where the
-    states are codes). What is stored of a turn is stored in two places: with its quick root and quotient, and without."""
+    states are codes). A turn is stored in two places: with its quick root and quotient, and without."""
     for name, (param, grad, state, delta), sass in each(by_arch, "update"):
         arch = name.partition(" ")[0]
         single = TURN if state == 1 else 2 if "stochastic" in name or "master" in name else 4

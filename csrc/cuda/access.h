@@ -175,30 +175,30 @@ struct Wide {
   DRIFT_HD void store_scale(float* scale, float x) const { write(scale, x); }
 };
 
-// Element by element, below `end`.
-template <class T, int kCount, class At>
-DRIFT_HD Values<T, kCount> load_each(const At& at, const T* tensor) {
+// The elements of a turn one by one: element j at index `at(j)`, below `end`.
+template <class T, int kCount, class Index>
+DRIFT_HD Values<T, kCount> load_each(const T* tensor, Index at, int end) {
   Values<T, kCount> turn{};
   if constexpr (!std::is_same_v<T, Nothing>) {
     DRIFT_UNROLL
     for (int j = 0; j < kCount; ++j) {
-      if (at.index(j) < at.end) turn.values[j] = read(tensor + at.index(j));
+      if (at(j) < end) turn.values[j] = read(tensor + at(j));
     }
   }
   return turn;
 }
 
-template <class T, int kCount, class At>
-DRIFT_HD void store_each(const At& at, T* tensor, const Values<T, kCount>& turn) {
+template <class T, int kCount, class Index>
+DRIFT_HD void store_each(T* tensor, const Values<T, kCount>& turn, Index at, int end) {
   if constexpr (!std::is_same_v<T, Nothing>) {
     DRIFT_UNROLL
     for (int j = 0; j < kCount; ++j) {
-      if (at.index(j) < at.end) write(tensor + at.index(j), turn.values[j]);
+      if (at(j) < end) write(tensor + at(j), turn.values[j]);
     }
   }
 }
 
-// Side by side, one by one.
+// Side by side, one by one, of tensors that were moved to `first`.
 template <int kTurn>
 struct Narrow {
   static constexpr int kCount = kTurn;
@@ -210,20 +210,20 @@ struct Narrow {
 
   template <class T>
   DRIFT_HD Values<T, kCount> load(const T* tensor) const {
-    return load_each<T, kCount>(*this, tensor);
+    return load_each<T, kCount>(tensor, [](int j) { return j; }, end - first);
   }
 
   template <class T>
   DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
-    store_each(*this, tensor, turn);
+    store_each(tensor, turn, [](int j) { return j; }, end - first);
   }
 
   DRIFT_HD Values<float, kCount> scales(const float* scale) const {
     static_assert(kScaleBlock % kCount == 0, "a turn has one scale");
-    return all_of<kCount>(first < end ? read(scale + first / kScaleBlock) : 0.0f);
+    return all_of<kCount>(first < end ? read(scale) : 0.0f);
   }
   DRIFT_HD void store_scale(float* scale, float x) const {
-    if (first < end) write(scale + first / kScaleBlock, x);
+    if (first < end) write(scale, x);
   }
 };
 
@@ -239,12 +239,12 @@ struct Striped {
 
   template <class T>
   DRIFT_HD Values<T, kCount> load(const T* tensor) const {
-    return load_each<T, kCount>(*this, tensor);
+    return load_each<T, kCount>(tensor, [this](int j) { return index(j); }, end);
   }
 
   template <class T>
   DRIFT_HD void store(T* tensor, const Values<T, kCount>& turn) const {
-    store_each(*this, tensor, turn);
+    store_each(tensor, turn, [this](int j) { return index(j); }, end);
   }
 
   DRIFT_HD Values<float, kCount> scales(const float* scale) const {

@@ -195,19 +195,20 @@ DRIFT_HD void update_codes(At at, Tensors tensors, const Coefficients& c, const 
 template <class Tensors>
 DRIFT_HD void update_tiles(const Tensors& stored, const Span& span, const Coefficients& c, const ChunkBits& bits) {
   constexpr int kTile = kThreads * kUpdateTurn;
-  int start = 0;
   // On the device a thread has its own place in a tile, and keeps it.
   Tensors tile = stored.moved(kIsDevice ? own_thread() * kUpdateTurn : 0);
+  const auto tensors = [&](int thread) { return kIsDevice ? tile : tile.moved(thread * kUpdateTurn); };
+  int start = 0;
   DRIFT_KEEP_ROLLED
   for (; start + kTile <= span.tail; start += kTile) {
-    update_codes([&](int thread) { return Wide<kUpdateTurn>{start + thread * kUpdateTurn}; },
-                 [&](int thread) { return kIsDevice ? tile : tile.moved(thread * kUpdateTurn); }, c, bits);
+    update_codes([&](int thread) { return Wide<kUpdateTurn>{start + thread * kUpdateTurn}; }, tensors, c, bits);
     tile = tile.moved(kTile);
   }
   DRIFT_KEEP_ROLLED
   for (; start < span.size; start += kTile) {
-    update_codes([&](int thread) { return Narrow<kUpdateTurn>{start + thread * kUpdateTurn, span.size}; },
-                 [&](int) { return stored; }, c, bits);
+    update_codes([&](int thread) { return Narrow<kUpdateTurn>{start + thread * kUpdateTurn, span.size}; }, tensors, c,
+                 bits);
+    tile = tile.moved(kTile);
   }
 }
 
