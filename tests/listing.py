@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.gpu.sheet.instructions import parse
+from benchmarks.gpu.sheet.opcodes import parse
 from benchmarks.gpu.sheet.kinds import Traffic
 from benchmarks.gpu.sheet.machines import MACHINES
 from benchmarks.gpu.sheet.model import Kernel

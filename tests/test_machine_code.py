@@ -9,7 +9,7 @@ from listing import BF16, FAST, H200, KERNEL, kernel, listing, turn
 
 from benchmarks.gpu import disassembly
 from benchmarks.gpu.sheet import banks, entries, kinds, machines
-from benchmarks.gpu.sheet.instructions import Instruction, parse
+from benchmarks.gpu.sheet.opcodes import Instruction, parse
 from benchmarks.gpu.sheet.kinds import HEADLINES, SIZES, Traffic, parts
 from benchmarks.gpu.sheet.machines import MACHINES
 from benchmarks.gpu.sheet.model import Kernel, predict

@@ -11,7 +11,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from .instructions import Instruction
+from .opcodes import Instruction
 from .paths import Path
 
 Lanes = NDArray[np.int64]

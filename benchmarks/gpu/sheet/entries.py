@@ -9,7 +9,7 @@ from typing import Any
 from ...rows import row_metadata
 from .. import disassembly
 from . import machines
-from .instructions import parse
+from .opcodes import parse
 from .kinds import of_triton, traffic
 from .machines import MACHINES
 from .model import Kernel, predict

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .instructions import Instruction
+from .opcodes import Instruction
 
 WIDE = 8  # bytes of an access that belongs to a wide turn: less is of single elements, or of scales
 

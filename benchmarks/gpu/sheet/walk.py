@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from . import machines
-from .instructions import NO_BARRIER, Instruction
+from .opcodes import NO_BARRIER, Instruction
 from .machines import Machine
 from .paths import Path
 
