@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from benchmarks.gpu.sheet.opcodes import parse
 from benchmarks.gpu.sheet.kinds import Traffic
 from benchmarks.gpu.sheet.machines import MACHINES
 from benchmarks.gpu.sheet.model import Kernel
+from benchmarks.gpu.sheet.opcodes import parse
 from benchmarks.gpu.sheet.paths import Path, wide_path
 
 BF16 = "update<bfloat16, bfloat16, bfloat16, bfloat16>"

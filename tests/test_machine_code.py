@@ -9,10 +9,10 @@ from listing import BF16, FAST, H200, KERNEL, kernel, listing, turn
 
 from benchmarks.gpu import disassembly
 from benchmarks.gpu.sheet import banks, entries, kinds, machines
-from benchmarks.gpu.sheet.opcodes import Instruction, parse
 from benchmarks.gpu.sheet.kinds import HEADLINES, SIZES, Traffic, parts
 from benchmarks.gpu.sheet.machines import MACHINES
 from benchmarks.gpu.sheet.model import Kernel, predict
+from benchmarks.gpu.sheet.opcodes import Instruction, parse
 from benchmarks.gpu.sheet.paths import Path, wide_path
 from benchmarks.gpu.sheet.queues import Station, rounds
 from benchmarks.gpu.sheet.walk import Costs, walk

@@ -9,10 +9,10 @@ from typing import Any
 from ...rows import row_metadata
 from .. import disassembly
 from . import machines
-from .opcodes import parse
 from .kinds import of_triton, traffic
 from .machines import MACHINES
 from .model import Kernel, predict
+from .opcodes import parse
 from .paths import wide_path
 
 Entry = dict[str, Any]

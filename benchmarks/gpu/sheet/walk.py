@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from . import machines
-from .opcodes import NO_BARRIER, Instruction
 from .machines import Machine
+from .opcodes import NO_BARRIER, Instruction
 from .paths import Path
 
 TURNS = 3  # of which the last counts: what a turn requests may be waited for in the next
