@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 from background import OUT, Product
+from problems import BF16, DEVICE, F32, GRID, Problem, assert_same_bits, coefficients, with_rare_values
+
+from drift_kernels.kernels import backends
+from drift_kernels.kernels.coefficients import Coefficients
 
 FLAGS = "-std=c++17 -O2 -shared -fPIC -ffp-contract=off"
 SOURCE = Path(__file__).with_name("quotient.cpp")
@@ -102,3 +106,32 @@ def test_what_is_not_usual_may_be_admissible() -> None:
         for order in (1, -1):
             arguments = [pair(*[x, y][::order]) for x, y in ((p, 0.5), (m, -1e-3), (v, 1e-6))]
             assert library().admissible_float(*arguments, ctypes.c_float(eps)) == expected, (p, m, v, eps)
+
+
+@pytest.mark.parametrize("which", [None, "eps", "inv_sqrt_bc2", "decay", "delta_step", "step_size"])
+@pytest.mark.parametrize(
+    ("dtypes", "master", "stochastic"),
+    [
+        ((BF16, BF16, BF16, BF16), False, False),
+        ((F32, F32, F32, F32), False, False),
+        ((BF16, BF16, F32, BF16), True, False),
+        ((BF16, BF16, BF16, BF16), False, True),
+        ((BF16, BF16, torch.int8, torch.int8), False, True),
+    ],
+    ids=str,
+)
+def test_values_that_quick_divisions_do_not_take(
+    dtypes: tuple[torch.dtype | None, ...], master: bool, stochastic: bool, which: str | None
+) -> None:
+    """And values that they take though they are rare; and steps that allow none."""
+    numels = [1, 31, 1000, 5000]
+    problem = with_rare_values(Problem.random(numels, dtypes, master, stochastic))
+    table = coefficients(len(numels)).table
+    if which is not None:
+        column = Coefficients._fields.index(which)
+        values = {"eps": [0.0, 2.0**-60, 1e7, -1e-3], "inv_sqrt_bc2": [2.0**-11, 600.0, 1e30, 0.0]}
+        table[:, column] = torch.tensor(values.get(which, [1.5, -40.0, 1e38, torch.inf]), device=table.device)
+    expected = problem.clone()
+    backends.load("reference").update(expected.plan(), table, with_delta=True)
+    backends.load("cuda" if DEVICE.type == "cuda" else GRID).update(problem.plan(), table, with_delta=True)
+    assert_same_bits(problem.outputs(), expected.outputs())
