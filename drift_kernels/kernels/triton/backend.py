@@ -26,16 +26,13 @@ CAPTURABLE = False  # new gradient addresses take a copy from the host
 READS_TENSORS = False
 FILLS_COEFFICIENTS = False
 
-# Eight elements a thread: 16 bytes of each bfloat16 tensor, 32 of each float32 one, requested before the first is used.
-UPDATE_BLOCK = 1024
-# Sixteen elements a thread, since only two tensors are read. A float32 lane adds up CHUNK / (STATS_BLOCK / 2) = 16
-# products at most, so the error is within 16 * 2^-24 = 9.5e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
-STATS_BLOCK = 2048
-BIAS_BLOCK = 2048
+THREADS = 128  # of a block, whatever the size of a warp
+# Of a tile, which has eight elements each: one for a thread.
+LINES = THREADS
+# Tiles that are requested at once, where only two tensors are read; and again while they are used.
+SUM_TILES = 2
 # The chunks whose sums the second stage reads at once.
 TOTAL_BLOCK = 512
-
-THREADS = 128  # of a block, whatever the size of a warp
 
 
 def options(warp_size: int) -> dict[str, Any]:
@@ -103,8 +100,7 @@ def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
         if plan.chunk_count:
             _sum_chunk[(plan.chunk_count,)](
                 *(table, grads, chunk_tensor, plan.partials, grad_dtype, delta_dtype),
-                CHUNK,
-                STATS_BLOCK,
+                *(CHUNK, LINES, SUM_TILES),
                 **_options(plan.device),
             )
         _sum_tensor[(len(plan),)](table, plan.partials, out, CHUNK, TOTAL_BLOCK, **_options(plan.device))
@@ -117,7 +113,7 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     if plan.chunk_count:
         with _on(plan.device):
             _update_chunk[(plan.chunk_count,)](
-                *_tables(plan), coefficients, *dtypes, *modes, CHUNK, UPDATE_BLOCK, **_options(plan.device)
+                *_tables(plan), coefficients, *dtypes, *modes, CHUNK, LINES, **_options(plan.device)
             )
 
 
@@ -126,5 +122,5 @@ def bias(plan: Plan, coefficients: Tensor) -> None:
     if plan.chunk_count:
         with _on(plan.device):
             _bias_chunk[(plan.chunk_count,)](
-                *_tables(plan), coefficients, grad_dtype, delta_dtype, CHUNK, BIAS_BLOCK, **_options(plan.device)
+                *_tables(plan), coefficients, grad_dtype, delta_dtype, CHUNK, LINES, **_options(plan.device)
             )

@@ -28,18 +28,32 @@ def _philox(block, key, step, stream: tl.constexpr):
 
 
 @_jit
-def _whole_index(i, origin, width, pitch):
-    return origin + i + tl.where(width == 0, 0, i // tl.maximum(width, 1) * (pitch - width))
+def _run(start, offset, width):
+    """Which run of `width` elements each of the elements start + offset is in. `offset`: int32, less than 1024."""
+    first = start // width
+    rest = start - first * width + offset
+    # No division of 64 bits for each thread: it would be a call.
+    later = tl.where(width < 1024, rest.to(tl.uint32) // tl.minimum(width, 1024).to(tl.uint32), (rest >= width).to(tl.uint32))
+    return first + later
 
 
 @_jit
-def _philox_each(i, row, step, stream: tl.constexpr):
-    """The words of the elements i .. i + 7, of which each may be anywhere in the whole tensor: a queue of halves."""
-    key, origin, width, pitch = row[RANDOM_KEY], row[ORIGIN], row[WIDTH], row[PITCH]
-    words0, words1, words2, words3 = i.to(tl.uint32), i.to(tl.uint32), i.to(tl.uint32), i.to(tl.uint32)
+def _whole_index(start, offset, row):
+    """In the whole tensor, of the elements start + offset."""
+    index = row[ORIGIN] + start + offset
+    if row[WIDTH] != 0:
+        index += _run(start, offset, row[WIDTH]) * (row[PITCH] - row[WIDTH])
+    return index
+
+
+@_jit
+def _philox_each(start, offset, row, step, stream: tl.constexpr):
+    """The words of the elements start + offset .. start + offset + 7, of which each may be anywhere in the whole
+    tensor: a queue of halves."""
+    words0, words1, words2, words3 = (tl.zeros_like(offset).to(tl.uint32),) * 4
     for j in range(8):
-        index = _whole_index(i + j, origin, width, pitch)
-        x0, x1, x2, x3 = _philox(index // 8, key, step, stream)
+        index = _whole_index(start, offset + j, row)
+        x0, x1, x2, x3 = _philox(index // 8, row[RANDOM_KEY], step, stream)
         word = tl.where(index & 4 != 0, tl.where(index & 2 != 0, x3, x2), tl.where(index & 2 != 0, x1, x0))
         half = tl.where(index & 1 != 0, word & 0xFFFF0000, word << 16)
         words0, words1 = (words0 >> 16) | (words1 << 16), (words1 >> 16) | (words2 << 16)
@@ -48,14 +62,13 @@ def _philox_each(i, row, step, stream: tl.constexpr):
 
 
 @_jit
-def _draw(row, step, stream: tl.constexpr, start, block: tl.constexpr):
-    """16 random bits for each of the elements start .. start + block, as formats.philox.random_bits has them; start is
-    a multiple of 8. One call for eight elements, where a shard does not cut through the eights of the whole tensor."""
-    key, origin, width, pitch = row[RANDOM_KEY], row[ORIGIN], row[WIDTH], row[PITCH]
-    i = (start + tl.arange(0, block // 8) * 8).to(tl.int64)
-    if (origin | width | pitch) % 8 == 0:
-        x0, x1, x2, x3 = _philox(_whole_index(i, origin, width, pitch) // 8, key, step, stream)
+def _draw(row, step, stream: tl.constexpr, start, lines: tl.constexpr):
+    """16 random bits for each element of a tile, [lines, 8], as formats.philox.random_bits has them. One call for a
+    line, where a shard does not cut through the eights of the whole tensor."""
+    offset = tl.arange(0, lines) * 8
+    if (row[ORIGIN] | row[WIDTH] | row[PITCH]) % 8 == 0:
+        x0, x1, x2, x3 = _philox(_whole_index(start, offset, row) // 8, row[RANDOM_KEY], step, stream)
     else:
-        x0, x1, x2, x3 = _philox_each(i, row, step, stream)
-    words = tl.permute(tl.join(tl.join(x0, x1), tl.join(x2, x3)), 0, 2, 1)
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block])
+        x0, x1, x2, x3 = _philox_each(start, offset, row, step, stream)
+    words = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [lines, 4])
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [lines, 8])
