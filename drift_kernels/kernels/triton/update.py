@@ -29,14 +29,18 @@ from .layout import (
     NUMEL,
     ONE_MINUS_BETA1,
     ONE_MINUS_BETA2,
+    ORIGIN,
     PARAM,
     PARAM_STREAM,
+    PITCH,
+    RANDOM_KEY,
     RESIDUAL,
     ROW,
     STEP,
     STEP_SIZE,
+    WIDTH,
 )
-from .random import _draw
+from .random import _draw, _whole_index
 
 if missing is None:
     import triton.language as tl
@@ -67,6 +71,7 @@ def _update(
     param      = param*decay [+ delta_step*delta] - step_size*(exp_avg/(sqrt(exp_avg_sq)*inv_sqrt_bc2 + eps))
     """
     variance_dtype: tl.constexpr = tl.uint8 if state_dtype == tl.int8 else state_dtype
+    step = c[STEP].to(tl.uint32)
     for start in range(begin, end, lines * 8):
         if master:
             high = _upper(_load_bits(row[PARAM], param_dtype, start, end, lines, aligned), lines, aligned)
@@ -93,20 +98,22 @@ def _update(
         divisor = tl.sqrt_rn(exp_avg_sq) * c[INV_SQRT_BC2] + c[EPS]
         param = param - c[STEP_SIZE] * tl.div_rn(exp_avg, divisor)
 
+        if param_at_random or state_at_random:
+            index = _whole_index(row, start, lines, aligned)
         if master:
             bits = tl.where(param != param, 0x7FC00000, param.to(tl.uint32, bitcast=True))
             _store_upper(row[PARAM], start, end, bits + 0x8000, lines, aligned)
             _store_upper(row[RESIDUAL], start, end, bits << 16, lines, aligned)
         else:
-            bits = _draw(row, c[STEP].to(tl.uint32), PARAM_STREAM, start, lines) if param_at_random else None
+            bits = _draw(index, row[RANDOM_KEY], step, PARAM_STREAM, lines, aligned) if param_at_random else None
             _store(row[PARAM], param_dtype, start, end, param, bits, lines, aligned)
         if state_dtype == tl.int8:
             _store_codes(row[EXP_AVG], row[EXP_AVG_SCALE], tl.int8, start, end, exp_avg, lines, aligned)
             _store_codes(row[EXP_AVG_SQ], row[EXP_AVG_SQ_SCALE], tl.uint8, start, end, exp_avg_sq, lines, aligned)
         else:
-            bits = _draw(row, c[STEP].to(tl.uint32), EXP_AVG_STREAM, start, lines) if state_at_random else None
+            bits = _draw(index, row[RANDOM_KEY], step, EXP_AVG_STREAM, lines, aligned) if state_at_random else None
             _store(row[EXP_AVG], state_dtype, start, end, exp_avg, bits, lines, aligned)
-            bits = _draw(row, c[STEP].to(tl.uint32), EXP_AVG_SQ_STREAM, start, lines) if state_at_random else None
+            bits = _draw(index, row[RANDOM_KEY], step, EXP_AVG_SQ_STREAM, lines, aligned) if state_at_random else None
             _store(row[EXP_AVG_SQ], state_dtype, start, end, exp_avg_sq, bits, lines, aligned)
 
 
@@ -137,6 +144,8 @@ def _update_chunk(
         together |= row[DELTA]
     if master:
         together |= row[RESIDUAL]
+    if param_at_random or state_at_random:
+        together |= (row[ORIGIN] | row[WIDTH] | row[PITCH]) * 2  # lines are eights of the whole tensor, or it matters not
     begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, lines * 8)
     _update(
         *(row, grad, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
@@ -144,5 +153,5 @@ def _update_chunk(
     )
     _update(
         *(row, grad, c, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
-        *(master, param_at_random, state_at_random, lines // 2, False),
+        *(master, param_at_random, state_at_random, lines // 4, False),
     )
