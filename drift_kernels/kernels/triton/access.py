@@ -57,8 +57,11 @@ def _line(lines: tl.constexpr, length: tl.constexpr):
 
 
 @_jit
-def _load_bits(address, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned: tl.constexpr):
-    """A tile as it is in memory, in a tuple: on the general path as elements, of which those from `end` on are 0."""
+def _load_bits(
+    address, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned: tl.constexpr, word: tl.constexpr = 32
+):
+    """A tile as it is in memory, in a tuple: on the general path as elements, of which those from `end` on are 0; on
+    the aligned path as words of `word` bits, or as float32 in two."""
     size: tl.constexpr = dtype.primitive_bitwidth // 8
     if not aligned:
         stored: tl.constexpr = tl.uint16 if size == 2 else tl.uint8 if size == 1 else dtype
@@ -68,16 +71,26 @@ def _load_bits(address, dtype: tl.constexpr, start, end, lines: tl.constexpr, al
         pointer = _pointer(address, dtype, start) + tl.arange(0, lines)[:, None] * 8 + tl.arange(0, 4)[None, :]
         bits = (tl.load(pointer), tl.load(pointer + 4))
     else:
-        pointer = _pointer(address + start * size, tl.uint32, 0)
-        bits = (tl.load(pointer + _line(lines, 2 * size)),)
+        words: tl.constexpr = tl.uint32 if word == 32 else tl.uint64
+        bits = (tl.load(_pointer(address + start * size, words, 0) + _line(lines, size * 64 // word)),)
     return bits
+
+
+@_jit
+def _words(bits, lines: tl.constexpr):
+    """uint32 [lines, 2 or 4]: what was read on the aligned path, of elements that are narrower than 4 bytes."""
+    words = bits[0]
+    if words.dtype == tl.uint64:
+        words = tl.reshape(tl.join(words.to(tl.uint32), (words >> 32).to(tl.uint32)), [lines, 2 * words.shape[1]])
+    return words
 
 
 @_jit
 def _upper(bits, lines: tl.constexpr, aligned: tl.constexpr):
     """uint32 [lines, 8]: elements of 2 bytes, in the upper halves."""
     if aligned:
-        x = tl.reshape(tl.join(bits[0] << 16, bits[0] & 0xFFFF0000), [lines, 8])
+        words = _words(bits, lines)
+        x = tl.reshape(tl.join(words << 16, words & 0xFFFF0000), [lines, 8])
     else:
         x = bits[0].to(tl.uint32) << 16
     return x
@@ -87,7 +100,8 @@ def _upper(bits, lines: tl.constexpr, aligned: tl.constexpr):
 def _top(bits, lines: tl.constexpr, aligned: tl.constexpr):
     """int32 [lines, 8]: elements of 1 byte, in the highest byte; what is below it is undefined."""
     if aligned:
-        x = tl.join(tl.join(bits[0] << 24, bits[0] << 8), tl.join(bits[0] << 16, bits[0]))
+        words = _words(bits, lines)
+        x = tl.join(tl.join(words << 24, words << 8), tl.join(words << 16, words))
         x = tl.reshape(x, [lines, 8])
     else:
         x = bits[0].to(tl.uint32) << 24

@@ -27,24 +27,29 @@ READS_TENSORS = False
 FILLS_COEFFICIENTS = False
 
 THREADS = 128  # of a block, whatever the size of a warp
-# Of a tile, which has eight elements each: one for a thread.
+# Of a tile: a thread has one of eight elements.
 LINES = THREADS
-# Tiles that are requested at once, where only two tensors are read; and again while they are used.
-SUM_TILES = 2
 # The chunks whose sums the second stage reads at once.
 TOTAL_BLOCK = 512
+# What CUDA's compiler is to give a thread where it would rather take more, and leave room for fewer blocks.
+CODED_REGISTERS = 80
+RANDOM_REGISTERS = 72
 
 
-def options(warp_size: int) -> dict[str, Any]:
+def options(warp_size: int, registers: int | None = None) -> dict[str, Any]:
     """Of a launch. No contraction: every operation is rounded by itself. No autotuning: each trial would update the
-    tensors."""
-    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+    tensors. `registers`: of a thread, at most; for NVIDIA's GPUs alone."""
+    limit = {"maxnreg": registers} if registers else {}
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False, **limit}
 
 
 @cache
-def _options(device: torch.device) -> dict[str, Any]:
+def _options(device: torch.device, registers: int | None = None) -> dict[str, Any]:
     """AMD's CDNA has warps of 64 threads."""
-    return options(32 if device.type == "cpu" else triton.runtime.driver.active.get_current_target().warp_size)
+    if device.type == "cpu":
+        return options(32, registers)
+    target = triton.runtime.driver.active.get_current_target()
+    return options(target.warp_size, registers if target.backend == "cuda" else None)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -96,11 +101,14 @@ def _tables(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
     _, grad_dtype, _, delta_dtype = _dtypes(plan, with_delta)
     table, grads, chunk_tensor = _tables(plan)
+    # Tiles that are requested at once, and again while they are used: at least 64 bytes for a thread, in all.
+    read = grad_dtype.primitive_bitwidth + (delta_dtype.primitive_bitwidth if delta_dtype else 0)
+    tiles = 2 if read >= 32 else 4
     with _on(plan.device):
         if plan.chunk_count:
             _sum_chunk[(plan.chunk_count,)](
                 *(table, grads, chunk_tensor, plan.partials, grad_dtype, delta_dtype),
-                *(CHUNK, LINES, SUM_TILES),
+                *(CHUNK, LINES, tiles),
                 **_options(plan.device),
             )
         _sum_tensor[(len(plan),)](table, plan.partials, out, CHUNK, TOTAL_BLOCK, **_options(plan.device))
@@ -110,10 +118,11 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     dtypes = _dtypes(plan, with_delta)
     param, _, state, _ = (str(kind) for kind in plan.dtype_names(with_delta))
     modes = param.startswith("master"), param.startswith("stochastic"), state.startswith("stochastic")
+    registers = CODED_REGISTERS if state == "int8" else RANDOM_REGISTERS if any(modes[1:]) else None
     if plan.chunk_count:
         with _on(plan.device):
             _update_chunk[(plan.chunk_count,)](
-                *_tables(plan), coefficients, *dtypes, *modes, CHUNK, LINES, **_options(plan.device)
+                *(*_tables(plan), coefficients, *dtypes, *modes, CHUNK, LINES), **_options(plan.device, registers)
             )
 
 

@@ -51,4 +51,4 @@ def _bias_chunk(
     begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], grad | row[DELTA], chunk_size, lines * 8)
     tensors = (grad, row[DELTA], row[DELTA_SCALE], delta_coef)
     _bias(*tensors, begin, middle, grad_dtype, delta_dtype, lines, True)
-    _bias(*tensors, middle, end, grad_dtype, delta_dtype, lines // 2, False)
+    _bias(*tensors, middle, end, grad_dtype, delta_dtype, lines // 4, False)

@@ -70,8 +70,8 @@ def _store_codes(address, scales, dtype: tl.constexpr, start, end, x, lines: tl.
     inverse = tl.where(scale > 0, tl.div_rn(tl.full([lines], 1.0, tl.float32), scale), 0.0)
     scaled = coded * inverse[:, None]
     root = tl.sqrt_rn(scaled) if moment else scaled
-    # 1.5 * 2^23 leaves the nearest integer in the low bits. The smaller of a NaN and the limit is the limit.
-    nearest = tl.minimum(root + 12582912.0, 12582912.0 + limit)
+    nearest = root + 12582912.0  # leaves the nearest integer in the low bits
+    nearest = tl.where(nearest < 12582912.0 + limit, nearest, 12582912.0 + limit)
     code = nearest.to(tl.int32, bitcast=True) - 0x4B400000
     code = tl.where(x < 0, -code, code) if moment else tl.maximum(code, (coded > 0).to(tl.int32))
     code = code.to(dtype)

@@ -28,9 +28,9 @@ def _request(
     found = ()
     for tile in tl.static_range(tiles):
         at = start + tile * lines * 8
-        of_tile = (_load_bits(tensors[0], grad_dtype, at, end, lines, aligned),)
+        of_tile = (_load_bits(tensors[0], grad_dtype, at, end, lines, aligned, 64),)
         if delta_dtype is not None:
-            of_tile += (_load_bits(tensors[1], delta_dtype, at, end, lines, aligned),)  # type: ignore[assignment]
+            of_tile += (_load_bits(tensors[1], delta_dtype, at, end, lines, aligned, 64),)  # type: ignore[assignment]
             if delta_dtype.primitive_bitwidth == 8:
                 of_tile += (_load_scales(tensors[2], at, end, lines, aligned),)
         found += (of_tile,)  # type: ignore[assignment]
