@@ -42,8 +42,9 @@ LAUNCHES = [
 ]
 
 
-def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
+def launches(target: GPUTarget) -> dict[str, tuple[ASTSource, dict[str, Any]]]:
     """The kernels that the primitives launch, as sources, and the options of their launches."""
+    backend._target = lambda device: (target.backend, target.warp_size)
     found: dict[str, tuple[ASTSource, dict[str, Any]]] = {}
 
     def record(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
@@ -71,8 +72,8 @@ def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
     return found
 
 
-def compiled(arch: int, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+def compiled(target: GPUTarget, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
+    binary = triton.compile(source, target=target, options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
@@ -85,10 +86,9 @@ def compiled(arch: int, source: ASTSource, options: dict[str, Any]) -> dict[str,
     }
 
 
-def compiled_for_amd(arch: str, source: ASTSource) -> dict[str, Any]:
+def compiled_for_amd(target: GPUTarget, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
     """For a CDNA GPU, whose warps have 64 threads: the machine code's instructions, and what it says of memory."""
-    target = GPUTarget("hip", arch, 64)
-    code = triton.compile(source, target=target, options=backend.options(target.warp_size)).asm["amdgcn"]
+    code = triton.compile(source, target=target, options=options).asm["amdgcn"]
     usage = {
         key: int(value)
         for key, value in re.findall(
@@ -105,8 +105,7 @@ def compiled_for_amd(arch: str, source: ASTSource) -> dict[str, Any]:
 
 if __name__ == "__main__":
     chosen = sys.argv[1]
-    made = {
-        name: compiled_for_amd(chosen, source) if chosen.startswith("gfx") else compiled(int(chosen), source, options)
-        for name, (source, options) in launches().items()
-    }
-    json.dump(made, sys.stdout)
+    of_amd = chosen.startswith("gfx")
+    target = GPUTarget("hip", chosen, 64) if of_amd else GPUTarget("cuda", int(chosen), 32)
+    facts = compiled_for_amd if of_amd else compiled
+    json.dump({name: facts(target, *launch) for name, launch in launches(target).items()}, sys.stdout)

@@ -135,12 +135,23 @@ def _load(address, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned
 
 @_jit
 def _store(
-    address, dtype: tl.constexpr, start, end, x, random, lines: tl.constexpr, aligned: tl.constexpr
+    address,
+    dtype: tl.constexpr,
+    start,
+    end,
+    x,
+    random,
+    lines: tl.constexpr,
+    aligned: tl.constexpr,
+    converts: tl.constexpr,
 ):
     """float32 `x` rounded to nearest, ties to even, or by `random` bits; a NaN becomes the canonical quiet NaN of a
-    narrower dtype."""
+    narrower dtype. `converts`: there is an instruction to bfloat16 that makes every NaN 0x7fff."""
     if dtype == tl.float32:
         _store_float(address, start, end, x, lines, aligned)
+    elif dtype == tl.bfloat16 and random is None and converts:
+        bits = tl.minimum(x.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)  # numbers are less, infinities too
+        _store_upper(address, start, end, bits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16, lines, aligned)
     else:
         bits = x.to(tl.uint32, bitcast=True)
         if dtype == tl.float16:

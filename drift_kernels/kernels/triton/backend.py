@@ -36,20 +36,26 @@ CODED_REGISTERS = 80
 RANDOM_REGISTERS = 72
 
 
-def options(warp_size: int, registers: int | None = None) -> dict[str, Any]:
-    """Of a launch. No contraction: every operation is rounded by itself. No autotuning: each trial would update the
-    tensors. `registers`: of a thread, at most; for NVIDIA's GPUs alone."""
-    limit = {"maxnreg": registers} if registers else {}
-    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False, **limit}
-
-
 @cache
-def _options(device: torch.device, registers: int | None = None) -> dict[str, Any]:
-    """AMD's CDNA has warps of 64 threads."""
+def _target(device: torch.device) -> tuple[str, int]:
+    """Who compiles ("interpreter": nobody; "cuda", "hip", ..), and the threads of a warp: 64 on AMD's CDNA."""
     if device.type == "cpu":
-        return options(32, registers)
+        return "interpreter", 32
     target = triton.runtime.driver.active.get_current_target()
-    return options(target.warp_size, registers if target.backend == "cuda" else None)
+    return target.backend, target.warp_size
+
+
+def _converts(device: torch.device) -> bool:
+    """Whether kernels round to bfloat16 by the device's instruction: that of NVIDIA makes every NaN 0x7fff."""
+    return _target(device)[0] == "cuda"
+
+
+def _options(device: torch.device, registers: int | None = None) -> dict[str, Any]:
+    """Of a launch. No contraction: every operation is rounded by itself. No autotuning: each trial would update the
+    tensors. `registers`: of a thread, at most; CUDA's compiler alone takes a limit."""
+    compiler, warp_size = _target(device)
+    limit = {"maxnreg": registers} if registers and compiler == "cuda" else {}
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False, **limit}
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -122,7 +128,8 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     if plan.chunk_count:
         with _on(plan.device):
             _update_chunk[(plan.chunk_count,)](
-                *(*_tables(plan), coefficients, *dtypes, *modes, CHUNK, LINES), **_options(plan.device, registers)
+                *(*_tables(plan), coefficients, *dtypes, *modes, _converts(plan.device), CHUNK, LINES),
+                **_options(plan.device, registers),
             )
 
 
@@ -131,5 +138,6 @@ def bias(plan: Plan, coefficients: Tensor) -> None:
     if plan.chunk_count:
         with _on(plan.device):
             _bias_chunk[(plan.chunk_count,)](
-                *_tables(plan), coefficients, grad_dtype, delta_dtype, CHUNK, LINES, **_options(plan.device)
+                *(*_tables(plan), coefficients, grad_dtype, delta_dtype, _converts(plan.device), CHUNK, LINES),
+                **_options(plan.device),
             )

@@ -23,6 +23,7 @@ def _bias(
     end,
     grad_dtype: tl.constexpr,
     delta_dtype: tl.constexpr,
+    converts: tl.constexpr,
     lines: tl.constexpr,
     aligned: tl.constexpr,
 ):
@@ -30,7 +31,7 @@ def _bias(
     for start in range(begin, end, lines * 8):
         g = _load(grad, grad_dtype, start, end, lines, aligned)
         g = g - delta_coef * _load_delta(delta, delta_scale, delta_dtype, start, end, lines, aligned)
-        _store(grad, grad_dtype, start, end, g, None, lines, aligned)
+        _store(grad, grad_dtype, start, end, g, None, lines, aligned, converts)
 
 
 @_jit
@@ -41,6 +42,7 @@ def _bias_chunk(
     coefficients,
     grad_dtype: tl.constexpr,
     delta_dtype: tl.constexpr,
+    converts: tl.constexpr,
     chunk_size: tl.constexpr,
     lines: tl.constexpr,
 ):
@@ -50,5 +52,5 @@ def _bias_chunk(
     delta_coef = _fields(coefficients, tensor, COEFFICIENTS)[DELTA_COEF]
     begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], grad | row[DELTA], chunk_size, lines * 8)
     tensors = (grad, row[DELTA], row[DELTA_SCALE], delta_coef)
-    _bias(*tensors, begin, middle, grad_dtype, delta_dtype, lines, True)
-    _bias(*tensors, middle, end, grad_dtype, delta_dtype, lines // 4, False)
+    _bias(*tensors, begin, middle, grad_dtype, delta_dtype, converts, lines, True)
+    _bias(*tensors, middle, end, grad_dtype, delta_dtype, converts, lines // 4, False)

@@ -57,7 +57,7 @@ def _store_codes(address, scales, dtype: tl.constexpr, start, end, x, lines: tl.
     formats.blocks.encode_state."""
     line: tl.constexpr = SCALE_BLOCK // 8  # lines that share a scale
     moment: tl.constexpr = dtype == tl.int8
-    limit: tl.constexpr = 127.0 if moment else 255.0
+    limit: tl.constexpr = 127 if moment else 255
     coded = tl.abs(x) if moment else tl.sqrt_rn(x)
     largest = tl.max(coded.to(tl.uint32, bitcast=True), axis=1)
     largest = tl.max(tl.reshape(largest, [lines // line, line]), axis=1)
@@ -70,9 +70,8 @@ def _store_codes(address, scales, dtype: tl.constexpr, start, end, x, lines: tl.
     inverse = tl.where(scale > 0, tl.div_rn(tl.full([lines], 1.0, tl.float32), scale), 0.0)
     scaled = coded * inverse[:, None]
     root = tl.sqrt_rn(scaled) if moment else scaled
-    nearest = root + 12582912.0  # leaves the nearest integer in the low bits
-    nearest = tl.where(nearest < 12582912.0 + limit, nearest, 12582912.0 + limit)
-    code = nearest.to(tl.int32, bitcast=True) - 0x4B400000
+    nearest = (root + 12582912.0).to(tl.uint32, bitcast=True)  # the nearest integer is in the low bits
+    code = (tl.minimum(nearest, 0x4B400000 + limit) - 0x4B400000).to(tl.int32)  # of a NaN, the limit
     code = tl.where(x < 0, -code, code) if moment else tl.maximum(code, (coded > 0).to(tl.int32))
     code = code.to(dtype)
     first = tl.arange(0, lines)

@@ -61,6 +61,7 @@ def _update(
     master: tl.constexpr,
     param_at_random: tl.constexpr,
     state_at_random: tl.constexpr,
+    converts: tl.constexpr,
     lines: tl.constexpr,
     aligned: tl.constexpr,
 ):
@@ -114,15 +115,15 @@ def _update(
             _store_upper(row[RESIDUAL], start, end, bits << 16, lines, aligned)
         else:
             bits = _draw(index, key, step, PARAM_STREAM, lines, aligned) if param_at_random else None
-            _store(row[PARAM], param_dtype, start, end, param, bits, lines, aligned)
+            _store(row[PARAM], param_dtype, start, end, param, bits, lines, aligned, converts)
         if state_dtype == tl.int8:
             _store_codes(row[EXP_AVG], row[EXP_AVG_SCALE], tl.int8, start, end, exp_avg, lines, aligned)
             _store_codes(row[EXP_AVG_SQ], row[EXP_AVG_SQ_SCALE], tl.uint8, start, end, exp_avg_sq, lines, aligned)
         else:
             bits = _draw(index, key, step, EXP_AVG_STREAM, lines, aligned) if state_at_random else None
-            _store(row[EXP_AVG], state_dtype, start, end, exp_avg, bits, lines, aligned)
+            _store(row[EXP_AVG], state_dtype, start, end, exp_avg, bits, lines, aligned, converts)
             bits = _draw(index, key, step, EXP_AVG_SQ_STREAM, lines, aligned) if state_at_random else None
-            _store(row[EXP_AVG_SQ], state_dtype, start, end, exp_avg_sq, bits, lines, aligned)
+            _store(row[EXP_AVG_SQ], state_dtype, start, end, exp_avg_sq, bits, lines, aligned, converts)
 
 
 @_jit
@@ -138,6 +139,7 @@ def _update_chunk(
     master: tl.constexpr,
     param_at_random: tl.constexpr,
     state_at_random: tl.constexpr,
+    converts: tl.constexpr,
     chunk_size: tl.constexpr,
     lines: tl.constexpr,
 ):
@@ -157,9 +159,9 @@ def _update_chunk(
     begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, lines * 8)
     _update(
         *(table, tensor, grad, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
-        *(master, param_at_random, state_at_random, lines, True),
+        *(master, param_at_random, state_at_random, converts, lines, True),
     )
     _update(
         *(table, tensor, grad, c, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
-        *(master, param_at_random, state_at_random, lines // 4, False),
+        *(master, param_at_random, state_at_random, converts, lines // 4, False),
     )
