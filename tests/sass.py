@@ -37,6 +37,8 @@ LAUNCHES = [
     (("bfloat16", "bfloat16", "bfloat16", "bfloat16"), False, True),
     (("bfloat16", "bfloat16", "float32", "bfloat16"), True, False),
     (("bfloat16", "bfloat16", "bfloat16", None), True, True),
+    (("bfloat16", "float32", "bfloat16", "float32"), True, True),
+    (("bfloat16", "float32", "float32", "bfloat16"), False, True),
     (("bfloat16", "bfloat16", "int8", "int8"), False, True),
     (("bfloat16", "bfloat16", "int8", "float8_e4m3fn"), True, False),
 ]
@@ -83,6 +85,7 @@ def compiled(target: GPUTarget, source: ASTSource, options: dict[str, Any]) -> d
         "threads": 32 * options["num_warps"],
         "specialized": [p.name for p in source.fn.params if not p.is_constexpr and not p.do_not_specialize],
         "ptx": disassembly.operations(binary.asm["ptx"]),
+        "halves": Counter(re.findall(r"\b(?:cvt\.\w+\.bf16(?:x2)?\.f32|\w+\.s16(?:x2)?)\b", binary.asm["ptx"])),
     }
 
 

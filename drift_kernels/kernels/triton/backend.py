@@ -30,10 +30,7 @@ THREADS = 128  # of a block, whatever the size of a warp
 # Of a tile: a thread has one of eight elements.
 LINES = THREADS
 # The chunks whose sums the second stage reads at once.
-TOTAL_BLOCK = 512
-# What CUDA's compiler is to give a thread where it would rather take more, and leave room for fewer blocks.
-CODED_REGISTERS = 80
-RANDOM_REGISTERS = 72
+TOTAL_BLOCK = 1024
 
 
 @cache
@@ -124,7 +121,8 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     dtypes = _dtypes(plan, with_delta)
     param, _, state, _ = (str(kind) for kind in plan.dtype_names(with_delta))
     modes = param.startswith("master"), param.startswith("stochastic"), state.startswith("stochastic")
-    registers = CODED_REGISTERS if state == "int8" else RANDOM_REGISTERS if any(modes[1:]) else None
+    # Of a thread: the compiler would rather take more, and leave room for fewer blocks.
+    registers = 80 if state == "int8" or modes[0] else 72 if any(modes) else None
     if plan.chunk_count:
         with _on(plan.device):
             _update_chunk[(plan.chunk_count,)](

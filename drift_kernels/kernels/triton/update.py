@@ -50,7 +50,7 @@ if missing is None:
 def _update(
     table,
     tensor,
-    grad_address,
+    grads,
     c,
     begin,
     end,
@@ -74,14 +74,10 @@ def _update(
     """
     variance_dtype: tl.constexpr = tl.uint8 if state_dtype == tl.int8 else state_dtype
     step = c[STEP].to(tl.uint32)
-    row = _fields(table, tensor, ROW)
+    row, grad_address = _fields(table, tensor, ROW), tl.load(grads + tensor)
     for start in range(begin, end, lines * 8):
-        # What is read anew in every turn takes no registers from one to the next.
-        if state_dtype == tl.int8:
-            row = _fields(table, tensor, ROW)
-            key = row[RANDOM_KEY]
-        elif param_at_random or state_at_random:
-            key = _fields(table, tensor, ROW)[RANDOM_KEY]
+        if state_dtype == tl.int8 or master or param_at_random or state_at_random:
+            row, grad_address = _fields(table, tensor, ROW), tl.load(grads + tensor)  # anew: no registers between turns
         if master:
             high = _upper(_load_bits(row[PARAM], param_dtype, start, end, lines, aligned), lines, aligned)
             low = _upper(_load_bits(row[RESIDUAL], tl.int16, start, end, lines, aligned), lines, aligned)
@@ -114,15 +110,15 @@ def _update(
             _store_upper(row[PARAM], start, end, bits + 0x8000, lines, aligned)
             _store_upper(row[RESIDUAL], start, end, bits << 16, lines, aligned)
         else:
-            bits = _draw(index, key, step, PARAM_STREAM, lines, aligned) if param_at_random else None
+            bits = _draw(index, row[RANDOM_KEY], step, PARAM_STREAM, lines, aligned) if param_at_random else None
             _store(row[PARAM], param_dtype, start, end, param, bits, lines, aligned, converts)
         if state_dtype == tl.int8:
             _store_codes(row[EXP_AVG], row[EXP_AVG_SCALE], tl.int8, start, end, exp_avg, lines, aligned)
             _store_codes(row[EXP_AVG_SQ], row[EXP_AVG_SQ_SCALE], tl.uint8, start, end, exp_avg_sq, lines, aligned)
         else:
-            bits = _draw(index, key, step, EXP_AVG_STREAM, lines, aligned) if state_at_random else None
+            bits = _draw(index, row[RANDOM_KEY], step, EXP_AVG_STREAM, lines, aligned) if state_at_random else None
             _store(row[EXP_AVG], state_dtype, start, end, exp_avg, bits, lines, aligned, converts)
-            bits = _draw(index, key, step, EXP_AVG_SQ_STREAM, lines, aligned) if state_at_random else None
+            bits = _draw(index, row[RANDOM_KEY], step, EXP_AVG_SQ_STREAM, lines, aligned) if state_at_random else None
             _store(row[EXP_AVG_SQ], state_dtype, start, end, exp_avg_sq, bits, lines, aligned, converts)
 
 
@@ -158,10 +154,10 @@ def _update_chunk(
         together |= (row[ORIGIN] | row[WIDTH] | row[PITCH]) * 2  # lines are eights of the whole tensor, or it matters not
     begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, lines * 8)
     _update(
-        *(table, tensor, grad, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(table, tensor, grads, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
         *(master, param_at_random, state_at_random, converts, lines, True),
     )
     _update(
-        *(table, tensor, grad, c, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(table, tensor, grads, c, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
         *(master, param_at_random, state_at_random, converts, lines // 4, False),
     )
