@@ -82,9 +82,7 @@ def _sums(
     requested = _request(tensors, begin, end, grad_dtype, delta_dtype, lines, tiles, aligned)
     for start in range(begin + turn, end, turn):
         following = _request(tensors, start, end, grad_dtype, delta_dtype, lines, tiles, aligned)
-        grad_grad, grad_delta = _add(
-            grad_grad, grad_delta, requested, grad_dtype, delta_dtype, lines, tiles, aligned
-        )
+        grad_grad, grad_delta = _add(grad_grad, grad_delta, requested, grad_dtype, delta_dtype, lines, tiles, aligned)
         requested = following
     grad_grad, grad_delta = _add(grad_grad, grad_delta, requested, grad_dtype, delta_dtype, lines, tiles, aligned)
     lanes = tl.reshape(tl.join(grad_grad, grad_delta), [lines * 8, 2])

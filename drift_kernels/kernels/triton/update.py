@@ -50,7 +50,7 @@ if missing is None:
 def _update(
     table,
     tensor,
-    grads,
+    grad_address,
     c,
     begin,
     end,
@@ -74,10 +74,10 @@ def _update(
     """
     variance_dtype: tl.constexpr = tl.uint8 if state_dtype == tl.int8 else state_dtype
     step = c[STEP].to(tl.uint32)
-    row, grad_address = _fields(table, tensor, ROW), tl.load(grads + tensor)
+    row = _fields(table, tensor, ROW)
     for start in range(begin, end, lines * 8):
         if state_dtype == tl.int8 or master or param_at_random or state_at_random:
-            row, grad_address = _fields(table, tensor, ROW), tl.load(grads + tensor)  # anew: no registers between turns
+            row = _fields(table, tensor, ROW)  # anew, so that addresses take no registers from turn to turn
         if master:
             high = _upper(_load_bits(row[PARAM], param_dtype, start, end, lines, aligned), lines, aligned)
             low = _upper(_load_bits(row[RESIDUAL], tl.int16, start, end, lines, aligned), lines, aligned)
@@ -88,9 +88,7 @@ def _update(
             param = _load(row[PARAM], param_dtype, start, end, lines, aligned)
         grad = _load(grad_address, grad_dtype, start, end, lines, aligned)
         exp_avg = _load_state(row[EXP_AVG], row[EXP_AVG_SCALE], state_dtype, start, end, lines, aligned)
-        exp_avg_sq = _load_state(
-            row[EXP_AVG_SQ], row[EXP_AVG_SQ_SCALE], variance_dtype, start, end, lines, aligned
-        )
+        exp_avg_sq = _load_state(row[EXP_AVG_SQ], row[EXP_AVG_SQ_SCALE], variance_dtype, start, end, lines, aligned)
 
         g = c[GRAD_COEF] * grad
         param = param * c[DECAY]
@@ -151,13 +149,15 @@ def _update_chunk(
     if master:
         together |= row[RESIDUAL]
     if param_at_random or state_at_random:
-        together |= (row[ORIGIN] | row[WIDTH] | row[PITCH]) * 2  # lines are eights of the whole tensor, or it matters not
+        together |= (
+            row[ORIGIN] | row[WIDTH] | row[PITCH]
+        ) * 2  # lines are eights of the whole tensor, or it matters not
     begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, lines * 8)
     _update(
-        *(table, tensor, grads, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(table, tensor, grad, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
         *(master, param_at_random, state_at_random, converts, lines, True),
     )
     _update(
-        *(table, tensor, grads, c, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(table, tensor, grad, c, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
         *(master, param_at_random, state_at_random, converts, lines // 4, False),
     )
