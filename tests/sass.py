@@ -41,13 +41,16 @@ LAUNCHES = [
     (("bfloat16", "bfloat16", "bfloat16", "bfloat16"), False, True),
     (("bfloat16", "bfloat16", "float32", "bfloat16"), True, False),
     (("bfloat16", "bfloat16", "bfloat16", None), True, True),
+    (("bfloat16", "float32", "bfloat16", "float32"), True, True),
+    (("bfloat16", "float32", "float32", "bfloat16"), False, True),
     (("bfloat16", "bfloat16", "int8", "int8"), False, True),
     (("bfloat16", "bfloat16", "int8", "float8_e4m3fn"), True, False),
 ]
 
 
-def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
+def launches(target: GPUTarget) -> dict[str, tuple[ASTSource, dict[str, Any]]]:
     """The kernels that the primitives launch, as sources, and the options of their launches."""
+    backend._target = lambda device: (target.backend, target.warp_size)
     found: dict[str, tuple[ASTSource, dict[str, Any]]] = {}
 
     def record(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
@@ -75,9 +78,9 @@ def launches() -> dict[str, tuple[ASTSource, dict[str, Any]]]:
     return found
 
 
-def compiled(arch: int, name: str, source: ASTSource, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    path = folder / f"{name}.sm_{arch}.cubin"
+def compiled(target: GPUTarget, name: str, source: ASTSource, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    binary = triton.compile(source, target=target, options=options)
+    path = folder / f"{name}.sm_{target.arch}.cubin"
     path.write_bytes(binary.asm["cubin"])
     (facts,) = disassembly.kernels(path).values()
     return {
@@ -85,13 +88,13 @@ def compiled(arch: int, name: str, source: ASTSource, options: dict[str, Any], f
         "threads": 32 * options["num_warps"],
         "specialized": [p.name for p in source.fn.params if not p.is_constexpr and not p.do_not_specialize],
         "ptx": contraction.operations(binary.asm["ptx"]),
+        "halves": Counter(re.findall(r"\b(?:cvt\.\w+\.bf16(?:x2)?\.f32|\w+\.s16(?:x2)?)\b", binary.asm["ptx"])),
     }
 
 
-def compiled_for_amd(arch: str, source: ASTSource) -> dict[str, Any]:
+def compiled_for_amd(target: GPUTarget, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
     """For a CDNA GPU, whose warps have 64 threads: the machine code's instructions, and what it says of memory."""
-    target = GPUTarget("hip", arch, 64)
-    code = triton.compile(source, target=target, options=backend.options(target.warp_size)).asm["amdgcn"]
+    code = triton.compile(source, target=target, options=options).asm["amdgcn"]
     usage = {
         key: int(value)
         for key, value in re.findall(
@@ -108,13 +111,15 @@ def compiled_for_amd(arch: str, source: ASTSource) -> dict[str, Any]:
 
 if __name__ == "__main__":
     chosen = sys.argv[1]
+    of_amd = chosen.startswith("gfx")
+    target = GPUTarget("hip", chosen, 64) if of_amd else GPUTarget("cuda", int(chosen), 32)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[2] if len(sys.argv) > 2 else temporary)
         folder.mkdir(exist_ok=True)
         made = {
-            name: compiled_for_amd(chosen, source)
-            if chosen.startswith("gfx")
-            else compiled(int(chosen), name, source, options, folder)
-            for name, (source, options) in launches().items()
+            name: compiled_for_amd(target, source, options)
+            if of_amd
+            else compiled(target, name, source, options, folder)
+            for name, (source, options) in launches(target).items()
         }
     json.dump(made, sys.stdout)

@@ -26,6 +26,7 @@ triton = pytest.importorskip("triton")
 
 ARCHS = [80, 90, 100]
 AMD = ["gfx942", "gfx950"]
+BLOCK = 8 * backend.LINES  # elements of a tile
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "None": 0}
 
 # For each architecture, what tests/sass.py says of each kernel.
@@ -68,23 +69,23 @@ def opcodes(kernels: Kernels, kernel: str, key: str = "sass") -> Iterator[tuple[
 
 
 def test_an_update_moves_16_bytes_at_a_time_or_one_element(kernels: Kernels) -> None:
-    """Eight elements a thread on the aligned path, in as few accesses as their bytes allow; four on the general one."""
+    """Eight elements a thread on the aligned path, in as few accesses as their bytes allow; two on the general one."""
     for name, (param, grad, state, delta), sass in opcodes(kernels, "_update_chunk"):
         residual = [2] if "master" in name else []
         read, written = [param, grad, state, state, delta, *residual], [param, state, state, *residual]
         assert sass["LDG.E.128"] == sum(8 * size // 16 for size in read), name
-        assert sass.get("LDG.E.U16", 0) == 4 * read.count(2), name
+        assert sass.get("LDG.E.U16", 0) == 2 * read.count(2), name
         stores = {opcode: count for opcode, count in sass.items() if opcode.startswith("STG")}
-        single = {"STG.E": 4 * written.count(4), "STG.E.U16": 4 * written.count(2)}
+        single = {"STG.E": 2 * written.count(4), "STG.E.U16": 2 * written.count(2)}
         wide = {"STG.E.128": sum(8 * size // 16 for size in written)}
         assert stores == {opcode: count for opcode, count in (wide | single).items() if count}, name
 
 
-def test_grad_stats_reads_16_bytes_at_a_time(kernels: Kernels) -> None:
-    """Sixteen elements a thread, or a multiple of them where the compiler unrolls the loop."""
+def test_grad_stats_reads_16_bytes_at_a_time_and_a_turn_ahead(kernels: Kernels) -> None:
+    """64 bytes a thread before the loop, 64 in it, or a multiple of them where the compiler unrolls the loop."""
     for name, sizes, sass in opcodes(kernels, "_sum_chunk"):
         wide = sass.get("LDG.E.128", 0)
-        assert wide > 0, name
+        assert wide >= 2 * 64 // 16, name
         assert wide % sum(sizes) == 0, name
 
 
@@ -93,7 +94,7 @@ def test_the_bias_moves_16_bytes_at_a_time(kernels: Kernels) -> None:
     for name, sizes, sass in opcodes(kernels, "_bias_chunk"):
         wide, stores = sass.get("LDG.E.128", 0), sass.get("STG.E.128", 0)
         assert wide > 0, name
-        assert wide % sum(sizes) == 0, name
+        assert wide % (sum(sizes) // 2) == 0, name
         assert stores * sum(sizes) == wide * sizes[0], name
 
 
@@ -108,14 +109,29 @@ def test_codes_move_8_bytes_at_a_time_or_one(kernels: Kernels) -> None:
 
 
 def test_nothing_spills_and_six_blocks_share_a_multiprocessor(kernels: Kernels) -> None:
-    """Five of those that draw random bits, three of those with codes. Of those that draw, one spills two registers, and
-    one with codes too a few."""
     for name, facts in kernels.items():
         usage = facts["usage"]
-        assert usage["LOCAL"] == 0, name
-        assert usage["STACK"] <= (0 if "at_random" not in name else 32 if "int8" in name else 8), name
-        blocks = 3 if "int8" in name else 5 if "at_random" in name else 6
-        assert usage["REG"] * facts["threads"] * blocks <= 65_536, f"{name}: {usage['REG']} registers"
+        assert usage["LOCAL"] == usage["STACK"] == 0, name
+        assert usage["REG"] * facts["threads"] * 6 <= 65_536, f"{name}: {usage['REG']} registers"
+
+
+def test_bfloat16_is_rounded_by_the_device_and_its_nan_made_ours(kernels: Kernels) -> None:
+    """Ten elements a thread, on the two paths, of what is rounded to nearest; NaN is 0x7fff until the minimum."""
+    for name, facts in kernels.items():
+        if "int8" in name or not name.startswith(("_update_chunk", "_bias_chunk")):
+            continue
+        kinds = name.split()[1:5]
+        written = [kinds[0], kinds[2], kinds[2]] if name.startswith("_update_chunk") else [kinds[0]]
+        if "param_at_random" in name or "master" in name:
+            written[0] = ""
+        if "state_at_random" in name:
+            written[1:] = []
+        count = written.count("bf16")
+        converted, least = (facts["halves"].get(op, 0) for op in ("cvt.rn.bf16.f32", "min.s16"))
+        assert converted == least, name
+        assert bool(converted) == bool(count), name
+        if name.startswith("_update_chunk"):
+            assert converted == 10 * count, name
 
 
 def test_every_operation_is_rounded_by_itself(arch: int, kernels: Kernels) -> None:
@@ -123,14 +139,12 @@ def test_every_operation_is_rounded_by_itself(arch: int, kernels: Kernels) -> No
         pytest.skip(reason)
     for name, facts in kernels.items():
         sass, ptx = facts["sass"], facts["ptx"]
-        if name.startswith("_bias_chunk"):
+        if name.startswith("_update_chunk"):
             assert_nothing_was_contracted(name, sass, ptx)
-        elif name.startswith("_update_chunk"):
-            assert_nothing_was_contracted(name, sass, ptx)
-            assert ptx["div.rn.f32"] >= 12, name  # eight and four elements
-            assert ptx["sqrt.rn.f32"] >= (24 if "int8" in name else 12), name
+            assert ptx["div.rn.f32"] >= 10, name  # eight and two elements
+            assert ptx["sqrt.rn.f32"] >= (20 if "int8" in name else 10), name
             if "int8" not in name:
-                assert ptx["sqrt.rn.f32"] == ptx["div.rn.f32"] == 12, name
+                assert ptx["sqrt.rn.f32"] == ptx["div.rn.f32"] == 10, name
         else:
             assert all(".rn.f32" in operation and not operation.startswith(("fma", "mad")) for operation in ptx), name
             assert not [opcode for opcode in sass if opcode.startswith("FFMA")], name
@@ -153,39 +167,44 @@ def test_nothing_spills_on_amd(on_amd: Kernels) -> None:
         assert facts["usage"] == {"vgpr_spill_count": 0, "private_segment_fixed_size": 0}, name
 
 
+def wide_accesses(opcodes_of: dict[str, int], access: str) -> int:
+    return sum(n for opcode, n in opcodes_of.items() if re.fullmatch(rf"(?:global|buffer)_{access}_dwordx4", opcode))
+
+
 def test_an_update_moves_16_bytes_at_a_time_on_amd(on_amd: Kernels) -> None:
-    """Eight elements a thread, in warps of 64."""
+    """Eight elements a thread, in warps of 64. Where rows are read in every turn, their loads may be as wide."""
     for name, (param, grad, state, delta), opcodes_of in opcodes(on_amd, "_update_chunk", "opcodes"):
         residual = [2] if "master" in name else []
         read, written = [param, grad, state, state, delta, *residual], [param, state, state, *residual]
-        for access, sizes in (("load", read), ("store", written)):
-            wide = sum(
-                n for opcode, n in opcodes_of.items() if re.fullmatch(rf"(?:global|buffer)_{access}_dwordx4", opcode)
-            )
-            assert wide == sum(8 * size // 16 for size in sizes), name
+        of_rows = wide_accesses(opcodes_of, "load") - sum(8 * size // 16 for size in read)
+        assert 0 <= of_rows <= (4 if "master" in name or "random" in name else 0), name
+        assert wide_accesses(opcodes_of, "store") == sum(8 * size // 16 for size in written), name
 
 
 def test_sums_and_biases_move_16_bytes_at_a_time_on_amd(on_amd: Kernels) -> None:
-    for kernel in ("_sum_chunk", "_bias_chunk"):
+    for kernel, least in (("_sum_chunk", 2 * 64 // 16), ("_bias_chunk", 2)):
         for name, sizes, opcodes_of in opcodes(on_amd, kernel, "opcodes"):
-            assert opcodes_of["global_load_dwordx4"] == sum(16 * size // 16 for size in sizes), name
+            wide = wide_accesses(opcodes_of, "load")
+            assert wide >= least, name
+            assert wide % (sum(sizes) // 2) == 0, name
 
 
 def test_every_operation_is_rounded_by_itself_on_amd(on_amd: Kernels) -> None:
-    """A division takes five fused operations, a root two, and a division of integers two beside its reciprocal: there
+    """A division takes five fused operations, a root two, a division of integers at most two beside its reciprocal: there
     are no others. Mixed ones convert float16 on the way, of what is added to -0 or multiplied by 1: rounded once."""
     for name, facts in on_amd.items():
         count = Counter(facts["opcodes"])
         divisions, roots = count["v_div_fixup_f32"], count["v_sqrt_f32"]
         of_integers = count["v_rcp_f32"] - divisions
-        assert count["v_fma_f32"] + count["v_fmac_f32"] == 5 * divisions + 2 * roots + 2 * of_integers, name
+        fused = count["v_fma_f32"] + count["v_fmac_f32"] - 5 * divisions - 2 * roots
+        assert 0 <= fused <= 2 * of_integers, name
         assert not [
             op for op in count if re.match(r"v_(?:pk_fma|pk_mad|mad_f|mac_f|fma_f16|fmac_f16|fma_mixlo|rsq)", op)
         ], name
         assert all(re.search(r", neg\(0\)|, 1\.0,", operands) for operands in facts["mixed"]), name
         if name.startswith("_update_chunk"):
-            assert divisions >= 12, name
-            assert roots >= 12, name
+            assert divisions >= 10, name
+            assert roots >= 10, name
 
 
 # The parity tests run the kernels in Triton's interpreter where there is no GPU.
@@ -198,9 +217,9 @@ def test_sizes_around_blocks_and_chunks(dtypes: tuple[torch.dtype | None, ...]) 
     edges = (
         0,
         1,
-        backend.UPDATE_BLOCK // 2,
-        backend.UPDATE_BLOCK,
-        3 * backend.UPDATE_BLOCK,
+        BLOCK // 2,
+        BLOCK,
+        3 * BLOCK,
         CHUNK,
     )
     problem = Problem.random([n for edge in edges for n in (edge - 1, edge, edge + 1) if n >= 0], dtypes)
@@ -211,7 +230,7 @@ def test_sizes_around_blocks_and_chunks(dtypes: tuple[torch.dtype | None, ...]) 
 @runs
 def test_each_tensor_of_a_plan_may_start_anywhere() -> None:
     """In every row another operand is off the 16-byte grid; in the last none is."""
-    numel = backend.UPDATE_BLOCK + 100
+    numel = BLOCK + 100
     problem = Problem.random([numel] * 6, (BF16, BF16, BF16, BF16))
     expected = run("reference", problem.clone(), steps=2)
     place = itertools.count()

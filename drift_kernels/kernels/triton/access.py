@@ -1,12 +1,16 @@
 """How the kernels reach rows, coefficients and elements.
 
-A program works through one chunk of one tensor. Where every address of the row is a multiple of 16, whole blocks take
-the aligned path: 16-byte accesses and no mask. The rest of the chunk, or all of it, takes the general path, element by
-element and in blocks of half the size (of one size, the compiler would give both paths one layout). The kernel decides,
-row by row: a tensor that starts anywhere (a view into a flat buffer) costs its neighbours nothing, and no kernel is
-compiled for an address or a size, only for a combination of dtypes.
+A program works through one chunk of one tensor, tile by tile: lines of eight elements, [lines, 8]. Where every address
+of the row is a multiple of 16, whole tiles take the aligned path: a thread has a line of each tensor, and takes it in
+accesses of 16 bytes (8 of codes), without a mask. The rest of the chunk, or all of it, takes the general path, element
+by element and in tiles of half the size (of one size, the compiler would give both paths one layout). The kernel
+decides, row by row: a tensor that starts anywhere (a view into a flat buffer) costs its neighbours nothing, and no
+kernel is compiled for an address or a size, only for a combination of dtypes.
 
-Arithmetic is float32. bfloat16 is loaded, rounded and stored as its bits, because Triton's interpreter converts it
+What is narrower than 4 bytes is read, and 2 bytes are written, as words of 4, so that a register has two or four
+elements until they are used.
+
+Arithmetic is float32. bfloat16 is converted as its bits, because Triton's interpreter converts it
 wrongly; float16 it converts rightly, but for the bits of a NaN.
 """
 
@@ -40,53 +44,144 @@ def _span(numel, first_chunk, addresses, chunk_size: tl.constexpr, block: tl.con
 
 
 @_jit
-def _pointer(address, dtype: tl.constexpr, aligned: tl.constexpr):
-    """To elements of `dtype`; bfloat16 is uint16."""
-    stored: tl.constexpr = tl.uint16 if dtype == tl.bfloat16 else dtype
-    pointer = address.to(tl.pointer_type(stored))
-    if aligned:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+def _pointer(address, dtype: tl.constexpr, start):
+    """To the elements from `start` on, of a tensor that is aligned to 16 bytes there."""
+    pointer = (address + start * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16)
 
 
 @_jit
-def _load_bits(pointer, index, end, aligned: tl.constexpr):
-    """Elements as stored. On the aligned path all of `index` is there, on the general path what is below `end`."""
-    return tl.load(pointer + index) if aligned else tl.load(pointer + index, mask=index < end, other=0)
+def _line(lines: tl.constexpr, length: tl.constexpr):
+    """[lines, length]: 0, 1, 2, .. line after line."""
+    return tl.arange(0, lines)[:, None] * length + tl.arange(0, length)[None, :]
 
 
 @_jit
-def _load(pointer, index, end, aligned: tl.constexpr):
-    """Elements as float32."""
-    x = _load_bits(pointer, index, end, aligned)
-    if x.dtype == tl.uint16:
-        x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif x.dtype == tl.uint8:  # e4m3: the exponent moves by an exact multiplication, which also normalises subnormals
-        magnitude = ((x.to(tl.uint32) & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-        x = (magnitude.to(tl.uint32, bitcast=True) | (x.to(tl.uint32) & 0x80) << 24).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@_jit
-def _store(pointer, index, end, x, random, aligned: tl.constexpr):
-    """float32 `x` rounded to nearest, ties to even, or by `random` bits; a NaN becomes the canonical quiet NaN of a
-    narrower dtype."""
-    if pointer.dtype.element_ty == tl.uint16:
-        bits = x.to(tl.uint32, bitcast=True)
-        if random is None:
-            rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        else:
-            rounded = tl.where((bits & 0x7FFFFFFF) < 0x7F800000, bits + random, bits)
-        x = (tl.where(x != x, 0x7FC00000, rounded) >> 16).to(tl.uint16)
-    elif pointer.dtype.element_ty == tl.float16:
-        nearest = x.to(tl.float16).to(tl.uint16, bitcast=True)
-        x = tl.where(x != x, 0x7E00, nearest).to(tl.float16, bitcast=True)
-    _store_bits(pointer, index, end, x, aligned)
-
-
-@_jit
-def _store_bits(pointer, index, end, x, aligned: tl.constexpr):
-    if aligned:
-        tl.store(pointer + index, x)
+def _load_bits(
+    address, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned: tl.constexpr, word: tl.constexpr = 32
+):
+    """A tile as it is in memory, in a tuple: on the general path as elements, of which those from `end` on are 0; on
+    the aligned path as words of `word` bits, or as float32 in two."""
+    size: tl.constexpr = dtype.primitive_bitwidth // 8
+    if not aligned:
+        stored: tl.constexpr = tl.uint16 if size == 2 else tl.uint8 if size == 1 else dtype
+        i = start + _line(lines, 8)
+        bits = (tl.load(address.to(tl.pointer_type(stored)) + i, mask=i < end, other=0),)
+    elif size == 4:
+        pointer = _pointer(address, dtype, start) + tl.arange(0, lines)[:, None] * 8 + tl.arange(0, 4)[None, :]
+        bits = (tl.load(pointer), tl.load(pointer + 4))
     else:
-        tl.store(pointer + index, x, mask=index < end)
+        words: tl.constexpr = tl.uint32 if word == 32 else tl.uint64
+        bits = (tl.load(_pointer(address + start * size, words, 0) + _line(lines, size * 64 // word)),)
+    return bits
+
+
+@_jit
+def _words(bits, lines: tl.constexpr):
+    """uint32 [lines, 2 or 4]: what was read on the aligned path, of elements that are narrower than 4 bytes."""
+    words = bits[0]
+    if words.dtype == tl.uint64:
+        words = tl.reshape(tl.join(words.to(tl.uint32), (words >> 32).to(tl.uint32)), [lines, 2 * words.shape[1]])
+    return words
+
+
+@_jit
+def _upper(bits, lines: tl.constexpr, aligned: tl.constexpr):
+    """uint32 [lines, 8]: elements of 2 bytes, in the upper halves."""
+    if aligned:
+        words = _words(bits, lines)
+        x = tl.reshape(tl.join(words << 16, words & 0xFFFF0000), [lines, 8])
+    else:
+        x = bits[0].to(tl.uint32) << 16
+    return x
+
+
+@_jit
+def _top(bits, lines: tl.constexpr, aligned: tl.constexpr):
+    """int32 [lines, 8]: elements of 1 byte, in the highest byte; what is below it is undefined."""
+    if aligned:
+        words = _words(bits, lines)
+        x = tl.join(tl.join(words << 24, words << 8), tl.join(words << 16, words))
+        x = tl.reshape(x, [lines, 8])
+    else:
+        x = bits[0].to(tl.uint32) << 24
+    return x.to(tl.int32, bitcast=True)
+
+
+@_jit
+def _to_float(bits, dtype: tl.constexpr, lines: tl.constexpr, aligned: tl.constexpr):
+    """A tile as float32; of codes (int8, or e4m3 as uint8) without their scale."""
+    if dtype == tl.float32:
+        if aligned:  # noqa: SIM108 (as the other branches)
+            x = tl.reshape(tl.permute(tl.join(bits[0], bits[1]), 0, 2, 1), [lines, 8])
+        else:
+            x = bits[0]
+    elif dtype == tl.bfloat16:
+        x = _upper(bits, lines, aligned).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        x = (_upper(bits, lines, aligned) >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif dtype == tl.int8:
+        x = (_top(bits, lines, aligned) >> 24).to(tl.float32)
+    else:  # the exponent moves by an exact multiplication, which also normalises subnormals
+        x = ((_top(bits, lines, aligned) >> 4) & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return x
+
+
+@_jit
+def _load(address, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned: tl.constexpr):
+    """A tile as float32."""
+    return _to_float(_load_bits(address, dtype, start, end, lines, aligned), dtype, lines, aligned)
+
+
+@_jit
+def _store(
+    address,
+    dtype: tl.constexpr,
+    start,
+    end,
+    x,
+    random,
+    lines: tl.constexpr,
+    aligned: tl.constexpr,
+    converts: tl.constexpr,
+):
+    """float32 `x` rounded to nearest, ties to even, or by `random` bits; a NaN becomes the canonical quiet NaN of a
+    narrower dtype. `converts`: there is an instruction to bfloat16 that makes every NaN 0x7fff."""
+    if dtype == tl.float32:
+        _store_float(address, start, end, x, lines, aligned)
+    elif dtype == tl.bfloat16 and random is None and converts:
+        bits = tl.minimum(x.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)  # numbers are less, infinities too
+        _store_upper(address, start, end, bits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16, lines, aligned)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        if dtype == tl.float16:
+            bits = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        elif random is None:
+            bits += 0x7FFF + ((bits >> 16) & 1)
+        else:
+            bits += random  # of an infinity none reaches the upper half
+        bits = tl.where(x != x, 0x7E000000 if dtype == tl.float16 else 0x7FC00000, bits)
+        _store_upper(address, start, end, bits, lines, aligned)
+
+
+@_jit
+def _store_float(address, start, end, x, lines: tl.constexpr, aligned: tl.constexpr):
+    if aligned:
+        pointer = _pointer(address, tl.float32, start) + tl.arange(0, lines)[:, None] * 8 + tl.arange(0, 4)[None, :]
+        first, second = tl.split(tl.permute(tl.reshape(x, [lines, 2, 4]), 0, 2, 1))
+        tl.store(pointer, first)
+        tl.store(pointer + 4, second)
+    else:
+        i = start + _line(lines, 8)
+        tl.store(address.to(tl.pointer_type(tl.float32)) + i, x, mask=i < end)
+
+
+@_jit
+def _store_upper(address, start, end, bits, lines: tl.constexpr, aligned: tl.constexpr):
+    """The upper halves of uint32 `bits`."""
+    if aligned:
+        even, odd = tl.split(tl.reshape(bits, [lines, 4, 2]))
+        tl.store(_pointer(address + start * 2, tl.uint32, 0) + _line(lines, 4), (even >> 16) | (odd & 0xFFFF0000))
+    else:
+        i = start + _line(lines, 8)
+        tl.store(address.to(tl.pointer_type(tl.uint16)) + i, (bits >> 16).to(tl.uint16), mask=i < end)

@@ -26,28 +26,33 @@ CAPTURABLE = False  # new gradient addresses take a copy from the host
 READS_TENSORS = False
 FILLS_COEFFICIENTS = False
 
-# Eight elements a thread: 16 bytes of each bfloat16 tensor, 32 of each float32 one, requested before the first is used.
-UPDATE_BLOCK = 1024
-# Sixteen elements a thread, since only two tensors are read. A float32 lane adds up CHUNK / (STATS_BLOCK / 2) = 16
-# products at most, so the error is within 16 * 2^-24 = 9.5e-7 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)).
-STATS_BLOCK = 2048
-BIAS_BLOCK = 2048
-# The chunks whose sums the second stage reads at once.
-TOTAL_BLOCK = 512
-
 THREADS = 128  # of a block, whatever the size of a warp
-
-
-def options(warp_size: int) -> dict[str, Any]:
-    """Of a launch. No contraction: every operation is rounded by itself. No autotuning: each trial would update the
-    tensors."""
-    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+# Of a tile: a thread has one of eight elements.
+LINES = THREADS
+# The chunks whose sums the second stage reads at once.
+TOTAL_BLOCK = 1024
 
 
 @cache
-def _options(device: torch.device) -> dict[str, Any]:
-    """AMD's CDNA has warps of 64 threads."""
-    return options(32 if device.type == "cpu" else triton.runtime.driver.active.get_current_target().warp_size)
+def _target(device: torch.device) -> tuple[str, int]:
+    """Who compiles ("interpreter": nobody; "cuda", "hip", ..), and the threads of a warp: 64 on AMD's CDNA."""
+    if device.type == "cpu":
+        return "interpreter", 32
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.warp_size
+
+
+def _converts(device: torch.device) -> bool:
+    """Whether kernels round to bfloat16 by the device's instruction: that of NVIDIA makes every NaN 0x7fff."""
+    return _target(device)[0] == "cuda"
+
+
+def _options(device: torch.device, registers: int | None = None) -> dict[str, Any]:
+    """Of a launch. No contraction: every operation is rounded by itself. No autotuning: each trial would update the
+    tensors. `registers`: of a thread, at most; CUDA's compiler alone takes a limit."""
+    compiler, warp_size = _target(device)
+    limit = {"maxnreg": registers} if registers and compiler == "cuda" else {}
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False, **limit}
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -99,12 +104,14 @@ def _tables(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
     _, grad_dtype, _, delta_dtype = _dtypes(plan, with_delta)
     table, grads, chunk_tensor = _tables(plan)
+    # Tiles that are requested at once, and again while they are used: 32 to 64 bytes for a thread, each time.
+    read = grad_dtype.primitive_bitwidth + (delta_dtype.primitive_bitwidth if delta_dtype else 0)
+    tiles = 1 if read >= 64 else 2 if read > 16 else 4
     with _on(plan.device):
         if plan.chunk_count:
             _sum_chunk[(plan.chunk_count,)](
                 *(table, grads, chunk_tensor, plan.partials, grad_dtype, delta_dtype),
-                CHUNK,
-                STATS_BLOCK,
+                *(CHUNK, LINES, tiles),
                 **_options(plan.device),
             )
         _sum_tensor[(len(plan),)](table, plan.partials, out, CHUNK, TOTAL_BLOCK, **_options(plan.device))
@@ -114,10 +121,13 @@ def update(plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
     dtypes = _dtypes(plan, with_delta)
     param, _, state, _ = (str(kind) for kind in plan.dtype_names(with_delta))
     modes = param.startswith("master"), param.startswith("stochastic"), state.startswith("stochastic")
+    # Of a thread: the compiler would rather take more, and leave room for fewer blocks.
+    registers = 80 if state == "int8" or modes[0] else 72 if any(modes) else None
     if plan.chunk_count:
         with _on(plan.device):
             _update_chunk[(plan.chunk_count,)](
-                *_tables(plan), coefficients, *dtypes, *modes, CHUNK, UPDATE_BLOCK, **_options(plan.device)
+                *(*_tables(plan), coefficients, *dtypes, *modes, _converts(plan.device), CHUNK, LINES),
+                **_options(plan.device, registers),
             )
 
 
@@ -126,5 +136,6 @@ def bias(plan: Plan, coefficients: Tensor) -> None:
     if plan.chunk_count:
         with _on(plan.device):
             _bias_chunk[(plan.chunk_count,)](
-                *_tables(plan), coefficients, grad_dtype, delta_dtype, CHUNK, BIAS_BLOCK, **_options(plan.device)
+                *(*_tables(plan), coefficients, grad_dtype, delta_dtype, _converts(plan.device), CHUNK, LINES),
+                **_options(plan.device),
             )

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from .access import _load, _load_bits, _store_bits
+from .access import _line, _load, _load_bits, _pointer, _top
 from .jit import _jit, missing
 from .layout import SCALE_BLOCK
 
@@ -13,50 +13,72 @@ if missing is None:
 
 
 @_jit
-def _load_scales(scales, index, end):
-    """The scale of each element: that of its block."""
-    return tl.load(scales.to(tl.pointer_type(tl.float32)) + index // SCALE_BLOCK, mask=index < end, other=0)
+def _scales(address, start, lines: tl.constexpr):
+    """Pointers [lines]: to the scale of each line."""
+    return address.to(tl.pointer_type(tl.float32)) + (start // SCALE_BLOCK + tl.arange(0, lines) // (SCALE_BLOCK // 8))
 
 
 @_jit
-def _load_delta(pointer, scales, index, end, aligned: tl.constexpr):
-    x = _load(pointer, index, end, aligned)
-    if pointer.dtype.element_ty == tl.int8 or pointer.dtype.element_ty == tl.uint8:
-        x = x * _load_scales(scales, index, end)
+def _load_scales(address, start, end, lines: tl.constexpr, aligned: tl.constexpr):
+    """float32 [lines, 1]: of elements that are there."""
+    if aligned:
+        scale = tl.load(_scales(address, start, lines))
+    else:
+        scale = tl.load(_scales(address, start, lines), mask=start + tl.arange(0, lines) * 8 < end, other=0)
+    return scale[:, None]
+
+
+@_jit
+def _load_delta(address, scales, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned: tl.constexpr):
+    x = _load(address, dtype, start, end, lines, aligned)
+    if dtype == tl.int8 or dtype == tl.uint8:
+        x = x * _load_scales(scales, start, end, lines, aligned)
     return x
 
 
 @_jit
-def _load_state(pointer, scales, index, end, aligned: tl.constexpr):
-    if pointer.dtype.element_ty == tl.int8:
-        code = _load_bits(pointer, index, end, aligned).to(tl.int32)
-        return (code * tl.abs(code)).to(tl.float32) * _load_scales(scales, index, end)
-    if pointer.dtype.element_ty == tl.uint8:
-        root = _load_bits(pointer, index, end, aligned).to(tl.float32) * _load_scales(scales, index, end)
-        return root * root
-    return _load(pointer, index, end, aligned)
+def _load_state(address, scales, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned: tl.constexpr):
+    """Of dtype int8 a moment, of uint8 a variance."""
+    if dtype == tl.int8:
+        code = _load(address, dtype, start, end, lines, aligned)
+        x = code * tl.abs(code) * _load_scales(scales, start, end, lines, aligned)
+    elif dtype == tl.uint8:
+        code = _top(_load_bits(address, dtype, start, end, lines, aligned), lines, aligned).to(tl.uint32, bitcast=True)
+        root = (code >> 24).to(tl.float32) * _load_scales(scales, start, end, lines, aligned)
+        x = root * root
+    else:
+        x = _load(address, dtype, start, end, lines, aligned)
+    return x
 
 
 @_jit
-def _store_codes(pointer, scales, start, index, end, x, aligned: tl.constexpr):
+def _store_codes(address, scales, dtype: tl.constexpr, start, end, x, lines: tl.constexpr, aligned: tl.constexpr):
     """float32 `x` as codes, int8 of a moment or uint8 of a variance, and the scales of its blocks; as
     formats.blocks.encode_state."""
-    count: tl.constexpr = index.shape[0] // SCALE_BLOCK
-    moment: tl.constexpr = pointer.dtype.element_ty == tl.int8
-    limit: tl.constexpr = 127.0 if moment else 255.0
+    line: tl.constexpr = SCALE_BLOCK // 8  # lines that share a scale
+    moment: tl.constexpr = dtype == tl.int8
+    limit: tl.constexpr = 127 if moment else 255
     coded = tl.abs(x) if moment else tl.sqrt_rn(x)
-    largest = tl.max(tl.reshape(coded.to(tl.uint32, bitcast=True), [count, SCALE_BLOCK]), axis=1)
+    largest = tl.max(coded.to(tl.uint32, bitcast=True), axis=1)
+    largest = tl.max(tl.reshape(largest, [lines // line, line]), axis=1)
+    largest = tl.reshape(tl.broadcast_to(largest[:, None], [lines // line, line]), [lines])
     scale = tl.div_rn(
-        largest.to(tl.float32, bitcast=True), tl.full([count], limit * limit if moment else limit, tl.float32)
+        largest.to(tl.float32, bitcast=True), tl.full([lines], limit * limit if moment else limit, tl.float32)
     )
     scale = tl.where((largest != 0) & (scale < 1.1754943508222875e-38), 1.1754943508222875e-38, scale)
     scale = tl.where(largest >= 0x7F800000, float("nan"), scale)
-    inverse = tl.where(scale > 0, tl.div_rn(tl.full([count], 1.0, tl.float32), scale), 0.0)
-    scaled = coded * tl.reshape(tl.broadcast_to(inverse[:, None], [count, SCALE_BLOCK]), [count * SCALE_BLOCK])
+    inverse = tl.where(scale > 0, tl.div_rn(tl.full([lines], 1.0, tl.float32), scale), 0.0)
+    scaled = coded * inverse[:, None]
     root = tl.sqrt_rn(scaled) if moment else scaled
-    nearest = (root + 12582912.0) - 12582912.0
-    code = tl.where(nearest < limit, nearest, limit).to(tl.int32)
-    code = tl.where(x < 0, -code, code) if moment else tl.where((code == 0) & (coded > 0), 1, code)
-    _store_bits(pointer, index, end, code.to(pointer.dtype.element_ty), aligned)
-    block = start // SCALE_BLOCK + tl.arange(0, count)
-    tl.store(scales.to(tl.pointer_type(tl.float32)) + block, scale, mask=block * SCALE_BLOCK < end)
+    nearest = (root + 12582912.0).to(tl.uint32, bitcast=True)  # the nearest integer is in the low bits
+    code = (tl.minimum(nearest, 0x4B400000 + limit) - 0x4B400000).to(tl.int32)  # of a NaN, the limit
+    code = tl.where(x < 0, -code, code) if moment else tl.maximum(code, (coded > 0).to(tl.int32))
+    code = code.to(dtype)
+    first = tl.arange(0, lines)
+    if aligned:
+        tl.store(_pointer(address, dtype, start) + _line(lines, 8), code)
+        tl.store(_scales(scales, start, lines), scale, mask=first % line == 0)
+    else:
+        i = start + _line(lines, 8)
+        tl.store(address.to(tl.pointer_type(dtype)) + i, code, mask=i < end)
+        tl.store(_scales(scales, start, lines), scale, mask=(first % line == 0) & (start + first * 8 < end))

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+from .access import _line
 from .jit import _jit, missing
-from .layout import ORIGIN, PITCH, RANDOM_KEY, WIDTH
+from .layout import ORIGIN, PITCH, WIDTH
 
 if missing is None:
     import triton.language as tl
@@ -28,34 +29,34 @@ def _philox(block, key, step, stream: tl.constexpr):
 
 
 @_jit
-def _whole_index(i, origin, width, pitch):
-    return origin + i + tl.where(width == 0, 0, i // tl.maximum(width, 1) * (pitch - width))
+def _run(start, offset, width):
+    """Which run of `width` elements each of the elements start + offset is in. `offset`: int32, less than 1024."""
+    first = start // width
+    rest = start - first * width + offset
+    # No thread divides 64 bits: it would be a call.
+    run = rest.to(tl.uint32) // tl.minimum(width, 1024).to(tl.uint32)
+    return first + tl.where(width < 1024, run, (rest >= width).to(tl.uint32))
 
 
 @_jit
-def _philox_each(i, row, step, stream: tl.constexpr):
-    """The words of the elements i .. i + 7, of which each may be anywhere in the whole tensor: a queue of halves."""
-    key, origin, width, pitch = row[RANDOM_KEY], row[ORIGIN], row[WIDTH], row[PITCH]
-    words0, words1, words2, words3 = i.to(tl.uint32), i.to(tl.uint32), i.to(tl.uint32), i.to(tl.uint32)
-    for j in range(8):
-        index = _whole_index(i + j, origin, width, pitch)
-        x0, x1, x2, x3 = _philox(index // 8, key, step, stream)
-        word = tl.where(index & 4 != 0, tl.where(index & 2 != 0, x3, x2), tl.where(index & 2 != 0, x1, x0))
-        half = tl.where(index & 1 != 0, word & 0xFFFF0000, word << 16)
-        words0, words1 = (words0 >> 16) | (words1 << 16), (words1 >> 16) | (words2 << 16)
-        words2, words3 = (words2 >> 16) | (words3 << 16), (words3 >> 16) | half
-    return words0, words1, words2, words3
+def _whole_index(row, start, lines: tl.constexpr, aligned: tl.constexpr):
+    """int64, in the whole tensor: of the first element of each line, or, on the general path, of each element."""
+    offset = tl.arange(0, lines) * 8 if aligned else _line(lines, 8)
+    index = row[ORIGIN] + start + offset
+    if row[WIDTH] != 0:
+        index += _run(start, offset, row[WIDTH]) * (row[PITCH] - row[WIDTH])
+    return index
 
 
 @_jit
-def _draw(row, step, stream: tl.constexpr, start, block: tl.constexpr):
-    """16 random bits for each of the elements start .. start + block, as formats.philox.random_bits has them; start is
-    a multiple of 8. One call for eight elements, where a shard does not cut through the eights of the whole tensor."""
-    key, origin, width, pitch = row[RANDOM_KEY], row[ORIGIN], row[WIDTH], row[PITCH]
-    i = (start + tl.arange(0, block // 8) * 8).to(tl.int64)
-    if (origin | width | pitch) % 8 == 0:
-        x0, x1, x2, x3 = _philox(_whole_index(i, origin, width, pitch) // 8, key, step, stream)
+def _draw(index, key, step, stream: tl.constexpr, lines: tl.constexpr, aligned: tl.constexpr):
+    """16 random bits for each element of a tile, uint32 [lines, 8], as formats.philox.random_bits has them. On the
+    aligned path one call serves a line, which is eight elements in the whole tensor too."""
+    x0, x1, x2, x3 = _philox(index >> 3, key, step, stream)
+    if aligned:
+        words = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [lines, 4])
+        bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [lines, 8])
     else:
-        x0, x1, x2, x3 = _philox_each(i, row, step, stream)
-    words = tl.permute(tl.join(tl.join(x0, x1), tl.join(x2, x3)), 0, 2, 1)
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block])
+        word = tl.where(index & 4 != 0, tl.where(index & 2 != 0, x3, x2), tl.where(index & 2 != 0, x1, x0))
+        bits = tl.where(index & 1 != 0, word >> 16, word & 0xFFFF)
+    return bits

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from .access import _fields, _load, _pointer, _span
-from .codes import _load_delta
+from .access import _fields, _load_bits, _span, _to_float
+from .codes import _load_scales
 from .jit import _jit, missing
 from .layout import DELTA, DELTA_SCALE, FIRST_CHUNK, NUMEL, ROW
 
@@ -14,30 +14,79 @@ if missing is None:
 
 
 @_jit
+def _request(
+    tensors,
+    start,
+    end,
+    grad_dtype: tl.constexpr,
+    delta_dtype: tl.constexpr,
+    lines: tl.constexpr,
+    tiles: tl.constexpr,
+    aligned: tl.constexpr,
+):
+    """What `_add` needs of `tiles` tiles, as it is in memory."""
+    found = ()
+    for tile in tl.static_range(tiles):
+        at = start + tile * lines * 8
+        of_tile = (_load_bits(tensors[0], grad_dtype, at, end, lines, aligned, 64),)
+        if delta_dtype is not None:
+            of_tile += (_load_bits(tensors[1], delta_dtype, at, end, lines, aligned, 64),)  # type: ignore[assignment]
+            if delta_dtype.primitive_bitwidth == 8:
+                of_tile += (_load_scales(tensors[2], at, end, lines, aligned),)
+        found += (of_tile,)  # type: ignore[assignment]
+    return found
+
+
+@_jit
+def _add(
+    grad_grad,
+    grad_delta,
+    requested,
+    grad_dtype: tl.constexpr,
+    delta_dtype: tl.constexpr,
+    lines: tl.constexpr,
+    tiles: tl.constexpr,
+    aligned: tl.constexpr,
+):
+    for tile in tl.static_range(tiles):
+        of_tile = requested[tile]
+        g = _to_float(of_tile[0], grad_dtype, lines, aligned)
+        grad_grad += g * g
+        if delta_dtype is not None:
+            delta = _to_float(of_tile[1], delta_dtype, lines, aligned)
+            if delta_dtype.primitive_bitwidth == 8:
+                delta *= of_tile[2]
+            grad_delta += g * delta
+    return grad_grad, grad_delta
+
+
+@_jit
 def _sums(
-    grad,
-    delta,
-    delta_scale,
+    tensors,
     begin,
     end,
     grad_dtype: tl.constexpr,
     delta_dtype: tl.constexpr,
-    block: tl.constexpr,
+    lines: tl.constexpr,
+    tiles: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """sum(g*g) and sum(g*delta) of the elements begin..end: `block` lanes in float32, their sum in float64."""
-    grad_pointer = _pointer(grad, grad_dtype, aligned)
-    if delta_dtype is not None:
-        delta_pointer = _pointer(delta, delta_dtype, aligned)
-    grad_grad = tl.zeros([block], tl.float32)
-    grad_delta = tl.zeros([block], tl.float32)
-    for start in range(begin, end, block):
-        i = start + tl.arange(0, block)
-        g = _load(grad_pointer, i, end, aligned)
-        grad_grad += g * g
-        if delta_dtype is not None:
-            grad_delta += g * _load_delta(delta_pointer, delta_scale, i, end, aligned)
-    return tl.sum(grad_grad.to(tl.float64)), tl.sum(grad_delta.to(tl.float64))
+    """float64 [2]: sum(g*g) and sum(g*delta) of the elements begin..end, of which there is one at least.
+
+    A lane for each element of a tile adds up in float32, and lanes in float64. The tiles of the next turn are requested
+    before those of this one are used.
+    """
+    grad_grad = tl.zeros([lines, 8], tl.float32)
+    grad_delta = tl.zeros([lines, 8], tl.float32)
+    turn: tl.constexpr = tiles * lines * 8
+    requested = _request(tensors, begin, end, grad_dtype, delta_dtype, lines, tiles, aligned)
+    for start in range(begin + turn, end, turn):
+        following = _request(tensors, start, end, grad_dtype, delta_dtype, lines, tiles, aligned)
+        grad_grad, grad_delta = _add(grad_grad, grad_delta, requested, grad_dtype, delta_dtype, lines, tiles, aligned)
+        requested = following
+    grad_grad, grad_delta = _add(grad_grad, grad_delta, requested, grad_dtype, delta_dtype, lines, tiles, aligned)
+    lanes = tl.reshape(tl.join(grad_grad, grad_delta), [lines * 8, 2])
+    return tl.sum(lanes.to(tl.float64), axis=0)
 
 
 @_jit
@@ -49,7 +98,8 @@ def _sum_chunk(
     grad_dtype: tl.constexpr,
     delta_dtype: tl.constexpr,
     chunk_size: tl.constexpr,
-    block: tl.constexpr,
+    lines: tl.constexpr,
+    tiles: tl.constexpr,
 ):
     """The first stage of grad_stats: the sums of one chunk."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -59,12 +109,14 @@ def _sum_chunk(
     together = grad
     if delta_dtype is not None:
         together |= row[DELTA]
-    begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, block)
+    begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, tiles * lines * 8)
     tensors = (grad, row[DELTA], row[DELTA_SCALE])
-    grad_grad, grad_delta = _sums(*tensors, begin, middle, grad_dtype, delta_dtype, block, True)
-    more_grad_grad, more_grad_delta = _sums(*tensors, middle, end, grad_dtype, delta_dtype, block // 2, False)
-    tl.store(partials + chunk * 2, grad_grad + more_grad_grad)
-    tl.store(partials + chunk * 2 + 1, grad_delta + more_grad_delta)
+    sums = tl.zeros([2], tl.float64)
+    if begin < middle:
+        sums = _sums(tensors, begin, middle, grad_dtype, delta_dtype, lines, tiles, True)
+    if middle < end:
+        sums += _sums(tensors, middle, end, grad_dtype, delta_dtype, lines // 2, 1, False)
+    tl.store(partials + chunk * 2 + tl.arange(0, 2), sums)
 
 
 @_jit

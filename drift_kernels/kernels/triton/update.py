@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from .access import _fields, _load, _load_bits, _pointer, _span, _store, _store_bits
+from .access import _fields, _load, _load_bits, _span, _store, _store_upper, _upper
 from .codes import _load_delta, _load_state, _store_codes
 from .jit import _jit, missing
 from .layout import (
@@ -29,14 +29,18 @@ from .layout import (
     NUMEL,
     ONE_MINUS_BETA1,
     ONE_MINUS_BETA2,
+    ORIGIN,
     PARAM,
     PARAM_STREAM,
+    PITCH,
+    RANDOM_KEY,
     RESIDUAL,
     ROW,
     STEP,
     STEP_SIZE,
+    WIDTH,
 )
-from .random import _draw
+from .random import _draw, _whole_index
 
 if missing is None:
     import triton.language as tl
@@ -44,7 +48,8 @@ if missing is None:
 
 @_jit
 def _update(
-    row,
+    table,
+    tensor,
     grad_address,
     c,
     begin,
@@ -56,7 +61,8 @@ def _update(
     master: tl.constexpr,
     param_at_random: tl.constexpr,
     state_at_random: tl.constexpr,
-    block: tl.constexpr,
+    converts: tl.constexpr,
+    lines: tl.constexpr,
     aligned: tl.constexpr,
 ):
     """The elements begin..end, line by line as in reference.drift_adamw_:
@@ -66,30 +72,28 @@ def _update(
     exp_avg_sq = beta2*exp_avg_sq + one_minus_beta2*(g*g)
     param      = param*decay [+ delta_step*delta] - step_size*(exp_avg/(sqrt(exp_avg_sq)*inv_sqrt_bc2 + eps))
     """
-    param_pointer = _pointer(row[PARAM], param_dtype, aligned)
-    grad_pointer = _pointer(grad_address, grad_dtype, aligned)
-    exp_avg_pointer = _pointer(row[EXP_AVG], state_dtype, aligned)
-    exp_avg_sq_pointer = _pointer(row[EXP_AVG_SQ], tl.uint8 if state_dtype == tl.int8 else state_dtype, aligned)
-    if delta_dtype is not None:
-        delta_pointer = _pointer(row[DELTA], delta_dtype, aligned)
-    if master:
-        residual_pointer = _pointer(row[RESIDUAL], tl.int16, aligned)
-
-    for start in range(begin, end, block):
-        i = start + tl.arange(0, block)
+    variance_dtype: tl.constexpr = tl.uint8 if state_dtype == tl.int8 else state_dtype
+    step = c[STEP].to(tl.uint32)
+    row = _fields(table, tensor, ROW)
+    for start in range(begin, end, lines * 8):
+        if state_dtype == tl.int8 or master or param_at_random or state_at_random:
+            row = _fields(table, tensor, ROW)  # anew, so that addresses take no registers from turn to turn
         if master:
-            high, low = _load_bits(param_pointer, i, end, aligned), _load_bits(residual_pointer, i, end, aligned)
-            param = ((high.to(tl.int32) << 16) + low.to(tl.int32)).to(tl.float32, bitcast=True)
+            high = _upper(_load_bits(row[PARAM], param_dtype, start, end, lines, aligned), lines, aligned)
+            low = _upper(_load_bits(row[RESIDUAL], tl.int16, start, end, lines, aligned), lines, aligned)
+            param = (high.to(tl.int32, bitcast=True) + (low.to(tl.int32, bitcast=True) >> 16)).to(
+                tl.float32, bitcast=True
+            )
         else:
-            param = _load(param_pointer, i, end, aligned)
-        grad = _load(grad_pointer, i, end, aligned)
-        exp_avg = _load_state(exp_avg_pointer, row[EXP_AVG_SCALE], i, end, aligned)
-        exp_avg_sq = _load_state(exp_avg_sq_pointer, row[EXP_AVG_SQ_SCALE], i, end, aligned)
+            param = _load(row[PARAM], param_dtype, start, end, lines, aligned)
+        grad = _load(grad_address, grad_dtype, start, end, lines, aligned)
+        exp_avg = _load_state(row[EXP_AVG], row[EXP_AVG_SCALE], state_dtype, start, end, lines, aligned)
+        exp_avg_sq = _load_state(row[EXP_AVG_SQ], row[EXP_AVG_SQ_SCALE], variance_dtype, start, end, lines, aligned)
 
         g = c[GRAD_COEF] * grad
         param = param * c[DECAY]
         if delta_dtype is not None:
-            delta = _load_delta(delta_pointer, row[DELTA_SCALE], i, end, aligned)
+            delta = _load_delta(row[DELTA], row[DELTA_SCALE], delta_dtype, start, end, lines, aligned)
             g = g - c[DELTA_COEF] * delta
             param = param + c[DELTA_STEP] * delta
         exp_avg = c[BETA1] * exp_avg + c[ONE_MINUS_BETA1] * g
@@ -97,21 +101,23 @@ def _update(
         divisor = tl.sqrt_rn(exp_avg_sq) * c[INV_SQRT_BC2] + c[EPS]
         param = param - c[STEP_SIZE] * tl.div_rn(exp_avg, divisor)
 
+        if param_at_random or state_at_random:
+            index = _whole_index(row, start, lines, aligned)
         if master:
             bits = tl.where(param != param, 0x7FC00000, param.to(tl.uint32, bitcast=True))
-            _store_bits(param_pointer, i, end, ((bits + 0x8000) >> 16).to(tl.uint16), aligned)
-            _store_bits(residual_pointer, i, end, bits.to(tl.uint16).to(tl.int16, bitcast=True), aligned)
+            _store_upper(row[PARAM], start, end, bits + 0x8000, lines, aligned)
+            _store_upper(row[RESIDUAL], start, end, bits << 16, lines, aligned)
         else:
-            bits = _draw(row, c[STEP].to(tl.uint32), PARAM_STREAM, start, block) if param_at_random else None
-            _store(param_pointer, i, end, param, bits, aligned)
+            bits = _draw(index, row[RANDOM_KEY], step, PARAM_STREAM, lines, aligned) if param_at_random else None
+            _store(row[PARAM], param_dtype, start, end, param, bits, lines, aligned, converts)
         if state_dtype == tl.int8:
-            _store_codes(exp_avg_pointer, row[EXP_AVG_SCALE], start, i, end, exp_avg, aligned)
-            _store_codes(exp_avg_sq_pointer, row[EXP_AVG_SQ_SCALE], start, i, end, exp_avg_sq, aligned)
+            _store_codes(row[EXP_AVG], row[EXP_AVG_SCALE], tl.int8, start, end, exp_avg, lines, aligned)
+            _store_codes(row[EXP_AVG_SQ], row[EXP_AVG_SQ_SCALE], tl.uint8, start, end, exp_avg_sq, lines, aligned)
         else:
-            bits = _draw(row, c[STEP].to(tl.uint32), EXP_AVG_STREAM, start, block) if state_at_random else None
-            _store(exp_avg_pointer, i, end, exp_avg, bits, aligned)
-            bits = _draw(row, c[STEP].to(tl.uint32), EXP_AVG_SQ_STREAM, start, block) if state_at_random else None
-            _store(exp_avg_sq_pointer, i, end, exp_avg_sq, bits, aligned)
+            bits = _draw(index, row[RANDOM_KEY], step, EXP_AVG_STREAM, lines, aligned) if state_at_random else None
+            _store(row[EXP_AVG], state_dtype, start, end, exp_avg, bits, lines, aligned, converts)
+            bits = _draw(index, row[RANDOM_KEY], step, EXP_AVG_SQ_STREAM, lines, aligned) if state_at_random else None
+            _store(row[EXP_AVG_SQ], state_dtype, start, end, exp_avg_sq, bits, lines, aligned, converts)
 
 
 @_jit
@@ -127,8 +133,9 @@ def _update_chunk(
     master: tl.constexpr,
     param_at_random: tl.constexpr,
     state_at_random: tl.constexpr,
+    converts: tl.constexpr,
     chunk_size: tl.constexpr,
-    block: tl.constexpr,
+    lines: tl.constexpr,
 ):
     tensor = tl.load(chunk_tensor + tl.program_id(0)).to(tl.int64)
     row = _fields(table, tensor, ROW)
@@ -141,12 +148,16 @@ def _update_chunk(
         together |= row[DELTA]
     if master:
         together |= row[RESIDUAL]
-    begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, block)
+    if param_at_random or state_at_random:
+        together |= (
+            row[ORIGIN] | row[WIDTH] | row[PITCH]
+        ) * 2  # lines are eights of the whole tensor, or it matters not
+    begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, lines * 8)
     _update(
-        *(row, grad, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
-        *(master, param_at_random, state_at_random, block, True),
+        *(table, tensor, grad, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(master, param_at_random, state_at_random, converts, lines, True),
     )
     _update(
-        *(row, grad, c, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
-        *(master, param_at_random, state_at_random, block // 2, False),
+        *(table, tensor, grad, c, middle, end, param_dtype, grad_dtype, state_dtype, delta_dtype),
+        *(master, param_at_random, state_at_random, converts, lines // 4, False),
     )
