@@ -190,8 +190,9 @@ def test_sums_and_biases_move_16_bytes_at_a_time_on_amd(on_amd: Kernels) -> None
 
 
 def test_every_operation_is_rounded_by_itself_on_amd(on_amd: Kernels) -> None:
-    """A division takes five fused operations, a root two, a division of integers at most two beside its reciprocal: there
-    are no others. Mixed ones convert float16 on the way, of what is added to -0 or multiplied by 1: rounded once."""
+    """A division takes five fused operations, a root two, a division of integers at most two beside its reciprocal.
+    There are no others. Mixed ones convert float16 on the way, of what is added to -0 or multiplied by 1: rounded
+    once."""
     for name, facts in on_amd.items():
         count = Counter(facts["opcodes"])
         divisions, roots = count["v_div_fixup_f32"], count["v_sqrt_f32"]

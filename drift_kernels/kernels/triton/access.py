@@ -69,7 +69,7 @@ def _load_bits(
         bits = (tl.load(address.to(tl.pointer_type(stored)) + i, mask=i < end, other=0),)
     elif size == 4:
         pointer = _pointer(address, dtype, start) + tl.arange(0, lines)[:, None] * 8 + tl.arange(0, 4)[None, :]
-        bits = (tl.load(pointer), tl.load(pointer + 4))
+        bits = (tl.load(pointer), tl.load(pointer + 4))  # type: ignore[assignment]
     else:
         words: tl.constexpr = tl.uint32 if word == 32 else tl.uint64
         bits = (tl.load(_pointer(address + start * size, words, 0) + _line(lines, size * 64 // word)),)

@@ -32,7 +32,7 @@ def _request(
         if delta_dtype is not None:
             of_tile += (_load_bits(tensors[1], delta_dtype, at, end, lines, aligned, 64),)  # type: ignore[assignment]
             if delta_dtype.primitive_bitwidth == 8:
-                of_tile += (_load_scales(tensors[2], at, end, lines, aligned),)
+                of_tile += (_load_scales(tensors[2], at, end, lines, aligned),)  # type: ignore[assignment]
         found += (of_tile,)  # type: ignore[assignment]
     return found
 
