@@ -69,7 +69,7 @@ def _load_bits(
         bits = (tl.load(address.to(tl.pointer_type(stored)) + i, mask=i < end, other=0),)
     elif size == 4:
         pointer = _pointer(address, dtype, start) + tl.arange(0, lines)[:, None] * 8 + tl.arange(0, 4)[None, :]
-        bits = (tl.load(pointer), tl.load(pointer + 4))
+        bits = (tl.load(pointer), tl.load(pointer + 4))  # type: ignore[assignment]
     else:
         words: tl.constexpr = tl.uint32 if word == 32 else tl.uint64
         bits = (tl.load(_pointer(address + start * size, words, 0) + _line(lines, size * 64 // word)),)
@@ -112,10 +112,7 @@ def _top(bits, lines: tl.constexpr, aligned: tl.constexpr):
 def _to_float(bits, dtype: tl.constexpr, lines: tl.constexpr, aligned: tl.constexpr):
     """A tile as float32; of codes (int8, or e4m3 as uint8) without their scale."""
     if dtype == tl.float32:
-        if aligned:
-            x = tl.reshape(tl.permute(tl.join(bits[0], bits[1]), 0, 2, 1), [lines, 8])
-        else:
-            x = bits[0]
+        x = tl.reshape(tl.permute(tl.join(bits[0], bits[1]), 0, 2, 1), [lines, 8]) if aligned else bits[0]
     elif dtype == tl.bfloat16:
         x = _upper(bits, lines, aligned).to(tl.float32, bitcast=True)
     elif dtype == tl.float16:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from .access import _line, _load, _load_bits, _pointer, _to_float, _top
+from .access import _line, _load, _load_bits, _pointer, _top
 from .jit import _jit, missing
 from .layout import SCALE_BLOCK
 

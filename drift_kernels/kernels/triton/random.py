@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from .access import _line
 from .jit import _jit, missing
-from .layout import ORIGIN, PITCH, RANDOM_KEY, WIDTH
+from .layout import ORIGIN, PITCH, WIDTH
 
 if missing is None:
     import triton.language as tl
