@@ -112,10 +112,7 @@ def _top(bits, lines: tl.constexpr, aligned: tl.constexpr):
 def _to_float(bits, dtype: tl.constexpr, lines: tl.constexpr, aligned: tl.constexpr):
     """A tile as float32; of codes (int8, or e4m3 as uint8) without their scale."""
     if dtype == tl.float32:
-        if aligned:  # noqa: SIM108 (as the other branches)
-            x = tl.reshape(tl.permute(tl.join(bits[0], bits[1]), 0, 2, 1), [lines, 8])
-        else:
-            x = bits[0]
+        x = tl.reshape(tl.permute(tl.join(bits[0], bits[1]), 0, 2, 1), [lines, 8]) if aligned else bits[0]
     elif dtype == tl.bfloat16:
         x = _upper(bits, lines, aligned).to(tl.float32, bitcast=True)
     elif dtype == tl.float16:

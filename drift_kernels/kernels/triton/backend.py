@@ -106,7 +106,7 @@ def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
     table, grads, chunk_tensor = _tables(plan)
     # Tiles that are requested at once, and again while they are used: 32 to 64 bytes for a thread, each time.
     read = grad_dtype.primitive_bitwidth + (delta_dtype.primitive_bitwidth if delta_dtype else 0)
-    tiles = 1 if read >= 64 else 2 if read > 16 else 4
+    tiles = 2 if read >= 32 else 4
     with _on(plan.device):
         if plan.chunk_count:
             _sum_chunk[(plan.chunk_count,)](

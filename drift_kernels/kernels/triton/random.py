@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from .access import _line
 from .jit import _jit, missing
 from .layout import ORIGIN, PITCH, WIDTH
 
@@ -41,7 +40,9 @@ def _run(start, offset, width):
 @_jit
 def _whole_index(row, start, lines: tl.constexpr, aligned: tl.constexpr):
     """int64, in the whole tensor: of the first element of each line, or, on the general path, of each element."""
-    offset = tl.arange(0, lines) * 8 if aligned else _line(lines, 8)
+    offset = tl.arange(0, lines) * 8
+    if not aligned:
+        offset = offset[:, None] + tl.arange(0, 8)[None, :]
     index = row[ORIGIN] + start + offset
     if row[WIDTH] != 0:
         index += _run(start, offset, row[WIDTH]) * (row[PITCH] - row[WIDTH])
