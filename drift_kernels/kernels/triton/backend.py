@@ -104,7 +104,7 @@ def _tables(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
     _, grad_dtype, _, delta_dtype = _dtypes(plan, with_delta)
     table, grads, chunk_tensor = _tables(plan)
-    # Tiles that are requested at once, and again while they are used: 32 to 64 bytes for a thread, each time.
+    # Tiles that are requested at once, and again while they are used: at least 64 bytes for a thread, in all.
     read = grad_dtype.primitive_bitwidth + (delta_dtype.primitive_bitwidth if delta_dtype else 0)
     tiles = 2 if read >= 32 else 4
     with _on(plan.device):
