@@ -42,7 +42,8 @@ struct Draw {
   uint32_t exp_avg_sq;
 };
 
-// The tensors of one row as stored. A move is by elements; it begins and ends at a scale of what has codes.
+// The tensors of one row as stored. They move by elements: where there are codes, from a multiple of kScaleBlock on, or
+// by one.
 template <class Param, class Grad, class State, class Delta>
 struct Stored {
   Param* __restrict param;

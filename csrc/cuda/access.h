@@ -282,8 +282,19 @@ DRIFT_HD Span cut(int size, const T*... tensors) {
   return {0, 0, size};
 }
 
-// A thread's turns: turn(Wide, tensors moved to it) over the body, turn(Striped, tensors), of kSide elements, over what
-// is before and after it.
+// A thread's turns over what is before and after the body: turn(Striped), of kSide elements.
+template <int kSide, class F>
+DRIFT_HD void for_each_side_turn(const Span& span, int thread, F turn) {
+  DRIFT_KEEP_ROLLED
+  for (int side = 0; side < 2; ++side) {
+    const int begin = side == 0 ? 0 : span.tail;
+    const int end = side == 0 ? span.body : span.size;
+    DRIFT_KEEP_ROLLED
+    for (int first = begin + thread; first < end; first += kThreads * kSide) turn(Striped<kSide>{first, end});
+  }
+}
+
+// A thread's turns: turn(Wide, tensors moved to it) over the body, turn(Striped, tensors) beside it.
 template <int kTurn, int kSide, class Tensors, class F>
 DRIFT_HD void for_each_turn(const Span& span, int thread, const Tensors& tensors, F turn) {
   int first = span.body + thread * kTurn;
@@ -293,15 +304,7 @@ DRIFT_HD void for_each_turn(const Span& span, int thread, const Tensors& tensors
     turn(Wide<kTurn>{first}, there);
     there = there.moved(kThreads * kTurn);
   }
-  DRIFT_KEEP_ROLLED
-  for (int side = 0; side < 2; ++side) {
-    const int begin = side == 0 ? 0 : span.tail;
-    const int end = side == 0 ? span.body : span.size;
-    DRIFT_KEEP_ROLLED
-    for (int first = begin + thread; first < end; first += kThreads * kSide) {
-      turn(Striped<kSide>{first, end}, tensors);
-    }
-  }
+  for_each_side_turn<kSide>(span, thread, [&](auto at) { turn(at, tensors); });
 }
 
 // use(load(at, tensors)) for each turn, the next of which is requested before this is used.
@@ -321,15 +324,7 @@ DRIFT_HD void for_each_turn_ahead(const Span& span, int thread, const Tensors& t
     }
     use(next);
   }
-  DRIFT_KEEP_ROLLED
-  for (int side = 0; side < 2; ++side) {
-    const int begin = side == 0 ? 0 : span.tail;
-    const int end = side == 0 ? span.body : span.size;
-    DRIFT_KEEP_ROLLED
-    for (int first = begin + thread; first < end; first += kThreads * kSide) {
-      use(load(Striped<kSide>{first, end}, tensors));
-    }
-  }
+  for_each_side_turn<kSide>(span, thread, [&](auto at) { use(load(at, tensors)); });
 }
 
 }  // namespace drift
