@@ -149,9 +149,8 @@ def _update_chunk(
     if master:
         together |= row[RESIDUAL]
     if param_at_random or state_at_random:
-        together |= (
-            row[ORIGIN] | row[WIDTH] | row[PITCH]
-        ) * 2  # lines are eights of the whole tensor, or it matters not
+        # On the aligned path a line is an eight of the whole tensor: multiples of 8 become multiples of 16.
+        together |= (row[ORIGIN] | row[WIDTH] | row[PITCH]) * 2
     begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, lines * 8)
     _update(
         *(table, tensor, grad, c, begin, middle, param_dtype, grad_dtype, state_dtype, delta_dtype),
