@@ -23,6 +23,7 @@ import pathlib, shutil, signal, sys, time
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # whatever the tests run under
     signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 from drift_kernels import cli
+from drift_kernels.cli import building
 from drift_kernels.prior import build
 folder, moment, words = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 
@@ -45,7 +46,7 @@ elif moment == "between the renames":
 elif moment == "in a thread":
     build.DeltaStream._work = pausing(build.DeltaStream._work, seconds=0.5)
 elif moment == "any":
-    cli.build_prior = pausing(cli.build_prior, seconds=0)
+    building.build_prior = pausing(building.build_prior, seconds=0)
 if "twice" in words:
     shutil.rmtree = pausing(shutil.rmtree, seconds=0.5)
 if "nohup" in words:

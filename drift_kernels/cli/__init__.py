@@ -1,0 +1,48 @@
+"""drift-prior: build a prior from two checkpoints, look at it, and check that it fits a model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import CheckpointError, PriorError
+from ..terminal import LogLines, Stopped, console, say, stoppable
+from . import building, checking, inspecting
+from .arguments import EXIT_STATUS
+
+_COMMANDS = (building, inspecting, checking)  # each has `add`, which declares its arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status (`--help` lists them); usage errors exit with 2.
+
+    Without `argv` it takes the process's own, and the process is expected to end with it; likewise when a signal has
+    stopped it.
+    """
+    parser = argparse.ArgumentParser(prog="drift-prior", description=__doc__, epilog=EXIT_STATUS)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands)
+    arguments = parser.parse_args(argv)
+    errors = console(stderr=True)
+    handler = LogLines(errors)
+    logging.getLogger("drift_kernels").addHandler(handler)
+    try:
+        with stoppable(to_the_end=argv is None):
+            status: int = arguments.run(arguments, errors)
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CheckpointError, PriorError, OSError, ImportError) as error:
+        say(errors, str(error), style="red")
+        return 1
+    except Stopped as stopped:
+        say(errors, str(stopped))
+        return stopped.status
+    finally:
+        logging.getLogger("drift_kernels").removeHandler(handler)
+    return status

@@ -1,0 +1,10 @@
+"""`python -m drift_kernels.cli` is the command drift-prior."""
+
+from __future__ import annotations
+
+import sys
+
+from . import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""What the commands' arguments have in common: how a command is declared, and how what was typed is read."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
+
+from rich.console import Console
+
+from ..prior.names import parse_layers, select_names
+
+Result = TypeVar("Result")
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Run = Callable[[argparse.Namespace, Console], int]
+"""Carries a command out: with its arguments, and where errors and progress go. Returns the exit status."""
+
+EXIT_STATUS = (
+    "Exit status: 0 when all is well; 1 when it failed, or found a prior that does not fit or is damaged; 2 for a "
+    "wrong command line; 129, 130 or 143 when SIGHUP, Ctrl-C or SIGTERM stopped it. Errors and warnings go to stderr."
+)
+CHECKPOINT = "a checkpoint's folder, or a Hub id: org/name or org/name@revision"
+PRIOR = "a prior's folder, or a Hub id"
+
+
+def add_command(commands: Commands, name: str, what: str, run: Run) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=what, description=f"{name}: {what}", epilog=EXIT_STATUS)
+    parser.set_defaults(run=run, misuse=parser.error)
+    return parser
+
+
+def modules(text: str) -> list[str]:
+    """A regular expression may hold commas, so `re:` takes all that follows, up to the next `,re:`."""
+    presets, *patterns = re.split(r"(?:^|,)re:", text)
+    modules = [module for module in presets.split(",") if module] + [f"re:{pattern}" for pattern in patterns]
+    checked(select_names, (), modules)
+    return modules
+
+
+def layers(text: str) -> frozenset[int]:
+    return checked(parse_layers, text)
+
+
+def name_rule(text: str) -> tuple[str, str]:
+    prefix, equals, canonical = text.partition("=")
+    if not prefix or not equals:
+        raise argparse.ArgumentTypeError(f"expected PREFIX=CANONICAL, got {text!r}")
+    return prefix, canonical
+
+
+def checked(function: Callable[..., Result], *values: object) -> Result:
+    """Call `function` and let argparse report its ValueError with its own words."""
+    try:
+        return function(*values)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,0 +1,67 @@
+"""drift-prior build."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from rich.console import Console
+
+from ..prior import build_prior
+from ..prior.names import PRESETS
+from .arguments import CHECKPOINT, Commands, add_command, layers, modules, name_rule
+from .output import progress_bar
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def add(commands: Commands) -> None:
+    build = add_command(commands, "build", "build a prior: expert - base, or expert - reference", _run)
+    for role in ("expert", "base"):
+        build.add_argument(f"--{role}", required=True, metavar="DIR", help=CHECKPOINT)
+    build.add_argument("--reference", metavar="DIR", help="subtract this checkpoint instead of the base")
+    build.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    build.add_argument("--overwrite", action="store_true", help="replace the prior that is there")
+    build.add_argument(
+        "--modules",
+        type=modules,
+        default=["attn", "mlp"],
+        help=f"some of {','.join(PRESETS)}, and last re:REGEX over canonical names, or several, each with its re: "
+        "(default: attn,mlp)",
+    )
+    build.add_argument("--no-bias", dest="include_bias", action="store_false", help="leave biases out")
+    build.add_argument("--layers", type=layers, help="layers of the base, such as 0-27 or 0-3,8 (default: all)")
+    build.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="bf16",
+        help="how deltas are stored; int8 and fp8 take half the memory of bf16 (default: bf16)",
+    )
+    build.add_argument(
+        "--name-map",
+        type=name_rule,
+        action="append",
+        default=[],
+        metavar="PREFIX=CANONICAL",
+        help="a rule for names that the table does not know, such as transformer.h.=layers.; may be repeated",
+    )
+
+
+def _run(arguments: argparse.Namespace, errors: Console) -> int:
+    with progress_bar(errors) as bar:
+        task = bar.add_task("building", total=None)
+        prior = build_prior(
+            arguments.expert,
+            arguments.base,
+            arguments.out,
+            reference=arguments.reference,
+            modules=arguments.modules,
+            layers=arguments.layers,
+            include_bias=arguments.include_bias,
+            dtype=_DTYPES[arguments.dtype],
+            name_map=dict(arguments.name_map),
+            overwrite=arguments.overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{arguments.out}: {len(prior)} deltas, {prior.numel:,} elements, fingerprint {prior.fingerprint[:12]}")
+    return 0

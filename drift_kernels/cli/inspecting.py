@@ -1,0 +1,91 @@
+"""drift-prior inspect."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..prior import Prior
+from ..prior.names import layer_of, module_of
+from ..prior.summary import Group, group_deltas
+from ..terminal import console, say
+from .arguments import PRIOR, Commands, add_command
+from .output import print_json
+
+
+def add(commands: Commands) -> None:
+    inspect = add_command(commands, "inspect", "norms, ratios and cosines per layer and module", _run)
+    inspect.add_argument("prior", metavar="PRIOR", help=PRIOR)
+    inspect.add_argument("--plot", metavar="FILE.png", help="draw the ratios and cosines")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def _run(arguments: argparse.Namespace, errors: Console) -> int:
+    prior = Prior.open(arguments.prior)
+    groups = group_deltas(prior, lambda name: (layer_of(name), module_of(name)))
+    if arguments.json:
+        print_json(_described(prior, groups))
+    else:
+        _print_groups(prior, groups)
+    if arguments.plot:
+        from ..prior.plot import plot_prior
+
+        plot_prior(prior, arguments.plot)
+        say(errors, f"drawn to {arguments.plot}")
+    return 0
+
+
+def _print_groups(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) -> None:
+    sources = ", ".join(f"{role} {source['name']}" for role, source in prior.record["sources"].items())
+    print(f"{prior.record['delta']}: {sources}")
+    print(
+        f"{len(prior)} deltas, {prior.numel:,} elements, {prior.record['dtype']}, fingerprint {prior.fingerprint[:12]}"
+    )
+    for warning in prior.record["warnings"]:
+        print(f"warning: {warning}")
+    quantised = any(group.stored_cosine is not None for group in groups.values())
+    table = Table(show_edge=False, pad_edge=False)
+    for title in ("layer", "module"):
+        table.add_column(title, overflow="fold")
+    for title in ("tensors", "norm(delta)", "norm(W)", "ratio", "cosine", *(["worst\nstored"] if quantised else [])):
+        table.add_column(title, justify="right", overflow="fold")
+    previous: int | None = -1
+    for (layer, module), group in groups.items():
+        if layer != previous:
+            table.add_section()
+        table.add_row(
+            "" if layer is None or layer == previous else str(layer),
+            module,
+            str(group.tensors),
+            f"{group.delta_norm:.4g}",
+            f"{group.param_norm:.4g}",
+            _number(group.ratio, ".4f"),
+            _number(group.cosine, ".6f"),
+            *([_number(group.stored_cosine, ".6f")] if quantised else []),
+        )
+        previous = layer
+    console().print(table)
+    if quantised:
+        print("worst stored: the smallest cosine of a delta as stored and the exact one")
+
+
+def _described(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) -> dict[str, Any]:
+    """What inspect shows, for --json."""
+    return {
+        "fingerprint": prior.fingerprint,
+        "delta": prior.record["delta"],
+        "sources": {role: source["name"] for role, source in prior.record["sources"].items()},
+        "dtype": prior.record["dtype"],
+        "deltas": len(prior),
+        "elements": prior.numel,
+        "warnings": prior.record["warnings"],
+        "groups": [{"layer": layer, "module": module, **vars(group)} for (layer, module), group in groups.items()],
+    }
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
