@@ -27,14 +27,22 @@ def drift_adamw(args: TrainingArguments, model: nn.Module | None = None, **optio
         args: the Trainer's.
         model: the Trainer's. Without it the Trainer says which when it creates the optimizer, as `model_init` needs;
             transformers before 5 cannot.
-        options: keyword arguments of FusedDriftAdamW: prior, alpha, max_grad_norm, ...
+        options: keyword arguments of FusedDriftAdamW: prior, alpha, max_grad_norm, ... `prior` may be a function of the
+            model, for a trainer that puts the adapters into it (TRL's `peft_config`):
+            `prior=lambda model: lora_prior(model, "prior")`, without `model` here.
     """
     weight_decay = options.pop("weight_decay", args.weight_decay)
     defaults = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     options = {**defaults, **options}
     if model is None:
         return _Factory, {**options, "weight_decay": weight_decay}
-    return FusedDriftAdamW, {**options, "params": named_groups(model, weight_decay)}
+    return FusedDriftAdamW, {**_with_prior_for(model, options), "params": named_groups(model, weight_decay)}
+
+
+def _with_prior_for(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, where a function of the model in place of the prior has been asked."""
+    prior = options.get("prior")
+    return {**options, "prior": prior(model)} if callable(prior) else options
 
 
 class _Factory:
@@ -45,7 +53,7 @@ class _Factory:
             raise TypeError("this version of transformers does not tell the model: drift_adamw(args, model, ...)")
 
     def __call__(self, model: nn.Module, *, weight_decay: float, **options: Any) -> FusedDriftAdamW:
-        return FusedDriftAdamW(named_groups(model, weight_decay), **options)
+        return FusedDriftAdamW(named_groups(model, weight_decay), **_with_prior_for(model, options))
 
 
 class DriftCallback(TrainerCallback):
