@@ -9,6 +9,7 @@ on the machine's matrix products, but not on the number of threads.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -55,11 +56,17 @@ def factorise(rows: Rows, columns: int, rank: int, exact_norm: float, seed: str)
     """
     vectors = right_singular_vectors(rows, columns, rank, exact_norm, seed)
     right = vectors.t().to(torch.bfloat16).contiguous()
-    product = _times(rows, right.float().t().contiguous()).double()  # A right^T
-    gram = right.double() @ right.double().t()
-    left = torch.linalg.solve(gram, product, left=False).to(torch.bfloat16)
-    delta = LowRankDelta(left, right)
-    overlap, stored_norm = (product * left.double()).sum().item(), delta.norm()
+    across, inverse = right.float().t().contiguous(), torch.linalg.inv(right.double() @ right.double().t())
+
+    def fitted(tile: Tensor) -> tuple[Tensor, float]:
+        product = (tile @ across).double()
+        left = (product @ inverse).to(torch.bfloat16)
+        return left, (product * left.double()).sum().item()
+
+    with one_thread(), torch.autocast("cpu", enabled=False):
+        lefts, overlaps = zip(*side_by_side(fitted, rows()), strict=True)
+    delta = LowRankDelta(torch.cat(lefts), right)
+    overlap, stored_norm = math.fsum(overlaps), delta.norm()
     if not stored_norm:
         return delta, Fit(None, None)
     kept = overlap / exact_norm * 2 - (stored_norm / exact_norm) * stored_norm
