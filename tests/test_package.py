@@ -44,11 +44,11 @@ FLOORS = {
     ],
     "state": [{"param_groups", "precision"}, {"masters", "arrangement", "live"}, {"state_dict"}],
     "prior": [
-        {"names", "norms", "verification"}, {"foreign", "quantized"}, {"low_rank"},
+        {"names", "norms", "threads", "verification"}, {"foreign", "quantized"}, {"low_rank"},
         {"deltas", "reading", "record", "fusion"}, {"files"},
-        {"arithmetic", "encodings", "hub", "in_memory", "stored", "writing"},
+        {"arithmetic", "encodings", "hub", "in_memory", "singular", "stored", "writing"},
         {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
-        {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
+        {"prior", "stream"}, {"forms", "summary"}, {"build", "plot"}, {"__init__"},
     ],
     "adapters": [{"projection"}, {"adapter"}, {"__init__"}],
     "engine": [

@@ -20,7 +20,7 @@ from drift_kernels import FusedDriftAdamW, PriorFormatError, build_prior
 from drift_kernels.prior import BLOCK, Prior, QuantizedDelta, quantize
 from drift_kernels.prior.files import TensorFile
 from drift_kernels.prior.norms import CHUNK, norm
-from drift_kernels.prior.stored import StoredDelta
+from drift_kernels.prior.stored import StoredValues
 from drift_kernels.sharding import Shard as Part
 
 BF16, INT8 = torch.bfloat16, torch.int8
@@ -66,7 +66,7 @@ def test_a_part_of_a_delta_is_that_part_of_the_whole(
     expected = in_memory.load("w")[box]
     for part in (
         in_memory.load_stored("w", box=box),
-        StoredDelta(stored["w"], stored.get("w.scales")).read(box),
+        StoredValues(stored["w"], stored.get("w.scales")).read(box),
     ):
         found = part.expand() if isinstance(part, QuantizedDelta) else part
         assert found.is_contiguous()

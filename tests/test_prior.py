@@ -177,9 +177,9 @@ def test_what_is_not_a_prior_does_not_open(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 3}, "version 3 is of a newer drift_kernels, and this one reads 1 to 2: upgrade"),
-        ({"version": 0}, "expected format 'drift_prior', version 1 to 2; found .* version 0"),
-        ({"version": "2"}, "expected format 'drift_prior', version 1 to 2; found .* version '2'"),
+        ({"version": 4}, "version 4 is of a newer drift_kernels, and this one reads 1 to 3: upgrade"),
+        ({"version": 0}, "expected format 'drift_prior', version 1 to 3; found .* version 0"),
+        ({"version": "2"}, "expected format 'drift_prior', version 1 to 3; found .* version '2'"),
         ({"format": "other"}, "found format 'other'"),
         ({"dtype": "float8"}, "float8"),
         ({"dtype": "float32"}, "is recorded as torch.float32"),

@@ -42,6 +42,12 @@ def layers(text: str) -> frozenset[int]:
     return checked(parse_layers, text)
 
 
+def rank(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def name_rule(text: str) -> tuple[str, str]:
     prefix, equals, canonical = text.partition("=")
     if not prefix or not equals:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ..prior import build_prior
 from ..prior.names import PRESETS
-from .arguments import CHECKPOINT, Commands, add_command, layers, modules, name_rule
+from .arguments import CHECKPOINT, Commands, add_command, layers, modules, name_rule, rank
 from .output import progress_bar
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -38,6 +38,12 @@ def add(commands: Commands) -> None:
         help="how deltas are stored; int8 and fp8 take half the memory of bf16 (default: bf16)",
     )
     build.add_argument(
+        "--rank",
+        type=rank,
+        metavar="R",
+        help="store matrices as two bf16 factors of this rank, where these are the smaller ones; the rest as --dtype",
+    )
+    build.add_argument(
         "--name-map",
         type=name_rule,
         action="append",
@@ -59,6 +65,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
             layers=arguments.layers,
             include_bias=arguments.include_bias,
             dtype=_DTYPES[arguments.dtype],
+            rank=arguments.rank,
             name_map=dict(arguments.name_map),
             overwrite=arguments.overwrite,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

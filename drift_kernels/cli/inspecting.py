@@ -42,16 +42,23 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
 def _print_groups(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) -> None:
     sources = ", ".join(f"{role} {source['name']}" for role, source in prior.record["sources"].items())
     print(f"{prior.record['delta']}: {sources}")
+    whole = _whole(prior)
+    rank = "" if whole.rank is None else f", matrices of rank {whole.rank}"
     print(
-        f"{len(prior)} deltas, {prior.numel:,} elements, {prior.record['dtype']}, fingerprint {prior.fingerprint[:12]}"
+        f"{len(prior)} deltas, {prior.numel:,} elements, {prior.record['dtype']}{rank}, "
+        f"fingerprint {prior.fingerprint[:12]}"
     )
+    if whole.kept_energy is not None:
+        print(f"{whole.kept_energy:.2%} of the exact deltas' energy (norm^2) is kept")
     for warning in prior.record["warnings"]:
         print(f"warning: {warning}")
-    quantised = any(group.stored_cosine is not None for group in groups.values())
+    inexact = any(group.stored_cosine is not None for group in groups.values())
+    low_rank = whole.rank is not None
     table = Table(show_edge=False, pad_edge=False)
     for title in ("layer", "module"):
         table.add_column(title, overflow="fold")
-    for title in ("tensors", "norm(delta)", "norm(W)", "ratio", "cosine", *(["worst\nstored"] if quantised else [])):
+    titles = ("tensors", "norm(delta)", "norm(W)", "ratio", "cosine")
+    for title in (*titles, *_shown(inexact, "worst\nstored"), *_shown(low_rank, "rank", "kept\nenergy")):
         table.add_column(title, justify="right", overflow="fold")
     previous: int | None = -1
     for (layer, module), group in groups.items():
@@ -65,21 +72,33 @@ def _print_groups(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) 
             f"{group.param_norm:.4g}",
             _number(group.ratio, ".4f"),
             _number(group.cosine, ".6f"),
-            *([_number(group.stored_cosine, ".6f")] if quantised else []),
+            *_shown(inexact, _number(group.stored_cosine, ".6f")),
+            *_shown(low_rank, _number(group.rank, "d"), _number(group.kept_energy, ".2%")),
         )
         previous = layer
     console().print(table)
-    if quantised:
+    if inexact:
         print("worst stored: the smallest cosine of a delta as stored and the exact one")
+
+
+def _whole(prior: Prior) -> Group:
+    return group_deltas(prior, lambda name: "whole")["whole"]
+
+
+def _shown(condition: bool, *cells: str) -> tuple[str, ...]:
+    return cells if condition else ()
 
 
 def _described(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) -> dict[str, Any]:
     """What inspect shows, for --json."""
+    whole = _whole(prior)
     return {
         "fingerprint": prior.fingerprint,
         "delta": prior.record["delta"],
         "sources": {role: source["name"] for role, source in prior.record["sources"].items()},
         "dtype": prior.record["dtype"],
+        "rank": whole.rank,
+        "kept_energy": whole.kept_energy,
         "deltas": len(prior),
         "elements": prior.numel,
         "warnings": prior.record["warnings"],

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters import AdapterPrior
 from ..errors import PriorMismatchError
 from ..prior import DeltaInfo, LowRankDelta, Prior, PriorLike, QuantizedDelta
-from ..prior.deltas import Delta, norm_of, with_rows
+from ..prior.deltas import Delta, expanded, norm_of, with_rows
 from ..prior.fusion import Source, stored_names
 from ..prior.names import module_of
 from ..prior.strengths import Strengths
@@ -170,7 +170,7 @@ class PriorBinding:
         """Of a shard with the norms of the shard, for `_measure`."""
         info, stored = self._info(name), self._stored(name, param, shard)
         delta_norm = info.delta_norm if shard is None else norm_of(stored)
-        delta, scale = _for_kernels(stored, param.dtype)
+        delta, scale = _for_kernels(stored, info.dtype, param.dtype)
         readers = self._readers if self._on_host and param.is_cuda else None
         if readers is not None:
             delta, scale = delta.pin_memory(), None if scale is None else scale.pin_memory()
@@ -257,11 +257,12 @@ class PriorBinding:
         return found
 
 
-def _for_kernels(delta: Delta, param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A delta as kernels read it beside a parameter of this dtype: codes and scales only beside bfloat16, factors
-    expanded, to bfloat16 beside bfloat16."""
-    if isinstance(delta, LowRankDelta):
-        return delta.expand().to(torch.bfloat16 if param_dtype == torch.bfloat16 else torch.float32), None
-    if isinstance(delta, QuantizedDelta):
-        return (delta.codes, delta.scales) if param_dtype == torch.bfloat16 else (delta.expand(), None)
-    return delta, None
+def _for_kernels(delta: Delta, dtype: torch.dtype, param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A delta that is stored in `dtype` as kernels read it beside a parameter: codes and scales only beside bfloat16;
+    factors expanded, beside bfloat16 to bfloat16, and so what was joined of bfloat16 factors."""
+    beside_bfloat16 = param_dtype == torch.bfloat16
+    if isinstance(delta, QuantizedDelta) and beside_bfloat16:
+        return delta.codes, delta.scales
+    if beside_bfloat16 and (isinstance(delta, LowRankDelta) or dtype == torch.bfloat16):
+        return expanded(delta).to(torch.bfloat16), None
+    return expanded(delta), None

@@ -14,26 +14,26 @@ from pathlib import Path
 import torch
 
 from ..errors import PriorError
-from ..formats.blocks import DELTA_LIMITS, blocks_of
 from .alignment import align_checkpoints
-from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, Layout, size_in_bytes
+from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, size_in_bytes
+from .forms import Form, FormedDeltas
 from .hub import local_folder, public_name
 from .names import some
 from .pairing import Pair, Selection, pair_up
 from .plausible import check_values
 from .prior import Prior
-from .quantized import scales_name
 from .record import (
     DTYPES,
     FORMAT,
     PRIOR_INDEX_NAME,
     RECORD_NAME,
     UNFINISHED_MARK,
-    VERSION,
     DeltaInfo,
     checksum_fields,
+    version_of,
 )
 from .stream import DeltaStream
+from .threads import one_thread
 from .writing import TensorFileWriter, sync_folder, write_json
 
 logger = logging.getLogger("drift_kernels")
@@ -54,6 +54,7 @@ def build_prior(
     layers: Iterable[int] | None = None,
     include_bias: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    rank: int | None = None,
     name_map: Mapping[str, str] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 1 << 30,
@@ -66,16 +67,21 @@ def build_prior(
     are the base's layer numbers (default: all). Biases come with their weights unless `include_bias` is False; one that
     the expert does not have, and so is zero in it, is pulled to zero. Deltas are computed in float32 and stored as
     `dtype`: float32, bfloat16, or int8 or float8_e4m3fn with a float32 scale for every 128 elements (quantized.py).
+    With a `rank`, matrices are stored as two bfloat16 factors of it (low_rank.py), where these are the smaller ones: as
+    near to the delta as the rank allows, by a randomised iteration that gives the same bits each time.
     `name_map` (prefix -> canonical prefix) adds families that the name table does not know; for those in neither it is
     found by names and shapes. It is recorded in the prior. Memory stays flat whatever the checkpoints' size.
 
     The folder appears under its name when it is complete; an existing prior is replaced only if `overwrite`. Raises
     CheckpointError for damaged, incomplete, foreign, unreadable or quantised checkpoints and unmerged adapters,
     PriorError for checkpoints that do not fit each other or do not differ, a NaN or Inf, and an `out` in the way;
-    ValueError for an unknown module or dtype; OSError when `out` cannot be written.
+    ValueError for an unknown module or dtype and a rank below 1; OSError when `out` cannot be written.
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
+    form = Form(dtype, rank)
     target = Path(out).expanduser().resolve()  # of a link, what it stands for
     _check_target(target, overwrite)
     if leftovers := [path.name for path in target.parent.glob(f"{target.name}{UNFINISHED_MARK}*")]:
@@ -86,22 +92,24 @@ def build_prior(
         checkpoints = {role: stack.enter_context(open_checkpoint(source)) for role, source in chosen.items()}
         name_map, notes = align_checkpoints(checkpoints, name_map)
         pairs, warnings = pair_up(checkpoints, Selection(modules, layers, include_bias), name_map)
-        warnings = notes + warnings
-        _check_names(pairs, dtype)
+        warnings = notes + warnings + form.warnings(pairs)
+        _check_names(pairs, form)
         for warning in warnings:
             logger.warning("%s", warning)
         with _folder_that_appears_complete(target, overwrite) as folder:
             stream = DeltaStream(checkpoints, dtype)
-            with _one_thread():
-                shards = _plan_shards(pairs, dtype, max_shard_bytes)
-                checksums = _write_shards(folder, shards, stream, dtype, progress)
-            rows = {pair.name: stream.measure(pair) for pair in pairs}
-            found = check_values({pair.name: DeltaInfo(pair.shape, dtype, **rows[pair.name]) for pair in pairs})
+            formed = FormedDeltas(stream, form)
+            with one_thread():
+                shards = _plan_shards(pairs, form, max_shard_bytes)
+                checksums = _write_shards(folder, shards, formed, form, progress)
+            rows = {pair.name: formed.measure(pair) for pair in pairs}
+            infos = {pair.name: DeltaInfo(pair.shape, form.dtype_of(pair), **rows[pair.name]) for pair in pairs}
+            found = check_values(infos)
             for warning in found:
                 logger.warning("%s", warning)
             record = {
                 "format": FORMAT,
-                "version": VERSION,
+                "version": version_of(rows),
                 "delta": f"expert - {'base' if reference is None else 'reference'}",
                 "dtype": str(dtype).removeprefix("torch."),
                 "modules": list(modules),
@@ -139,11 +147,13 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise PriorError(f"{target} exists and is not a prior, so it is not replaced")
 
 
-def _check_names(pairs: Iterable[Pair], dtype: torch.dtype) -> None:
+def _check_names(pairs: Sequence[Pair], form: Form) -> None:
     names = {pair.name for pair in pairs}
-    for name in names if dtype in DELTA_LIMITS else ():
-        if scales_name(name) in names:
-            raise PriorError(f"{scales_name(name)} is a tensor of the checkpoints, and where the scales of {name} go")
+    for pair in pairs:
+        for tensor in form.layout([pair]):
+            if tensor != pair.name and tensor in names:
+                part = tensor.rpartition(".")[2]
+                raise PriorError(f"{tensor} is a tensor of the checkpoints, and where the {part} of {pair.name} goes")
 
 
 @contextmanager
@@ -168,24 +178,12 @@ def _folder_that_appears_complete(target: Path, overwrite: bool) -> Iterator[Pat
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for each of torch's operations: the stream runs several pieces side by side, and the barriers of many
-    short parallel operations would cost several times the work itself on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _plan_shards(pairs: Iterable[Pair], dtype: torch.dtype, max_bytes: int) -> list[list[Pair]]:
+def _plan_shards(pairs: Iterable[Pair], form: Form, max_bytes: int) -> list[list[Pair]]:
     """Consecutive pairs, up to `max_bytes` a shard; a larger tensor has a shard for itself."""
     shards: list[list[Pair]] = []
     room = 0
     for pair in pairs:
-        size = sum(map(size_in_bytes, _layout([pair], dtype).values()))
+        size = sum(map(size_in_bytes, form.layout([pair]).values()))
         if not shards or size > room:
             shards.append([])
             room = max_bytes
@@ -194,16 +192,8 @@ def _plan_shards(pairs: Iterable[Pair], dtype: torch.dtype, max_bytes: int) -> l
     return shards
 
 
-def _layout(shard: Sequence[Pair], dtype: torch.dtype) -> Layout:
-    """What is stored of the deltas of a shard: scales, if there are any, come first and so lie aligned."""
-    deltas = {pair.name: (dtype, pair.shape) for pair in shard}
-    if dtype not in DELTA_LIMITS:
-        return deltas
-    return {scales_name(pair.name): (torch.float32, (blocks_of(pair.numel),)) for pair in shard} | deltas
-
-
 def _write_shards(
-    folder: Path, shards: list[list[Pair]], stream: DeltaStream, dtype: torch.dtype, progress: Progress | None
+    folder: Path, shards: list[list[Pair]], formed: FormedDeltas, form: Form, progress: Progress | None
 ) -> dict[str, int]:
     """The shards and their index; each shard is brought to the disk while the next is made. Returns the checksums of
     the tensors in them."""
@@ -213,13 +203,13 @@ def _write_shards(
         synced = []
         for number, shard in enumerate(shards, 1):
             name = f"prior-{number:05d}-of-{len(shards):05d}.safetensors"
-            layout = _layout(shard, dtype)
+            layout = form.layout(shard)
             writer = files.enter_context(TensorFileWriter(folder / name, layout))
-            with closing(stream.deltas(shard)) as deltas:  # its threads end before the files do, whatever happens
-                for piece, stored in deltas:
+            with closing(formed.deltas(shard)) as deltas:  # its threads end before the files do, whatever happens
+                for count, stored in deltas:
                     for tensor, flat in stored.items():
                         writer.append(tensor, flat)
-                    done += piece.count
+                    done += count
                     if progress is not None:
                         progress(done, total)
             checksums.update(writer.checksums)

@@ -88,6 +88,11 @@ class LowRankDelta:
         return math.sqrt(max(square, 0.0)) if square == square else math.nan
 
 
+def factor_names(name: str) -> tuple[str, str]:
+    """Where the factors of the delta `name` are stored."""
+    return f"{name}.left", f"{name}.right"
+
+
 def _gram(tall: Tensor) -> Tensor:
     """tall^T tall, float64 [r, r], a few rows at a time."""
     rank = tall.shape[1]

@@ -24,7 +24,7 @@ from .hub import local_folder
 from .low_rank import LowRankDelta
 from .names import canonical_name, natural_key
 from .plausible import check_values
-from .quantized import Box, QuantizedDelta, scales_name
+from .quantized import Box, QuantizedDelta
 from .reading import exists, read_json
 from .record import (
     PRIOR_INDEX_NAME,
@@ -35,7 +35,7 @@ from .record import (
     read_infos,
     recorded_checksums,
 )
-from .stored import StoredDelta, norm_fault
+from .stored import StoredDelta, find_delta, layout_of, norm_fault
 from .verification import Verification
 
 logger = logging.getLogger("drift_kernels")
@@ -87,9 +87,9 @@ class Prior:
         except CheckpointError as error:
             raise PriorFormatError(str(error)) from error
         infos = read_infos(folder, record)
-        deltas = {name: StoredDelta.find(folder, name, info, stored) for name, info in infos.items()}
-        scales = {scales_name(name) for name, delta in deltas.items() if delta.scales is not None}
-        for name in stored.keys() - deltas.keys() - scales:
+        deltas = {name: find_delta(folder, name, info, stored) for name, info in infos.items()}
+        known = {part for name, i in infos.items() for part in layout_of(name, i.shape, i.dtype, i.rank)}
+        for name in stored.keys() - known:
             raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {name}")
         return cls(infos, deltas, fingerprint_of_record(record), record)
 
@@ -179,16 +179,16 @@ class Prior:
         except CheckpointError as error:
             raise PriorFormatError(f"{name} of the prior: {error}") from error
         except PriorError as error:
-            raise PriorFormatError(f"{delta.values.path}: {name} is damaged: {error}") from error
+            raise PriorFormatError(f"{delta.path}: {name} is damaged: {error}") from error
         if box is None:
-            self._check_norm(name, delta.values.path, norm_of(loaded))
+            self._check_norm(name, delta.path, norm_of(loaded))
         return loaded if device is None else loaded.to(device)
 
     def check_norm_of_parts(self, name: str | Source, found: float) -> None:
         """Raises PriorFormatError when the parts of a delta do not have the recorded norm together."""
         delta = self._deltas[name.parts[0].name if isinstance(name, Source) else name]
         if isinstance(delta, StoredDelta):
-            self._check_norm(name, delta.values.path, found)
+            self._check_norm(name, delta.path, found)
 
     def _check_norm(self, name: str | Source, path: Path, found: float) -> None:
         if fault := norm_fault(found, self.info(name).delta_norm):

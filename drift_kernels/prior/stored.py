@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, PriorError, PriorFormatError
 from ..formats.blocks import BLOCK, DELTA_LIMITS, blocks_of
-from .deltas import norm_of
-from .files import StoredTensor, byte_view
+from .deltas import Delta, norm_of, tensors_of
+from .files import StoredTensor, TensorType, byte_view
+from .low_rank import LowRankDelta, factor_names
 from .norms import CHUNK
 from .quantized import Box, QuantizedDelta, scales_name
 from .record import PRIOR_INDEX_NAME, RECORD_NAME, DeltaInfo
@@ -22,30 +24,86 @@ from .record import PRIOR_INDEX_NAME, RECORD_NAME, DeltaInfo
 _NORM_TOLERANCE = 1e-5
 
 
-@dataclass(frozen=True)
-class StoredDelta:
-    """Where a delta lies: its values or codes, and the scales of codes."""
+class StoredDelta(ABC):
+    """Where a delta lies in a prior's files."""
 
-    values: StoredTensor
-    scales: StoredTensor | None
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The file."""
 
-    @classmethod
-    def find(cls, folder: Path, name: str, info: DeltaInfo, stored: Mapping[str, StoredTensor]) -> StoredDelta:
-        """The delta of a name among the tensors of a prior. Raises PriorFormatError if they are not as recorded."""
-        expected = {name: (info.dtype, info.shape)}
-        if info.dtype in DELTA_LIMITS:
-            expected[scales_name(name)] = torch.float32, (blocks_of(math.prod(info.shape)),)
-        for tensor, (dtype, shape) in expected.items():
-            if tensor not in stored:
-                raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {tensor}")
-            if (stored[tensor].dtype, stored[tensor].shape) != (dtype, shape):
-                found = f"{stored[tensor].dtype} {list(stored[tensor].shape)}"
-                raise PriorFormatError(f"{folder}: {tensor} is recorded as {dtype} {list(shape)}, stored as {found}")
-        return cls(stored[name], stored.get(scales_name(name)) if len(expected) > 1 else None)
-
-    def read(self, box: Box | None = None) -> Tensor | QuantizedDelta:
+    @abstractmethod
+    def read(self, box: Box | None = None) -> Delta:
         """The delta, or the part in a box, for which it reads no row beyond. Raises CheckpointError when its file is
         gone or too short."""
+
+    @abstractmethod
+    def fault(self, info: DeltaInfo, checksums: Sequence[str] | None) -> str | None:
+        """What is wrong with the delta, if anything: every byte is read, and compared with the recorded checksums,
+        where there are any, and the recorded norm."""
+
+
+def layout_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int | None) -> dict[str, TensorType]:
+    """What is stored of a delta, in the order of the file: scales come first and so lie aligned."""
+    if rank is not None:
+        (rows, columns), (left, right) = shape, factor_names(name)
+        return {left: (dtype, (rows, rank)), right: (dtype, (rank, columns))}
+    if dtype in DELTA_LIMITS:
+        return {scales_name(name): (torch.float32, (blocks_of(math.prod(shape)),)), name: (dtype, shape)}
+    return {name: (dtype, shape)}
+
+
+def find_delta(folder: Path, name: str, info: DeltaInfo, stored: Mapping[str, StoredTensor]) -> StoredDelta:
+    """The delta of a name among the tensors of a prior. Raises PriorFormatError if they are not as recorded."""
+    layout = layout_of(name, info.shape, info.dtype, info.rank)
+    for tensor, (dtype, shape) in layout.items():
+        if tensor not in stored:
+            raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {tensor}")
+        if (stored[tensor].dtype, stored[tensor].shape) != (dtype, shape):
+            found = f"{stored[tensor].dtype} {list(stored[tensor].shape)}"
+            raise PriorFormatError(f"{folder}: {tensor} is recorded as {dtype} {list(shape)}, stored as {found}")
+    places = [stored[tensor] for tensor in layout]
+    return StoredFactors(*places) if info.rank is not None else StoredValues(*reversed(places))
+
+
+@dataclass(frozen=True)
+class StoredFactors(StoredDelta):
+    """A low-rank delta."""
+
+    left: StoredTensor
+    right: StoredTensor
+
+    @property
+    def path(self) -> Path:
+        return self.left.path
+
+    def read(self, box: Box | None = None) -> LowRankDelta:
+        if box is None:
+            return LowRankDelta(self.left.read(), self.right.read())
+        rank, rows = self.left.shape[1], box[0]
+        left = self.left.read_flat(rows.start * rank, rows.stop * rank).view(-1, rank)
+        return LowRankDelta(left, self.right.read()[:, box[1]].contiguous())
+
+    def fault(self, info: DeltaInfo, checksums: Sequence[str] | None) -> str | None:
+        try:
+            delta = self.read()
+        except CheckpointError as error:
+            return str(error)
+        return _fault([zlib.crc32(byte_view(part)) for part in tensors_of(delta)], checksums, norm_of(delta), info)
+
+
+@dataclass(frozen=True)
+class StoredValues(StoredDelta):
+    """Values, or codes and their scales."""
+
+    values: StoredTensor
+    scales: StoredTensor | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.values.path
+
+    def read(self, box: Box | None = None) -> Tensor | QuantizedDelta:
         if box is None:
             values = self.values.read()
             return values if self.scales is None else QuantizedDelta(values, self.scales.read())
@@ -63,8 +121,7 @@ class StoredDelta:
         return delta.expand()[begin : begin + math.prod(shape)].view(shape)[inner].contiguous()
 
     def fault(self, info: DeltaInfo, checksums: Sequence[str] | None) -> str | None:
-        """What is wrong with the delta, if anything: every byte is read, CHUNK elements at a time, and compared with
-        the recorded checksums, where there are any, and the recorded norm."""
+        """CHUNK elements at a time."""
         crcs, norms = [0] if self.scales is None else [0, 0], [0.0]
         try:
             for begin in range(0, self.values.numel, CHUNK):
@@ -80,10 +137,7 @@ class StoredDelta:
             return str(error)
         except PriorError as error:
             return f"damaged: {error}"
-        found = [f"{crc:08x}" for crc in crcs]
-        if checksums is not None and found != list(checksums):
-            return f"damaged: its checksum is {' '.join(found)}, recorded {' '.join(map(str, checksums))}"
-        return norm_fault(math.hypot(*norms), info.delta_norm)
+        return _fault(crcs, checksums, math.hypot(*norms), info)
 
 
 def norm_fault(found: float, recorded: float) -> str | None:
@@ -91,3 +145,10 @@ def norm_fault(found: float, recorded: float) -> str | None:
     if math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
         return None
     return f"damaged: its norm is {found:.7g}, recorded {recorded:.7g}"
+
+
+def _fault(crcs: Sequence[int], checksums: Sequence[str] | None, found_norm: float, info: DeltaInfo) -> str | None:
+    found = [f"{crc:08x}" for crc in crcs]
+    if checksums is not None and found != list(checksums):
+        return f"damaged: its checksum is {' '.join(found)}, recorded {' '.join(map(str, checksums))}"
+    return norm_fault(found_norm, info.delta_norm)

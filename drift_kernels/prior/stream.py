@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,7 @@ from .files import Checkpoint
 from .norms import CHUNK
 from .pairing import Pair
 from .quantized import scales_name
-
-_WORKERS = min(4, os.cpu_count() or 1)
+from .threads import WORKERS
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Memory for one piece in work, used over and over: the bytes as read, and the delta, in float32 if it will be
-    quantised."""
+    """Memory for one piece in work, used over and over: the bytes as read, and the bytes of the delta."""
 
     raw: dict[str, Tensor]
     delta: Tensor
+
+    def delta_of(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+        """Where the delta goes, in float32 if it will be quantised."""
+        dtype = torch.float32 if dtype in DELTA_LIMITS else dtype
+        return self.delta[: piece.count * dtype.itemsize].view(dtype)
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ class DeltaStream:
         self._workplaces = [
             Workplace(
                 raw={role: torch.empty(CHUNK * 8, dtype=torch.uint8, device="cpu") for role in checkpoints},
-                delta=torch.empty(CHUNK, dtype=torch.float32 if dtype in DELTA_LIMITS else dtype, device="cpu"),
+                delta=torch.empty(CHUNK * 4, dtype=torch.uint8, device="cpu"),
             )
-            for _ in range(_WORKERS + 1)
+            for _ in range(WORKERS + 1)
         ]
         self._products: dict[str, Products] = {}  # of the common part
         self._base_squares: dict[str, float] = {}  # of the whole
@@ -83,15 +86,19 @@ class DeltaStream:
         A piece is valid until the next is asked for. Raises PriorError, naming the tensor, once a delta turns out to
         hold NaN or Inf.
         """
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            in_work: deque[tuple[Piece, Future[Result]]] = deque()
-            for turn, piece in enumerate(pieces_of(pairs)):
-                if len(in_work) == len(self._workplaces):
-                    yield self._finish(*in_work.popleft())
-                workplace = self._workplaces[turn % len(self._workplaces)]
-                in_work.append((piece, pool.submit(self._work, piece, workplace)))
-            while in_work:
-                yield self._finish(*in_work.popleft())
+        with closing(self._results(pairs, self._dtype)) as results:
+            for piece, result in results:
+                self._note(piece, result)
+                yield piece, result.stored
+
+    def exact(self, pair: Pair, first: bool = True) -> Generator[Tensor, None, None]:
+        """The delta of `pair` in float32, in pieces, as `deltas` gives them. What is read again is not `first`, and
+        enters neither digests nor measures."""
+        with closing(self._results([pair], torch.float32)) as results:
+            for piece, result in results:
+                if first:
+                    self._note(piece, result)
+                yield result.stored[pair.name]
 
     def measure(self, pair: Pair) -> dict[str, Any]:
         """Norm of the stored delta, norm of the base's weight, cosine of expert and base over their common elements;
@@ -104,37 +111,53 @@ class DeltaStream:
             "stored_cosine": _cosine(products.delta_exact, products.delta_delta, products.exact_exact),
         }
 
-    def _work(self, piece: Piece, workplace: Workplace) -> Result:
+    def _results(self, pairs: Iterable[Pair], dtype: torch.dtype) -> Generator[tuple[Piece, Result], None, None]:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            in_work: deque[tuple[Piece, Future[Result]]] = deque()
+            for turn, piece in enumerate(pieces_of(pairs)):
+                if len(in_work) == len(self._workplaces):
+                    done, future = in_work.popleft()
+                    yield done, future.result()
+                workplace = self._workplaces[turn % len(self._workplaces)]
+                in_work.append((piece, pool.submit(self._work, piece, workplace, dtype)))
+            while in_work:
+                done, future = in_work.popleft()
+                yield done, future.result()
+
+    def _work(self, piece: Piece, workplace: Workplace, dtype: torch.dtype) -> Result:
         tensors, checksums = {}, {}
         for role in piece.roles:
             tensors[role] = self._read(role, piece, workplace.raw[role])
             checksums[role] = checksum(tensors[role])
-        delta = workplace.delta[: piece.count]
+        delta = workplace.delta_of(piece, dtype)
         if piece.paired:
-            stored, products = self._difference(piece, tensors, delta)
+            stored, products = self._difference(piece, tensors, delta, dtype)
         else:
-            stored, products = self._zeros(piece, delta), Products(base_base=dot(tensors["base"], tensors["base"]))
+            stored, products = (
+                self._zeros(piece, delta, dtype),
+                Products(base_base=dot(tensors["base"], tensors["base"])),
+            )
         return Result(stored, products, checksums)
 
     def _difference(
-        self, piece: Piece, tensors: Mapping[str, Tensor], delta: Tensor
+        self, piece: Piece, tensors: Mapping[str, Tensor], delta: Tensor, dtype: torch.dtype
     ) -> tuple[dict[str, Tensor], Products]:
         """A role without the tensor is zero in it: a bias that it does not have."""
         name, base = piece.pair.name, tensors["base"]
         expert, origin = (tensors[role] if role in tensors else torch.zeros_like(base) for role in self._minus)
         sources = expert, base, origin
-        if self._dtype not in DELTA_LIMITS:
+        if dtype not in DELTA_LIMITS:
             return {name: delta}, subtract(*sources, delta)
-        quantized, products = subtract_quantized(*sources, delta, self._dtype)
+        quantized, products = subtract_quantized(*sources, delta, dtype)
         return {name: quantized.codes, scales_name(name): quantized.scales}, products
 
-    def _zeros(self, piece: Piece, delta: Tensor) -> dict[str, Tensor]:
+    def _zeros(self, piece: Piece, delta: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """A quantised one has scales for the blocks that begin in it; the one before has that of a block they share."""
         name, end = piece.pair.name, piece.start + piece.count
-        if self._dtype not in DELTA_LIMITS:
+        if dtype not in DELTA_LIMITS:
             return {name: delta.zero_()}
         scales = torch.zeros(blocks_of(end) - blocks_of(piece.start), dtype=torch.float32, device="cpu")
-        codes = torch.zeros(piece.count, dtype=self._dtype, device="cpu")
+        codes = torch.zeros(piece.count, dtype=dtype, device="cpu")
         return {name: codes, scales_name(name): scales}
 
     def _read(self, role: str, piece: Piece, raw: Tensor) -> Tensor:
@@ -144,9 +167,8 @@ class DeltaStream:
         self._checkpoints[role].read_into(flat, source, piece.start)
         return flat
 
-    def _finish(self, piece: Piece, future: Future[Result]) -> tuple[Piece, dict[str, Tensor]]:
-        name, result = piece.pair.name, future.result()
-        base_square = result.products.base_base
+    def _note(self, piece: Piece, result: Result) -> None:
+        name, base_square = piece.pair.name, result.products.base_base
         if not math.isfinite(base_square + result.products.delta_delta):
             raise PriorError(f"{name} holds NaN or Inf in the checkpoints, or overflows in the prior's dtype")
         self._base_squares[name] = self._base_squares.get(name, 0.0) + base_square
@@ -154,7 +176,6 @@ class DeltaStream:
             self._products[name] = self._products.get(name, Products()).plus(result.products)
         for role, value in result.checksums.items():
             self.digests[role].update(value)
-        return piece, result.stored
 
 
 def _cosine(product: float, square: float, other_square: float) -> float | None:

@@ -18,6 +18,8 @@ class Group:
     """Several deltas taken as one long vector.
 
     `ratio` is norm(delta)/norm(W), None where norm(W) is zero or unknown; `stored_cosine` the smallest of its deltas'.
+    `rank` is the largest of its low-rank deltas', and `kept_energy` what part of norm(exact delta)^2 the group keeps as
+    it is stored; None where none is of low rank.
     """
 
     tensors: int
@@ -26,6 +28,8 @@ class Group:
     ratio: float | None
     cosine: float | None
     stored_cosine: float | None
+    rank: int | None
+    kept_energy: float | None
 
 
 def group_deltas(prior: Prior, key: Callable[[str], Key | None]) -> dict[Key, Group]:
@@ -35,6 +39,13 @@ def group_deltas(prior: Prior, key: Callable[[str], Key | None]) -> dict[Key, Gr
         if (group := key(name)) is not None:
             members.setdefault(group, []).append(prior.info(name))
     return {group: _add_up(infos) for group, infos in members.items()}
+
+
+def _kept_energy(infos: list[DeltaInfo]) -> float | None:
+    exact = [(info.delta_norm if info.exact_norm is None else info.exact_norm) ** 2 for info in infos]
+    kept = [1.0 if info.kept_energy is None else info.kept_energy for info in infos]
+    known = any(info.kept_energy is not None for info in infos)
+    return sum(a * b for a, b in zip(exact, kept, strict=True)) / sum(exact) if known else None
 
 
 def _add_up(infos: list[DeltaInfo]) -> Group:
@@ -49,5 +60,7 @@ def _add_up(infos: list[DeltaInfo]) -> Group:
         param_norm=param_norm,
         ratio=delta_norm / param_norm if param_norm else None,
         stored_cosine=min((info.stored_cosine for info in infos if info.stored_cosine is not None), default=None),
+        rank=max((info.rank for info in infos if info.rank is not None), default=None),
+        kept_energy=_kept_energy(infos),
         cosine=sum(cosine * square for cosine, square in weighted) / weight if weight else None,
     )

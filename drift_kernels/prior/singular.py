@@ -1,0 +1,148 @@
+"""The leading right singular vectors of deltas, and deltas of low rank made of them.
+
+A block Lanczos iteration for A^T A, with a random start and every block made orthogonal to all before it (Golub and
+Underwood 1977; that its few steps find nearly all there is, Musco and Musco 2015). A is read by rows, STEPS times, and
+once more for the left factor: it may be larger than memory. The bits depend on the matrix, the rank and the seed, and
+on the machine's matrix products, but not on the number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .deltas import Delta, expanded
+from .low_rank import LowRankDelta
+from .norms import norm
+from .threads import one_thread, side_by_side
+
+Rows = Callable[[], Iterator[Tensor]]
+"""The rows of a matrix from the top, float32 [some, n] at a time; they can be asked for again and again."""
+
+_STEPS = 12  # what more of them find is below 0.01 of the energy, for random matrices too, whose spectra are the worst
+_LEAST_BLOCK = 16
+_TILE = 1 << 21  # elements
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How near a low-rank delta is to the exact one: 1 - norm(exact - delta)^2/norm(exact)^2, and their cosine; None
+    where either is zero."""
+
+    kept_energy: float | None
+    cosine: float | None
+
+
+def tile_rows(columns: int) -> int:
+    """How many rows of a matrix are taken at a time."""
+    return max(_TILE // max(columns, 1), 1)
+
+
+def rows_of(matrix: Tensor) -> Rows:
+    """The rows of a float32 matrix in memory."""
+    return lambda: iter(matrix.split(tile_rows(matrix.shape[1])))
+
+
+def factorise(rows: Rows, columns: int, rank: int, exact_norm: float, seed: str) -> tuple[LowRankDelta, Fit]:
+    """A matrix of this norm as bfloat16 factors of this rank, near the nearest there are.
+
+    `right` is the leading right singular vectors, one a row, rounded; `left` is the best one beside it as it is
+    rounded. How the singular values are shared out between the two would not change the rounding, which is relative.
+    """
+    vectors = right_singular_vectors(rows, columns, rank, exact_norm, seed)
+    right = vectors.t().to(torch.bfloat16).contiguous()
+    across, inverse = right.float().t().contiguous(), torch.linalg.inv(right.double() @ right.double().t())
+
+    def fitted(tile: Tensor) -> tuple[Tensor, float]:
+        product = (tile @ across).double()
+        left = (product @ inverse).to(torch.bfloat16)
+        return left, (product * left.double()).sum().item()
+
+    with one_thread(), torch.autocast("cpu", enabled=False):
+        lefts, overlaps = zip(*side_by_side(fitted, rows()), strict=True)
+    delta = LowRankDelta(torch.cat(lefts), right)
+    overlap, stored_norm = math.fsum(overlaps), delta.norm()
+    if not stored_norm:
+        return delta, Fit(None, None)
+    kept = overlap / exact_norm * 2 - (stored_norm / exact_norm) * stored_norm
+    return delta, Fit(kept / exact_norm, overlap / exact_norm / stored_norm)
+
+
+def top_right_singular_vectors(delta: Delta, rank: int, seed: str = "") -> tuple[Tensor, float]:
+    """The leading right singular vectors of a delta [m, n], one a row, float32 [rank, n] on the CPU; and what part of
+    norm(delta)^2 is along them.
+
+    They are orthonormal, also where the delta has a lower rank; of a low-rank delta they are made of its factors. Of a
+    delta of zeros they are random, and the part is 0. Raises ValueError for a delta that is not a matrix, or has fewer
+    columns than `rank`.
+    """
+    if len(delta.shape) != 2 or not 0 < rank <= delta.shape[1]:
+        raise ValueError(f"no {rank} right singular vectors in a delta of shape {list(delta.shape)}")
+    if isinstance(delta, LowRankDelta):
+        return _of_factors(delta, rank, seed)
+    matrix = expanded(delta).detach().to("cpu", torch.float32).contiguous()
+    size = norm(matrix)
+    vectors = right_singular_vectors(rows_of(matrix), matrix.shape[1], rank, size, seed)
+    seen = norm(_times(rows_of(matrix), vectors)) / size if size else 0.0
+    return vectors.t().contiguous(), min(seen**2, 1.0)
+
+
+def right_singular_vectors(rows: Rows, columns: int, rank: int, size: float, seed: str) -> Tensor:
+    """The leading right singular vectors of a matrix of norm `size`, float32 [columns, rank], orthonormal."""
+    with one_thread(), torch.autocast("cpu", enabled=False):
+        block = max(_LEAST_BLOCK, -(-rank // 16) * 8)
+        width = min(columns, _STEPS * block)
+        basis, image = (torch.empty(columns, width, dtype=torch.float32, device="cpu") for _ in range(2))
+        new = _random(columns, min(block, width), seed)
+        for begin in range(0, width, block):
+            done, here = basis[:, :begin], slice(begin, min(begin + block, width))
+            new = new[:, : here.stop - begin]
+            for _ in range(3):  # of a matrix of low rank only rounding is left at first, and lies among what is done
+                new = torch.linalg.qr(new - done @ (done.t() @ new))[0]
+            basis[:, here] = new
+            new = image[:, here] = _image(rows, new, size)
+        projected = (basis.t() @ image).double()
+        vectors = torch.linalg.eigh((projected + projected.t()) / 2)[1][:, width - rank :].flip(1)
+        return torch.linalg.qr(basis @ vectors.float())[0]
+
+
+def _image(rows: Rows, vectors: Tensor, size: float) -> Tensor:
+    """A^T A vectors / size, which neither overflows nor underflows where A does not."""
+    scale = 1 / size if size else 0.0
+    total = torch.zeros_like(vectors)
+    for part in side_by_side(lambda tile: tile.t() @ ((tile @ vectors) * scale), rows()):
+        total += part
+    return total
+
+
+def _times(rows: Rows, right: Tensor) -> Tensor:
+    """A right."""
+    with one_thread(), torch.autocast("cpu", enabled=False):
+        return torch.cat(list(side_by_side(lambda tile: tile @ right, rows())))
+
+
+def _of_factors(delta: LowRankDelta, rank: int, seed: str) -> tuple[Tensor, float]:
+    """right^T = q t, and so delta = (left t^T) q^T."""
+    with one_thread():
+        left, right = delta.left.detach().to("cpu").double(), delta.right.detach().to("cpu").double()
+        q, t = torch.linalg.qr(right.t())
+        squares, vectors = torch.linalg.eigh(t @ (left.t() @ left) @ t.t())
+        squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)
+        found = (q @ vectors)[:, :rank]
+        if found.shape[1] < rank:
+            further = _random(len(found), rank - found.shape[1], seed).double()
+            further -= found @ (found.t() @ further)
+            found = torch.linalg.qr(torch.cat([found, further], 1))[0]
+        total = squares.sum().item()
+        return found.t().float().contiguous(), squares[:rank].sum().item() / total if total else 0.0
+
+
+def _random(rows: int, columns: int, seed: str) -> Tensor:
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
+    generator = torch.Generator("cpu").manual_seed(number)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
