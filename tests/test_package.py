@@ -43,10 +43,11 @@ FLOORS = {
     ],
     "state": [{"param_groups", "precision"}, {"masters", "arrangement", "live"}, {"state_dict"}],
     "prior": [
-        {"names", "norms", "verification"}, {"foreign", "quantized"}, {"reading", "record", "fusion"}, {"files"},
+        {"names", "norms", "threads", "verification"}, {"foreign", "quantized"}, {"reading", "record", "fusion"},
+        {"files"},
         {"arithmetic", "encodings", "hub", "in_memory", "stored", "writing"},
         {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
-        {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
+        {"prior", "stream", "folders", "shards"}, {"summary"}, {"build", "plot"}, {"__init__"},
     ],
     "engine": [
         {"seen", "hyperparameters", "reach", "lookalikes", "pinned"}, {"binding", "rules"}, {"launches"},

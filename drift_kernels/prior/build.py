@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from ..errors import PriorError
-from ..formats.blocks import DELTA_LIMITS, blocks_of
 from .alignment import align_checkpoints
-from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, Layout, size_in_bytes
+from .files import INDEX_NAME, SINGLE_NAME, Checkpoint
+from .folders import NewFolder
 from .hub import local_folder, public_name
-from .names import some
-from .pairing import Pair, Selection, pair_up
+from .pairing import Selection, pair_up
 from .plausible import check_values
 from .prior import Prior
-from .quantized import scales_name
-from .record import (
-    DTYPES,
-    FORMAT,
-    PRIOR_INDEX_NAME,
-    RECORD_NAME,
-    UNFINISHED_MARK,
-    VERSION,
-    DeltaInfo,
-    checksum_fields,
-)
+from .record import DTYPES, FORMAT, RECORD_NAME, VERSION, DeltaInfo, checksum_fields
+from .shards import Progress, check_names, write_deltas
 from .stream import DeltaStream
-from .writing import TensorFileWriter, sync_folder, write_json
+from .threads import one_thread
+from .writing import write_json
 
 logger = logging.getLogger("drift_kernels")
-
-Progress = Callable[[int, int], None]
-"""Called with the elements done so far and the elements in all."""
-
-_WRITERS = 3  # shards that are open at a time: one is written, two may wait for the disk
 
 
 def build_prior(
@@ -77,9 +59,8 @@ def build_prior(
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
     target = Path(out).expanduser().resolve()  # of a link, what it stands for
-    _check_target(target, overwrite)
-    if leftovers := [path.name for path in target.parent.glob(f"{target.name}{UNFINISHED_MARK}*")]:
-        logger.warning("unfinished builds lie beside %s and may be deleted: %s", target, some(leftovers))
+    new = NewFolder(target, RECORD_NAME, "prior", overwrite)
+    new.check()
     chosen = {"expert": expert, "base": base} | ({} if reference is None else {"reference": reference})
     layers = None if layers is None else sorted(set(layers))
     with ExitStack() as stack:
@@ -87,14 +68,21 @@ def build_prior(
         name_map, notes = align_checkpoints(checkpoints, name_map)
         pairs, warnings = pair_up(checkpoints, Selection(modules, layers, include_bias), name_map)
         warnings = notes + warnings
-        _check_names(pairs, dtype)
+        shapes = {pair.name: pair.shape for pair in pairs}
+        check_names(shapes, dtype)
         for warning in warnings:
             logger.warning("%s", warning)
-        with _folder_that_appears_complete(target, overwrite) as folder:
-            stream = DeltaStream(checkpoints, dtype)
-            with _one_thread():
-                shards = _plan_shards(pairs, dtype, max_shard_bytes)
-                checksums = _write_shards(folder, shards, stream, dtype, progress)
+        with new.that_appears_complete() as folder:
+            stream, by_name = DeltaStream(checkpoints, dtype), {pair.name: pair for pair in pairs}
+            with one_thread():
+                checksums = write_deltas(
+                    folder,
+                    shapes,
+                    dtype,
+                    max_shard_bytes,
+                    lambda names: stream.deltas(by_name[name] for name in names),
+                    progress,
+                )
             rows = {pair.name: stream.measure(pair) for pair in pairs}
             found = check_values({pair.name: DeltaInfo(pair.shape, dtype, **rows[pair.name]) for pair in pairs})
             for warning in found:
@@ -130,106 +118,3 @@ def build_prior(
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """The safetensors checkpoint of a local folder or a Hub id. Raises CheckpointError."""
     return Checkpoint(local_folder(source, (SINGLE_NAME, INDEX_NAME, "config.json"), INDEX_NAME))
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
-        raise PriorError(f"{target} exists already; overwrite=True (--overwrite) replaces it")
-    if target.exists() and not (target / RECORD_NAME).exists():
-        raise PriorError(f"{target} exists and is not a prior, so it is not replaced")
-
-
-def _check_names(pairs: Iterable[Pair], dtype: torch.dtype) -> None:
-    names = {pair.name for pair in pairs}
-    for name in names if dtype in DELTA_LIMITS else ():
-        if scales_name(name) in names:
-            raise PriorError(f"{scales_name(name)} is a tensor of the checkpoints, and where the scales of {name} go")
-
-
-@contextmanager
-def _folder_that_appears_complete(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `target` that takes its name when the block ends, and is removed when the block fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f"{target.name}{UNFINISHED_MARK}{secrets.token_hex(4)}")
-    old = target.with_name(folder.name + ".old")
-    try:
-        folder.mkdir()
-        yield folder
-        sync_folder(folder)
-        _check_target(target, overwrite)
-        if target.exists():
-            target.rename(old)
-        folder.rename(target)
-        sync_folder(target.parent)
-    finally:
-        if old.exists() and not target.exists():  # interrupted between the two renames
-            old.rename(target)
-        for leftover in (folder, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for each of torch's operations: the stream runs several pieces side by side, and the barriers of many
-    short parallel operations would cost several times the work itself on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _plan_shards(pairs: Iterable[Pair], dtype: torch.dtype, max_bytes: int) -> list[list[Pair]]:
-    """Consecutive pairs, up to `max_bytes` a shard; a larger tensor has a shard for itself."""
-    shards: list[list[Pair]] = []
-    room = 0
-    for pair in pairs:
-        size = sum(map(size_in_bytes, _layout([pair], dtype).values()))
-        if not shards or size > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(pair)
-        room -= size
-    return shards
-
-
-def _layout(shard: Sequence[Pair], dtype: torch.dtype) -> Layout:
-    """What is stored of the deltas of a shard: scales, if there are any, come first and so lie aligned."""
-    deltas = {pair.name: (dtype, pair.shape) for pair in shard}
-    if dtype not in DELTA_LIMITS:
-        return deltas
-    return {scales_name(pair.name): (torch.float32, (blocks_of(pair.numel),)) for pair in shard} | deltas
-
-
-def _write_shards(
-    folder: Path, shards: list[list[Pair]], stream: DeltaStream, dtype: torch.dtype, progress: Progress | None
-) -> dict[str, int]:
-    """The shards and their index; each shard is brought to the disk while the next is made. Returns the checksums of
-    the tensors in them."""
-    total, done = sum(pair.numel for shard in shards for pair in shard), 0
-    total_size, weight_map, checksums = 0, {}, {}
-    with ExitStack() as files, ThreadPoolExecutor(max_workers=1) as disk:
-        synced = []
-        for number, shard in enumerate(shards, 1):
-            name = f"prior-{number:05d}-of-{len(shards):05d}.safetensors"
-            layout = _layout(shard, dtype)
-            writer = files.enter_context(TensorFileWriter(folder / name, layout))
-            with closing(stream.deltas(shard)) as deltas:  # its threads end before the files do, whatever happens
-                for piece, stored in deltas:
-                    for tensor, flat in stored.items():
-                        writer.append(tensor, flat)
-                    done += piece.count
-                    if progress is not None:
-                        progress(done, total)
-            checksums.update(writer.checksums)
-            synced.append(disk.submit(writer.finish))
-            if len(synced) >= _WRITERS:
-                synced[-_WRITERS].result()
-            total_size += sum(map(size_in_bytes, layout.values()))
-            weight_map.update(dict.fromkeys(layout, name))
-        for future in synced:
-            future.result()
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    write_json(folder / PRIOR_INDEX_NAME, index)
-    return checksums

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +20,7 @@ from .files import Checkpoint
 from .norms import CHUNK
 from .pairing import Pair
 from .quantized import scales_name
-
-_WORKERS = min(4, os.cpu_count() or 1)
+from .threads import WORKERS
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class DeltaStream:
                 raw={role: torch.empty(CHUNK * 8, dtype=torch.uint8, device="cpu") for role in checkpoints},
                 delta=torch.empty(CHUNK, dtype=torch.float32 if dtype in DELTA_LIMITS else dtype, device="cpu"),
             )
-            for _ in range(_WORKERS + 1)
+            for _ in range(WORKERS + 1)
         ]
         self._products: dict[str, Products] = {}  # of the common part
         self._base_squares: dict[str, float] = {}  # of the whole
@@ -83,7 +81,7 @@ class DeltaStream:
         A piece is valid until the next is asked for. Raises PriorError, naming the tensor, once a delta turns out to
         hold NaN or Inf.
         """
-        with ThreadPoolExecutor(_WORKERS) as pool:
+        with ThreadPoolExecutor(WORKERS) as pool:
             in_work: deque[tuple[Piece, Future[Result]]] = deque()
             for turn, piece in enumerate(pieces_of(pairs)):
                 if len(in_work) == len(self._workplaces):
