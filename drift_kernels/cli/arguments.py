@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TypeAlias, TypeVar
 
+import torch
 from rich.console import Console
 
 from ..prior.names import parse_layers, select_names
@@ -21,6 +22,7 @@ EXIT_STATUS = (
     "wrong command line; 129, 130 or 143 when SIGHUP, Ctrl-C or SIGTERM stopped it. Errors and warnings go to stderr."
 )
 CHECKPOINT = "a checkpoint's folder, or a Hub id: org/name or org/name@revision"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 PRIOR = "a prior's folder, or a Hub id"
 
 

@@ -2,6 +2,7 @@
 
 from ..formats.blocks import BLOCK
 from .build import build_prior
+from .combine import combine_priors
 from .coverage import Coverage
 from .names import canonical_name
 from .prior import Prior, PriorLike
@@ -19,5 +20,6 @@ __all__ = [
     "Verification",
     "build_prior",
     "canonical_name",
+    "combine_priors",
     "quantize",
 ]
