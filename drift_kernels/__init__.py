@@ -5,7 +5,7 @@ from .errors import BackendUnavailableError, CheckpointError, PriorError, PriorF
 from .gradients import GradientBias, PriorHooks, attach_prior, bias_gradients_
 from .messages import set_up
 from .optimizer import FusedDriftAdamW
-from .prior import Coverage, Prior, build_prior, combine_priors
+from .prior import Coverage, Prior, apply_prior, build_prior, combine_priors
 from .schedule import AlphaScheduler, linear_anneal
 
 set_up()
@@ -25,6 +25,7 @@ __all__ = [
     "PriorFormatError",
     "PriorHooks",
     "PriorMismatchError",
+    "apply_prior",
     "attach_prior",
     "bias_gradients_",
     "build_prior",

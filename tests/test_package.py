@@ -47,14 +47,17 @@ FLOORS = {
         {"files"},
         {"arithmetic", "encodings", "hub", "in_memory", "stored", "writing"},
         {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
-        {"folders", "prior", "shards", "stream"}, {"rows", "summary"}, {"build", "merging", "plot"}, {"combine"},
-        {"__init__"},
+        {"folders", "prior", "shards", "stream"}, {"rows", "summary"}, {"build", "merging", "plot"},
+        {"apply", "combine"}, {"__init__"},
     ],
     "engine": [
         {"seen", "hyperparameters", "reach", "lookalikes", "pinned"}, {"binding", "rules"}, {"launches"},
         {"engine", "figures"}, {"backward"},
     ],
-    "cli": [{"arguments", "output"}, {"building", "checking", "combining", "inspecting"}, {"__init__"}, {"__main__"}],
+    "cli": [
+        {"arguments", "output"}, {"applying", "building", "checking", "combining", "inspecting"}, {"__init__"},
+        {"__main__"},
+    ],
     "integrations": [{"named_groups", "step_figures"}, {"transformers"}, {"__init__"}],
 }  # fmt: skip
 

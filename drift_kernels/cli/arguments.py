@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from typing import TypeAlias, TypeVar
@@ -49,6 +50,14 @@ def name_rule(text: str) -> tuple[str, str]:
     if not prefix or not equals:
         raise argparse.ArgumentTypeError(f"expected PREFIX=CANONICAL, got {text!r}")
     return prefix, canonical
+
+
+def number(text: str) -> float:
+    """Finite and not 0."""
+    value = float(text)
+    if not math.isfinite(value) or value == 0:
+        raise argparse.ArgumentTypeError(f"must be finite and not 0, got {text}")
+    return value
 
 
 def checked(function: Callable[..., Result], *values: object) -> Result:

@@ -1,6 +1,7 @@
 """Priors: building them from checkpoints, opening them, binding them to a model's parameters by name."""
 
 from ..formats.blocks import BLOCK
+from .apply import apply_prior
 from .build import build_prior
 from .combine import combine_priors
 from .coverage import Coverage
@@ -18,6 +19,7 @@ __all__ = [
     "PriorLike",
     "QuantizedDelta",
     "Verification",
+    "apply_prior",
     "build_prior",
     "canonical_name",
     "combine_priors",

@@ -38,6 +38,11 @@ class NewFolder:
         if leftovers := [path.name for path in beside]:
             logger.warning("unfinished builds lie beside %s and may be deleted: %s", self.target, some(leftovers))
 
+    def check_is_not_of(self, source: Path) -> None:
+        """Raises PriorError if the folder would take the place of `source`, an absolute path that is read."""
+        if self.target == source or self.target in source.parents:
+            raise PriorError(f"{self.target} would take the place of {source}, which it is made of")
+
     @contextmanager
     def that_appears_complete(self) -> Iterator[Path]:
         """A folder beside the target that takes its name when the block ends, and is removed when the block fails."""
