@@ -5,7 +5,7 @@ from .errors import BackendUnavailableError, CheckpointError, PriorError, PriorF
 from .gradients import GradientBias, PriorHooks, attach_prior, bias_gradients_
 from .messages import set_up
 from .optimizer import FusedDriftAdamW
-from .prior import Coverage, Prior, build_prior
+from .prior import Coverage, Prior, apply_prior, build_prior, combine_priors
 from .schedule import AlphaScheduler, linear_anneal
 
 set_up()
@@ -25,8 +25,10 @@ __all__ = [
     "PriorFormatError",
     "PriorHooks",
     "PriorMismatchError",
+    "apply_prior",
     "attach_prior",
     "bias_gradients_",
     "build_prior",
+    "combine_priors",
     "linear_anneal",
 ]

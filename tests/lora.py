@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from drift_kernels import FusedDriftAdamW
+
 VOCABULARY, LENGTH = 61, 7
 
 
@@ -50,3 +52,21 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCABULARY, (3, LENGTH), generator=generator)
     return model(input_ids=tokens, labels=tokens).loss
+
+
+def train(model: nn.Module, optimizer: FusedDriftAdamW, begin: int, end: int) -> dict[str, Tensor]:
+    for step in range(begin, end):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+
+
+def zero_gradients(model: nn.Module) -> None:
+    for param in model.parameters():
+        if param.requires_grad:
+            param.grad = torch.zeros_like(param)

@@ -1,4 +1,4 @@
-"""Priors for PEFT's adapters: what they pull, against PEFT's own forward; renewal, resuming, and what is refused."""
+"""Priors for PEFT's adapters: what they pull, against PEFT's own forward; and what is refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from lora import adapted_model, deltas, loss_of, text_model
-from peft import LoraConfig
+from checkpoints import write_checkpoint
+from lora import adapted_model, deltas, gradients, loss_of, text_model, train, zero_gradients
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from drift_kernels import FusedDriftAdamW, GradientBias, Prior, PriorError, PriorMismatchError, attach_prior
+from drift_kernels import FusedDriftAdamW, GradientBias, Prior, PriorError, PriorMismatchError, build_prior
+from drift_kernels.adapters import projected
 from drift_kernels.integrations import named_groups
 from drift_kernels.integrations.peft import lora_prior
 from drift_kernels.kernels.scalings import SCALINGS
@@ -53,16 +55,6 @@ def oracle(model: nn.Module, prior: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
-
-
-def zero_gradients(model: nn.Module) -> None:
-    for param in model.parameters():
-        if param.requires_grad:
-            param.grad = torch.zeros_like(param)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_absolute_is_the_gradient_of_the_pull(variant: str) -> None:
     """float32 deltas of factors, against PEFT's forward in float64."""
@@ -87,8 +79,6 @@ def test_absolute_is_the_gradient_of_the_pull(variant: str) -> None:
 def test_the_factors_are_exact_in_float64() -> None:
     model, prior = adapted_model(use_dora=True).double(), deltas()
     expected = oracle(model, prior)
-    from drift_kernels.adapters import projected
-
     for adapter in lora_prior(model, prior).adapters:
         delta = prior[adapter.weight.removeprefix("base_model.model.")].double()
         for name, found in zip(adapter.names, projected(delta, adapter.factors()), strict=True):
@@ -97,8 +87,6 @@ def test_the_factors_are_exact_in_float64() -> None:
 
 def test_a_transposed_weight() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"c_attn": Conv1D(9, 14)})])})
-    from peft import inject_adapter_in_model
-
     inject_adapter_in_model(LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True), model)
     layer = model.layers[0].c_attn
     layer.lora_B["default"].weight.data.normal_()
@@ -233,14 +221,6 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
-def trained(model: nn.Module, optimizer: FusedDriftAdamW, begin: int, end: int) -> dict[str, Tensor]:
-    for step in range(begin, end):
-        loss_of(model, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
-
-
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_backends_agree(scaling: str, backend: str) -> None:
@@ -252,118 +232,10 @@ def test_backends_agree(scaling: str, backend: str) -> None:
             named_groups(model), prior=lora_prior(model, deltas()), prior_scaling=scaling, backend=name,
             alpha=20.0 if scaling == "decoupled" else 1.0,
         )  # fmt: skip
-        results.append(trained(model, optimizer, 0, 3))
+        results.append(train(model, optimizer, 0, 3))
     bound = 0.0 if scaling in ("absolute", "decoupled") else 1e-5
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=bound, atol=bound / 100)
-
-
-def bound(optimizer: FusedDriftAdamW) -> dict[str, Tensor]:
-    return {
-        slot.name: slot.bound.delta
-        for batch in optimizer._engine.batches
-        for slot in batch.slots
-        if slot.bound is not None
-    }
-
-
-def test_deltas_are_renewed_in_place_in_every_kth_step() -> None:
-    model = adapted_model()
-    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(), refresh=3), lr=1e-2)
-    seen, places = [], []
-    for step in range(7):
-        trained(model, optimizer, step, step + 1)
-        deltas_now = bound(optimizer)
-        seen.append({name: delta.clone() for name, delta in deltas_now.items()})
-        places.append([delta.data_ptr() for delta in deltas_now.values()])
-    assert all(place == places[0] for place in places)
-    for step in range(1, 7):
-        same = [torch.equal(seen[step][name], seen[step - 1][name]) for name in seen[0]]
-        assert not any(same) if step % 3 == 0 else all(same), step
-
-
-def test_a_prior_that_does_not_act_is_not_renewed() -> None:
-    model = adapted_model()
-    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()), alpha=0.0)
-    trained(model, optimizer, 0, 2)
-    assert not any(delta.any() for delta in bound(optimizer).values())
-
-
-def test_the_delta_over_a_frozen_a_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from drift_kernels.engine import projecting
-
-    calls: list[Any] = []
-    original = projecting.projected
-    monkeypatch.setattr(projecting, "projected", lambda *args, **options: calls.append(1) or original(*args, **options))
-    model = adapted_model(target_modules=["q_proj"])
-    for name, param in model.named_parameters():
-        param.requires_grad_("lora_B" in name)
-    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()))
-    trained(model, optimizer, 0, 3)
-    assert len(calls) == 2, "one for each of two layers"
-    with torch.no_grad():
-        next(param for name, param in model.named_parameters() if "lora_A" in name).mul_(2)
-    trained(model, optimizer, 3, 5)
-    assert len(calls) == 3, "a frozen A that was written to"
-
-
-@pytest.mark.parametrize("refresh", [1, 3])
-@pytest.mark.parametrize("stop", [3, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.filterwarnings("ignore:bfloat16 states")
-def test_a_run_resumes_bit_for_bit(refresh: int, stop: int, dtype: torch.dtype, tmp_path: Any) -> None:
-    """Also in between two renewals."""
-
-    def start() -> tuple[nn.Module, FusedDriftAdamW]:
-        model = adapted_model().to(dtype)
-        prior = lora_prior(model, deltas(), refresh=refresh)
-        return model, FusedDriftAdamW(named_groups(model), prior=prior, lr=1e-2, max_grad_norm=1.0)
-
-    model, optimizer = start()
-    expected = trained(model, optimizer, 0, 7)
-    model, optimizer = start()
-    trained(model, optimizer, 0, stop)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
-    model, optimizer = start()
-    trained(model, optimizer, 0, 2)  # elsewhere
-    saved = torch.load(tmp_path / "saved.pt")
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    for name, found in trained(model, optimizer, stop, 7).items():
-        assert torch.equal(found, expected[name]), name
-
-
-@pytest.mark.parametrize("scaling", ["gradnorm", "absolute"])
-def test_steps_in_the_backward_pass_are_those_after_it(scaling: str) -> None:
-    results = []
-    for attached in (False, True):
-        model = adapted_model()
-        optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()), prior_scaling=scaling)
-        if attached:
-            optimizer.attach_to_backward()
-        results.append(trained(model, optimizer, 0, 3))
-    for name, expected in results[0].items():
-        assert torch.equal(results[1][name], expected), name
-
-
-def test_hooks_bias_as_all_together() -> None:
-    model, other = adapted_model(), adapted_model()
-    bias = GradientBias(model.named_parameters(), lora_prior(model, deltas()))
-    hooks = attach_prior(other, lora_prior(other, deltas()))
-    for step in range(2):
-        for each in (model, other):
-            each.zero_grad()
-            loss_of(each, step).backward()
-        bias.apply_()
-        expected = gradients(model)
-        for name, grad in gradients(other).items():
-            torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-8)
-        for each in (model, other):
-            with torch.no_grad():
-                for param in each.parameters():
-                    if param.grad is not None:
-                        param -= 0.1 * param.grad
-    hooks.remove()
 
 
 def test_schedules_of_groups_and_alphas_by_pattern() -> None:
@@ -403,8 +275,6 @@ def test_an_adapter_of_another_kind_is_left_out_and_said(caplog: pytest.LogCaptu
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.q_proj = nn.Conv2d(3, 4, 2), nn.Linear(4, 4)
-
-    from peft import inject_adapter_in_model
 
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv", "q_proj"]), Net())
     with caplog.at_level(logging.WARNING, "drift_kernels"):
@@ -462,10 +332,6 @@ def test_the_model_is_not_kept_alive() -> None:
 
 
 def test_a_prior_of_a_folder_serves_full_and_adapted_models_alike(tmp_path: Any) -> None:
-    from checkpoints import write_checkpoint
-
-    from drift_kernels import build_prior
-
     base, expert = text_model(0).state_dict(), text_model(1).state_dict()
     for name, weights in (("base", base), ("expert", expert)):
         write_checkpoint(tmp_path / name, {key: value.contiguous() for key, value in weights.items()})

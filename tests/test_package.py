@@ -47,15 +47,19 @@ FLOORS = {
         {"names", "norms", "threads", "verification"}, {"foreign", "quantized"}, {"low_rank"},
         {"deltas", "reading", "record", "fusion"}, {"files"},
         {"arithmetic", "encodings", "hub", "in_memory", "singular", "stored", "writing"},
-        {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
-        {"prior", "stream"}, {"forms", "summary"}, {"build", "plot"}, {"__init__"},
+        {"alignment", "assembly", "coverage", "fingerprint", "forms", "plausible", "strengths", "unfusing"},
+        {"pairing"}, {"folders", "prior", "shards", "stream"}, {"formed", "runs", "summary"},
+        {"build", "merging", "plot"}, {"apply", "combine"}, {"__init__"},
     ],
     "adapters": [{"projection"}, {"adapter"}, {"__init__"}],
     "engine": [
         {"seen", "hyperparameters", "reach", "lookalikes", "pinned", "projecting"}, {"binding", "rules"}, {"launches"},
         {"engine", "figures"}, {"backward"},
     ],
-    "cli": [{"arguments", "output"}, {"building", "checking", "inspecting"}, {"__init__"}, {"__main__"}],
+    "cli": [
+        {"arguments", "output"}, {"applying", "building", "checking", "combining", "inspecting"}, {"__init__"},
+        {"__main__"},
+    ],
     "integrations": [{"named_groups", "step_figures"}, {"peft", "transformers"}, {"__init__"}],
 }  # fmt: skip
 

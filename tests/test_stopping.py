@@ -24,7 +24,7 @@ for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # whatever the tests run under
     signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 from drift_kernels import cli
 from drift_kernels.cli import building
-from drift_kernels.prior import build
+from drift_kernels.prior import build, shards
 folder, moment, words = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 
 def pausing(function, when=lambda: True, seconds=60):
@@ -37,7 +37,7 @@ def pausing(function, when=lambda: True, seconds=60):
 
 renames = []
 if moment == "in a piece":
-    build.TensorFileWriter.append = pausing(build.TensorFileWriter.append)
+    shards.TensorFileWriter.append = pausing(shards.TensorFileWriter.append)
 elif moment == "before the record":
     build.write_json = pausing(build.write_json)
 elif moment == "between the renames":

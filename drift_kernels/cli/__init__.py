@@ -1,4 +1,4 @@
-"""drift-prior: build a prior from two checkpoints, look at it, and check that it fits a model."""
+"""drift-prior: build priors, look at them, check that they fit a model, combine them and apply them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from ..errors import CheckpointError, PriorError
 from ..terminal import LogLines, Stopped, console, say, stoppable
-from . import building, checking, inspecting
+from . import applying, building, checking, combining, inspecting
 from .arguments import EXIT_STATUS
 
-_COMMANDS = (building, inspecting, checking)  # each has `add`, which declares its arguments
+_COMMANDS = (building, inspecting, checking, combining, applying)  # each has `add`, which declares its arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from typing import TypeAlias, TypeVar
 
+import torch
 from rich.console import Console
 
 from ..prior.names import parse_layers, select_names
@@ -21,6 +23,7 @@ EXIT_STATUS = (
     "wrong command line; 129, 130 or 143 when SIGHUP, Ctrl-C or SIGTERM stopped it. Errors and warnings go to stderr."
 )
 CHECKPOINT = "a checkpoint's folder, or a Hub id: org/name or org/name@revision"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 PRIOR = "a prior's folder, or a Hub id"
 
 
@@ -53,6 +56,14 @@ def name_rule(text: str) -> tuple[str, str]:
     if not prefix or not equals:
         raise argparse.ArgumentTypeError(f"expected PREFIX=CANONICAL, got {text!r}")
     return prefix, canonical
+
+
+def number(text: str) -> float:
+    """Finite and not 0."""
+    value = float(text)
+    if not math.isfinite(value) or value == 0:
+        raise argparse.ArgumentTypeError(f"must be finite and not 0, got {text}")
+    return value
 
 
 def checked(function: Callable[..., Result], *values: object) -> Result:

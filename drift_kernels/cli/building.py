@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from rich.console import Console
 
 from ..prior import build_prior
 from ..prior.names import PRESETS
-from .arguments import CHECKPOINT, Commands, add_command, layers, modules, name_rule, rank
+from .arguments import CHECKPOINT, DTYPES, Commands, add_command, layers, modules, name_rule, rank
 from .output import progress_bar
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def add(commands: Commands) -> None:
@@ -33,7 +30,7 @@ def add(commands: Commands) -> None:
     build.add_argument("--layers", type=layers, help="layers of the base, such as 0-27 or 0-3,8 (default: all)")
     build.add_argument(
         "--dtype",
-        choices=_DTYPES,
+        choices=DTYPES,
         default="bf16",
         help="how deltas are stored; int8 and fp8 take half the memory of bf16 (default: bf16)",
     )
@@ -64,7 +61,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
             modules=arguments.modules,
             layers=arguments.layers,
             include_bias=arguments.include_bias,
-            dtype=_DTYPES[arguments.dtype],
+            dtype=DTYPES[arguments.dtype],
             rank=arguments.rank,
             name_map=dict(arguments.name_map),
             overwrite=arguments.overwrite,

@@ -69,7 +69,7 @@ def _print_groups(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) 
             module,
             str(group.tensors),
             f"{group.delta_norm:.4g}",
-            f"{group.param_norm:.4g}",
+            _number(group.param_norm, ".4g"),
             _number(group.ratio, ".4f"),
             _number(group.cosine, ".6f"),
             *_shown(inexact, _number(group.stored_cosine, ".6f")),

@@ -1,7 +1,9 @@
 """Priors: building them from checkpoints, opening them, binding them to a model's parameters by name."""
 
 from ..formats.blocks import BLOCK
+from .apply import apply_prior
 from .build import build_prior
+from .combine import combine_priors
 from .coverage import Coverage
 from .deltas import Delta
 from .low_rank import LowRankDelta
@@ -21,7 +23,9 @@ __all__ = [
     "PriorLike",
     "QuantizedDelta",
     "Verification",
+    "apply_prior",
     "build_prior",
     "canonical_name",
+    "combine_priors",
     "quantize",
 ]

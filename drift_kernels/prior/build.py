@@ -4,44 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from ..errors import PriorError
 from .alignment import align_checkpoints
-from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, size_in_bytes
-from .forms import Form, FormedDeltas
+from .files import INDEX_NAME, SINGLE_NAME, Checkpoint
+from .folders import NewFolder
+from .formed import FormedDeltas
+from .forms import Form
 from .hub import local_folder, public_name
-from .names import some
-from .pairing import Pair, Selection, pair_up
+from .pairing import Selection, pair_up
 from .plausible import check_values
 from .prior import Prior
-from .record import (
-    DTYPES,
-    FORMAT,
-    PRIOR_INDEX_NAME,
-    RECORD_NAME,
-    UNFINISHED_MARK,
-    DeltaInfo,
-    checksum_fields,
-    version_of,
-)
+from .record import DTYPES, FORMAT, RECORD_NAME, DeltaInfo, checksum_fields, version_of
+from .shards import Progress, check_names, write_deltas
 from .stream import DeltaStream
 from .threads import one_thread
-from .writing import TensorFileWriter, sync_folder, write_json
+from .writing import write_json
 
 logger = logging.getLogger("drift_kernels")
-
-Progress = Callable[[int, int], None]
-"""Called with the elements done so far and the elements in all."""
-
-_WRITERS = 3  # shards that are open at a time: one is written, two may wait for the disk
 
 
 def build_prior(
@@ -83,28 +67,35 @@ def build_prior(
         raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
     form = Form(dtype, rank)
     target = Path(out).expanduser().resolve()  # of a link, what it stands for
-    _check_target(target, overwrite)
-    if leftovers := [path.name for path in target.parent.glob(f"{target.name}{UNFINISHED_MARK}*")]:
-        logger.warning("unfinished builds lie beside %s and may be deleted: %s", target, some(leftovers))
+    new = NewFolder(target, RECORD_NAME, "prior", overwrite)
+    new.check()
     chosen = {"expert": expert, "base": base} | ({} if reference is None else {"reference": reference})
     layers = None if layers is None else sorted(set(layers))
     with ExitStack() as stack:
         checkpoints = {role: stack.enter_context(open_checkpoint(source)) for role, source in chosen.items()}
         name_map, notes = align_checkpoints(checkpoints, name_map)
         pairs, warnings = pair_up(checkpoints, Selection(modules, layers, include_bias), name_map)
-        warnings = notes + warnings + form.warnings(pairs)
-        _check_names(pairs, form)
+        shapes = {pair.name: pair.shape for pair in pairs}
+        warnings = notes + warnings + form.warnings(shapes)
+        check_names(shapes, form)
         for warning in warnings:
             logger.warning("%s", warning)
-        with _folder_that_appears_complete(target, overwrite) as folder:
-            stream = DeltaStream(checkpoints, dtype)
+        with new.that_appears_complete() as folder:
+            stream, by_name = DeltaStream(checkpoints, dtype), {pair.name: pair for pair in pairs}
             formed = FormedDeltas(stream, form)
             with one_thread():
-                shards = _plan_shards(pairs, form, max_shard_bytes)
-                checksums = _write_shards(folder, shards, formed, form, progress)
+                checksums = write_deltas(
+                    folder,
+                    shapes,
+                    form,
+                    max_shard_bytes,
+                    lambda names: formed.deltas(by_name[name] for name in names),
+                    progress,
+                )
             rows = {pair.name: formed.measure(pair) for pair in pairs}
-            infos = {pair.name: DeltaInfo(pair.shape, form.dtype_of(pair), **rows[pair.name]) for pair in pairs}
-            found = check_values(infos)
+            found = check_values(
+                {name: DeltaInfo(shape, form.dtype_of(shape), **rows[name]) for name, shape in shapes.items()}
+            )
             for warning in found:
                 logger.warning("%s", warning)
             record = {
@@ -138,88 +129,3 @@ def build_prior(
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """The safetensors checkpoint of a local folder or a Hub id. Raises CheckpointError."""
     return Checkpoint(local_folder(source, (SINGLE_NAME, INDEX_NAME, "config.json"), INDEX_NAME))
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
-        raise PriorError(f"{target} exists already; overwrite=True (--overwrite) replaces it")
-    if target.exists() and not (target / RECORD_NAME).exists():
-        raise PriorError(f"{target} exists and is not a prior, so it is not replaced")
-
-
-def _check_names(pairs: Sequence[Pair], form: Form) -> None:
-    names = {pair.name for pair in pairs}
-    for pair in pairs:
-        for tensor in form.layout([pair]):
-            if tensor != pair.name and tensor in names:
-                part = tensor.rpartition(".")[2]
-                raise PriorError(f"{tensor} is a tensor of the checkpoints, and where the {part} of {pair.name} goes")
-
-
-@contextmanager
-def _folder_that_appears_complete(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `target` that takes its name when the block ends, and is removed when the block fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f"{target.name}{UNFINISHED_MARK}{secrets.token_hex(4)}")
-    old = target.with_name(folder.name + ".old")
-    try:
-        folder.mkdir()
-        yield folder
-        sync_folder(folder)
-        _check_target(target, overwrite)
-        if target.exists():
-            target.rename(old)
-        folder.rename(target)
-        sync_folder(target.parent)
-    finally:
-        if old.exists() and not target.exists():  # interrupted between the two renames
-            old.rename(target)
-        for leftover in (folder, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _plan_shards(pairs: Iterable[Pair], form: Form, max_bytes: int) -> list[list[Pair]]:
-    """Consecutive pairs, up to `max_bytes` a shard; a larger tensor has a shard for itself."""
-    shards: list[list[Pair]] = []
-    room = 0
-    for pair in pairs:
-        size = sum(map(size_in_bytes, form.layout([pair]).values()))
-        if not shards or size > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(pair)
-        room -= size
-    return shards
-
-
-def _write_shards(
-    folder: Path, shards: list[list[Pair]], formed: FormedDeltas, form: Form, progress: Progress | None
-) -> dict[str, int]:
-    """The shards and their index; each shard is brought to the disk while the next is made. Returns the checksums of
-    the tensors in them."""
-    total, done = sum(pair.numel for shard in shards for pair in shard), 0
-    total_size, weight_map, checksums = 0, {}, {}
-    with ExitStack() as files, ThreadPoolExecutor(max_workers=1) as disk:
-        synced = []
-        for number, shard in enumerate(shards, 1):
-            name = f"prior-{number:05d}-of-{len(shards):05d}.safetensors"
-            layout = form.layout(shard)
-            writer = files.enter_context(TensorFileWriter(folder / name, layout))
-            with closing(formed.deltas(shard)) as deltas:  # its threads end before the files do, whatever happens
-                for count, stored in deltas:
-                    for tensor, flat in stored.items():
-                        writer.append(tensor, flat)
-                    done += count
-                    if progress is not None:
-                        progress(done, total)
-            checksums.update(writer.checksums)
-            synced.append(disk.submit(writer.finish))
-            if len(synced) >= _WRITERS:
-                synced[-_WRITERS].result()
-            total_size += sum(map(size_in_bytes, layout.values()))
-            weight_map.update(dict.fromkeys(layout, name))
-        for future in synced:
-            future.result()
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    write_json(folder / PRIOR_INDEX_NAME, index)
-    return checksums

@@ -21,9 +21,9 @@ _CACHED = re.compile(r"models--([\w-][\w.-]*)--([\w-][\w.-]*)")  # what the Hub'
 def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: str) -> Path:
     """The local folder of `source`, as an absolute path.
 
-    Of a Hub id, `files` are downloaded, and the shards that the file `index` names if there is no model.safetensors;
-    nothing else that may lie beside them (original/, consolidated.safetensors). Raises CheckpointError when `source` is
-    neither a folder nor a Hub id that can be fetched.
+    Of a Hub id, `files` (names, or patterns of them) are downloaded, and the shards that the file `index` names if
+    there is no model.safetensors; nothing else that may lie beside them (original/, consolidated.safetensors). Raises
+    CheckpointError when `source` is neither a folder nor a Hub id that can be fetched.
     """
     path = Path(source).expanduser().absolute()
     if exists(path):
@@ -51,7 +51,8 @@ def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: st
             f"{source}: no such folder, and not fetched from the Hub ({type(error).__name__}: {reason})"
         ) from error
     if others is not None:
-        raise CheckpointError(f"{source}: expected {' or '.join(files)} on the Hub, {what_they_are(others)}")
+        expected = " or ".join(file for file in files if "*" not in file)
+        raise CheckpointError(f"{source}: expected {expected} on the Hub, {what_they_are(others)}")
     return folder
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from .files import Checkpoint
 from .norms import CHUNK
 from .pairing import Pair
 from .quantized import scales_name
-from .threads import WORKERS
+from .threads import WORKERS, in_order
 
 
 @dataclass(frozen=True)
@@ -112,17 +111,13 @@ class DeltaStream:
         }
 
     def _results(self, pairs: Iterable[Pair], dtype: torch.dtype) -> Generator[tuple[Piece, Result], None, None]:
-        with ThreadPoolExecutor(WORKERS) as pool:
-            in_work: deque[tuple[Piece, Future[Result]]] = deque()
-            for turn, piece in enumerate(pieces_of(pairs)):
-                if len(in_work) == len(self._workplaces):
-                    done, future = in_work.popleft()
-                    yield done, future.result()
-                workplace = self._workplaces[turn % len(self._workplaces)]
-                in_work.append((piece, pool.submit(self._work, piece, workplace, dtype)))
-            while in_work:
-                done, future = in_work.popleft()
-                yield done, future.result()
+        def work(given: tuple[Piece, Workplace]) -> Result:
+            return self._work(*given, dtype)
+
+        # As many workplaces as there are pieces in work or just handed out.
+        with closing(in_order(work, zip(pieces_of(pairs), cycle(self._workplaces)))) as results:
+            for (piece, _), result in results:
+                yield piece, result
 
     def _work(self, piece: Piece, workplace: Workplace, dtype: torch.dtype) -> Result:
         tensors, checksums = {}, {}

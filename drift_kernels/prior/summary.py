@@ -17,14 +17,14 @@ Key = TypeVar("Key", bound=Hashable)
 class Group:
     """Several deltas taken as one long vector.
 
-    `ratio` is norm(delta)/norm(W), None where norm(W) is zero or unknown; `stored_cosine` the smallest of its deltas'.
-    `rank` is the largest of its low-rank deltas', and `kept_energy` what part of norm(exact delta)^2 the group keeps as
-    it is stored; None where none is of low rank.
+    `param_norm` is norm(W), None where that of one is unknown; `ratio` is norm(delta)/norm(W), None where norm(W) is
+    zero or unknown; `stored_cosine` the smallest of its deltas'. `rank` is the largest of its low-rank deltas', and
+    `kept_energy` what part of norm(exact delta)^2 the group keeps as it is stored; None where none is of low rank.
     """
 
     tensors: int
     delta_norm: float
-    param_norm: float
+    param_norm: float | None
     ratio: float | None
     cosine: float | None
     stored_cosine: float | None
@@ -51,7 +51,8 @@ def _kept_energy(infos: list[DeltaInfo]) -> float | None:
 def _add_up(infos: list[DeltaInfo]) -> Group:
     """The cosine of a group is the mean of its tensors' cosines, each weighted by its norm(W)^2."""
     delta_norm = math.hypot(*(info.delta_norm for info in infos))
-    param_norm = math.hypot(*(info.param_norm or 0.0 for info in infos))
+    known = [info.param_norm for info in infos if info.param_norm is not None]
+    param_norm = math.hypot(*known) if len(known) == len(infos) else None
     weighted = [(info.cosine, (info.param_norm or 0.0) ** 2) for info in infos if info.cosine is not None]
     weight = sum(square for _, square in weighted)
     return Group(

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import torch
 
-WORKERS = min(4, os.cpu_count() or 1)
-
-Given = TypeVar("Given")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+WORKERS = min(4, os.cpu_count() or 1)
 
 
 @contextmanager
@@ -30,13 +30,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def side_by_side(function: Callable[[Given], Result], given: Iterable[Given]) -> Generator[Result, None, None]:
-    """function(x) for each x, in order; no more of them are taken ahead than there are threads."""
+def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[tuple[Item, Result], None, None]:
+    """The items with their results, in the items' order; no more than WORKERS + 1 are taken ahead."""
     with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        in_work: deque[Future[Result]] = deque()
-        for x in given:
+        in_work: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
             if len(in_work) > WORKERS:
-                yield in_work.popleft().result()
-            in_work.append(pool.submit(function, x))
+                first, future = in_work.popleft()
+                yield first, future.result()
+            in_work.append((item, pool.submit(work, item)))
         while in_work:
-            yield in_work.popleft().result()
+            first, future = in_work.popleft()
+            yield first, future.result()
+
+
+def side_by_side(function: Callable[[Item], Result], given: Iterable[Item]) -> Generator[Result, None, None]:
+    """function(x) for each x, in order."""
+    return (result for _, result in in_order(function, given))

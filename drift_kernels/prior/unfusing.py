@@ -29,7 +29,7 @@ def unfuse(
     are wanted.
     """
     stacks = {name: tensor.shape for name, tensor in tensors.items() if of_all_experts(name)}
-    transposed = _lie_transposed(checkpoint.config, stacks)
+    transposed = lie_transposed(checkpoint.config, stacks)
     if transposed is None:
         return dict(tensors)
     found, taken = dict(tensors), set()
@@ -64,7 +64,7 @@ def check_experts(models: Mapping[str, Iterable[str]]) -> None:
             )
 
 
-def _lie_transposed(config: Mapping[str, Any], stacks: Mapping[str, tuple[int, ...]]) -> bool | None:
+def lie_transposed(config: Mapping[str, Any], stacks: Mapping[str, tuple[int, ...]]) -> bool | None:
     """By the family and, where its files may be of either kind, by the sizes in the config. None if these do not tell:
     a square matrix is the same either way, and then transformers, too, takes it as it lies."""
     family, text = config.get("model_type"), config.get("text_config")

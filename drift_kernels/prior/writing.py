@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .files import CODES, Layout, byte_view, size_in_bytes
+
+Writer = TypeVar("Writer", bound="FileWriter")
 
 logger = logging.getLogger("drift_kernels")
 
@@ -23,10 +25,35 @@ _ALIGNMENT = 64
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 
 
-class TensorFileWriter:
+class FileWriter:
+    """Writes a file, in any order, by several threads. Failed writes raise OSError with the file's name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = FileIO(path, "w")
+
+    def write(self, view: memoryview, offset: int) -> None:
+        with _naming(self._path):
+            while view:
+                count = os.pwrite(self._file.fileno(), view, offset)
+                view, offset = view[count:], offset + count
+
+    def finish(self) -> None:
+        """Bring what was written to the disk, and close the file."""
+        with self._file:
+            sync(self._file.fileno(), self._path)
+
+    def __enter__(self: Writer) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+class TensorFileWriter(FileWriter):
     """Writes a .safetensors file: the layout first, then every tensor's bytes, each tensor front to back.
 
-    `checksums` are the CRC-32 of what each tensor was given so far. Failed writes raise OSError with the file's name.
+    `checksums` are the CRC-32 of what each tensor was given so far.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
@@ -41,34 +68,16 @@ class TensorFileWriter:
         header += b" " * (-(8 + len(header)) % _ALIGNMENT)
         start = 8 + len(header)
         self.checksums = dict.fromkeys(layout, 0)
-        self._path = path
-        self._file = FileIO(path, "w")
         self._next = {name: start + begin for name, begin in begins.items()}
-        self._write(memoryview(len(header).to_bytes(8, "little") + header), 0)
+        super().__init__(path)
+        self.write(memoryview(len(header).to_bytes(8, "little") + header), 0)
 
     def append(self, name: str, flat: Tensor) -> None:
         """Append the bytes of a 1-D, contiguous CPU tensor to those that the tensor `name` has already."""
         view = byte_view(flat)
         self.checksums[name] = zlib.crc32(view, self.checksums[name])
-        self._write(view, self._next[name])
+        self.write(view, self._next[name])
         self._next[name] += len(view)
-
-    def finish(self) -> None:
-        """Bring what was written to the disk, and close the file."""
-        with self._file:
-            sync(self._file.fileno(), self._path)
-
-    def __enter__(self) -> TensorFileWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def _write(self, view: memoryview, offset: int) -> None:
-        with _naming(self._path):
-            while view:
-                count = os.pwrite(self._file.fileno(), view, offset)
-                view, offset = view[count:], offset + count
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,0 +1,254 @@
+"""Task arithmetic: a prior added to the weights of a checkpoint, which is written anew in the same files.
+
+W' = W + scale * delta, in float32 (in float64 where W is), rounded once to the dtype of W. The files keep their headers
+and sizes: a tensor without a delta is copied with all else that lies between those that have one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from io import FileIO
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, PriorError, PriorMismatchError
+from .coverage import Coverage
+from .encodings import FLOATING, check_encodings, marked_weights
+from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, StoredTensor, byte_view
+from .folders import NewFolder
+from .fusion import Source, of_all_experts
+from .hub import local_folder, public_name
+from .names import canonical_name, some
+from .norms import norm
+from .prior import Prior, PriorLike
+from .reading import open_file, read_exactly
+from .runs import Rows, read_rows, rows_of
+from .shards import Progress
+from .threads import in_order, one_thread
+from .unfusing import lie_transposed
+from .writing import FileWriter, write_json
+
+logger = logging.getLogger("drift_kernels")
+
+APPLIED_NAME = "drift_applied.json"  # by which a folder is known that was written here
+_FORMAT, _VERSION = "drift_applied", 1
+
+# What transformers loads beside the weights, and what has to go with them. A model card would speak of another model.
+_BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+_TEMPLATES = "additional_chat_templates"
+_NOT_BESIDE = ("*.index.json", "adapter_config.json", "trainer_state.json", "drift_*.json")
+
+_COPIED = 1 << 22  # bytes at a time
+
+
+def apply_prior(
+    prior: PriorLike,
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    scale: float = 1.0,
+    partial: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Coverage:
+    """Write to the folder `out` the checkpoint `base` with `scale` times the prior's deltas added to its weights.
+
+    `base` is a folder or a Hub id; it stays as it is. The new one has the same shards, dtypes and names, and the base's
+    config, tokenizer, code and license, so that transformers loads it as it does the base. Deltas and weights match as
+    in training: by canonical name, experts fused or one by one, and in rows that a vocabulary has beyond its delta
+    nothing changes. Returns what matched. `progress` is called with bytes. Memory stays flat.
+
+    The folder appears under its name when it is complete; one that `apply_prior` wrote is replaced if `overwrite`.
+    Raises PriorMismatchError for deltas without a weight, unless `partial`, and for those of another shape;
+    CheckpointError for bases that cannot be read, are quantised or carry adapters; PriorError for weights that overflow
+    and an `out` in the way; ValueError for a scale that is 0 or not finite; OSError when `out` cannot be written.
+    """
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"scale must be finite and not 0, got {scale}")
+    new = NewFolder(Path(out).expanduser().resolve(), APPLIED_NAME, "checkpoint that a prior was applied to", overwrite)
+    folder = local_folder(base, (SINGLE_NAME, INDEX_NAME, *_BESIDE), INDEX_NAME).resolve()
+    new.check_is_not_of(folder)
+    if isinstance(prior, (str, os.PathLike)):
+        new.check_is_not_of(Path(prior).expanduser().resolve())
+    new.check()
+    opened = Prior.of(prior)
+    with Checkpoint(folder) as checkpoint:
+        files = _files(checkpoint)
+        coverage = _matched(opened, checkpoint, partial)
+        addition = _Addition(opened, coverage.sources, scale)
+        changed: dict[Path, dict[str, StoredTensor]] = {path: {} for path in files.values()}
+        for name in coverage.matched:
+            changed[checkpoint.tensors[name].path][name] = checkpoint.tensors[name]
+        with new.that_appears_complete() as unfinished, one_thread():
+            total = sum(path.stat().st_size for path in files.values())
+            done = 0
+            for name, path in files.items():
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                for count in addition.write(path, unfinished / name, changed[path]):
+                    done += count
+                    if progress is not None:
+                        progress(done, total)
+            for name, path in _beside(folder, sharded=SINGLE_NAME not in files).items():
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                with FileWriter(unfinished / name) as writer:
+                    writer.write(memoryview(path.read_bytes()), 0)
+                    writer.finish()
+            record = {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "base": public_name(base),
+                "prior": {
+                    "name": public_name(prior) if isinstance(prior, (str, os.PathLike)) else None,
+                    "fingerprint": opened.fingerprint,
+                    "delta": opened.record.get("delta"),
+                },
+                "scale": scale,
+                "changed": sorted(coverage.matched),
+            }
+            write_json(unfinished / APPLIED_NAME, record)
+    return coverage
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The files of the weights, by their name in the folder. Raises CheckpointError for one that is not in it."""
+    found = {}
+    for path in sorted({tensor.path for tensor in checkpoint.tensors.values()}):
+        name = path.relative_to(checkpoint.folder)
+        if ".." in name.parts:
+            raise CheckpointError(f"{checkpoint.folder}: {INDEX_NAME} names a file outside of the folder, {name}")
+        found[str(name)] = path
+    return found
+
+
+def _beside(folder: Path, sharded: bool) -> dict[str, Path]:
+    """What is copied beside the weights, by its name in the folder; the index, if it is the one that was read."""
+    names = [path.name for path in sorted(folder.iterdir()) if any(fnmatch(path.name, wanted) for wanted in _BESIDE)]
+    names = [name for name in names if not any(fnmatch(name, unwanted) for unwanted in _NOT_BESIDE)]
+    names += [INDEX_NAME] if sharded else []
+    if (folder / _TEMPLATES).is_dir():
+        names += [f"{_TEMPLATES}/{path.name}" for path in sorted((folder / _TEMPLATES).glob("*.jinja"))]
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def _matched(prior: Prior, checkpoint: Checkpoint, partial: bool) -> Coverage:
+    """Which tensors of a checkpoint have which deltas. Raises what `apply_prior` does."""
+    rules = prior.record.get("name_map")
+    tensors = {canonical_name(name, rules): tensor for name, tensor in checkpoint.tensors.items()}
+    asked = set(prior.names)
+    check_encodings("base", checkpoint, tensors, asked, asked & marked_weights(tensors))
+    coverage = prior.coverage(
+        (name, torch.empty(tensor.shape, dtype=torch.float32, device="meta"))
+        for name, tensor in checkpoint.tensors.items()
+    )
+    if coverage.shape_mismatches or not coverage.matched or not (coverage.complete or partial):
+        advice = "" if coverage.shape_mismatches else "; partial=True (--partial) leaves out those without a weight"
+        raise PriorMismatchError(
+            f"the prior does not fit {checkpoint.folder}: {coverage.summary()}{advice if coverage.matched else ''}"
+        )
+    if not coverage.complete:
+        logger.warning("%s", coverage.summary())
+    for name in coverage.matched:
+        if checkpoint.tensors[name].dtype not in FLOATING:
+            raise CheckpointError(
+                f"{checkpoint.folder}: the base is quantised: {name} is {checkpoint.tensors[name].dtype}, and a delta "
+                "is added to plain weights only; dequantise the checkpoint first"
+            )
+    _check_orientation(checkpoint, tensors, coverage)
+    return coverage
+
+
+def _check_orientation(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], coverage: Coverage) -> None:
+    """Raises PriorError for fused experts that are made of single ones, and whose matrices are square: they may lie
+    either way."""
+    stacks = {name: tensor.shape for name, tensor in tensors.items() if of_all_experts(name)}
+    square = [
+        name
+        for name, source in coverage.sources.items()
+        if source.name in stacks and len(source.parts) > 1 and source.shape[-1] == source.shape[-2]
+    ]
+    if square and lie_transposed(checkpoint.config, stacks) is not False:
+        raise PriorError(
+            f"{checkpoint.folder}: it cannot be told whether fused experts lie transposed in {some(square)}, whose "
+            "matrices are square, and the prior has them one by one"
+        )
+
+
+@dataclass(frozen=True)
+class _Copy:
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Change:
+    name: str
+    tensor: StoredTensor
+    rows: Rows
+
+
+class _Addition:
+    """Writes files in which deltas are added."""
+
+    def __init__(self, prior: Prior, sources: Mapping[str, Source], scale: float) -> None:
+        self._prior = prior
+        self._scale = scale
+        self._sources = sources
+
+    def write(self, path: Path, new: Path, changed: Mapping[str, StoredTensor]) -> Iterator[int]:
+        """Write a file anew with these tensors changed; yields how many bytes more are written. Raises PriorError,
+        naming the tensor, for one that is not finite, and PriorFormatError for a delta that is damaged."""
+        norms = dict.fromkeys(changed, 0.0)
+        with open_file(path) as file, FileWriter(new) as writer:
+
+            def work(job: _Copy | _Change) -> tuple[int, float]:
+                return self._copy(file, writer, job) if isinstance(job, _Copy) else self._change(file, writer, job)
+
+            with closing(in_order(work, self._jobs(os.fstat(file.fileno()).st_size, changed))) as results:
+                for job, (count, read) in results:
+                    if isinstance(job, _Change):
+                        norms[job.name] = math.hypot(norms[job.name], read)
+                    yield count
+            writer.finish()
+        for name, found in norms.items():
+            if all(part.of is None for part in self._sources[name].parts):
+                self._prior.check_norm_of_parts(self._sources[name], found)
+
+    def _jobs(self, size: int, changed: Mapping[str, StoredTensor]) -> Iterator[_Copy | _Change]:
+        done = 0
+        for name, tensor in sorted(changed.items(), key=lambda item: item[1].offset):
+            yield from _copies(done, tensor.offset)
+            known = self._sources[name].shape  # fewer rows than the tensor's, if tokens have been added
+            yield from (_Change(name, tensor, rows) for rows in rows_of(known))
+            done = tensor.offset + math.prod(known) * (tensor.nbytes // max(tensor.numel, 1))
+        yield from _copies(done, size)
+
+    def _copy(self, file: FileIO, writer: FileWriter, job: _Copy) -> tuple[int, float]:
+        view = memoryview(bytearray(job.end - job.begin))
+        read_exactly(file, view, job.begin)
+        writer.write(view, job.begin)
+        return len(view), 0.0
+
+    def _change(self, file: FileIO, writer: FileWriter, job: _Change) -> tuple[int, float]:
+        assert isinstance(job.tensor.dtype, torch.dtype)
+        weight = torch.empty(job.rows.count, dtype=job.tensor.dtype, device="cpu")
+        job.tensor.read_from(file, weight, job.rows.start)
+        source = self._sources[job.name]
+        delta = read_rows(self._prior, source, job.rows)
+        added = delta.to(torch.promote_types(weight.dtype, torch.float32)) * self._scale
+        changed = added.add_(weight).to(weight.dtype)
+        if not bool(changed.isfinite().all()):
+            raise PriorError(f"{job.name} holds NaN or Inf in the base, or overflows in {weight.dtype}")
+        view = byte_view(changed)
+        writer.write(view, job.tensor.offset + job.rows.start * weight.element_size())
+        return len(view), norm(delta)
+
+
+def _copies(begin: int, end: int) -> Sequence[_Copy]:
+    return [_Copy(at, min(at + _COPIED, end)) for at in range(begin, end, _COPIED)]

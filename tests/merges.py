@@ -1,0 +1,59 @@
+"""Experts of one base with their priors, and what the papers on merging say, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from checkpoints import text_weights, tuned, write_checkpoint
+from torch import Tensor
+
+from drift_kernels import Prior, build_prior
+
+EVERYTHING = ("attn", "mlp", "norms", "embed", "head")
+
+
+@dataclass
+class Family:
+    """A base, and experts "a", "b", "c" that were fine-tuned from it."""
+
+    folder: Path
+    weights: dict[str, dict[str, Tensor]]
+
+    @classmethod
+    def write(cls, folder: Path, shards: int = 1) -> Family:
+        base = text_weights()
+        weights = {"base": base} | {name: tuned(base) for name in "abc"}
+        for name, tensors in weights.items():
+            write_checkpoint(folder / name, tensors, shards=shards)
+        return cls(folder, weights)
+
+    def prior(self, expert: str, dtype: torch.dtype = torch.float32, **options: object) -> Prior:
+        options = {"modules": EVERYTHING, "overwrite": True, **options}
+        place = self.folder / f"prior-{expert}"
+        return build_prior(self.folder / expert, self.folder / "base", place, dtype=dtype, **options)
+
+
+def linear(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool = False) -> Tensor:
+    """Task arithmetic (arXiv 2212.04089)."""
+    total = sum(w * d.double() for w, d in zip(weights, deltas, strict=True))
+    return total / sum(weights) if normalize else total
+
+
+def trimmed(delta: Tensor, density: float) -> Tensor:
+    """What TIES keeps: the share `density`, the largest in magnitude."""
+    most = max(1, int(density * delta.numel()))
+    least = delta.abs().flatten().sort(descending=True).values[most - 1]
+    return torch.where(delta.abs() >= least, delta, 0)
+
+
+def elected(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+    """TIES' election of signs and disjoint merge (arXiv 2306.01708), of deltas that are trimmed already."""
+    parts = torch.stack([w * d.double() for w, d in zip(weights, deltas, strict=True)])
+    sign = torch.where(parts.sum(0) >= 0, 1.0, -1.0)
+    agrees = (parts.sign() == sign).double()
+    total = (parts * agrees).sum(0)
+    divisor = (torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * deltas[0].ndim) * agrees).sum(0)
+    return total / torch.where(divisor == 0, 1.0, divisor) if normalize else total

@@ -1,0 +1,121 @@
+"""Deltas of adapters that are renewed as the adapters change: when, where, and over a run that stops and goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lora import adapted_model, deltas, gradients, loss_of, train
+from torch import Tensor, nn
+
+from drift_kernels import FusedDriftAdamW, GradientBias, attach_prior
+from drift_kernels.engine import projecting
+from drift_kernels.integrations import named_groups
+from drift_kernels.integrations.peft import lora_prior
+
+
+def bound(optimizer: FusedDriftAdamW) -> dict[str, Tensor]:
+    return {
+        slot.name: slot.bound.delta
+        for batch in optimizer._engine.batches
+        for slot in batch.slots
+        if slot.bound is not None
+    }
+
+
+def test_deltas_are_renewed_in_place_in_every_kth_step() -> None:
+    model = adapted_model()
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(), refresh=3), lr=1e-2)
+    seen, places = [], []
+    for step in range(7):
+        train(model, optimizer, step, step + 1)
+        deltas_now = bound(optimizer)
+        seen.append({name: delta.clone() for name, delta in deltas_now.items()})
+        places.append([delta.data_ptr() for delta in deltas_now.values()])
+    assert all(place == places[0] for place in places)
+    for step in range(1, 7):
+        same = [torch.equal(seen[step][name], seen[step - 1][name]) for name in seen[0]]
+        assert not any(same) if step % 3 == 0 else all(same), step
+
+
+def test_a_prior_that_does_not_act_is_not_renewed() -> None:
+    model = adapted_model()
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()), alpha=0.0)
+    train(model, optimizer, 0, 2)
+    assert not any(delta.any() for delta in bound(optimizer).values())
+
+
+def test_the_delta_over_a_frozen_a_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    original = projecting.projected
+    monkeypatch.setattr(projecting, "projected", lambda *args, **options: calls.append(1) or original(*args, **options))
+    model = adapted_model(target_modules=["q_proj"])
+    for name, param in model.named_parameters():
+        param.requires_grad_("lora_B" in name)
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()))
+    train(model, optimizer, 0, 3)
+    assert len(calls) == 2, "one for each of two layers"
+    with torch.no_grad():
+        next(param for name, param in model.named_parameters() if "lora_A" in name).mul_(2)
+    train(model, optimizer, 3, 5)
+    assert len(calls) == 3, "a frozen A that was written to"
+
+
+@pytest.mark.parametrize("refresh", [1, 3])
+@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:bfloat16 states")
+def test_a_run_resumes_bit_for_bit(refresh: int, stop: int, dtype: torch.dtype, tmp_path: Any) -> None:
+    """Also in between two renewals."""
+
+    def start() -> tuple[nn.Module, FusedDriftAdamW]:
+        model = adapted_model().to(dtype)
+        prior = lora_prior(model, deltas(), refresh=refresh)
+        return model, FusedDriftAdamW(named_groups(model), prior=prior, lr=1e-2, max_grad_norm=1.0)
+
+    model, optimizer = start()
+    expected = train(model, optimizer, 0, 7)
+    model, optimizer = start()
+    train(model, optimizer, 0, stop)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    model, optimizer = start()
+    train(model, optimizer, 0, 2)  # elsewhere
+    saved = torch.load(tmp_path / "saved.pt")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    for name, found in train(model, optimizer, stop, 7).items():
+        assert torch.equal(found, expected[name]), name
+
+
+@pytest.mark.parametrize("scaling", ["gradnorm", "absolute"])
+def test_steps_in_the_backward_pass_are_those_after_it(scaling: str) -> None:
+    results = []
+    for attached in (False, True):
+        model = adapted_model()
+        optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()), prior_scaling=scaling)
+        if attached:
+            optimizer.attach_to_backward()
+        results.append(train(model, optimizer, 0, 3))
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+
+
+def test_hooks_bias_as_all_together() -> None:
+    model, other = adapted_model(), adapted_model()
+    bias = GradientBias(model.named_parameters(), lora_prior(model, deltas()))
+    hooks = attach_prior(other, lora_prior(other, deltas()))
+    for step in range(2):
+        for each in (model, other):
+            each.zero_grad()
+            loss_of(each, step).backward()
+        bias.apply_()
+        expected = gradients(model)
+        for name, grad in gradients(other).items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-8)
+        for each in (model, other):
+            with torch.no_grad():
+                for param in each.parameters():
+                    if param.grad is not None:
+                        param -= 0.1 * param.grad
+    hooks.remove()
