@@ -94,6 +94,8 @@ def test_inspect_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "delta": "expert - base",
         "sources": {"expert": "expert", "base": "base"},
         "dtype": "int8",
+        "rank": None,
+        "kept_energy": None,
         "deltas": len(prior),
         "elements": prior.numel,
         "warnings": prior.record["warnings"],

@@ -48,17 +48,15 @@ def _print_groups(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) 
         f"{len(prior)} deltas, {prior.numel:,} elements, {prior.record['dtype']}{rank}, "
         f"fingerprint {prior.fingerprint[:12]}"
     )
-    if whole.kept_energy is not None:
-        print(f"{whole.kept_energy:.2%} of the exact deltas' energy (norm^2) is kept")
     for warning in prior.record["warnings"]:
         print(f"warning: {warning}")
-    inexact = any(group.stored_cosine is not None for group in groups.values())
-    low_rank = whole.rank is not None
+    low_rank = whole.kept_energy is not None
+    quantised = not low_rank and whole.stored_cosine is not None
     table = Table(show_edge=False, pad_edge=False)
     for title in ("layer", "module"):
         table.add_column(title, overflow="fold")
     titles = ("tensors", "norm(delta)", "norm(W)", "ratio", "cosine")
-    for title in (*titles, *_shown(inexact, "worst\nstored"), *_shown(low_rank, "rank", "kept\nenergy")):
+    for title in (*titles, *_shown(quantised, "worst\nstored"), *_shown(low_rank, "energy\nkept")):
         table.add_column(title, justify="right", overflow="fold")
     previous: int | None = -1
     for (layer, module), group in groups.items():
@@ -72,12 +70,14 @@ def _print_groups(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) 
             _number(group.param_norm, ".4g"),
             _number(group.ratio, ".4f"),
             _number(group.cosine, ".6f"),
-            *_shown(inexact, _number(group.stored_cosine, ".6f")),
-            *_shown(low_rank, _number(group.rank, "d"), _number(group.kept_energy, ".2%")),
+            *_shown(quantised, _number(group.stored_cosine, ".6f")),
+            *_shown(low_rank, _number(group.kept_energy, ".2%")),
         )
         previous = layer
     console().print(table)
-    if inexact:
+    if low_rank:
+        print(f"energy kept: 1 - norm(exact - stored)^2/norm(exact)^2; of all deltas {whole.kept_energy:.2%}")
+    if quantised:
         print("worst stored: the smallest cosine of a delta as stored and the exact one")
 
 
