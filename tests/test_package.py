@@ -44,7 +44,7 @@ FLOORS = {
     "state": [{"param_groups", "precision"}, {"masters", "arrangement", "live"}, {"state_dict"}],
     "prior": [
         {"names", "norms", "verification"}, {"foreign", "quantized"}, {"reading", "record", "fusion"}, {"files"},
-        {"arithmetic", "encodings", "hub", "in_memory", "stored", "writing"},
+        {"arithmetic", "hub", "scaled", "stored", "views", "writing"}, {"checkpoint"}, {"encodings", "in_memory"},
         {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
         {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
     ],

@@ -16,7 +16,8 @@ import torch
 from ..errors import PriorError
 from ..formats.blocks import DELTA_LIMITS, blocks_of
 from .alignment import align_checkpoints
-from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, Layout, size_in_bytes
+from .checkpoint import Checkpoint
+from .files import INDEX_NAME, SINGLE_NAME, Layout, size_in_bytes
 from .hub import local_folder, public_name
 from .names import some
 from .pairing import Pair, Selection, pair_up
