@@ -133,7 +133,10 @@ def test_adapters_that_are_not_merged_are_refused(tmp_path: Path, role: str, for
         del weights[name]
     roles[role] = weights | parts
     write(tmp_path, **roles)
-    with pytest.raises(CheckpointError, match=rf"the {role} holds adapters .*1 of .*q_proj\.weight.*merge_and_unload"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"the {role} holds adapters .*1 of .*q_proj\.weight.*give BASE\+ADAPTER.*merge_and_unload",
+    ):
         build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", modules=["mlp"])
     assert len(prior) == 3 * 3

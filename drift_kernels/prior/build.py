@@ -16,10 +16,9 @@ import torch
 from ..errors import PriorError
 from ..formats.blocks import DELTA_LIMITS, blocks_of
 from .alignment import align_checkpoints
-from .checkpoint import Checkpoint
-from .files import INDEX_NAME, SINGLE_NAME, Layout, size_in_bytes
-from .hub import local_folder, public_name
+from .files import Layout, size_in_bytes
 from .names import some
+from .opening import name_for_the_record, open_checkpoint
 from .pairing import Pair, Selection, pair_up
 from .plausible import check_values
 from .prior import Prior
@@ -112,7 +111,7 @@ def build_prior(
                 "pulled_to_zero": [pair.name for pair in pairs if pair.pulled_to_zero],
                 "warnings": warnings + found,
                 "sources": {
-                    role: {"name": public_name(source), "sha256": stream.digests[role].hexdigest()}
+                    role: {"name": name_for_the_record(source), "sha256": stream.digests[role].hexdigest()}
                     for role, source in chosen.items()
                 },
                 "tensors": {
@@ -126,11 +125,6 @@ def build_prior(
             }
             write_json(folder / RECORD_NAME, record)
     return Prior.open(target)
-
-
-def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """The safetensors checkpoint of a local folder or a Hub id. Raises CheckpointError."""
-    return Checkpoint(local_folder(source, (SINGLE_NAME, INDEX_NAME, "config.json"), INDEX_NAME))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

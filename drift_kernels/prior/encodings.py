@@ -11,14 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .files import Source
+from .files import FLOATING, Source
 from .scaled import CODES_OF_SCALES
-
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # What follows a module's name in the tensors that stand for its weight, by method. Some methods share names: the
 # checkpoint's config, where it names a method, knows better.

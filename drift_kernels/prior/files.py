@@ -40,6 +40,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
 

@@ -18,7 +18,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CACHED = re.compile(r"models--([\w-][\w.-]*)--([\w-][\w.-]*)")  # what the Hub's cache calls the folder of org/name
 
 
-def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: str) -> Path:
+def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: str | None = None) -> Path:
     """The local folder of `source`, as an absolute path.
 
     Of a Hub id, `files` are downloaded, and the shards that the file `index` names if there is no model.safetensors;
@@ -55,6 +55,10 @@ def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: st
     return folder
 
 
+def is_hub_id(text: str) -> bool:
+    return _HUB_ID.fullmatch(text) is not None
+
+
 def public_name(source: str | os.PathLike[str]) -> str:
     """A Hub id, or a folder's own name: for records, which go wherever a prior goes, and no machine's paths with it."""
     path = Path(source).expanduser()
@@ -65,14 +69,16 @@ def public_name(source: str | os.PathLike[str]) -> str:
     return f"{cached[1]}/{cached[2]}@{path.name}" if cached else path.name
 
 
-def _fetch(repository: str, revision: str | None, files: Sequence[str], index: str) -> tuple[Path, list[str] | None]:
+def _fetch(
+    repository: str, revision: str | None, files: Sequence[str], index: str | None
+) -> tuple[Path, list[str] | None]:
     """The local copy; and what the repository holds, if it is nothing of what was asked for."""
     from huggingface_hub import list_repo_files, snapshot_download
 
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files))).absolute()
-    if exists(folder / SINGLE_NAME):
+    if exists(folder / SINGLE_NAME) or (index is None and all(exists(folder / name) for name in files)):
         return folder, None
-    if not exists(folder / index):
+    if index is None or not exists(folder / index):
         return folder, list_repo_files(repository, revision=revision)
     if _COMMIT.fullmatch(folder.name):
         revision = folder.name  # the index's own, should the branch move on between
