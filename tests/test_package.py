@@ -44,8 +44,8 @@ FLOORS = {
     "state": [{"param_groups", "precision"}, {"masters", "arrangement", "live"}, {"state_dict"}],
     "prior": [
         {"names", "norms", "verification"}, {"foreign", "quantized"}, {"reading", "record", "fusion"}, {"files"},
-        {"arithmetic", "hub", "scaled", "stored", "views", "writing", "adapted"},
-        {"checkpoint", "peft_adapter"}, {"encodings", "in_memory", "opening"},
+        {"adapted", "arithmetic", "ranges", "scaled", "stored", "views", "writing"},
+        {"partial"}, {"checkpoint", "hub", "peft_adapter"}, {"encodings", "in_memory", "opening"},
         {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
         {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
     ],

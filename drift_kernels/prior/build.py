@@ -90,6 +90,8 @@ def build_prior(
         _check_names(pairs, dtype)
         for warning in warnings:
             logger.warning("%s", warning)
+        for role, checkpoint in checkpoints.items():
+            checkpoint.fetch(pair.sources[role] for pair in pairs if role in pair.sources)
         with _folder_that_appears_complete(target, overwrite) as folder:
             stream = DeltaStream(checkpoints, dtype)
             with _one_thread():

@@ -8,8 +8,7 @@ from typing import TypeAlias
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .files import INDEX_NAME, SINGLE_NAME
-from .hub import is_hub_id, local_folder, public_name
+from .hub import checkpoint_folder, is_hub_id, local_folder, public_name
 from .peft_adapter import CONFIG_NAME, WEIGHTS_NAME, adapted
 from .reading import exists
 
@@ -20,7 +19,7 @@ def open_checkpoint(source: Given) -> Checkpoint:
     """The checkpoint of a local folder or a Hub id, or of `BASE+ADAPTER`, either of which is one of these. Raises
     CheckpointError."""
     base, adapter = _base_and_adapter(source)
-    checkpoint = Checkpoint(local_folder(base, (SINGLE_NAME, INDEX_NAME, "config.json"), INDEX_NAME))
+    checkpoint = Checkpoint(*checkpoint_folder(base, "config.json"))
     if adapter is not None:
         checkpoint.tensors = adapted(checkpoint.tensors, _adapter_folder(adapter))
     return checkpoint
