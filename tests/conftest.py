@@ -6,10 +6,13 @@ Hypothesis prints the example that fails, and a line that repeats it: `@reproduc
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from loopback import LoopbackHub
 
 # Triton's kernels run in its interpreter where there is no GPU. Set before anything imports triton.
 if not torch.cuda.is_available():
@@ -48,6 +51,21 @@ def seed(request: pytest.FixtureRequest) -> int:
     torch.manual_seed(value)
     request.node.user_properties.append(("seed", value))
     return value
+
+
+@pytest.fixture
+def loopback_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub without repositories, which the Hub's client takes for the real one; its caches are in `tmp_path`."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _cache_assets
+
+    with LoopbackHub(tmp_path / "hub").serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        url = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+        yield hub
 
 
 @pytest.hookimpl(hookwrapper=True)

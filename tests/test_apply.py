@@ -26,7 +26,7 @@ from drift_kernels import (
     build_prior,
 )
 from drift_kernels.prior import canonical_name
-from drift_kernels.prior import rows as rows_module
+from drift_kernels.prior import runs as rows_module
 from examples import tiny
 
 UP = "model.layers.1.mlp.up_proj.weight"

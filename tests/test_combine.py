@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drift_kernels import FusedDriftAdamW, Prior, PriorError, PriorFormatError, build_prior, combine_priors
 from drift_kernels.prior import quantize
-from drift_kernels.prior import rows as rows_module
+from drift_kernels.prior import runs as rows_module
 
 UP = "layers.1.mlp.up_proj.weight"
 HALF_ULP = torch.finfo(torch.float32).eps / 2

@@ -53,7 +53,7 @@ def damage(folder: Path, how: str) -> None:
         index.write_text("{}")
     elif how == "broken config":
         (folder / "config.json").write_text("[]")
-    elif how == "quantised":
+    elif how == "codes alone":
         save_file(load_file(single) | {f"model.{Q_PROJ}": torch.zeros(33, 31, dtype=torch.float8_e4m3fn)}, single)
 
 
@@ -76,9 +76,9 @@ def damage(folder: Path, how: str) -> None:
         ("index without map", 3, "no weight_map in it"),
         ("broken config", 1, "config.json: expected a JSON object, found list"),
         (
-            "quantised",
+            "codes alone",
             1,
-            rf"the expert is quantised \(its dtype is torch.float8_e4m3fn\).*{Q_PROJ}; dequantise the checkpoint first",
+            rf"the expert holds FP8 codes without scales: 1 of .*{Q_PROJ}",
         ),
     ],
 )

@@ -51,7 +51,10 @@ def fails(folder: Path, expert: str = "expert") -> str:
         ({"config.json": POINTER}, r"config\.json: cannot be read as JSON: a pointer of Git LFS"),
         ({"model.safetensors": "<!DOCTYPE html><html>" + "x" * 99}, "a web page: download the file again"),
         ({"model.safetensors": "GGUF" + "x" * 99}, "not a safetensors file but a GGUF file"),
-        ({"adapter_model.safetensors": "", "adapter_config.json": "{}"}, r"a PEFT \(LoRA\) adapter .*merge it into"),
+        (
+            {"adapter_model.safetensors": "", "adapter_config.json": "{}"},
+            r"a PEFT \(LoRA\) adapter .*give BASE",
+        ),
         ({"adapter_config.json": "{}", "adapter_model.bin": ""}, r"a PEFT \(LoRA\) adapter .*merge_and_unload"),
         ({"model-Q4_K_M.gguf": "GGUF"}, r"found GGUF files \(model-Q4_K_M\.gguf\): take the safetensors checkpoint"),
         ({"pytorch_model.bin": "PK", "config.json": "{}"}, r"found PyTorch \.bin files \(pytorch_model\.bin\)"),

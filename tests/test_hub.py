@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from checkpoints import text_weights, write_checkpoint
-from huggingface_hub.utils import filter_repo_objects
+from loopback import COMMIT, LoopbackHub
 
 from drift_kernels import CheckpointError, Prior, PriorFormatError, build_prior
 from drift_kernels.cli import main
 from drift_kernels.prior.hub import public_name
+from drift_kernels.prior.ranges import can_read_ranges
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BESIDE = [
     "original/model.safetensors",
     "original/consolidated.00.pth",
@@ -29,77 +29,59 @@ BESIDE = [
 ]
 
 
-class Hub:
-    """Repositories in folders, and a cache beside them; the patterns are the Hub client's own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.repositories, self.cache = folder / "hub", folder / "cache"
-        self.fetched: dict[str, set[str]] = {}
-        self.revisions: list[tuple[str, str | None]] = []
-
-    def files(self, repo_id: str, revision: str | None = None) -> list[str]:
-        root = self.repositories / repo_id
-        if not root.exists():
-            raise OSError("404 Client Error\nand more")
-        return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
-
-    def snapshot(self, repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        self.revisions.append((repo_id, revision))
-        target = self.cache / f"models--{repo_id.replace('/', '--')}" / "snapshots" / COMMIT
-        for name in filter_repo_objects(self.files(repo_id), allow_patterns=allow_patterns):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.repositories / repo_id / name, target / name)
-            self.fetched.setdefault(repo_id, set()).add(name)
-        return str(target)
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    hub = Hub(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot)
-    monkeypatch.setattr("huggingface_hub.list_repo_files", hub.files)
-    write_checkpoint(hub.repositories / "org/base", text_weights())
+def hub(loopback_hub: LoopbackHub) -> LoopbackHub:
+    write_checkpoint(loopback_hub.folder / "org/base", text_weights())
     for shards in (1, 3):
-        write_checkpoint(hub.repositories / f"org/in-{shards}", text_weights(), shards=shards)
+        write_checkpoint(loopback_hub.folder / f"org/in-{shards}", text_weights(), shards=shards)
         for name in BESIDE:
-            (hub.repositories / f"org/in-{shards}" / name).parent.mkdir(exist_ok=True)
-            (hub.repositories / f"org/in-{shards}" / name).write_text("large")
-    return hub
+            (loopback_hub.folder / f"org/in-{shards}" / name).parent.mkdir(exist_ok=True)
+            (loopback_hub.folder / f"org/in-{shards}" / name).write_text("large")
+    return loopback_hub
 
 
-def test_only_what_is_read_is_fetched(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_only_what_is_read_is_fetched(
+    hub: LoopbackHub, tmp_path: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole files by a Hub client that is older than 1.0."""
+    if whole:
+        monkeypatch.setattr("drift_kernels.prior.hub.can_read_ranges", lambda: False)
     build_prior("org/in-1", "org/in-3", tmp_path / "prior")
-    assert hub.fetched["org/in-1"] == {"config.json", "model.safetensors"}
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
-    assert hub.fetched["org/in-3"] == {"config.json", "model.safetensors.index.json"} | shards
+    small = {"config.json", "model.safetensors.index.json"}
+    for repository, weights in (("org/in-1", {"model.safetensors"}), ("org/in-3", shards)):
+        assert hub.fetched(repository) - small == weights
+        assert hub.in_parts(repository) == (weights if can_read_ranges() and not whole else set())
 
 
-def test_a_stale_index_fetches_no_shards(hub: Hub, tmp_path: Path) -> None:
-    for path in (hub.repositories / "org/in-3").glob("model*"):
-        shutil.copy(path, hub.repositories / "org/in-1")
+def test_a_stale_index_fetches_no_shards(hub: LoopbackHub, tmp_path: Path) -> None:
+    for path in (hub.folder / "org/in-3").glob("model*"):
+        shutil.copy(path, hub.folder / "org/in-1")
     build_prior("org/in-1", "org/base", tmp_path / "prior")
-    assert hub.fetched["org/in-1"] == {"config.json", "model.safetensors", "model.safetensors.index.json"}
+    assert hub.fetched("org/in-1") == {"config.json", "model.safetensors", "model.safetensors.index.json"}
 
 
 @pytest.mark.parametrize("revision", ["v1.0", "refs/pr/7", COMMIT])
-def test_a_revision(hub: Hub, tmp_path: Path, revision: str) -> None:
+def test_a_revision(hub: LoopbackHub, tmp_path: Path, revision: str) -> None:
     """All of a checkpoint is of one commit, and the record tells the revision."""
     prior = build_prior(f"org/in-3@{revision}", "org/base", tmp_path / "prior")
-    assert hub.revisions == [("org/in-3", revision), ("org/in-3", COMMIT), ("org/base", None)]
+    assert {asked.revision for asked in hub.asked} == {COMMIT}
+    assert (("org/in-3", revision) in hub.revisions) == (revision != COMMIT)
     assert prior.record["sources"]["expert"]["name"] == f"org/in-3@{revision}"
     assert prior.record["sources"]["base"]["name"] == "org/base"
 
 
-def test_priors_on_the_hub(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    built = build_prior("org/in-1", "org/base", hub.repositories / "org/prior", max_shard_bytes=20_000)
+def test_priors_on_the_hub(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built = build_prior("org/in-1", "org/base", hub.folder / "org/prior", max_shard_bytes=20_000)
     for name in ("prior-notes.txt", "priors/old.safetensors"):
-        (hub.repositories / "org/prior" / name).parent.mkdir(exist_ok=True)
-        (hub.repositories / "org/prior" / name).touch()
+        (hub.folder / "org/prior" / name).parent.mkdir(exist_ok=True)
+        (hub.folder / "org/prior" / name).touch()
     prior = Prior.open("org/prior")
     assert prior.fingerprint == built.fingerprint
     assert prior.verify().intact
-    shards = {path.name for path in (hub.repositories / "org/prior").glob("prior-*.safetensors")}
-    assert hub.fetched["org/prior"] == {"drift_prior.json", "prior.safetensors.index.json"} | shards
+    shards = {path.name for path in (hub.folder / "org/prior").glob("prior-*.safetensors")}
+    assert hub.fetched("org/prior") == {"drift_prior.json", "prior.safetensors.index.json"} | shards
     assert main(["check", "org/prior@main", "--model", "org/base"]) == 0
     assert f"{len(prior)} of {len(prior)} deltas are bound" in capsys.readouterr().out
 
@@ -112,20 +94,20 @@ def test_priors_on_the_hub(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["config.json", "pytorch_model.bin"], "on the Hub, found PyTorch .bin files"),
     ],
 )
-def test_repositories_without_a_checkpoint(hub: Hub, names: list[str], words: str, tmp_path: Path) -> None:
+def test_repositories_without_a_checkpoint(hub: LoopbackHub, names: list[str], words: str, tmp_path: Path) -> None:
     for name in names:
-        (hub.repositories / "org/other" / name).parent.mkdir(parents=True, exist_ok=True)
-        (hub.repositories / "org/other" / name).write_text("{}")
+        (hub.folder / "org/other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub.folder / "org/other" / name).write_text("{}")
     with pytest.raises(CheckpointError, match=f"org/other: expected model.safetensors or .* {words}"):
         build_prior("org/other", "org/base", tmp_path / "prior")
     with pytest.raises(PriorFormatError, match=r"org/other: expected drift_prior.json or .* on the Hub, found"):
         Prior.open("org/other")
 
 
-def test_what_cannot_be_fetched(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_fetched(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "org/gone"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "org/gone: no such folder, and not fetched from the Hub (OSError: 404 Client Error)" in line
+    assert "org/gone: no such folder, and not fetched from the Hub (RepositoryNotFoundError: 404 Client Error" in line
     with pytest.raises(PriorFormatError, match=r"a/b/c: no such folder$"):
         Prior.open("a/b/c")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from drift_kernels import Prior, PriorError, PriorFormatError, build_prior
 from drift_kernels.cli import main
-from drift_kernels.prior import LowRankDelta, forms, quantize, singular, threads
+from drift_kernels.prior import LowRankDelta, formed, quantize, singular, stream, threads
 from drift_kernels.prior.files import TensorFile, byte_view
 from drift_kernels.prior.names import module_of
 from drift_kernels.prior.summary import group_deltas
@@ -106,11 +106,12 @@ def test_the_bits_are_the_same_each_time(
     """However many threads there are, and whether matrices are kept in memory or read again, in tiles that end inside
     the pieces in which they are read."""
     monkeypatch.setattr(singular, "_TILE", 1 << 9)
-    monkeypatch.setattr(forms, "tile_rows", singular.tile_rows)
+    monkeypatch.setattr(formed, "tile_rows", singular.tile_rows)
     expected = build(tmp_path)
     for number, (threads_now, in_memory) in enumerate([(1, 1 << 27), (3, 1 << 27), (2, 0), (3, 1000)]):
-        monkeypatch.setattr(threads, "WORKERS", threads_now)
-        monkeypatch.setattr(forms, "_IN_MEMORY", in_memory)
+        for module in (threads, stream):
+            monkeypatch.setattr(module, "WORKERS", threads_now)
+        monkeypatch.setattr(formed, "_IN_MEMORY", in_memory)
         torch.manual_seed(number)
         again = build(tmp_path, f"again{number}")
         assert again.fingerprint == expected.fingerprint

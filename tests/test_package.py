@@ -46,7 +46,8 @@ FLOORS = {
     "prior": [
         {"names", "norms", "threads", "verification"}, {"foreign", "quantized"}, {"low_rank"},
         {"deltas", "reading", "record", "fusion"}, {"files"},
-        {"arithmetic", "encodings", "hub", "in_memory", "singular", "stored", "writing"},
+        {"adapted", "arithmetic", "ranges", "scaled", "singular", "stored", "views", "writing"},
+        {"partial"}, {"checkpoint", "hub", "peft_adapter"}, {"encodings", "in_memory", "opening"},
         {"alignment", "assembly", "coverage", "fingerprint", "forms", "plausible", "strengths", "unfusing"},
         {"pairing"}, {"folders", "prior", "shards", "stream"}, {"formed", "runs", "summary"},
         {"build", "merging", "plot"}, {"apply", "combine"}, {"__init__"},

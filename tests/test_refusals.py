@@ -29,10 +29,9 @@ QUANTISED = {
         {"weight_packed": I32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64},
         "compressed-tensors",
     ),
-    "fp8 of compressed-tensors": ({"weight": F8, "weight_scale": torch.bfloat16}, "FP8, NVFP4 or compressed-tensors"),
+    "mxfp8": ({"weight": F8, "weight_scale": U8}, "FP8, NVFP4 or compressed-tensors"),
     "nvfp4": ({"weight": U8, "weight_scale": F8, "weight_scale_2": torch.float32}, "FP8, NVFP4 or compressed-tensors"),
-    "fp8 in blocks": ({"weight": F8, "weight_scale_inv": torch.float32}, "FP8"),
-    "fp8 alone": ({"weight": F8}, "its dtype is torch.float8_e4m3fn"),
+    "fp8 with a zero point": ({"weight": F8, "weight_scale_inv": torch.float32, "weight_zero_point": F8}, "FP8"),
     "hqq": ({"W_q": U8, "scale": torch.bfloat16, "zero": torch.bfloat16}, "HQQ"),
     "quanto": ({"weight._data": torch.int8, "weight._scale": torch.float32}, "Quanto"),
     "eetq": ({"weight": torch.int8, "weight_scales": torch.float16}, "EETQ"),
@@ -134,7 +133,10 @@ def test_adapters_that_are_not_merged_are_refused(tmp_path: Path, role: str, for
         del weights[name]
     roles[role] = weights | parts
     write(tmp_path, **roles)
-    with pytest.raises(CheckpointError, match=rf"the {role} holds adapters .*1 of .*q_proj\.weight.*merge_and_unload"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"the {role} holds adapters .*1 of .*q_proj\.weight.*give BASE\+ADAPTER.*merge_and_unload",
+    ):
         build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", modules=["mlp"])
     assert len(prior) == 3 * 3

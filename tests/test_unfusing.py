@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from drift_kernels import Prior, PriorError, build_prior
 from drift_kernels.engine.binding import PriorBinding
-from drift_kernels.prior import files
-from drift_kernels.prior.files import Checkpoint, StoredTensor
+from drift_kernels.prior import views
+from drift_kernels.prior.checkpoint import Checkpoint
+from drift_kernels.prior.files import Source
 from drift_kernels.prior.unfusing import unfuse
 
 HIDDEN, EXPERTS = TEXT["hidden_size"], 4
@@ -141,17 +142,17 @@ def test_another_number_of_single_experts(experts: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("band", [1, 10, 1 << 16])
 def test_any_run_of_elements_is_read(band: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_BAND", band)
+    monkeypatch.setattr(views, "_BAND", band)
     config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 5, "moe_intermediate_size": 4}}
     fused = torch.randn(3, 5, 8, dtype=torch.bfloat16)
     names = {leaf: f"layers.0.mlp.experts.2.{leaf}.weight" for leaf in ("gate_proj", "up_proj")}
     save_file({"layers.0.mlp.experts.gate_up_proj": fused}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with Checkpoint(tmp_path) as checkpoint:
-        tensors: dict[str, StoredTensor] = unfuse(checkpoint, checkpoint.tensors, names.values())
+        tensors: dict[str, Source] = unfuse(checkpoint, checkpoint.tensors, names.values())
         assert len(tensors) == 6
         for name, expected in zip(names.values(), fused[2].T.contiguous().chunk(2), strict=True):
-            assert torch.equal(tensors[name].read(), expected)
+            assert torch.equal(checkpoint.read(tensors[name]), expected)
             for begin in range(20):
                 for end in range(begin + 1, 21):
                     flat = torch.empty(end - begin, dtype=torch.bfloat16)
@@ -169,6 +170,6 @@ def test_families_that_never_transpose_have_square_matrices_too(family: str, tmp
         tensors = unfuse(checkpoint, checkpoint.tensors, wanted)
         assert len(tensors) == 9
         for expert in range(3):
-            w1, w2, w3 = (tensors[name.replace(".0.w", f".{expert}.w")].read() for name in wanted)
+            w1, w2, w3 = (checkpoint.read(tensors[name.replace(".0.w", f".{expert}.w")]) for name in wanted)
             assert torch.equal(torch.cat([w1, w3]), stacks["gate_up_proj"][expert])
             assert torch.equal(w2, stacks["down_proj"][expert])

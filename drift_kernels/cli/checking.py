@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from ..prior import Coverage, Prior, Verification
-from ..prior.build import open_checkpoint
 from ..prior.in_memory import live_parameters
+from ..prior.opening import open_checkpoint
 from .arguments import CHECKPOINT, PRIOR, Commands, add_command
 from .output import print_json, progress_bar
 

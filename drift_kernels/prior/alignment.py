@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from ..errors import PriorError, PriorMismatchError
+from .checkpoint import Checkpoint
 from .encodings import check_not_gguf
-from .files import Checkpoint
 from .names import canonical_name, some
 
 Shape = tuple[int, ...]

@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, PriorError, PriorMismatchError
+from .checkpoint import Checkpoint
 from .coverage import Coverage
-from .encodings import FLOATING, check_encodings, marked_weights
-from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, StoredTensor, byte_view
+from .encodings import check_encodings, marked_weights
+from .files import FLOATING, INDEX_NAME, SINGLE_NAME, Source, StoredTensor, byte_view
 from .folders import NewFolder
-from .fusion import Source, of_all_experts
+from .fusion import Source as Deltas
+from .fusion import of_all_experts
 from .hub import local_folder, public_name
 from .names import canonical_name, some
 from .norms import norm
@@ -85,7 +87,8 @@ def apply_prior(
         addition = _Addition(opened, coverage.sources, scale)
         changed: dict[Path, dict[str, StoredTensor]] = {path: {} for path in files.values()}
         for name in coverage.matched:
-            changed[checkpoint.tensors[name].path][name] = checkpoint.tensors[name]
+            tensor = _plain(checkpoint, name)
+            changed[tensor.path][name] = tensor
         with new.that_appears_complete() as unfinished, one_thread():
             total = sum(path.stat().st_size for path in files.values())
             done = 0
@@ -119,7 +122,7 @@ def apply_prior(
 def _files(checkpoint: Checkpoint) -> dict[str, Path]:
     """The files of the weights, by their name in the folder. Raises CheckpointError for one that is not in it."""
     found = {}
-    for path in sorted({tensor.path for tensor in checkpoint.tensors.values()}):
+    for path in sorted({place.path for tensor in checkpoint.tensors.values() for place in tensor.places()}):
         name = path.relative_to(checkpoint.folder)
         if ".." in name.parts:
             raise CheckpointError(f"{checkpoint.folder}: {INDEX_NAME} names a file outside of the folder, {name}")
@@ -155,16 +158,24 @@ def _matched(prior: Prior, checkpoint: Checkpoint, partial: bool) -> Coverage:
     if not coverage.complete:
         logger.warning("%s", coverage.summary())
     for name in coverage.matched:
-        if checkpoint.tensors[name].dtype not in FLOATING:
-            raise CheckpointError(
-                f"{checkpoint.folder}: the base is quantised: {name} is {checkpoint.tensors[name].dtype}, and a delta "
-                "is added to plain weights only; dequantise the checkpoint first"
-            )
+        _plain(checkpoint, name)
     _check_orientation(checkpoint, tensors, coverage)
     return coverage
 
 
-def _check_orientation(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], coverage: Coverage) -> None:
+def _plain(checkpoint: Checkpoint, name: str) -> StoredTensor:
+    """A weight that is stored as it is. Raises CheckpointError for one that is quantised."""
+    tensor = checkpoint.tensors[name]
+    if isinstance(tensor, StoredTensor) and tensor.dtype in FLOATING:
+        return tensor
+    stored = tensor.dtype if isinstance(tensor, StoredTensor) else "in codes with scales"
+    raise CheckpointError(
+        f"{checkpoint.folder}: the base is quantised: {name} is {stored}, and a delta is added to plain weights only; "
+        "dequantise the checkpoint first"
+    )
+
+
+def _check_orientation(checkpoint: Checkpoint, tensors: Mapping[str, Source], coverage: Coverage) -> None:
     """Raises PriorError for fused experts that are made of single ones, and whose matrices are square: they may lie
     either way."""
     stacks = {name: tensor.shape for name, tensor in tensors.items() if of_all_experts(name)}
@@ -196,7 +207,7 @@ class _Change:
 class _Addition:
     """Writes files in which deltas are added."""
 
-    def __init__(self, prior: Prior, sources: Mapping[str, Source], scale: float) -> None:
+    def __init__(self, prior: Prior, sources: Mapping[str, Deltas], scale: float) -> None:
         self._prior = prior
         self._scale = scale
         self._sources = sources
@@ -238,7 +249,7 @@ class _Addition:
     def _change(self, file: FileIO, writer: FileWriter, job: _Change) -> tuple[int, float]:
         assert isinstance(job.tensor.dtype, torch.dtype)
         weight = torch.empty(job.rows.count, dtype=job.tensor.dtype, device="cpu")
-        job.tensor.read_from(file, weight, job.rows.start)
+        read_exactly(file, byte_view(weight), job.tensor.offset + job.rows.start * weight.element_size())
         source = self._sources[job.name]
         delta = read_rows(self._prior, source, job.rows)
         added = delta.to(torch.promote_types(weight.dtype, torch.float32)) * self._scale

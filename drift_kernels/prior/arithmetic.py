@@ -43,7 +43,12 @@ class Products(NamedTuple):
 
 def subtract(expert: Tensor, base: Tensor, origin: Tensor, delta: Tensor) -> Products:
     """delta = expert - origin, in float32, rounded to delta's dtype: 1-D, contiguous CPU tensors of one length."""
-    if _compiled and expert.dtype == base.dtype == origin.dtype in _COMPILED_WEIGHTS:
+    dtypes = {tensor.dtype for tensor in (expert, base, origin)}
+    if _compiled and dtypes.issubset(_COMPILED_WEIGHTS):
+        if len(dtypes) > 1:
+            same = origin is base
+            expert, base = expert.float(), base.float()
+            origin = base if same else origin.float()
         weight_dtype, delta_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (expert, delta))
         sources = expert.data_ptr(), base.data_ptr(), origin.data_ptr()
         return Products(*_cpu.subtract(*sources, delta.data_ptr(), delta.numel(), weight_dtype, delta_dtype))

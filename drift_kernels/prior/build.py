@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from .alignment import align_checkpoints
-from .files import INDEX_NAME, SINGLE_NAME, Checkpoint
 from .folders import NewFolder
 from .formed import FormedDeltas
 from .forms import Form
-from .hub import local_folder, public_name
+from .opening import name_for_the_record, open_checkpoint
 from .pairing import Selection, pair_up
 from .plausible import check_values
 from .prior import Prior
@@ -80,6 +79,8 @@ def build_prior(
         check_names(shapes, form)
         for warning in warnings:
             logger.warning("%s", warning)
+        for role, checkpoint in checkpoints.items():
+            checkpoint.fetch(pair.sources[role] for pair in pairs if role in pair.sources)
         with new.that_appears_complete() as folder:
             stream, by_name = DeltaStream(checkpoints, dtype), {pair.name: pair for pair in pairs}
             formed = FormedDeltas(stream, form)
@@ -110,7 +111,7 @@ def build_prior(
                 "pulled_to_zero": [pair.name for pair in pairs if pair.pulled_to_zero],
                 "warnings": warnings + found,
                 "sources": {
-                    role: {"name": public_name(source), "sha256": stream.digests[role].hexdigest()}
+                    role: {"name": name_for_the_record(source), "sha256": stream.digests[role].hexdigest()}
                     for role, source in chosen.items()
                 },
                 "tensors": {
@@ -124,8 +125,3 @@ def build_prior(
             }
             write_json(folder / RECORD_NAME, record)
     return Prior.open(target)
-
-
-def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """The safetensors checkpoint of a local folder or a Hub id. Raises CheckpointError."""
-    return Checkpoint(local_folder(source, (SINGLE_NAME, INDEX_NAME, "config.json"), INDEX_NAME))

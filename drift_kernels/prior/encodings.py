@@ -1,7 +1,8 @@
 """Weights that a checkpoint does not hold as they are: quantised, or with adapters that are not merged.
 
-Their names are not those of plain weights, so a build would pass over them, and make a prior of what is left: of the
-biases alone. Both are refused where a weight that was asked for is affected; a quantised vision tower does not matter.
+FP8 with scales is read as plain weights (scaled.py), and so is an adapter over a base (adapted.py). Other names are not
+those of plain weights, so a build would pass over them, and make a prior of what is left: of the biases alone. Both are
+refused where a weight that was asked for is affected; a quantised vision tower does not matter.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
-from .files import Checkpoint, StoredTensor
-
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from .checkpoint import Checkpoint
+from .files import FLOATING, Source
+from .scaled import CODES_OF_SCALES
 
 # What follows a module's name in the tensors that stand for its weight, by method. Some methods share names: the
 # checkpoint's config, where it names a method, knows better.
@@ -45,7 +44,7 @@ def check_not_gguf(role: str, checkpoint: Checkpoint, names: Iterable[str]) -> N
 
 
 def check_encodings(
-    role: str, checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], wanted: Iterable[str], found: set[str]
+    role: str, checkpoint: Checkpoint, tensors: Mapping[str, Source], wanted: Iterable[str], found: set[str]
 ) -> None:
     """Raises CheckpointError if weights that are asked for are quantised, or carry adapters.
 
@@ -57,6 +56,7 @@ def check_encodings(
     asked = {*wanted, *found}
     parts = _parts_of_modules(tensors, {name.removesuffix(".weight") for name in asked})
     adapted: list[str] = []
+    unscaled: list[str] = []
     quantised: list[tuple[str, str]] = []  # name, method
     for name in sorted(asked):
         stem = name.removesuffix(".weight")
@@ -66,14 +66,22 @@ def check_encodings(
         if "PEFT" in methods:
             adapted.append(name)
         elif name in tensors and tensors[name].dtype not in FLOATING:
-            quantised.append((name, methods[0] if methods else f"its dtype is {tensors[name].dtype}"))
+            if not methods and tensors[name].dtype in CODES_OF_SCALES:
+                unscaled.append(name)
+            else:
+                quantised.append((name, methods[0] if methods else f"its dtype is {tensors[name].dtype}"))
         elif name not in tensors and (methods or (beside and _method_of_config(checkpoint.config))):
             quantised.append((name, methods[0] if methods else ""))
     if adapted:
         raise CheckpointError(
             f"{checkpoint.folder}: the {role} holds adapters that are not merged into their weights ({len(adapted)} of "
-            f"the tensors that were asked for, such as {adapted[0]}). Merge them first: with PEFT, "
-            "model.merge_and_unload().save_pretrained(folder)"
+            f"the tensors that were asked for, such as {adapted[0]}). Save the adapter alone, with PEFT's "
+            "save_pretrained, and give BASE+ADAPTER; or save model.merge_and_unload()"
+        )
+    if unscaled:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the {role} holds FP8 codes without scales: {len(unscaled)} of the tensors that were "
+            f"asked for, such as {unscaled[0]}"
         )
     if quantised:
         raise CheckpointError(_quantised(role, checkpoint, *quantised[0], len(quantised)))

@@ -19,7 +19,7 @@ _NAMES = (  # the first whose pattern is found
     (
         ("adapter_config.json", "adapter_model.*"),
         "a PEFT (LoRA) adapter",
-        "it is no whole model: merge it into its base first (merge_and_unload(), then save_pretrained)",
+        "it is no whole model: give BASE+ADAPTER, its base and this (or merge them: merge_and_unload())",
     ),
     (("*.gguf",), "GGUF files", "take the safetensors checkpoint that they were made from"),
     (("consolidated*", "*.pth"), "weights in their authors' own format", "take the checkpoint for transformers"),

@@ -1,30 +1,80 @@
-"""A folder for what the user typed: a local folder, or a Hugging Face Hub id that is downloaded first."""
+"""A folder for what the user typed: a local folder, or a Hugging Face Hub id that is downloaded, or read in parts."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .files import SINGLE_NAME, shards_by_name
+from .files import INDEX_NAME, SINGLE_NAME, shards_by_name
 from .foreign import what_begins, what_they_are
-from .reading import exists, open_file
+from .partial import PartialFiles
+from .ranges import NoRangesError, RemoteFile, can_read_ranges
+from .reading import OpenFiles, exists, open_file
+
+logger = logging.getLogger("drift_kernels")
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # org/name, or org/name@revision
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CACHED = re.compile(r"models--([\w-][\w.-]*)--([\w-][\w.-]*)")  # what the Hub's cache calls the folder of org/name
 
 
-def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: str) -> Path:
+def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: str | None = None) -> Path:
     """The local folder of `source`, as an absolute path.
 
     Of a Hub id, `files` (names, or patterns of them) are downloaded, and the shards that the file `index` names if
     there is no model.safetensors; nothing else that may lie beside them (original/, consolidated.safetensors). Raises
     CheckpointError when `source` is neither a folder nor a Hub id that can be fetched.
     """
+    if isinstance(found := _find(source), Path):
+        return found
+    with _fetching(source):
+        folder, others = _download(*found, files, index)
+    if others is not None:
+        expected = " or ".join(file for file in files if "*" not in file)
+        raise CheckpointError(f"{source}: expected {expected} on the Hub, {what_they_are(others)}")
+    return folder
+
+
+def checkpoint_folder(source: str | os.PathLike[str], config: str) -> tuple[Path, OpenFiles | None]:
+    """The folder of a checkpoint, and what its files are read by, if not all of them are there.
+
+    Of a Hub id that is not in the Hub's cache, the file `config` and the index are downloaded, and of the others the
+    headers; the rest is fetched when it is asked for. Whole files are downloaded if the server, or a Hub client older
+    than 1.0, cannot do otherwise. Raises CheckpointError as `local_folder` does.
+    """
+    if isinstance(found := _find(source), Path):
+        return found, None
+    if can_read_ranges():
+        try:
+            with _fetching(source, NoRangesError):
+                return _open_partly(source, *found, config)
+        except NoRangesError:
+            logger.warning("%s: the server sends no parts of files: whole files are downloaded", source)
+    return local_folder(source, (SINGLE_NAME, INDEX_NAME, config), INDEX_NAME), None
+
+
+def is_hub_id(text: str) -> bool:
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def public_name(source: str | os.PathLike[str]) -> str:
+    """A Hub id, or a folder's own name: for records, which go wherever a prior goes, and no machine's paths with it."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return str(source)
+    path = path.resolve()
+    cached = _CACHED.fullmatch(path.parent.parent.name)
+    return f"{cached[1]}/{cached[2]}@{path.name}" if cached else path.name
+
+
+def _find(source: str | os.PathLike[str]) -> Path | tuple[str, str | None]:
+    """A local folder, or a repository and a revision."""
     path = Path(source).expanduser().absolute()
     if exists(path):
         if not path.is_dir():
@@ -41,44 +91,63 @@ def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: st
         raise CheckpointError(
             f"{source}: no such folder; to fetch it from the Hub, pip install huggingface_hub ({error})"
         ) from error
+    return hub_id[1], hub_id[2]
+
+
+@contextmanager
+def _fetching(source: str | os.PathLike[str], *known: type[Exception]) -> Iterator[None]:
+    """The Hub's client raises errors of its own and of the libraries that it stands on: they become CheckpointError."""
     try:
-        folder, others = _fetch(hub_id[1], hub_id[2], files, index)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the Hub's client raises errors of its own and of the libraries that it stands on
+        yield
+    except Exception as error:
+        if isinstance(error, (CheckpointError, *known)):
+            raise
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"{source}: no such folder, and not fetched from the Hub ({type(error).__name__}: {reason})"
         ) from error
-    if others is not None:
-        expected = " or ".join(file for file in files if "*" not in file)
-        raise CheckpointError(f"{source}: expected {expected} on the Hub, {what_they_are(others)}")
-    return folder
 
 
-def public_name(source: str | os.PathLike[str]) -> str:
-    """A Hub id, or a folder's own name: for records, which go wherever a prior goes, and no machine's paths with it."""
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        return str(source)
-    path = path.resolve()
-    cached = _CACHED.fullmatch(path.parent.parent.name)
-    return f"{cached[1]}/{cached[2]}@{path.name}" if cached else path.name
-
-
-def _fetch(repository: str, revision: str | None, files: Sequence[str], index: str) -> tuple[Path, list[str] | None]:
+def _download(
+    repository: str, revision: str | None, files: Sequence[str], index: str | None
+) -> tuple[Path, list[str] | None]:
     """The local copy; and what the repository holds, if it is nothing of what was asked for."""
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files))).absolute()
-    if exists(folder / SINGLE_NAME):
+    if exists(folder / SINGLE_NAME) or (index is None and all(exists(folder / name) for name in files)):
         return folder, None
-    if not exists(folder / index):
-        return folder, list_repo_files(repository, revision=revision)
+    if index is None or not exists(folder / index):
+        return folder, HfApi().list_repo_files(repository, revision=revision)
     if _COMMIT.fullmatch(folder.name):
         revision = folder.name  # the index's own, should the branch move on between
     shards = sorted({escape(shard) for shard in shards_by_name(folder / index).values()})
     return Path(snapshot_download(repository, revision=revision, allow_patterns=shards)).absolute(), None
+
+
+def _open_partly(
+    source: str | os.PathLike[str], repository: str, revision: str | None, config: str
+) -> tuple[Path, OpenFiles | None]:
+    """One commit's files: those that are in the Hub's cache as they are there, and parts of the others."""
+    from huggingface_hub import HfApi, cached_assets_path, snapshot_download
+
+    small = [config, INDEX_NAME]
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=small)).absolute()
+    if exists(folder / SINGLE_NAME):
+        return folder, None
+    parts, indexed = cached_assets_path("drift_kernels", repository, folder.name), exists(folder / INDEX_NAME)
+    try:
+        names = HfApi().list_repo_files(repository, revision=folder.name)
+    except Exception:  # without a network, what is here may be enough
+        if not indexed and not exists(parts / SINGLE_NAME):
+            raise
+        names = [INDEX_NAME if indexed else SINGLE_NAME]
+    if SINGLE_NAME not in names and not indexed:
+        raise CheckpointError(f"{source}: expected {SINGLE_NAME} or {INDEX_NAME} on the Hub, {what_they_are(names)}")
+    shards = {SINGLE_NAME} if SINGLE_NAME in names else set(shards_by_name(folder / INDEX_NAME).values())
+    missing = {folder / name: RemoteFile(repository, folder.name, name) for name in sorted(shards)}
+    missing = {path: file for path, file in missing.items() if not exists(path)}
+    return folder, PartialFiles(missing, parts) if missing else None
 
 
 def _kind(path: Path) -> str:

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from .files import Checkpoint
+from .checkpoint import Checkpoint
 
 NamedParameters = list[tuple[str, Tensor]]
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError, PriorError
+from .checkpoint import Checkpoint
 from .encodings import check_encodings, marked_weights
-from .files import Checkpoint, StoredTensor
+from .files import Source
 from .fusion import of_all_experts, of_one_expert
 from .names import (
     canonical_name,
@@ -39,12 +40,12 @@ class LanguageModel:
     load them either). `layers` are its ordinary ones, without cross-attention layers."""
 
     checkpoint: Checkpoint
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, Source]
     layers: list[int]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, name_map: Mapping[str, str] | None) -> LanguageModel:
-        tensors: dict[str, StoredTensor] = {}
+        tensors: dict[str, Source] = {}
         for stored_name, tensor in checkpoint.tensors.items():
             name = canonical_name(stored_name, name_map)
             if name in tensors:
@@ -97,7 +98,7 @@ class Pair:
     name: str
     shape: tuple[int, ...]
     common: int
-    sources: dict[str, StoredTensor]
+    sources: dict[str, Source]
 
     @property
     def numel(self) -> int:
@@ -235,7 +236,7 @@ def _lone_biases(models: Mapping[str, LanguageModel], candidates: set[str]) -> s
     return set(filter(zero_elsewhere, candidates))
 
 
-def _pair(name: str, sources: dict[str, StoredTensor]) -> Pair:
+def _pair(name: str, sources: dict[str, Source]) -> Pair:
     shape = sources["base"].shape
     for role, tensor in sources.items():
         same_but_vocabulary = module_of(name) in ("embed", "head") and tensor.shape[1:] == shape[1:]

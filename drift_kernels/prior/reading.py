@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -44,6 +44,23 @@ class OpenFiles:
         finally:
             with self._lock:
                 self._users[path] -= 1
+
+    def has(self, path: Path) -> bool:
+        """Raises CheckpointError when that cannot be told."""
+        return exists(path)
+
+    def size(self, path: Path) -> int:
+        """In bytes. Raises CheckpointError."""
+        with self.using(path) as file:
+            return os.fstat(file.fileno()).st_size
+
+    def read(self, path: Path, view: memoryview, offset: int) -> None:
+        """Fill `view` with the file's bytes from `offset` on. Raises CheckpointError when it has fewer."""
+        with self.using(path) as file:
+            read_exactly(file, view, offset)
+
+    def fetch(self, places: Iterable[tuple[Path, int, int]]) -> None:
+        """Make these bytes (path, begin, end) ready to be read, which they are in a local file."""
 
     def close(self) -> None:
         for file in self._files.values():

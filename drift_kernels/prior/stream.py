@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import PriorError
 from ..formats.blocks import DELTA_LIMITS, blocks_of
 from .arithmetic import Products, checksum, dot, subtract, subtract_quantized
-from .files import Checkpoint
+from .checkpoint import Checkpoint
 from .norms import CHUNK
 from .pairing import Pair
 from .quantized import scales_name

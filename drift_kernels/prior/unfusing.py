@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import PriorError
-from .files import Checkpoint, StoredTensor, TransposedMatrix
+from .checkpoint import Checkpoint
+from .files import Source
 from .fusion import expert_of, of_all_experts, of_one_expert, place_in_stack
+from .views import Part, TransposedPart
 
 # Families whose files hold fused experts in nn.Linear's orientation: gate_up_proj [experts, 2 * inter, hidden],
 # down_proj [experts, hidden, inter].
@@ -20,9 +22,7 @@ _STRAIGHT = ("deepseek_ocr2_text", "minimax_m3_vl_text")
 _EITHER = ("qwen3_vl_moe",)
 
 
-def unfuse(
-    checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], wanted: Iterable[str]
-) -> dict[str, StoredTensor]:
+def unfuse(checkpoint: Checkpoint, tensors: Mapping[str, Source], wanted: Iterable[str]) -> dict[str, Source]:
     """The tensors, where fused experts are replaced by single ones, named as the `wanted` of another checkpoint are.
 
     As they were, if it is not known whether they lie transposed. All experts are found, however many
@@ -83,11 +83,10 @@ def lie_transposed(config: Mapping[str, Any], stacks: Mapping[str, tuple[int, ..
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _matrix(whole: StoredTensor, expert: int, index: int, count: int, transposed: bool) -> StoredTensor:
+def _matrix(whole: Source, expert: int, index: int, count: int, transposed: bool) -> Source:
     _, lines, stride = whole.shape
     rows, columns = (stride // count, lines) if transposed else (lines // count, stride)
-    itemsize = whole.nbytes // whole.numel
     begin = expert * lines * stride + index * (rows if transposed else rows * columns)
-    place = (whole.path, (rows, columns), whole.dtype, whole.offset + begin * itemsize)
-    nbytes = rows * columns * itemsize
-    return TransposedMatrix(*place, nbytes, stride) if transposed else StoredTensor(*place, nbytes)
+    if transposed:
+        return TransposedPart(whole, (rows, columns), begin, stride)
+    return Part(whole, (rows, columns), begin)

@@ -1,0 +1,64 @@
+"""Matrices that lie within another tensor of a checkpoint, as a fused stack of experts holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .files import Place, Source
+from .reading import OpenFiles
+
+_BAND = 1 << 16  # elements of a transposed matrix that are read at a time
+
+
+@dataclass(frozen=True)
+class Part(Source):
+    """A matrix whose elements follow one another in `whole`, from `begin` on."""
+
+    whole: Source
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def dtype(self) -> torch.dtype | str:  # type: ignore[override]
+        return self.whole.dtype
+
+    def read_from(self, files: OpenFiles, flat: Tensor, start: int) -> None:
+        self.whole.read_from(files, flat, self.begin + start)
+
+    def places(self) -> Iterator[Place]:
+        return self.whole.places()
+
+
+@dataclass(frozen=True)
+class TransposedPart(Part):
+    """A matrix that lies transposed in `whole`, within lines of `stride` elements: element [r, c] is the r-th of line
+    c, counted from `begin`."""
+
+    stride: int
+
+    def read_from(self, files: OpenFiles, flat: Tensor, start: int) -> None:
+        """Rows that `flat` begins or ends within are filled alone, so that no more than `flat` is needed."""
+        columns, done = self.shape[1], 0
+        while done < flat.numel():
+            row, column = divmod(start + done, columns)
+            left = flat.numel() - done
+            rows = 1 if column else max(left // columns, 1)
+            width = min(columns - column, left)
+            target = flat[done : done + rows * width].view(rows, width)
+            self._fill(files, target, row, column)
+            done += rows * width
+
+    def _fill(self, files: OpenFiles, target: Tensor, row: int, column: int) -> None:
+        """The box that begins at [row, column], a few lines at a time."""
+        rows, width = target.shape
+        lines = max(_BAND // self.stride, 1)
+        band = torch.empty(min(lines, width) * self.stride, dtype=target.dtype, device="cpu")
+        for begin in range(0, width, lines):
+            count = min(lines, width - begin)
+            read = band[: (count - 1) * self.stride + rows]
+            self.whole.read_from(files, read, self.begin + (column + begin) * self.stride + row)
+            target[:, begin : begin + count] = read.as_strided((rows, count), (1, self.stride))
