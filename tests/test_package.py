@@ -43,7 +43,8 @@ FLOORS = {
     ],
     "state": [{"param_groups", "precision"}, {"masters", "arrangement", "live"}, {"state_dict"}],
     "prior": [
-        {"names", "norms", "verification"}, {"foreign", "quantized"}, {"reading", "record", "fusion"}, {"files"},
+        {"names", "norms", "verification"}, {"foreign", "quantized"}, {"low_rank"},
+        {"deltas", "reading", "record", "fusion"}, {"files"},
         {"arithmetic", "encodings", "hub", "in_memory", "stored", "writing"},
         {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
         {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from drift_kernels import FusedDriftAdamW
-from drift_kernels.prior import QuantizedDelta
+from drift_kernels.prior.deltas import tensors_of
 
 from .modes import Mode
 from .problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
@@ -98,11 +98,7 @@ def _delta_tensors(problem: Problem, mode: Mode) -> list[Tensor]:
         return []
     prior = problem.loaded_prior(mode.prior)
     stored = [prior.load_stored(name, problem.device, copy=False) for name in prior.names]
-    return [
-        tensor
-        for delta in stored
-        for tensor in ((delta.codes, delta.scales) if isinstance(delta, QuantizedDelta) else (delta,))
-    ]
+    return [tensor for delta in stored for tensor in tensors_of(delta)]
 
 
 def drift_optimizer(

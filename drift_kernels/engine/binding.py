@@ -13,11 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PriorMismatchError
-from ..prior import DeltaInfo, Prior, PriorLike, QuantizedDelta
+from ..prior import DeltaInfo, LowRankDelta, Prior, PriorLike, QuantizedDelta
+from ..prior.deltas import Delta, norm_of, with_rows
 from ..prior.fusion import Source, stored_names
 from ..prior.names import module_of
-from ..prior.quantized import with_rows
-from ..prior.stored import norm_of
 from ..prior.strengths import Strengths
 from ..sharding import Reduction, Shard
 from .lookalikes import Candidate, check_not_weights
@@ -146,11 +145,10 @@ class PriorBinding:
         return [self._placed(name, param) if name in self._sources else None for name, param, _ in named]
 
     def _load(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:
+        """Of a shard with the norms of the shard, for `_measure`."""
         info, stored = self._info(name), self._stored(name, param, shard)
-        # Kernels read codes beside bfloat16 parameters.
-        if isinstance(stored, QuantizedDelta) and param.dtype != torch.bfloat16:
-            stored = stored.expand()
-        delta, scale = (stored, None) if isinstance(stored, Tensor) else (stored.codes, stored.scales)
+        delta_norm = info.delta_norm if shard is None else norm_of(stored)
+        delta, scale = _for_kernels(stored, param.dtype)
         readers = self._readers if self._on_host and param.is_cuda else None
         if readers is not None:
             delta, scale = delta.pin_memory(), None if scale is None else scale.pin_memory()
@@ -162,9 +160,9 @@ class PriorBinding:
             param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
         # One parameter has one alpha: where the patterns tell a joined delta's parts apart, the first part decides.
         alpha = self._alphas[stored_names(self._sources[name])[0]]
-        return BoundDelta(delta, scale, info.delta_norm, param_norm, alpha, readers)
+        return BoundDelta(delta, scale, delta_norm, param_norm, alpha, readers)
 
-    def _stored(self, name: str, param: Tensor, shard: Shard | None) -> Tensor | QuantizedDelta:
+    def _stored(self, name: str, param: Tensor, shard: Shard | None) -> Delta:
         """The delta of what this rank holds; zero for tokens that it does not know."""
         source, info, device = self._sources[name], self._info(name), self._device_for(param)
         whole, part = (tuple(param.shape), None) if shard is None else (shard.shape, shard.box)
@@ -190,17 +188,19 @@ class PriorBinding:
         return self._infos[name]
 
     def _measure(self, new: list[tuple[str, Tensor, Shard | None]]) -> None:
-        """Adds up what the ranks hold of norm(W), where it was not recorded, and of norm(delta), to compare it."""
+        """Adds up what the ranks hold of norm(W), where it was not recorded, and of norm(delta), to compare it: both as
+        `_load` found them."""
         if not new:
             return
         found = [self._bound[name] for name, _, _ in new]
-        rows = [[norm_of(bound.stored) ** 2, bound.param_norm**2] for bound in found]
+        rows = [[bound.delta_norm**2, bound.param_norm**2] for bound in found]
         squares = torch.tensor(rows, dtype=torch.float64, device=new[0][1].device)
         Reduction([shard for _, _, shard in new]).sum_(squares)
         for (name, _, _), bound, (delta_norm, param_norm) in zip(new, found, squares.sqrt().tolist(), strict=True):
             self.prior.check_norm_of_parts(self._sources[name], delta_norm)
-            if self._info(name).param_norm is None:
-                self._bound[name] = replace(bound, param_norm=param_norm)
+            info = self._info(name)
+            whole = param_norm if info.param_norm is None else info.param_norm
+            self._bound[name] = replace(bound, delta_norm=info.delta_norm, param_norm=whole)
 
     def _compare(self, reduction: Reduction, new: list[tuple[str, Tensor, Shard | None]]) -> None:
         for group in reduction.groups:
@@ -220,3 +220,13 @@ class PriorBinding:
         if found.delta.device != self._device_for(param):
             found = self._bound[name] = found.to(self._device_for(param))
         return found
+
+
+def _for_kernels(delta: Delta, param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A delta as kernels read it beside a parameter of this dtype: codes and scales only beside bfloat16, factors
+    expanded, to bfloat16 beside bfloat16."""
+    if isinstance(delta, LowRankDelta):
+        return delta.expand().to(torch.bfloat16 if param_dtype == torch.bfloat16 else torch.float32), None
+    if isinstance(delta, QuantizedDelta):
+        return (delta.codes, delta.scales) if param_dtype == torch.bfloat16 else (delta.expand(), None)
+    return delta, None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PriorError
-from ..prior import QuantizedDelta
+from ..prior.deltas import Delta, expanded
 from ..sharding import Reduction, Shard
 
 _LEAST_NUMEL = 256  # of random vectors this long, the cosine is beyond 0.5 once in 10^15
@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
     param: Tensor
     shard: Shard | None
     shape: tuple[int, ...]  # of the whole
-    delta: Tensor | QuantizedDelta
+    delta: Delta
     ratio: float  # norm(delta)/norm(W), of the whole
 
 
@@ -54,7 +54,6 @@ def check_not_weights(candidates: Sequence[Candidate]) -> None:
 
 def _products(candidate: Candidate) -> tuple[float, float, float]:
     """<delta, W>, <delta, delta> and <W, W> over the first elements."""
-    delta = candidate.delta.expand() if isinstance(candidate.delta, QuantizedDelta) else candidate.delta
     w = candidate.param.detach().reshape(-1)[:_ELEMENTS].double()
-    d = delta.reshape(-1)[:_ELEMENTS].to(w.device).double()
+    d = expanded(candidate.delta).reshape(-1)[:_ELEMENTS].to(w.device).double()
     return float(d @ w), float(d @ d), float(w @ w)

@@ -3,6 +3,8 @@
 from ..formats.blocks import BLOCK
 from .build import build_prior
 from .coverage import Coverage
+from .deltas import Delta
+from .low_rank import LowRankDelta
 from .names import canonical_name
 from .prior import Prior, PriorLike
 from .quantized import QuantizedDelta, quantize
@@ -12,7 +14,9 @@ from .verification import Verification
 __all__ = [
     "BLOCK",
     "Coverage",
+    "Delta",
     "DeltaInfo",
+    "LowRankDelta",
     "Prior",
     "PriorLike",
     "QuantizedDelta",

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..formats.blocks import BLOCK
+from .deltas import Delta, expanded
 from .fusion import Part, Source
 from .quantized import Box, QuantizedDelta
 from .record import DeltaInfo
 
-Read = Callable[[str, "Box | None"], "Tensor | QuantizedDelta"]
+Read = Callable[[str, "Box | None"], "Delta"]
 """The delta of a name, or what of it lies in a box."""
 
 
@@ -38,14 +39,15 @@ def assembled_info(source: Source, infos: Mapping[str, DeltaInfo], norm_of: Call
 
 def assemble(
     source: Source, ndims: Mapping[str, int], read: Read, box: Box | None, device: torch.device | str | None
-) -> Tensor | QuantizedDelta:
+) -> Delta:
     """The delta, or what of it lies in a box, of which no more is read than that; `ndims`: of the stored deltas.
 
-    In codes, if all parts are and their blocks follow one another; float32 otherwise, or bfloat16 if all parts are.
+    In codes, if all parts are and their blocks follow one another; float32 otherwise, or bfloat16 if all parts are
+    tensors of it.
     """
     wanted = tuple(slice(0, size) for size in source.shape) if box is None else box
     sizes = tuple(part.stop - part.start for part in wanted)
-    pieces: list[tuple[Box, Tensor | QuantizedDelta]] = []
+    pieces: list[tuple[Box, Delta]] = []
     for part in source.parts:
         common = tuple(
             slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(part.into, wanted, strict=True)
@@ -54,7 +56,7 @@ def assemble(
             continue
         piece = read(part.name, _in_stored(part, common, ndims[part.name]))
         if part.transposed:
-            piece = _expanded(piece).transpose(-2, -1)
+            piece = expanded(piece).transpose(-2, -1)
         pieces.append((_relative(common, wanted), piece))
     codes = [piece for _, piece in pieces if isinstance(piece, QuantizedDelta)]
     if pieces and len(codes) == len(pieces) and _runs_on([into for into, _ in pieces], sizes):
@@ -66,12 +68,8 @@ def assemble(
     delta = torch.empty(sizes, dtype=dtype, device=device or (pieces[0][1].device if pieces else "cpu"))
     for into, piece in pieces:
         target = delta[into]
-        target.copy_(_expanded(piece).reshape(target.shape))
+        target.copy_(expanded(piece).reshape(target.shape))
     return delta
-
-
-def _expanded(piece: Tensor | QuantizedDelta) -> Tensor:
-    return piece.expand() if isinstance(piece, QuantizedDelta) else piece
 
 
 def _relative(box: Box, to: Box) -> Box:

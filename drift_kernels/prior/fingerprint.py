@@ -6,21 +6,20 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
+from .deltas import Delta, tensors_of
 from .files import byte_view
-from .quantized import QuantizedDelta
 
 _SAMPLED_ABOVE = 1 << 20  # elements; a larger delta in memory is fingerprinted by a sample
 _SAMPLE_BLOCKS, _SAMPLE_BLOCK = 16, 1 << 14
 
 
-def fingerprint_of_deltas(deltas: Mapping[str, Tensor | QuantizedDelta]) -> str:
+def fingerprint_of_deltas(deltas: Mapping[str, Delta]) -> str:
     digest = hashlib.sha256()
     for name in sorted(deltas):
         delta = deltas[name]
         digest.update(f"{name} {delta.dtype} {list(delta.shape)}\n".encode())
-        for tensor in (delta.codes, delta.scales) if isinstance(delta, QuantizedDelta) else (delta,):
+        for tensor in tensors_of(delta):
             flat = tensor.reshape(-1)
             if flat.numel() > _SAMPLED_ABOVE:
                 last = flat.numel() - _SAMPLE_BLOCK

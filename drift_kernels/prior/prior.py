@@ -16,10 +16,12 @@ from ..errors import CheckpointError, PriorError, PriorFormatError, PriorMismatc
 from .alignment import align_live
 from .assembly import assemble, assembled_info
 from .coverage import Coverage
+from .deltas import Delta, expanded, norm_of
 from .files import inspect_shards
 from .fingerprint import fingerprint_of_deltas
 from .fusion import Source
 from .hub import local_folder
+from .low_rank import LowRankDelta
 from .names import canonical_name, natural_key
 from .plausible import check_values
 from .quantized import Box, QuantizedDelta, scales_name
@@ -33,7 +35,7 @@ from .record import (
     read_infos,
     recorded_checksums,
 )
-from .stored import StoredDelta, norm_fault, norm_of
+from .stored import StoredDelta, norm_fault
 from .verification import Verification
 
 logger = logging.getLogger("drift_kernels")
@@ -45,7 +47,7 @@ class Prior:
     def __init__(
         self,
         infos: Mapping[str, DeltaInfo],
-        deltas: Mapping[str, StoredDelta | Tensor | QuantizedDelta],
+        deltas: Mapping[str, StoredDelta | Delta],
         fingerprint: str,
         record: Mapping[str, Any],
     ) -> None:
@@ -92,13 +94,13 @@ class Prior:
         return cls(infos, deltas, fingerprint_of_record(record), record)
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Tensor | QuantizedDelta]) -> Prior:
+    def from_mapping(cls, mapping: Mapping[str, Delta]) -> Prior:
         """A prior of deltas in memory, keyed by canonical or by live parameter names.
 
-        float32, bfloat16 and quantised deltas are kept as they are and not copied, so they must not be written to;
-        tensors of other floating dtypes become float32.
-        Raises PriorError for an empty mapping, two keys of one canonical name, a delta that is not a floating tensor or
-        a QuantizedDelta, or not finite, and deltas that are all zero; if some are, a warning is logged.
+        float32, bfloat16, quantised and low-rank deltas are kept as they are and not copied, so they must not be
+        written to; tensors of other floating dtypes become float32.
+        Raises PriorError for an empty mapping, two keys of one canonical name, a delta that is not a floating tensor, a
+        QuantizedDelta or a LowRankDelta, or not finite, and deltas that are all zero; if some are, a warning is logged.
         """
         keys: dict[str, str] = {}
         for key in mapping:
@@ -111,7 +113,8 @@ class Prior:
         deltas = {name: _checked_delta(key, mapping[key]) for name, key in keys.items()}
         infos = {}
         for name, delta in deltas.items():
-            infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, norm_of(delta))
+            rank = delta.rank if isinstance(delta, LowRankDelta) else None
+            infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, norm_of(delta), rank=rank)
             if not math.isfinite(infos[name].delta_norm):
                 raise PriorError(f"the delta of {keys[name]} holds NaN or Inf")
         for warning in check_values(infos):
@@ -137,8 +140,8 @@ class Prior:
         return self._infos[name]
 
     def load(self, name: str, device: torch.device | str | None = None, *, copy: bool = True) -> Tensor:
-        """The delta of a canonical name: float32 or bfloat16 (a quantised one expanded to float32), contiguous, in
-        memory of its own.
+        """The delta of a canonical name: float32 or bfloat16 (a quantised or low-rank one expanded to float32),
+        contiguous, in memory of its own.
 
         Without `copy`, a delta that was given in memory as a tensor, contiguous and on the device already, is returned
         itself.
@@ -146,14 +149,14 @@ class Prior:
         Raises KeyError for an unknown name, and PriorFormatError when the stored bytes cannot be read, do not have the
         recorded norm, or hold a scale that is negative or not finite.
         """
-        stored = self.load_stored(name, device, copy=copy)
-        return stored.expand() if isinstance(stored, QuantizedDelta) else stored
+        return expanded(self.load_stored(name, device, copy=copy))
 
     def load_stored(
         self, name: str | Source, device: torch.device | str | None = None, *, copy: bool = True, box: Box | None = None
-    ) -> Tensor | QuantizedDelta:
-        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales. Of a
-        source, the delta of its parameter: float32 where its parts are quantised and their blocks do not fit together.
+    ) -> Delta:
+        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales, and
+        low-rank ones in factors. Of a source, the delta of its parameter: float32 where its parts are quantised and
+        their blocks do not fit together, or low-rank.
 
         With a box (a slice of each dimension), the part in it, of which no more is read than its rows; float32 where it
         cuts through blocks of codes. Its norm is not checked, since only that of the whole is recorded.
@@ -167,7 +170,7 @@ class Prior:
         if isinstance(delta, Tensor):
             part = delta if box is None else delta[box]
             return part.to(device or delta.device, copy=copy).contiguous()
-        if isinstance(delta, QuantizedDelta):
+        if isinstance(delta, (QuantizedDelta, LowRankDelta)):
             return (delta if box is None else delta.part(box)).to(device or delta.device, copy=copy)
         try:
             loaded = delta.read(box)
@@ -249,16 +252,18 @@ class Prior:
         return coverage
 
 
-PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Tensor | QuantizedDelta]
+PriorLike = Prior | str | os.PathLike[str] | Mapping[str, Delta]
 
 
-def _checked_delta(key: str, delta: Tensor | QuantizedDelta) -> Tensor | QuantizedDelta:
+def _checked_delta(key: str, delta: Delta) -> Delta:
     if isinstance(delta, QuantizedDelta):
         try:
             delta.check_scales()
         except PriorError as error:
             raise PriorError(f"the delta of {key}: {error}") from error
         return delta
+    if isinstance(delta, LowRankDelta):
+        return LowRankDelta(delta.left.detach(), delta.right.detach())
     if not isinstance(delta, Tensor) or not delta.is_floating_point() or delta.layout != torch.strided:
         kind = f"{delta.dtype} {delta.layout}" if isinstance(delta, Tensor) else type(delta).__name__
         raise PriorError(f"the delta of {key} must be a dense floating tensor, got {kind}")

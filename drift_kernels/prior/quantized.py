@@ -99,20 +99,6 @@ def quantize(delta: Tensor, dtype: torch.dtype) -> QuantizedDelta:
     return QuantizedDelta(*encode_delta(delta, dtype))
 
 
-def with_rows(delta: Tensor | QuantizedDelta, rows: int) -> Tensor | QuantizedDelta:
-    """A delta with rows of zeros below its own, `rows` in all."""
-    if isinstance(delta, Tensor):
-        return _extended(delta, (rows, *delta.shape[1:]))
-    shape = (rows, *delta.shape[1:])
-    return QuantizedDelta(_extended(delta.codes, shape), _extended(delta.scales, (blocks_of(math.prod(shape)),)))
-
-
-def _extended(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    extended = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    extended[: len(tensor)] = tensor
-    return extended
-
-
 def scales_name(name: str) -> str:
     """Where the scales of the delta `name` are stored."""
     return f"{name}.scales"

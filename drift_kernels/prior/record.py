@@ -30,7 +30,8 @@ _CHECKSUM, _SCALES_CHECKSUM = "crc32", "scales_crc32"
 class DeltaInfo:
     """What a prior knows about one delta without reading it.
 
-    `dtype` is that of the delta as stored: float32, bfloat16, or that of its codes, int8 or float8_e4m3fn. `delta_norm`
+    `dtype` is that of the delta as stored: float32, bfloat16, that of its codes, int8 or float8_e4m3fn, or that of its
+    factors, of which `rank` is the inner dimension (None for deltas that have none). `delta_norm`
     is the norm of the delta as stored, `param_norm` the norm of the base's weight, and `cosine` the cosine of the
     expert's weight and the base's; `stored_cosine` is the cosine of the delta as stored and the exact one. None stands
     for a cosine with a vector of zeros. For deltas that were given in memory the last three are None, and
@@ -43,6 +44,7 @@ class DeltaInfo:
     param_norm: float | None = None
     cosine: float | None = None
     stored_cosine: float | None = None
+    rank: int | None = None
 
 
 def read_infos(folder: Path, record: Mapping[str, Any]) -> dict[str, DeltaInfo]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, PriorError, PriorFormatError
 from ..formats.blocks import BLOCK, DELTA_LIMITS, blocks_of
+from .deltas import norm_of
 from .files import StoredTensor, byte_view
-from .norms import CHUNK, norm
+from .norms import CHUNK
 from .quantized import Box, QuantizedDelta, scales_name
 from .record import PRIOR_INDEX_NAME, RECORD_NAME, DeltaInfo
 
@@ -83,11 +84,6 @@ class StoredDelta:
         if checksums is not None and found != list(checksums):
             return f"damaged: its checksum is {' '.join(found)}, recorded {' '.join(map(str, checksums))}"
         return norm_fault(math.hypot(*norms), info.delta_norm)
-
-
-def norm_of(delta: Tensor | QuantizedDelta) -> float:
-    """norm(delta)."""
-    return delta.norm() if isinstance(delta, QuantizedDelta) else norm(delta)
 
 
 def norm_fault(found: float, recorded: float) -> str | None:
