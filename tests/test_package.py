@@ -53,7 +53,7 @@ FLOORS = {
         {"seen", "hyperparameters", "reach", "lookalikes", "pinned"}, {"binding", "rules"}, {"launches"},
         {"engine", "figures"}, {"backward"},
     ],
-    "cli": [{"arguments", "output"}, {"building", "checking", "inspecting"}, {"__init__"}, {"__main__"}],
+    "cli": [{"arguments", "output"}, {"building", "checking", "inspecting", "sizing"}, {"__init__"}, {"__main__"}],
     "integrations": [{"named_groups", "step_figures"}, {"transformers"}, {"__init__"}],
 }  # fmt: skip
 

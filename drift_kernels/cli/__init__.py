@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from ..errors import CheckpointError, PriorError
 from ..terminal import LogLines, Stopped, console, say, stoppable
-from . import building, checking, inspecting
+from . import building, checking, inspecting, sizing
 from .arguments import EXIT_STATUS
 
-_COMMANDS = (building, inspecting, checking)  # each has `add`, which declares its arguments
+_COMMANDS = (building, inspecting, checking, sizing)  # each has `add`, which declares its arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
