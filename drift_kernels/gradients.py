@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .adapters import AdapterPrior
 from .deprecation import renamed
 from .engine.binding import PriorBinding
 from .engine.engine import Engine
@@ -125,8 +126,9 @@ class GradientBias(BiasSettings):
         named_params: `model.named_parameters()`; those without a delta are left alone. Parameters that the prior covers
             are float32, bfloat16 or float16, their gradients of their own dtype or float32 (of float32 ones bfloat16 or
             float16 too), dense, of any strides.
-        prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name. Each delta is
-            loaded once, when its parameter first has a gradient.
+        prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name. For LoRA
+            adapters what `lora_prior` makes of one (docs/adapters.md). Each delta is loaded once, when its parameter
+            first has a gradient.
         alpha: strength of the prior; positive pulls toward the expert, at 0 nothing is done. May be set between steps.
             Or by pattern, as in FusedDriftAdamW: the alpha to be set is then 1, and multiplies these.
         prior_scaling: "absolute", "gradnorm" or "adaptive_cosine" (docs/method.md). ("decoupled" moves parameters, not
@@ -148,7 +150,7 @@ class GradientBias(BiasSettings):
     def __init__(
         self,
         named_params: NamedParams,
-        prior: PriorLike,
+        prior: PriorLike | AdapterPrior,
         *,
         alpha: AlphaLike = 1.0,
         prior_scaling: GradientScaling = "adaptive_cosine",
@@ -284,7 +286,7 @@ class PriorHooks(BiasSettings):
 @not_compiled
 def attach_prior(
     model: nn.Module,
-    prior: PriorLike,
+    prior: PriorLike | AdapterPrior,
     *,
     alpha: AlphaLike = 1.0,
     prior_scaling: GradientScaling = "adaptive_cosine",

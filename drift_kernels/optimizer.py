@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from .adapters import AdapterPrior
 from .engine.backward import BackwardHandle, attach
 from .engine.binding import PriorBinding
 from .engine.engine import Engine
@@ -23,7 +24,7 @@ from .prior import Prior, PriorLike
 from .prior.names import without_wrappers
 from .prior.strengths import AlphaLike, Strengths
 from .state.masters import master_weight, refresh_masters
-from .state.param_groups import FINGERPRINT, SEED, check_names, labels, named_params
+from .state.param_groups import FINGERPRINT, SEED, TURN, check_names, labels, named_params
 from .state.precision import Precision, Rounding, StateDType, float32_state
 from .state.state_dict import check_state_dict, only_asks_for_states, restore_states
 from .torch_private import grad_scaler_says, not_compiled, unscales_gradients
@@ -46,7 +47,8 @@ class FusedDriftAdamW(Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled; acts in float32, before the one rounding of the parameter.
-        prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name.
+        prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name. For LoRA
+            adapters what `drift_kernels.integrations.peft.lora_prior` makes of one.
         alpha: strength of the prior; positive pulls toward the expert. A schedule may change it (`AlphaScheduler`);
             at 0 the step is plain AdamW. Or by pattern, `{"re:self_attn": 1.0, "mlp": 0.5}`: the first that fits
             decides, what none fits is left alone; the groups' alpha is then 1, and multiplies these.
@@ -106,7 +108,7 @@ class FusedDriftAdamW(Optimizer):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        prior: PriorLike | None = None,
+        prior: PriorLike | AdapterPrior | None = None,
         alpha: AlphaLike = 1.0,
         prior_scaling: PriorScaling = "adaptive_cosine",
         normalize_to_param: bool = False,
@@ -216,6 +218,9 @@ class FusedDriftAdamW(Optimizer):
                     self._engine.rule.state_of(self.state, param)
         else:
             self._engine.step(self.param_groups, self.state, grad_scale)
+        if self._engine.binding is not None and self._engine.binding.adapted.refresh > 1:
+            for group in self.param_groups:
+                group[TURN] = self._engine.turn
 
     def attach_to_backward(self) -> BackwardHandle:
         """From now on `loss.backward()` updates each parameter as soon as its gradient is complete, and sets the
@@ -269,10 +274,12 @@ class FusedDriftAdamW(Optimizer):
     def memory_report(self) -> dict[str, float]:
         """Bytes per parameter of what the last step worked on, by kind and in all ("total"), without the gradients.
 
-        "param", "states", "scales" (of codes), "param_residual" (the other halves of masters) and "prior"; as
-        allocated, over the elements of the parameters that had a gradient. Empty before the first step.
+        "param", "states", "scales" (of codes), "param_residual" (the other halves of masters) and "prior" (under
+        adapters also the deltas that are projected onto them); as allocated, over the elements of the parameters that
+        had a gradient. Empty before the first step.
         """
-        return memory_report(self._engine.batches)
+        binding = self._engine.binding
+        return memory_report(self._engine.batches, 0 if binding is None else binding.adapted.nbytes())
 
     def master_weight(self, param: Tensor) -> Tensor:
         """The float32 master of a parameter, in memory of its own: of the parameter itself before the first step.
@@ -330,6 +337,7 @@ class FusedDriftAdamW(Optimizer):
         for group in self.param_groups:
             group[FINGERPRINT] = self.prior_fingerprint
         self._engine.reset()
+        self._engine.turn = self.param_groups[0].get(TURN, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "precision": self.precision, "_engine": self._engine}

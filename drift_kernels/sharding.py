@@ -36,6 +36,11 @@ def local(tensor: Tensor) -> Tensor:
     return local_tensor(tensor) if is_sharded(tensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, which the ranks of a DTensor gather together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def local_pairs(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
     """What this rank holds of parameters and gradients; a gradient that is placed otherwise than its parameter (a sum
     that is still partial, say) is first redistributed, by every rank alike."""
@@ -80,7 +85,7 @@ def part_for(target: Tensor, value: Tensor) -> Tensor:
     if is_sharded(value) and value.dtype == torch.int16:
         value = value.to(torch.int32)
     if not is_sharded(target):
-        return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+        return whole(value)
     if not is_sharded(value):
         return value[Shard.of(target).box]  # type: ignore[union-attr]
     return local(value.redistribute(target.device_mesh, target.placements))  # type: ignore[attr-defined]

@@ -66,3 +66,8 @@ def unscales_gradients(optimizer_class: C) -> C:
 def grad_scaler_says(optimizer: Any) -> tuple[Tensor | None, Tensor | None]:
     """The scale of the gradients, and whether one is not finite, while a GradScaler steps; otherwise None and None."""
     return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to in place, as autograd counts."""
+    return tensor._version

@@ -28,8 +28,9 @@ FLOORS = {
         {"sharding"},
         {"kernels", "state"},
         {"prior", "ops"},
+        {"adapters"},
         {"engine"},
-        {"optimizer", "gradients"},
+        {"optimizer", "gradients", "memory"},
         {"cli", "integrations"},
         {"__init__"},
     ],
@@ -49,12 +50,13 @@ FLOORS = {
         {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
         {"prior", "stream"}, {"summary"}, {"build", "plot"}, {"__init__"},
     ],
+    "adapters": [{"projection"}, {"adapter"}, {"__init__"}],
     "engine": [
-        {"seen", "hyperparameters", "reach", "lookalikes", "pinned"}, {"binding", "rules"}, {"launches"},
+        {"seen", "hyperparameters", "reach", "lookalikes", "pinned", "projecting"}, {"binding", "rules"}, {"launches"},
         {"engine", "figures"}, {"backward"},
     ],
     "cli": [{"arguments", "output"}, {"building", "checking", "inspecting", "sizing"}, {"__init__"}, {"__main__"}],
-    "integrations": [{"named_groups", "step_figures"}, {"transformers"}, {"__init__"}],
+    "integrations": [{"named_groups", "step_figures"}, {"peft", "transformers"}, {"__init__"}],
 }  # fmt: skip
 
 # Names of files that stand for one thing, seen from two sides: steps in the backward pass, and what they take; the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..adapters import AdapterPrior
 from ..errors import PriorMismatchError
 from ..prior import DeltaInfo, LowRankDelta, Prior, PriorLike, QuantizedDelta
 from ..prior.deltas import Delta, norm_of, with_rows
@@ -21,6 +22,7 @@ from ..prior.strengths import Strengths
 from ..sharding import Reduction, Shard
 from .lookalikes import Candidate, check_not_weights
 from .pinned import Readers
+from .projecting import Adapted
 from .reach import check_reach, say_reach
 
 logger = logging.getLogger("drift_kernels")
@@ -29,7 +31,10 @@ logger = logging.getLogger("drift_kernels")
 @dataclass(frozen=True)
 class BoundDelta:
     """A delta where the kernels read it, of a small prior its codes and scales; norm(delta) and norm(W) in float64;
-    what its param group's alpha is multiplied by; where it is in pinned memory, who reads it."""
+    what its param group's alpha is multiplied by; where it is in pinned memory, who reads it.
+
+    The delta of an adapter's parameter is renewed in place: `norm`, float64 [], is its own norm, on its device, and
+    delta_norm and param_norm are those of the weight."""
 
     delta: Tensor
     delta_scale: Tensor | None
@@ -37,6 +42,11 @@ class BoundDelta:
     param_norm: float
     alpha: float = 1.0
     readers: Readers | None = None
+    norm: Tensor | None = None
+
+    def fits(self, param: Tensor) -> bool:
+        """Whether it is of a parameter of this shape; one that is renewed is also where the parameter is."""
+        return self.delta.shape == param.shape and (self.norm is None or self.norm.device == param.device)
 
     @property
     def stored(self) -> Tensor | QuantizedDelta:
@@ -54,8 +64,10 @@ class PriorBinding:
     replace parameters between the two. A copy or a pickled binding loads its own.
     """
 
-    def __init__(self, prior: Prior, on_host: bool = False, strengths: Strengths | None = None) -> None:
-        self.prior = prior
+    def __init__(self, given: Prior | AdapterPrior, on_host: bool = False, strengths: Strengths | None = None) -> None:
+        adapted = given if isinstance(given, AdapterPrior) else None
+        self.prior = prior = given if isinstance(given, Prior) else given.prior
+        self.adapted = Adapted(adapted, on_host)
         self._on_host = on_host  # whether deltas stay in pinned host memory
         self._alphas = dict.fromkeys(prior.names, 1.0) if strengths is None else strengths.of(prior.names)
         self._readers = Readers()
@@ -71,12 +83,13 @@ class PriorBinding:
 
     @classmethod
     def of(
-        cls, prior: PriorLike, device: str | torch.device | None, strengths: Strengths | None = None
+        cls, prior: PriorLike | AdapterPrior, device: str | torch.device | None, strengths: Strengths | None = None
     ) -> PriorBinding:
-        """A binding of a prior, of the folder of one, or of a mapping from names to deltas; `device`: "cpu" or None."""
+        """A binding of a prior, of the folder of one, of a mapping from names to deltas, or of a prior for adapters;
+        `device`: "cpu" or None."""
         if device is not None and torch.device(device).type != "cpu":
             raise ValueError(f"prior_device must be 'cpu', or None for that of each parameter, got {device}")
-        return cls(Prior.of(prior), device is not None, strengths)
+        return cls(prior if isinstance(prior, AdapterPrior) else Prior.of(prior), device is not None, strengths)
 
     def check(self, named_parameters: list[tuple[str, Tensor]]) -> None:
         """Matches the parameters, unless they are among those of the last time, and says what the prior acts on.
@@ -89,25 +102,33 @@ class PriorBinding:
         shapes = {name: param.shape for name, param in named_parameters}
         if shapes and shapes.items() <= self._checked.items():
             return
-        coverage = self.prior.match(named_parameters)
+        weights = self.adapted.weights(named_parameters)
+        coverage = self.prior.match(weights)
         if coverage.shape_mismatches:
             name, prior_name, shape, prior_shape = coverage.shape_mismatches[0]
             raise PriorMismatchError(
                 f"parameter {name!r} has shape {tuple(shape)}, but the prior's delta {prior_name!r} has shape "
                 f"{tuple(prior_shape)} ({len(coverage.shape_mismatches)} such parameters): it is of another model"
             )
-        sources = {
-            name: source.single.name if source.single else source
-            for name, source in coverage.sources.items()
+        of_weights = {
+            weight: source.single.name if source.single else source
+            for weight, source in coverage.sources.items()
             if all(part.name in self._alphas for part in source.parts)
         }
+        weight_of = {name: self.adapted.weight_of(name) for name in shapes}
+        sources = {name: of_weights[weight] for name, weight in weight_of.items() if weight in of_weights}
         if not sources:
             raise PriorMismatchError(f"alpha's patterns leave all {len(coverage.matched)} matching deltas alone")
         if not self._checked:
             check_reach(self.prior, named_parameters, sources)
-        say_reach(self.prior, named_parameters, sources)
+        say_reach(named_parameters, sources, self._grown(weights, of_weights))
         self._sources, self._infos = sources, {}
         self._checked = shapes
+
+    def _grown(self, weights: list[tuple[str, Tensor]], sources: Mapping[str, str | Source]) -> list[str]:
+        """The weights with more rows than their deltas."""
+        stored = [(name, like, sources[name]) for name, like in weights if isinstance(sources.get(name), str)]
+        return [name for name, like, delta in stored if like.shape != self.prior.info(delta).shape]
 
     def covers(self, name: str) -> bool:
         """Whether there is a delta for this parameter, which has been checked."""
@@ -130,14 +151,15 @@ class PriorBinding:
         new = [
             (name, param, shard)
             for name, param, shard in named
-            if name in self._sources and (name not in self._bound or self._bound[name].delta.shape != param.shape)
+            if name in self._sources and (name not in self._bound or not self._bound[name].fits(param))
         ]
         self._compare(Reduction([shard for _, _, shard in new]), new)
         for name, param, shard in new:
             if name in self._bound:
                 self._param_norms.pop(name, None)  # of another shape
-            self._bound[name] = self._load(name, param, shard)
-        self._measure([entry for entry in new if entry[2] is not None])
+            load = self._load if self.adapted.adapter_of(name) is None else self._project
+            self._bound[name] = load(name, param, shard)
+        self._measure([entry for entry in new if entry[2] is not None and self._bound[entry[0]].norm is None])
         for name, _, _ in new:
             norm_at_first = self._param_norms.setdefault(name, self._bound[name].param_norm)
             self._bound[name] = replace(self._bound[name], param_norm=norm_at_first)
@@ -158,9 +180,19 @@ class PriorBinding:
         param_norm = info.param_norm
         if param_norm is None:
             param_norm = float(torch.linalg.vector_norm(param.detach(), dtype=torch.float64))
-        # One parameter has one alpha: where the patterns tell a joined delta's parts apart, the first part decides.
-        alpha = self._alphas[stored_names(self._sources[name])[0]]
-        return BoundDelta(delta, scale, delta_norm, param_norm, alpha, readers)
+        return BoundDelta(delta, scale, delta_norm, param_norm, self._alpha(name), readers)
+
+    def _project(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:
+        """Of an adapter's parameter: zeros, until it is renewed."""
+        source, info, adapter = self._sources[name], self._info(name), self.adapted.adapter_of(name)
+        assert adapter is not None
+        side = self.adapted.bind(name, param, shard, lambda device: self.prior.load_stored(source, device, copy=False))
+        param_norm = norm_of(adapter.base_weight()) if info.param_norm is None else info.param_norm
+        return BoundDelta(side.delta, None, info.delta_norm, param_norm, self._alpha(name), norm=side.norm)
+
+    def _alpha(self, name: str) -> float:
+        """One parameter has one alpha: where the patterns tell a joined delta's parts apart, the first part decides."""
+        return self._alphas[stored_names(self._sources[name])[0]]
 
     def _stored(self, name: str, param: Tensor, shard: Shard | None) -> Delta:
         """The delta of what this rank holds; zero for tokens that it does not know."""
@@ -178,9 +210,12 @@ class PriorBinding:
         return with_rows(self.prior.load_stored(source, device, copy=False, box=known), len(param))
 
     def _candidate(self, name: str, param: Tensor, shard: Shard | None) -> Candidate:
-        bound = self._bound[name]
+        bound, adapter = self._bound[name], self.adapted.adapter_of(name)
+        delta = bound.stored if adapter is None else self.adapted.delta_of(name)
+        if adapter is not None:
+            param, shard = adapter.base_weight(), None
         ratio = bound.delta_norm / bound.param_norm if bound.param_norm else math.inf
-        return Candidate(name, param, shard, self._info(name).shape, bound.stored, ratio)
+        return Candidate(name, param, shard, self._info(name).shape, delta, ratio)
 
     def _info(self, name: str) -> DeltaInfo:
         if name not in self._infos:
@@ -217,7 +252,7 @@ class PriorBinding:
 
     def _placed(self, name: str, param: Tensor) -> BoundDelta:
         found = self._bound[name]
-        if found.delta.device != self._device_for(param):
+        if found.norm is None and found.delta.device != self._device_for(param):
             found = self._bound[name] = found.to(self._device_for(param))
         return found
 

@@ -52,6 +52,7 @@ class Engine:
     Attributes:
         batches: those of the last step.
         grad_norm: float64 [], of all biased gradients of the last step, before clipping; None where nothing is clipped.
+        turn: steps since the deltas of adapters' parameters were renewed, below `refresh`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine:
         self.binding = binding
         self.backend = backend
         self.max_grad_norm = max_grad_norm
+        self.turn = 0
         self.reset()
 
     def reset(self) -> None:
@@ -68,6 +70,7 @@ class Engine:
         self.batches: list[DeviceBatch] = []
         self.grad_norm: Tensor | None = None
         self._made_for: _Present | None = None  # the plans
+        self._stale = True  # whether deltas that are renewed may be of other values of their adapters
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("batches", "grad_norm", "_made_for")}
@@ -98,6 +101,7 @@ class Engine:
             self.reset()
         tensors = self._tensors(param_groups)
         self.prepare(param_groups, tensors, {} if states is None else states)
+        self.renew(groups)
         if capturing():
             for index, group in enumerate(param_groups):
                 check_capture(group, index)
@@ -137,6 +141,24 @@ class Engine:
             if batch.backend.READS_TENSORS:
                 batch.lend(tensors.whole, states)
 
+    def renew(self, groups: list[Hyperparameters]) -> None:
+        """Renews the deltas of adapters' parameters, where the prior acts: in every `refresh`-th such step, and in the
+        first after a `reset`."""
+        slots = [batch.slots[row] for batch in self.batches for row in batch.renewed]
+        acting = {slot.name: groups[slot.group] for slot in slots if groups[slot.group].acts}
+        if self.binding is None or not acting:
+            return
+        adapted = self.binding.adapted
+        if capturing() and adapted.refresh > 1:
+            raise RuntimeError(
+                f"a CUDA graph renews deltas in every replay or in none: refresh must be 1, got {adapted.refresh}"
+            )
+        due = self._stale or self.turn % adapted.refresh == 0
+        adapted.renew({name: h.moves_params for name, h in acting.items()}, due)
+        self.turn, self._stale = (self.turn + 1) % adapted.refresh, False
+        for batch in self.batches:
+            batch.take_norms()
+
     def _check(self, named: list[tuple[str, Tensor]], grads: list[Tensor | None]) -> None:
         for (name, param), grad in zip(named, grads, strict=True):
             if grad is not None:
@@ -163,6 +185,7 @@ class Engine:
             for index, group in enumerate(param_groups):
                 check_names(group, index)
             self.binding.check(named)
+            self.binding.adapted.check_params((name, param) for _, name, param, _ in present)
             bounds = self.binding.bind(parts)
 
         group_of = [g for g, group in enumerate(param_groups) for _ in group["params"]]

@@ -54,9 +54,13 @@ def _of_biased(vectors: list[tuple[DeviceBatch, Tensor | None]]) -> Tensor | Non
     return torch.cat([vector.to(found[0].device) for vector in found])
 
 
-def memory_report(batches: list[DeviceBatch]) -> dict[str, float]:
+def memory_report(batches: list[DeviceBatch], projected_bytes: int = 0) -> dict[str, float]:
     """Bytes per parameter by kind and in all ("total"), over the elements of the parameters in these batches; empty
-    without any."""
+    without any.
+
+    Args:
+        projected_bytes: of deltas that are held to be projected onto adapters.
+    """
     plans = [launch.plan for batch in batches for launch in batch.launches]
     elements = sum(plan.numel for plan in plans)
     if not elements:
@@ -65,4 +69,5 @@ def memory_report(batches: list[DeviceBatch]) -> dict[str, float]:
         kind: sum(plan.nbytes.get(name, 0) for plan in plans for name in names) / elements
         for kind, names in KINDS.items()
     }
+    report["prior"] += projected_bytes / elements
     return {**report, "total": sum(report.values())}

@@ -132,6 +132,7 @@ class DeviceBatch:
         slots: row by row.
         copied: those whose parameters are not contiguous.
         biased_rows: int64 on the device, those that have a delta.
+        renewed: those whose delta is renewed.
     """
 
     def __init__(
@@ -157,6 +158,8 @@ class DeviceBatch:
         self.biased_names = [self.slots[row].name for row in biased]
         self.copied = [slot for slot in self.slots if slot.copy is not None]
         self.biased_rows = torch.tensor(biased, dtype=torch.int64, device=device)
+        self.renewed = [row for row, bound in enumerate(bounds) if bound is not None and bound.norm is not None]
+        self._renewed_rows = torch.tensor(self.renewed, dtype=torch.int64, device=device)
         self._readers = {bound.readers for bound in bounds if bound is not None and bound.readers is not None}
         self._rule = rule
         self._reduction = Reduction([slot.shard for slot in self.slots])
@@ -187,6 +190,12 @@ class DeviceBatch:
         for launch in self.launches:
             addresses = launch.addresses_of(described.addresses) if described.contiguous else None
             launch.plan.set_grads(launch.of(grads), addresses)
+
+    def take_norms(self) -> None:
+        """Of the deltas that are renewed, as they are now."""
+        if self.renewed:
+            norms = [slot.bound.norm for slot in self.slots if slot.bound is not None and slot.bound.norm is not None]
+            self.coefficients.set_delta_norms(self._renewed_rows, torch.stack(norms))
 
     def lend(self, params: list[Tensor], states: Any) -> None:
         """Gives the plans their tensors again. `params`: all of them, whole, as `states` has them."""

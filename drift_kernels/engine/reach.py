@@ -44,13 +44,17 @@ def all_frozen(names: Sequence[str]) -> PriorMismatchError:
     return PriorMismatchError(
         f"no parameter that the prior covers requires gradients: all {len(names)} are frozen ({some(names)}), so it "
         "would bias nothing. Unfreeze them (requires_grad_()) before this is made; they may be frozen again until it "
-        "is their turn. A prior acts on weights that are trained themselves: with adapters (LoRA) over frozen weights, "
-        "or a frozen language model, it cannot be used"
+        "is their turn. A prior acts on weights that are trained themselves; for adapters (LoRA) over frozen weights "
+        "use drift_kernels.integrations.peft.lora_prior"
     )
 
 
-def say_reach(prior: Prior, named: Sequence[tuple[str, Tensor]], deltas: Mapping[str, str | Source]) -> None:
-    """Logs what the prior acts on: on the first rank for information, on every rank as a warning if part is frozen."""
+def say_reach(named: Sequence[tuple[str, Tensor]], deltas: Mapping[str, str | Source], grown: Sequence[str]) -> None:
+    """Logs what the prior acts on: on the first rank for information, on every rank as a warning if part is frozen.
+
+    Args:
+        grown: the weights that have more rows than their deltas.
+    """
     trained = [(name, param) for name, param in named if trains(param)]
     reached = [param for name, param in trained if name in deltas]
     frozen = [name for name, param in named if name in deltas and not trains(param)]
@@ -58,8 +62,7 @@ def say_reach(prior: Prior, named: Sequence[tuple[str, Tensor]], deltas: Mapping
         f"the prior acts on {len(reached)} of {len(trained)} trainable parameters, {_numel(reached):,} of "
         f"{_numel([param for _, param in trained]):,} elements"
     )
-    shapes = {name: prior.info(delta).shape for name, delta in deltas.items() if isinstance(delta, str)}
-    if grown := [name for name, param in named if name in shapes and param.shape != shapes[name]]:
+    if grown:
         message += f"; tokens were added to {some(grown)}: the delta is zero for them"
     if frozen:
         logger.warning("%s; %d that it covers are frozen: %s", message, len(frozen), some(frozen))

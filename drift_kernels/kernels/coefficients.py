@@ -85,6 +85,11 @@ class Hyperparameters(NamedTuple):
         return self.acts and SCALINGS[self.scaling].biases_gradients
 
     @property
+    def moves_params(self) -> bool:
+        """Whether the prior moves parameters, and not gradients."""
+        return SCALINGS[self.scaling].decoupled != 0
+
+    @property
     def needs_stats(self) -> bool:
         """Whether the bias depends on the gradient's norm."""
         return self.acts and SCALINGS[self.scaling].needs_stats
@@ -234,6 +239,12 @@ class CoefficientTable:
         self._sums = self.stats  # `stats` without the scale
         self._along = self._pull = self._constant  # <g, delta> and norm(c*delta)
         self._stale = True  # whether hyperparameters have been set since what follows from them was computed
+
+    def set_delta_norms(self, rows: Tensor, norms: Tensor) -> None:
+        """norm(delta) of these rows (int64 [m], norms float64 [m]), whose deltas have been renewed; what
+        `normalize_to_param` multiplies them by stays what it was."""
+        self.delta_norm.index_copy_(0, rows, norms)
+        self.inv_delta_norm.index_copy_(0, rows, torch.where(norms > 0, norms.reciprocal(), 0.0))
 
     def set_hyperparameters(self, rows: slice, h: Hyperparameters, before: Hyperparameters | None = None) -> None:
         """Writes the hyperparameters of these rows: those that differ from `before`, and those that are tensors.

@@ -70,7 +70,9 @@ class Coverage:
             why = ": this model holds its experts fused" if any(map(of_all_experts, self.matched)) else ""
             lines.append(f"  {joined} deltas are joined in {parameters} parameters{why}")
         if any("lora_" in param for param in self.model_only):
-            lines.append("  adapters (LoRA) have no deltas: a prior acts on weights that are trained themselves")
+            lines.append(
+                "  adapters (LoRA) have no deltas of their own: use drift_kernels.integrations.peft.lora_prior"
+            )
         if any(map(of_one_expert, self.prior_only)) and any(map(of_all_experts, self.model_only)):
             lines.append("  this model holds its experts fused, and the prior lacks some of what they are made of")
         return "\n".join(lines)

@@ -14,6 +14,9 @@ SEED = "seed"
 # The key of the prior's fingerprint (None without a prior).
 FINGERPRINT = "prior_fingerprint"
 
+# The key of the steps since the deltas of adapters were renewed, where that is not done in every step.
+TURN = "prior_turn"
+
 
 def names_of(group: dict[str, Any]) -> list[str] | None:
     """The names of a group's parameters; None if it has none, or not one for each (a list edited by hand)."""

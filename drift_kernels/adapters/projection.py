@@ -1,0 +1,116 @@
+"""A delta of a weight, seen through the two factors of its adapter.
+
+    W(A, B) = k * (W0 + s*B A)            A [r, n], B [m, r]; s the scale; k [m] of DoRA, 1 otherwise
+
+The pull on W is the gradient of -alpha <delta, W>; by the chain rule, with k held (as DoRA holds its norm),
+
+    delta of B = s * k*delta A^T          delta of A = s * (k*B)^T delta
+
+so that <delta of A, dA> + <delta of B, dB> = <delta, dW> for every small change of A and B.
+
+`decoupled` does not descend along this: it moves the weights themselves, W += step * delta. What of it B can do is
+delta's part in the span of A's rows, P = A^T (A A^T)^-1 A:
+
+    delta of B = (delta/k) A^T (A A^T)^-1 / s             then k*s*B A moves by delta P
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..prior.deltas import Delta, expanded
+from ..prior.low_rank import LowRankDelta
+
+_TILE = 1 << 24  # elements of a delta that are expanded at a time
+_ROWS = 128  # tiles begin at multiples of it, where blocks of codes do
+_RIDGE = 1e-10  # of the mean square of A's rows: keeps the inverse of dependent rows finite
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An adapter's factors: `a` [r, n], `b` [m, r]; `row_scale` [m] or None for 1. Where `transposed`, the weight is
+    [n, m], the transpose of what they make (embeddings, Conv1D)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    row_scale: Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float32, or float64 if a factor is."""
+        return torch.promote_types(torch.promote_types(self.a.dtype, self.b.dtype), torch.float32)
+
+
+def projected(delta: Delta, factors: Factors, of_a: bool = True, of_b: bool = True) -> tuple[Tensor | None, ...]:
+    """The deltas of A [r, n] and of B [m, r], in the factors' dtype of computation; None for what is not asked for.
+
+    Args:
+        delta: of the weight, on the factors' device; low-rank ones are not expanded, others a tile at a time.
+    """
+    a, b = factors.a.to(factors.dtype), _scaled(factors.b.to(factors.dtype), factors.row_scale)
+    to_a, to_b = _products(delta, a if of_b else None, b if of_a else None, factors.transposed)
+    to_b = None if to_b is None else _scaled(to_b, factors.row_scale)
+    return tuple(None if found is None else found.mul_(factors.scale) for found in (to_a, to_b))
+
+
+def merged(delta: Delta, factors: Factors) -> Tensor:
+    """The step of B [m, r] that moves the weight by delta's part in the span of A's rows."""
+    if not factors.scale:
+        return torch.zeros_like(factors.b, dtype=factors.dtype)
+    inverse = None if factors.row_scale is None else 1 / factors.row_scale
+    _, along = projected(delta, replace(factors, row_scale=inverse), of_a=False)
+    assert along is not None
+    a = factors.a.double()
+    gram = a @ a.T
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + torch.finfo(torch.float64).tiny)
+    root, _ = torch.linalg.cholesky_ex(gram)
+    # `projected` has multiplied by the scale, which is to be divided by
+    return torch.cholesky_solve(along.double().T, root).T.to(factors.dtype).div_(factors.scale**2)
+
+
+def _scaled(rows: Tensor, by: Tensor | None) -> Tensor:
+    return rows if by is None else rows * by.to(rows.dtype).unsqueeze(1)
+
+
+def _products(
+    delta: Delta, a: Tensor | None, b: Tensor | None, transposed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """B^T delta [r, n] and delta A^T [m, r], of the delta's transpose where `transposed`."""
+    if transposed:  # delta^T A^T = (A delta)^T, and B^T delta^T = (delta B)^T
+        to_b, to_a = _sided(delta, right=b, left=None if a is None else a.T)
+        return _transposed(to_a), _transposed(to_b)
+    return _sided(delta, right=None if a is None else a.T, left=b)
+
+
+def _transposed(found: Tensor | None) -> Tensor | None:
+    return None if found is None else found.T.contiguous()
+
+
+def _sided(delta: Delta, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """left^T delta and delta right, of a delta [m, n], right [n, r] and left [m, r]."""
+    with torch.autocast(delta.device.type, enabled=False):
+        if isinstance(delta, LowRankDelta):
+            return _of_low_rank(delta, right, left)
+        rows, columns = delta.shape
+        from_left = None if left is None else left.new_zeros(left.shape[1], columns)
+        from_right = None if right is None else right.new_empty(rows, right.shape[1])
+        height = max(_TILE // columns // _ROWS, 1) * _ROWS
+        for begin in range(0, rows, height):
+            part = slice(begin, min(begin + height, rows))
+            tile = delta[part] if isinstance(delta, Tensor) else expanded(delta.part((part, slice(0, columns))))
+            if right is not None and from_right is not None:
+                torch.mm(tile.to(right.dtype), right, out=from_right[part])
+            if left is not None and from_left is not None:
+                from_left.addmm_(left[part].T, tile.to(left.dtype))
+        return from_left, from_right
+
+
+def _of_low_rank(delta: LowRankDelta, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    dtype = next(factor.dtype for factor in (right, left) if factor is not None)
+    outer, inner = delta.left.to(dtype), delta.right.to(dtype)
+    return None if left is None else (left.T @ outer) @ inner, None if right is None else outer @ (inner @ right)

@@ -1,0 +1,209 @@
+"""The deltas of adapters' parameters: projected from those of their weights, and renewed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter, AdapterPrior, Factors, merged, projected
+from ..errors import PriorError
+from ..prior.deltas import Delta, tensors_of, with_rows
+from ..prior.names import without_wrappers
+from ..sharding import Shard
+from ..torch_private import version_of
+
+A, B = 0, 1
+
+
+class MadeOf(NamedTuple):
+    """What a delta of a factor was made of: for whom, and the other factor, where that stays as it is."""
+
+    decoupled: bool
+    fixed: tuple[Any, ...] | None
+
+
+@dataclass
+class Side:
+    """A factor of an adapter that is trained, and its delta.
+
+    Attributes:
+        delta: float32, of what this rank holds of the factor.
+        norm: float64 [], of the delta of the whole factor.
+        made_of: None until the delta is made.
+    """
+
+    delta: Tensor
+    norm: Tensor
+    shard: Shard | None
+    made_of: MadeOf | None = None
+
+    @classmethod
+    def of(cls, param: Tensor, shard: Shard | None) -> Side:
+        """`param`: what this rank holds of the factor."""
+        delta = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)
+        return cls(delta, torch.zeros((), dtype=torch.float64, device=param.device), shard)
+
+    def differs(self, made_of: MadeOf, due: bool) -> bool:
+        """Whether the delta is to be made, of this."""
+        if self.made_of is None or self.made_of.decoupled != made_of.decoupled:
+            return True
+        return due and (made_of.fixed is None or made_of.fixed != self.made_of.fixed)
+
+    def take(self, found: Tensor) -> None:
+        """The delta of the whole factor."""
+        found = found.float()
+        self.norm.copy_(torch.linalg.vector_norm(found, dtype=torch.float64))
+        self.delta.copy_(found if self.shard is None else found[self.shard.box])
+
+
+class Projection:
+    """The delta of a weight, and those of its adapter's factors.
+
+    Args:
+        delta: where it stays: on the adapter's device, or in host memory, from which it is copied in each renewal.
+        device: of the adapter.
+    """
+
+    def __init__(self, adapter: Adapter, delta: Delta, device: torch.device) -> None:
+        self.adapter = adapter
+        self.delta = delta
+        self.device = device
+        self._sides: dict[int, Side] = {}
+
+    def bind(self, factor: int, param: Tensor, shard: Shard | None) -> Side:
+        """`factor`: A or B. Its delta is zero until `renew`."""
+        self._sides[factor] = Side.of(param, shard)
+        return self._sides[factor]
+
+    def renew(self, decoupled: Mapping[int, bool], due: bool) -> None:
+        """Makes the deltas of these factors (A, B) anew (`Adapted.renew`). The host waits for nothing."""
+        made_of = {factor: self._made_of(factor, decoupled[factor]) for factor in decoupled}
+        wanted = [factor for factor, found in made_of.items() if self._sides[factor].differs(found, due)]
+        if not wanted:
+            return
+        factors = self.adapter.factors()
+        delta = _on(self.delta, self.device)
+        plain = [factor for factor in wanted if not decoupled[factor]]
+        found = projected(delta, factors, of_a=A in plain, of_b=B in plain) if plain else (None, None)
+        for factor in wanted:
+            values = found[factor] if factor in plain else self._merged(factor, delta, factors)
+            assert values is not None
+            self._sides[factor].take(values)
+            self._sides[factor].made_of = made_of[factor]
+
+    def _merged(self, factor: int, delta: Delta, factors: Factors) -> Tensor:
+        """B moves the weight as far as A's rows reach; A itself only where B stays."""
+        if factor == B:
+            return merged(delta, factors)
+        if B in self._sides:
+            return torch.zeros_like(factors.a, dtype=factors.dtype)
+        scaled = factors.b if factors.row_scale is None else factors.b * factors.row_scale.unsqueeze(1)
+        mirrored = replace(factors, a=scaled.T, b=factors.a.T, row_scale=None, transposed=not factors.transposed)
+        return merged(delta, mirrored).T
+
+    def _made_of(self, factor: int, decoupled: bool) -> MadeOf:
+        """What the delta follows from, as far as it does not change with every step: the other factor, if it is frozen
+        and DoRA's norm does not follow both."""
+        other = self.adapter.params()[B if factor == A else A]
+        if other.requires_grad or self.adapter.is_dora:
+            return MadeOf(decoupled, None)
+        return MadeOf(decoupled, (self.adapter.scale, id(other), version_of(other)))
+
+
+class Adapted:
+    """A model's adapters as its optimizer has them: which weight each parameter is trained for, and the deltas of the
+    adapters' parameters. Without adapters each parameter is trained for itself.
+
+    Args:
+        prior: None without adapters.
+        on_host: whether the weights' deltas stay in host memory.
+    """
+
+    def __init__(self, prior: AdapterPrior | None, on_host: bool) -> None:
+        self.refresh = 1 if prior is None else prior.refresh
+        self._adapters = {} if prior is None else prior.adapters_by_name()
+        self._renamed = {} if prior is None else prior.renamed_plainly()
+        self._on_host = on_host
+        self._projections: dict[tuple[str, str], Projection] = {}  # by the names of A and B
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_projections": {}}
+
+    def adapter_of(self, name: str) -> Adapter | None:
+        """That of a parameter."""
+        return self._adapters.get(without_wrappers(name)) if self._adapters else None
+
+    def weight_of(self, name: str) -> str:
+        """The live name of the weight that a parameter is trained for: its own, where there are no adapters."""
+        adapter = self.adapter_of(name)
+        if adapter is not None:
+            return adapter.weight
+        return self._renamed.get(without_wrappers(name), name) if self._renamed else name
+
+    def weights(self, named_parameters: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """The weights that these parameters are trained for, and what has their shapes; one with adapters once."""
+        adapters = {name: self.adapter_of(name) for name, _ in named_parameters}
+        adapted = {a.weight: torch.empty(a.shape, device="meta") for a in adapters.values() if a is not None}
+        own = [(self.weight_of(name), param) for name, param in named_parameters if adapters[name] is None]
+        return own + list(adapted.items())
+
+    def check_params(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises PriorError for an adapter's parameter that is not the one that the model has now."""
+        for name, param in named_parameters if self._adapters else ():
+            adapter = self.adapter_of(name)
+            if adapter is not None and adapter.params()[self._factor(name, adapter)] is not param:
+                raise PriorError(
+                    f"parameter {name} is not the one that the model of its lora_prior has now, whose values its delta "
+                    "would follow: call lora_prior for the model that is trained"
+                )
+
+    def bind(self, name: str, param: Tensor, shard: Shard | None, load: Callable[[torch.device], Delta]) -> Side:
+        """An adapter's parameter, of which this rank holds `param`, and whose weight's delta `load` loads."""
+        adapter = self.adapter_of(name)
+        assert adapter is not None
+        found = self._projections.get(adapter.names)
+        if found is None or found.device != param.device:
+            delta = load(torch.device("cpu") if self._on_host else param.device)
+            if delta.shape[0] < adapter.shape[0]:  # tokens were added
+                delta = with_rows(delta, adapter.shape[0])
+            if self._on_host and param.is_cuda:
+                delta = _each(delta, Tensor.pin_memory)
+            found = self._projections[adapter.names] = Projection(adapter, delta, param.device)
+        return found.bind(self._factor(name, adapter), param, shard)
+
+    def delta_of(self, name: str) -> Delta:
+        """The delta of the weight of an adapter's parameter that is bound."""
+        return self._projections[self._adapters[without_wrappers(name)].names].delta
+
+    def renew(self, decoupled: Mapping[str, bool], due: bool) -> None:
+        """Makes the deltas of these parameters anew, by name, as `decoupled` reads them or as other scalings do; where
+        it is not `due`, those that were never made, or made for the other."""
+        of_adapters: dict[tuple[str, str], dict[int, bool]] = {}
+        for name, is_decoupled in decoupled.items():
+            adapter = self._adapters[without_wrappers(name)]
+            of_adapters.setdefault(adapter.names, {})[self._factor(name, adapter)] = is_decoupled
+        for names, factors in of_adapters.items():
+            self._projections[names].renew(factors, due)
+
+    def nbytes(self) -> int:
+        """Of the weights' deltas that are held for projecting."""
+        deltas = [projection.delta for projection in self._projections.values()]
+        return sum(tensor.nbytes for delta in deltas for tensor in tensors_of(delta))
+
+    @staticmethod
+    def _factor(name: str, adapter: Adapter) -> int:
+        return [without_wrappers(own) for own in adapter.names].index(without_wrappers(name))
+
+
+def _on(delta: Delta, device: torch.device) -> Delta:
+    """Where the adapter is; a copy from pinned memory lets the host go on."""
+    return delta if delta.device == device else _each(delta, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _each(delta: Delta, function: Callable[[Tensor], Tensor]) -> Delta:
+    changed = [function(tensor) for tensor in tensors_of(delta)]
+    return changed[0] if isinstance(delta, Tensor) else type(delta)(*changed)
