@@ -30,7 +30,7 @@ FLOORS = {
         {"prior", "ops"},
         {"adapters"},
         {"engine"},
-        {"optimizer", "gradients", "memory"},
+        {"optimizer", "gradients", "footprint"},
         {"cli", "integrations"},
         {"__init__"},
     ],

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import CheckpointError
-from ..memory import FineTuning, Item, table, without_adapters
+from ..footprint import FineTuning, Item, table, without_adapters
 from ..prior.in_memory import UnknownModelError, meta_model
 from ..prior.names import some
 from ..state.precision import Precision
@@ -120,11 +120,11 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
 
 
 def _print(kind: str, items: Sequence[Item], left_alone: Sequence[str]) -> None:
-    print(f"{kind.partition(' in memory')[0]}: GiB on the device" + (", and on the host" if _any_on_host(items) else ""))
+    places = (False, True) if any(item.on_host for item in items) else (False,)
+    print(f"{kind.partition(' in memory')[0]}, in GiB")
     shown = Table(show_edge=False, pad_edge=False)
     for title in ("", "held as"):
         shown.add_column(title, overflow="fold")
-    places = (False, True) if _any_on_host(items) else (False,)
     for on_host in places:
         shown.add_column("host" if on_host else "device", justify="right")
     for item in items:
@@ -136,10 +136,6 @@ def _print(kind: str, items: Sequence[Item], left_alone: Sequence[str]) -> None:
     if left_alone:
         print(f"No adapters on {len(left_alone)} parameters that are no Linears: {some(left_alone)}")
     print(_LEFT_OUT)
-
-
-def _any_on_host(items: Sequence[Item]) -> bool:
-    return any(item.on_host for item in items)
 
 
 def _gib(nbytes: int) -> str:

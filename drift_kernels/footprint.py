@@ -6,13 +6,14 @@ are no tensors of this kind: they follow from batches, attention and checkpointi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .adapters.projection import tile_rows
 from .formats.blocks import DELTA_LIMITS, blocks_of
 from .prior.deltas import Delta, tensors_of
 from .prior.low_rank import LowRankDelta
@@ -22,11 +23,12 @@ from .state.precision import Precision
 
 BaseBits = Literal[4, 8, 16]
 Shape = tuple[int, ...]
+FLOAT32 = Precision(torch.float32, stochastic=False, master_weights=False)
 
 # bitsandbytes' NF4 with double quantisation (functional.quantize_4bit): codes of four bits, with a scale for each
 # NF4_BLOCK; the scales, less their mean, are codes of eight bits, with a float32 scale for each SCALE_BLOCK.
 NF4_BLOCK, SCALE_BLOCK = 64, 256
-NF4_BOOK, SCALE_BOOK = 16, 256  # float32 entries of the code books, one for each matrix and one for all
+NF4_BOOK, SCALE_BOOK = 16, 256  # float32 entries of a matrix's two code books
 
 
 class Item(NamedTuple):
@@ -61,7 +63,7 @@ class FineTuning:
     kept: Sequence[str] = ()
     dtype: torch.dtype = torch.bfloat16
     adapter_dtype: torch.dtype = torch.float32
-    precision: Precision = Precision(torch.float32, stochastic=False, master_weights=False)
+    precision: Precision = FLOAT32
     prior: torch.dtype | None = torch.bfloat16
     prior_rank: int | None = None
     prior_on_host: bool = False
@@ -78,9 +80,7 @@ def table(model: nn.Module, how: FineTuning) -> list[Item]:
 def without_adapters(model: nn.Module, modules: Sequence[str]) -> list[str]:
     """The matrices of `modules` that are no Linears, which PEFT's `target_modules` leaves alone: fused experts."""
     linears = {f"{name}.weight" for name, _ in _linears(model)}
-    others = {
-        canonical_name(name): name for name, p in model.named_parameters() if p.dim() > 1 and name not in linears
-    }
+    others = {canonical_name(name): name for name, p in model.named_parameters() if p.dim() > 1 and name not in linears}
     return [others[name] for name in select_names(others, modules)]
 
 
@@ -107,6 +107,7 @@ def _adapters(model: nn.Module, how: FineTuning, rank: int) -> Iterator[Item]:
     if how.prior is not None:
         yield _item("their deltas", "projected, float32", [_held(factor.shape, torch.float32) for factor in factors])
         yield _prior(selected, how)
+        yield _projection(selected, how)
 
 
 def _base(model: nn.Module, how: FineTuning) -> Iterator[Item]:
@@ -116,8 +117,6 @@ def _base(model: nn.Module, how: FineTuning) -> Iterator[Item]:
     if quantised:
         kind = "NF4, double quantisation" if how.base_bits == 4 else "int8"
         held = [tensor for weight in quantised for tensor in (_nf4 if how.base_bits == 4 else _int8)(weight)]
-        if how.base_bits == 4:
-            held.append(_held((SCALE_BOOK,), torch.float32))
         yield _item("base weights", f"{kind}, {len(quantised)} Linears", held)
         largest = max((_held(weight.shape, how.dtype) for weight in quantised), key=_size)
         yield _item("one of them expanded", f"for a product, {_name(how.dtype)}: the largest", [largest])
@@ -127,7 +126,8 @@ def _base(model: nn.Module, how: FineTuning) -> Iterator[Item]:
 
 def _quantised(model: nn.Module, kept: Sequence[str]) -> Iterator[nn.Linear]:
     """The Linears that transformers quantises: not the head, not what holds the last parameter."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
     *_, (last, _) = model.named_parameters()
     for name, linear in _linears(model):
         if linear is not head and not last.startswith(f"{name}.") and not any(part in name for part in kept):
@@ -139,10 +139,11 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def _nf4(weight: Tensor) -> list[Tensor]:
-    """Two codes in a byte; the codes of scales, their scales and their mean; a code book."""
+    """Two codes in a byte; the codes of scales, their scales and their mean; the code books."""
     blocks = -(-weight.numel() // NF4_BLOCK)
     codes = [_held((-(-weight.numel() // 2),), torch.uint8), _held((blocks,), torch.uint8)]
-    return codes + [_held(shape, torch.float32) for shape in ((-(-blocks // SCALE_BLOCK),), (), (NF4_BOOK,))]
+    floats = ((-(-blocks // SCALE_BLOCK),), (), (NF4_BOOK,), (SCALE_BOOK,))
+    return codes + [_held(shape, torch.float32) for shape in floats]
 
 
 def _int8(weight: Tensor) -> list[Tensor]:
@@ -163,6 +164,21 @@ def _prior(shapes: Sequence[Shape], how: FineTuning) -> Item:
     return _item("prior", f"{form}, {len(shapes)} deltas", deltas, how.prior_on_host)
 
 
+def _projection(shapes: Sequence[Shape], how: FineTuning) -> Item:
+    """Of one weight after the other: its delta on the device, if it stays on the host, and what of it is expanded."""
+
+    def needed(shape: Shape) -> list[Tensor]:
+        delta = _delta(shape, how)
+        copied = tensors_of(delta) if how.prior_on_host else ()
+        if isinstance(delta, LowRankDelta):
+            return [*copied, *(_held(factor.shape, torch.float32) for factor in tensors_of(delta))]
+        expanded = _held((min(tile_rows(shape[1]), shape[0]), shape[1]), torch.float32)
+        return [*copied, *([] if delta.dtype == torch.float32 else [expanded])]
+
+    largest = max(map(needed, shapes), key=lambda tensors: sum(map(_size, tensors)))
+    return _item("projecting", "one delta after the other: the largest", largest)
+
+
 def _delta(shape: Shape, how: FineTuning) -> Delta:
     """As it stays in memory."""
     if how.prior_rank and len(shape) == 2:
@@ -174,7 +190,7 @@ def _delta(shape: Shape, how: FineTuning) -> Delta:
     return values
 
 
-def _selected(shapes: dict[str, Shape], how: FineTuning, what: str) -> list[Shape]:
+def _selected(shapes: Mapping[str, Shape], how: FineTuning, what: str) -> list[Shape]:
     selected = [shapes[name] for name in select_names(shapes, how.modules)]
     if not selected:
         raise ValueError(f"no {what} of the model is of {', '.join(how.modules)}")
