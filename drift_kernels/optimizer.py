@@ -337,7 +337,9 @@ class FusedDriftAdamW(Optimizer):
         for group in self.param_groups:
             group[FINGERPRINT] = self.prior_fingerprint
         self._engine.reset()
-        self._engine.turn = self.param_groups[0].get(TURN, 0)
+        if self._engine.binding is not None:
+            self._engine.binding.adapted.forget()
+            self._engine.turn = self.param_groups[0].get(TURN, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "precision": self.precision, "_engine": self._engine}

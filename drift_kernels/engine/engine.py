@@ -13,6 +13,7 @@ from ..formats.rounding import sqrt64
 from ..kernels import backends
 from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_coefficient
 from ..kernels.describe import Description, describe, describe_values
+from ..kernels.scalings import SCALINGS
 from ..sharding import Shard, local, local_pairs, place_grads, place_of
 from ..state.param_groups import SEED, check_names, named_params
 from ..state.precision import held
@@ -70,7 +71,6 @@ class Engine:
         self.batches: list[DeviceBatch] = []
         self.grad_norm: Tensor | None = None
         self._made_for: _Present | None = None  # the plans
-        self._stale = True  # whether deltas that are renewed may be of other values of their adapters
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("batches", "grad_norm", "_made_for")}
@@ -142,8 +142,7 @@ class Engine:
                 batch.lend(tensors.whole, states)
 
     def renew(self, groups: list[Hyperparameters]) -> None:
-        """Renews the deltas of adapters' parameters, where the prior acts: in every `refresh`-th such step, and in the
-        first after a `reset`."""
+        """Renews the deltas of adapters' parameters, where the prior acts: in every `refresh`-th such step."""
         slots = [batch.slots[row] for batch in self.batches for row in batch.renewed]
         acting = {slot.name: groups[slot.group] for slot in slots if groups[slot.group].acts}
         if self.binding is None or not acting:
@@ -153,9 +152,8 @@ class Engine:
             raise RuntimeError(
                 f"a CUDA graph renews deltas in every replay or in none: refresh must be 1, got {adapted.refresh}"
             )
-        due = self._stale or self.turn % adapted.refresh == 0
-        adapted.renew({name: h.moves_params for name, h in acting.items()}, due)
-        self.turn, self._stale = (self.turn + 1) % adapted.refresh, False
+        adapted.renew({name: h.moves_params for name, h in acting.items()}, due=self.turn == 0)
+        self.turn = (self.turn + 1) % adapted.refresh
         for batch in self.batches:
             batch.take_norms()
 
@@ -197,6 +195,8 @@ class Engine:
             group = param_groups[group_of[i]]
             key = int(group[SEED]) + (i << 32) if drawn else None
             state = self.rule.state_of(states, param)
+            if self.binding is not None and bound is not None and self.rule.advances:
+                self.binding.adapted.share(name, param, state, SCALINGS[group["prior_scaling"]].decoupled != 0)
             kinds = own, grad, held("exp_avg", state), None if bound is None else bound.delta
             dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)
             copy = None if self.rule.writes_grads or own.is_contiguous() else own.detach().contiguous()

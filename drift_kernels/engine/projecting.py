@@ -13,7 +13,8 @@ from ..adapters import Adapter, AdapterPrior, Factors, merged, projected
 from ..errors import PriorError
 from ..prior.deltas import Delta, tensors_of, with_rows
 from ..prior.names import without_wrappers
-from ..sharding import Shard
+from ..sharding import Shard, local, whole, wrap
+from ..state.precision import PROJECTED
 from ..torch_private import version_of
 
 A, B = 0, 1
@@ -78,6 +79,13 @@ class Projection:
         """`factor`: A or B. Its delta is zero until `renew`."""
         self._sides[factor] = Side.of(param, shard)
         return self._sides[factor]
+
+    def side(self, factor: int) -> Side:
+        return self._sides[factor]
+
+    def forget(self) -> None:
+        for side in self._sides.values():
+            side.made_of = None
 
     def renew(self, decoupled: Mapping[int, bool], due: bool) -> None:
         """Makes the deltas of these factors (A, B) anew (`Adapted.renew`). The host waits for nothing."""
@@ -178,6 +186,24 @@ class Adapted:
     def delta_of(self, name: str) -> Delta:
         """The delta of the weight of an adapter's parameter that is bound."""
         return self._projections[self._adapters[without_wrappers(name)].names].delta
+
+    def share(self, name: str, param: Tensor, state: dict[str, Any], decoupled: bool) -> None:
+        """Keeps the delta of an adapter's parameter in its state, if it outlives the step; it takes the values that it
+        finds there, which have been loaded."""
+        adapter = self.adapter_of(name)
+        if adapter is None or self.refresh == 1:
+            return
+        side = self._projections[adapter.names].side(self._factor(name, adapter))
+        saved = state.get(PROJECTED)
+        if saved is not None and local(saved) is not side.delta:
+            side.take(whole(saved))
+            side.made_of = MadeOf(decoupled, None)
+        state[PROJECTED] = wrap(side.delta, param)
+
+    def forget(self) -> None:
+        """The parameters have other values: all their deltas are to be made anew."""
+        for projection in self._projections.values():
+            projection.forget()
 
     def renew(self, decoupled: Mapping[str, bool], due: bool) -> None:
         """Makes the deltas of these parameters anew, by name, as `decoupled` reads them or as other scalings do; where

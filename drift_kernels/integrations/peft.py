@@ -55,9 +55,7 @@ def lora_prior(model: nn.Module, prior: PriorLike, *, refresh: int = 1) -> Adapt
                         adapters.append(_LoRA(name, module, key))
                     else:
                         left_out.append(f"{name} ({reason})")
-            renamed |= {
-                f"{name}.base_layer.{part}": f"{name}.{part}" for part, _ in module.base_layer.named_parameters()
-            }
+            renamed |= dict(_trained_parts(name, module))
         elif isinstance(module, ModulesToSaveWrapper):
             renamed |= dict(_renamed_copies(name, module))
     if left_out:
@@ -87,6 +85,13 @@ def _reason_against(layer: Any, key: str) -> str | None:
 
 def _is_dora(layer: Any, key: str) -> bool:
     return key in getattr(layer, "lora_magnitude_vector", {})
+
+
+def _trained_parts(name: str, layer: Any) -> Iterator[tuple[str, str]]:
+    """What is trained of the layer under the adapters: biases."""
+    for part, param in layer.base_layer.named_parameters():
+        if param.requires_grad and part != "weight":
+            yield f"{name}.base_layer.{part}", f"{name}.{part}"
 
 
 def _renamed_copies(name: str, wrapper: Any) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,9 @@ CODES = {"exp_avg": "exp_avg_codes", "exp_avg_sq": "exp_avg_sq_codes"}
 SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 RESIDUAL = "param_residual"
 
+# The delta of an adapter's parameter, where it stays for several steps.
+PROJECTED = "prior_delta"
+
 # The keys of tensors in a state, and which operand of a plan each is; and all keys that are this package's.
 OPERANDS = {
     **{key: key for key in (*STATES, *SCALES.values())},

@@ -1,0 +1,64 @@
+"""Priors for adapters under fully_shard, in real processes, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from lora import adapted_model, deltas, loss_of
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from drift_kernels import FusedDriftAdamW
+from drift_kernels.integrations import named_groups
+from drift_kernels.integrations.peft import lora_prior
+from drift_kernels.sharding import whole
+
+STOP, STEPS = 4, 6
+
+
+def started(sharded: bool, scaling: str, refresh: int, **options: object) -> tuple[nn.Module, FusedDriftAdamW]:
+    model = adapted_model(**options)
+    if sharded:
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    prior = lora_prior(model, deltas(), refresh=refresh)
+    return model, FusedDriftAdamW(named_groups(model), prior=prior, prior_scaling=scaling, lr=1e-2)
+
+
+def train(model: nn.Module, optimizer: FusedDriftAdamW, begin: int, end: int) -> dict[str, Tensor]:
+    for step in range(begin, end):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def uninterrupted_and_resumed(scaling: str, refresh: int, dora: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    model, optimizer = started(True, scaling, refresh, use_dora=dora)
+    train(model, optimizer, 0, STOP)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    saved = torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, saved)
+    uninterrupted = train(model, optimizer, STOP, STEPS)
+    model, optimizer = started(True, scaling, refresh, use_dora=dora)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return uninterrupted, train(model, optimizer, STOP, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "refresh", "dora"),
+    [("absolute", 1, False), ("absolute", 3, False), ("adaptive_cosine", 1, False), ("decoupled", 1, True)],
+)
+def test_fully_shard(scaling: str, refresh: int, dora: bool, tmp_path: Path) -> None:
+    """The bits of one process where no coefficient follows from norms. (DoRA's forward has roundings of its own.)"""
+    expected = train(*started(False, scaling, refresh, use_dora=dora), 0, STEPS)
+    for uninterrupted, resumed in ranks.run(uninterrupted_and_resumed, 2, tmp_path, scaling, refresh, dora):
+        for name, tensor in expected.items():
+            assert torch.equal(resumed[name], uninterrupted[name]), name
+            if scaling == "absolute" and not dora:
+                assert torch.equal(uninterrupted[name], tensor), name
+            torch.testing.assert_close(uninterrupted[name], tensor, rtol=1e-5, atol=1e-6)

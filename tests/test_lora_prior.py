@@ -1,0 +1,481 @@
+"""Priors for PEFT's adapters: what they pull, against PEFT's own forward; renewal, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from lora import adapted_model, deltas, loss_of, text_model
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from drift_kernels import FusedDriftAdamW, GradientBias, Prior, PriorError, PriorMismatchError, attach_prior
+from drift_kernels.integrations import named_groups
+from drift_kernels.integrations.peft import lora_prior
+from drift_kernels.kernels.scalings import SCALINGS
+from drift_kernels.prior import LowRankDelta, quantize
+
+ALPHA = 0.7
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "own ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 1}},
+    "embeddings": {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
+}
+
+
+def weight_by_forward(layer: Any) -> Tensor:
+    """The weight that a PEFT layer applies, as autograd sees it: what it makes of unit vectors, or of all tokens."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Embedding):
+        return layer(torch.arange(base.num_embeddings))
+    made = layer(torch.eye(layer.in_features, dtype=base.weight.dtype))
+    made = made if getattr(base, "bias", None) is None else made - base.bias
+    return made if isinstance(base, Conv1D) else made.T
+
+
+def oracle(model: nn.Module, prior: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of -alpha <delta, W> in every trained parameter, in float64, through PEFT's forward."""
+    model = copy.deepcopy(model).double().eval()
+    pull = torch.zeros((), dtype=torch.float64)
+    for name, delta in prior.items():
+        module = model.get_submodule(f"base_model.model.{name.rpartition('.')[0]}")
+        if hasattr(module, "get_base_layer") and name.endswith("weight"):
+            pull = pull - ALPHA * (delta.double() * weight_by_forward(module)).sum()
+    pull.backward()
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+
+
+def zero_gradients(model: nn.Module) -> None:
+    for param in model.parameters():
+        if param.requires_grad:
+            param.grad = torch.zeros_like(param)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_absolute_is_the_gradient_of_the_pull(variant: str) -> None:
+    """float32 deltas of factors, against PEFT's forward in float64."""
+    model = adapted_model(**VARIANTS[variant])
+    prior = deltas()
+    expected = oracle(model, prior)
+    zero_gradients(model)
+    found = GradientBias(
+        model.named_parameters(), lora_prior(model, prior), alpha=ALPHA, prior_scaling="absolute"
+    ).apply_()
+    adapted = {name for name in expected if "magnitude" not in name}
+    assert set(found.names) == adapted
+    assert len(adapted) >= 6
+    for name, param in model.named_parameters():
+        if name in adapted:
+            error = (param.grad.double() - expected[name]).abs().max()
+            assert error <= 3e-6 * expected[name].abs().max(), name
+        elif param.requires_grad:
+            assert not param.grad.any(), "DoRA's magnitudes are not pulled"
+
+
+def test_the_factors_are_exact_in_float64() -> None:
+    model, prior = adapted_model(use_dora=True).double(), deltas()
+    expected = oracle(model, prior)
+    from drift_kernels.adapters import projected
+
+    for adapter in lora_prior(model, prior).adapters:
+        delta = prior[adapter.weight.removeprefix("base_model.model.")].double()
+        for name, found in zip(adapter.names, projected(delta, adapter.factors()), strict=True):
+            assert (found * -ALPHA - expected[name]).abs().max() <= 1e-12 * expected[name].abs().max()
+
+
+def test_a_transposed_weight() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"c_attn": Conv1D(9, 14)})])})
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True), model)
+    layer = model.layers[0].c_attn
+    layer.lora_B["default"].weight.data.normal_()
+    delta = torch.randn(14, 9)
+    (ALPHA * (delta * -weight_by_forward(layer)).sum()).backward()
+    expected = gradients(model)
+    zero_gradients(model)
+    prior = lora_prior(model, {"layers.0.c_attn.weight": delta})
+    GradientBias(model.named_parameters(), prior, alpha=ALPHA, prior_scaling="absolute").apply_()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_trained_in_full_beside_adapters_has_its_delta_as_it_is() -> None:
+    model = adapted_model(target_modules=["q_proj"], modules_to_save=["lm_head"], bias="lora_only")
+    zero_gradients(model)
+    prior = deltas() | {"model.layers.0.self_attn.q_proj.bias": torch.randn(40)}
+    figures = GradientBias(
+        model.named_parameters(), lora_prior(model, prior), alpha=ALPHA, prior_scaling="absolute"
+    ).apply_()
+    names = {
+        "base_model.model.lm_head.modules_to_save.default.weight": "lm_head.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias": "model.layers.0.self_attn.q_proj.bias",
+    }
+    assert names.keys() < set(figures.names)
+    params = dict(model.named_parameters())
+    for live, name in names.items():
+        torch.testing.assert_close(params[live].grad, -ALPHA * prior[name])
+
+
+def test_the_active_adapter_is_meant() -> None:
+    model = adapted_model(target_modules=["q_proj"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    prior = deltas(which="q_proj.weight")
+    for active in ("default", "second"):
+        model.set_adapter(active)
+        found = [name for adapter in lora_prior(model, prior).adapters for name in adapter.names]
+        assert len(found) == 4
+        assert all(f".{active}." in name for name in found)
+    model.base_model.set_adapter(["default", "second"])
+    zero_gradients(model)
+    expected = oracle(model, prior)
+    GradientBias(model.named_parameters(), lora_prior(model, prior), alpha=ALPHA, prior_scaling="absolute").apply_()
+    assert len(expected) == 8
+    for name, grad in gradients(model).items():
+        assert (grad.double() - expected[name]).abs().max() <= 3e-6 * expected[name].abs().max().clamp(min=1e-30)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "float8", "low rank"])
+def test_deltas_are_held_as_they_are_stored(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And pull as what they stand for; factors are never multiplied out."""
+
+    def stored(delta: Tensor) -> Any:
+        if kind == "low rank":
+            return LowRankDelta(torch.randn(delta.shape[0], 2), torch.randn(2, delta.shape[1]))
+        if kind == "bfloat16":
+            return delta.bfloat16()
+        return quantize(delta, torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+
+    model, prior = adapted_model(), {name: stored(delta) for name, delta in deltas(which="proj.weight").items()}
+    expected = oracle(model, {name: d.float() if isinstance(d, Tensor) else d.expand() for name, d in prior.items()})
+    if kind == "low rank":
+        monkeypatch.delattr(LowRankDelta, "expand")
+    zero_gradients(model)
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, prior), prior_scaling="absolute")
+    optimizer.step()
+    held = [p.delta for p in optimizer._engine.binding.adapted._projections.values()]
+    assert {type(delta) for delta in held} == {type(next(iter(prior.values())))}
+    elements = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    source = sum(t.nbytes for d in held for t in ((d,) if isinstance(d, Tensor) else vars(d).values()))
+    assert optimizer.memory_report()["prior"] == pytest.approx(4 + source / elements)
+    zero_gradients(model)
+    model.load_state_dict(adapted_model().state_dict())
+    GradientBias(model.named_parameters(), lora_prior(model, prior), alpha=ALPHA, prior_scaling="absolute").apply_()
+    for name, grad in gradients(model).items():
+        assert (grad.double() - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
+
+
+@pytest.mark.parametrize("scaling", ["gradnorm", "adaptive_cosine"])
+def test_norms_are_those_of_the_projected_deltas(scaling: str) -> None:
+    model, prior = adapted_model(), deltas(which="proj.weight")
+    towards = {name: -grad / ALPHA for name, grad in oracle(model, prior).items()}
+    optimizer = FusedDriftAdamW(
+        named_groups(model), prior=lora_prior(model, prior), prior_scaling=scaling, alpha=ALPHA, lr=0.0
+    )
+    loss_of(model, 0).backward()
+    grads = gradients(model)
+    optimizer.step()
+    for name, cosine, ratio in zip(optimizer.prior_names, optimizer.prior_cosine, optimizer.prior_ratio, strict=True):
+        delta, grad = towards[name].flatten(), grads[name].double().flatten()
+        expected = torch.dot(delta, grad) / (delta.norm() * grad.norm())
+        assert float(cosine) == pytest.approx(float(expected), abs=1e-5)
+        share = 1.0 if scaling == "gradnorm" else (1 + float(expected)) / 2
+        assert float(ratio) == pytest.approx(ALPHA * share, abs=1e-5)
+
+
+def test_decoupled_merges_delta_into_the_span_of_a() -> None:
+    model, prior = adapted_model(started=False), deltas(which="proj.weight")
+    before = {name: weight_by_forward(m).detach() for name, m in layers_of(model)}
+    zero_gradients(model)
+    optimizer = FusedDriftAdamW(
+        named_groups(model, 0.0), prior=lora_prior(model, prior), prior_scaling="decoupled", alpha=2.0, lr=0.25
+    )
+    optimizer.step()
+    for name, layer in layers_of(model):
+        a = layer.lora_A["default"].weight.detach()
+        delta = prior[f"{name.removeprefix('base_model.model.')}.weight"]
+        moved = weight_by_forward(layer).detach() - before[name]
+        torch.testing.assert_close(moved, 0.5 * delta @ torch.linalg.pinv(a) @ a, rtol=1e-4, atol=1e-6)
+
+
+def test_normalize_to_param_has_the_norms_of_the_weights() -> None:
+    model, prior = adapted_model(), deltas(which="q_proj.weight")
+    towards = oracle(model, prior)
+    zero_gradients(model)
+    GradientBias(
+        model.named_parameters(),
+        lora_prior(model, prior),
+        alpha=ALPHA,
+        prior_scaling="absolute",
+        normalize_to_param=True,
+    ).apply_()
+    for name, grad in gradients(model).items():
+        if "q_proj" in name:
+            weight = f"{name.partition('.lora_')[0]}.weight".removeprefix("base_model.model.")
+            base = model.get_submodule(name.partition(".lora_")[0]).base_layer.weight
+            ratio = base.norm() / prior[weight].norm()
+            torch.testing.assert_close(grad.double(), ratio * towards[name], rtol=1e-4, atol=1e-9)
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+
+
+def trained(model: nn.Module, optimizer: FusedDriftAdamW, begin: int, end: int) -> dict[str, Tensor]:
+    for step in range(begin, end):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_backends_agree(scaling: str, backend: str) -> None:
+    """Bit for bit where no coefficient follows from sums, whose last bits are a backend's own."""
+    results = []
+    for name in ("reference", backend):
+        model = adapted_model(target_modules=["q_proj", "down_proj"])
+        optimizer = FusedDriftAdamW(
+            named_groups(model), prior=lora_prior(model, deltas()), prior_scaling=scaling, backend=name,
+            alpha=20.0 if scaling == "decoupled" else 1.0,
+        )  # fmt: skip
+        results.append(trained(model, optimizer, 0, 3))
+    bound = 0.0 if scaling in ("absolute", "decoupled") else 1e-5
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=bound, atol=bound / 100)
+
+
+def bound(optimizer: FusedDriftAdamW) -> dict[str, Tensor]:
+    return {
+        slot.name: slot.bound.delta
+        for batch in optimizer._engine.batches
+        for slot in batch.slots
+        if slot.bound is not None
+    }
+
+
+def test_deltas_are_renewed_in_place_in_every_kth_step() -> None:
+    model = adapted_model()
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(), refresh=3), lr=1e-2)
+    seen, places = [], []
+    for step in range(7):
+        trained(model, optimizer, step, step + 1)
+        deltas_now = bound(optimizer)
+        seen.append({name: delta.clone() for name, delta in deltas_now.items()})
+        places.append([delta.data_ptr() for delta in deltas_now.values()])
+    assert all(place == places[0] for place in places)
+    for step in range(1, 7):
+        same = [torch.equal(seen[step][name], seen[step - 1][name]) for name in seen[0]]
+        assert not any(same) if step % 3 == 0 else all(same), step
+
+
+def test_a_prior_that_does_not_act_is_not_renewed() -> None:
+    model = adapted_model()
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()), alpha=0.0)
+    trained(model, optimizer, 0, 2)
+    assert not any(delta.any() for delta in bound(optimizer).values())
+
+
+def test_the_delta_over_a_frozen_a_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from drift_kernels.engine import projecting
+
+    calls: list[Any] = []
+    original = projecting.projected
+    monkeypatch.setattr(projecting, "projected", lambda *args, **options: calls.append(1) or original(*args, **options))
+    model = adapted_model(target_modules=["q_proj"])
+    for name, param in model.named_parameters():
+        param.requires_grad_("lora_B" in name)
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()))
+    trained(model, optimizer, 0, 3)
+    assert len(calls) == 2, "one for each of two layers"
+    with torch.no_grad():
+        next(param for name, param in model.named_parameters() if "lora_A" in name).mul_(2)
+    trained(model, optimizer, 3, 5)
+    assert len(calls) == 3, "a frozen A that was written to"
+
+
+@pytest.mark.parametrize("refresh", [1, 3])
+@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:bfloat16 states")
+def test_a_run_resumes_bit_for_bit(refresh: int, stop: int, dtype: torch.dtype, tmp_path: Any) -> None:
+    """Also in between two renewals."""
+
+    def start() -> tuple[nn.Module, FusedDriftAdamW]:
+        model = adapted_model().to(dtype)
+        prior = lora_prior(model, deltas(), refresh=refresh)
+        return model, FusedDriftAdamW(named_groups(model), prior=prior, lr=1e-2, max_grad_norm=1.0)
+
+    model, optimizer = start()
+    expected = trained(model, optimizer, 0, 7)
+    model, optimizer = start()
+    trained(model, optimizer, 0, stop)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    model, optimizer = start()
+    trained(model, optimizer, 0, 2)  # elsewhere
+    saved = torch.load(tmp_path / "saved.pt")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    for name, found in trained(model, optimizer, stop, 7).items():
+        assert torch.equal(found, expected[name]), name
+
+
+@pytest.mark.parametrize("scaling", ["gradnorm", "absolute"])
+def test_steps_in_the_backward_pass_are_those_after_it(scaling: str) -> None:
+    results = []
+    for attached in (False, True):
+        model = adapted_model()
+        optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()), prior_scaling=scaling)
+        if attached:
+            optimizer.attach_to_backward()
+        results.append(trained(model, optimizer, 0, 3))
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+
+
+def test_hooks_bias_as_all_together() -> None:
+    model, other = adapted_model(), adapted_model()
+    bias = GradientBias(model.named_parameters(), lora_prior(model, deltas()))
+    hooks = attach_prior(other, lora_prior(other, deltas()))
+    for step in range(2):
+        for each in (model, other):
+            each.zero_grad()
+            loss_of(each, step).backward()
+        bias.apply_()
+        expected = gradients(model)
+        for name, grad in gradients(other).items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-8)
+        for each in (model, other):
+            with torch.no_grad():
+                for param in each.parameters():
+                    if param.grad is not None:
+                        param -= 0.1 * param.grad
+    hooks.remove()
+
+
+def test_schedules_of_groups_and_alphas_by_pattern() -> None:
+    model = adapted_model()
+    zero_gradients(model)
+    expected = oracle(model, {name: delta for name, delta in deltas().items() if "v_proj.weight" in name})
+    GradientBias(
+        model.named_parameters(), lora_prior(model, deltas()), alpha={"re:v_proj": ALPHA}, prior_scaling="absolute"
+    ).apply_()
+    for name, grad in gradients(model).items():
+        if "v_proj" in name:
+            assert (grad.double() - expected[name]).abs().max() <= 3e-6 * expected[name].abs().max()
+        else:
+            assert not grad.any()
+
+
+def test_tokens_that_were_added_have_no_delta() -> None:
+    model = adapted_model(target_modules=["embed_tokens"])
+    prior = {"embed_tokens.weight": deltas()["model.embed_tokens.weight"][:50]}
+    zero_gradients(model)
+    padded = torch.cat([prior["embed_tokens.weight"], torch.zeros(11, 40)])
+    expected = oracle(model, {"model.embed_tokens.weight": padded})
+    GradientBias(model.named_parameters(), lora_prior(model, prior), alpha=ALPHA, prior_scaling="absolute").apply_()
+    for name, grad in gradients(model).items():
+        assert (grad.double() - expected[name]).abs().max() <= 3e-6 * expected[name].abs().max()
+
+
+def test_what_the_prior_acts_on_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted_model(target_modules=["q_proj", "v_proj"])
+    with caplog.at_level(logging.INFO, "drift_kernels"):
+        FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(which="q_proj.weight")))
+    assert "the prior acts on 4 of 8 trainable parameters" in caplog.text
+
+
+def test_an_adapter_of_another_kind_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.q_proj = nn.Conv2d(3, 4, 2), nn.Linear(4, 4)
+
+    from peft import inject_adapter_in_model
+
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv", "q_proj"]), Net())
+    with caplog.at_level(logging.WARNING, "drift_kernels"):
+        assert len(lora_prior(model, {"q_proj.weight": torch.randn(4, 4)}).adapters) == 1
+    assert "leaves 1 adapters alone: conv (Conv2d)" in caplog.text
+
+
+def test_misuse_is_refused() -> None:
+    prior = deltas()
+    with pytest.raises(PriorError, match="no active LoRA adapter"):
+        lora_prior(text_model(), prior)
+    model = adapted_model()
+    with pytest.raises(ValueError, match="refresh must be at least 1 step, got 0"):
+        lora_prior(model, prior, refresh=0)
+    with pytest.raises(TypeError, match=r"refresh must be a number of steps, got 1\.5"):
+        lora_prior(model, prior, refresh=1.5)  # type: ignore[arg-type]
+    with pytest.raises(PriorMismatchError, match=r"use drift_kernels\.integrations\.peft\.lora_prior"):
+        FusedDriftAdamW(named_groups(model), prior=prior)
+    shapes = {name: torch.randn(3, 3) for name in prior if "q_proj.weight" in name}
+    with pytest.raises(PriorMismatchError, match=r"(?s)2 differ in shape: .*q_proj.weight \[40, 40\] against \[3, 3\]"):
+        FusedDriftAdamW(named_groups(model), prior=lora_prior(model, shapes))
+    frozen = adapted_model().requires_grad_(False)
+    with pytest.raises(PriorMismatchError, match="are frozen"):
+        FusedDriftAdamW(frozen.named_parameters(), prior=lora_prior(frozen, prior))
+
+
+def test_weights_in_place_of_deltas_are_noticed() -> None:
+    model = adapted_model()
+    expert = {name: 1.01 * param.detach() for name, param in text_model().named_parameters()}
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, expert))
+    loss_of(model, 0).backward()
+    with pytest.raises(PriorError, match="look like weights"):
+        optimizer.step()
+
+
+def test_another_model_than_that_of_the_prior_is_noticed() -> None:
+    model, other = adapted_model(), adapted_model()
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(other, deltas()))
+    loss_of(model, 0).backward()
+    before = gradients(model)
+    with pytest.raises(PriorError, match="not the one that the model of its lora_prior has now"):
+        optimizer.step()
+    assert all(torch.equal(grad, before[name]) for name, grad in gradients(model).items())
+    with pytest.raises(TypeError, match="call lora_prior again"):
+        copy.deepcopy(optimizer)
+
+
+def test_the_model_is_not_kept_alive() -> None:
+    model = adapted_model()
+    prior = lora_prior(model, deltas())
+    del model
+    gc.collect()
+    with pytest.raises(PriorError, match="is gone"):
+        prior.adapters[0].params()
+
+
+def test_a_prior_of_a_folder_serves_full_and_adapted_models_alike(tmp_path: Any) -> None:
+    from checkpoints import write_checkpoint
+
+    from drift_kernels import build_prior
+
+    base, expert = text_model(0).state_dict(), text_model(1).state_dict()
+    for name, weights in (("base", base), ("expert", expert)):
+        write_checkpoint(tmp_path / name, {key: value.contiguous() for key, value in weights.items()})
+    build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", dtype=torch.float32)
+    model = adapted_model()
+    zero_gradients(model)
+    expected = oracle(model, {name: expert[name] - base[name] for name in expert if "proj.weight" in name})
+    GradientBias(
+        model.named_parameters(), lora_prior(model, tmp_path / "prior"), alpha=ALPHA, prior_scaling="absolute"
+    ).apply_()
+    for name, grad in gradients(model).items():
+        assert (grad.double() - expected[name]).abs().max() <= 3e-6 * expected[name].abs().max()
+    assert Prior.open(tmp_path / "prior").fingerprint == lora_prior(model, tmp_path / "prior").prior.fingerprint
