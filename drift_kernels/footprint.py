@@ -6,6 +6,7 @@ are no tensors of this kind: they follow from batches, attention and checkpointi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.projection import tile_rows
+from .engine.binding import for_kernels
 from .formats.blocks import DELTA_LIMITS, blocks_of
 from .prior.deltas import Delta, tensors_of
 from .prior.low_rank import LowRankDelta
@@ -93,7 +95,7 @@ def _full(model: nn.Module, how: FineTuning) -> Iterator[Item]:
     shapes = {canonical_name(name): param.shape for name, param in model.named_parameters()}
     selected = _selected(shapes, how, "parameter")
     if how.prior is not None:
-        yield _prior(selected, how)
+        yield _prior(selected, how, [for_kernels(_delta(shape, how), how.dtype) for shape in selected])
 
 
 def _adapters(model: nn.Module, how: FineTuning, rank: int) -> Iterator[Item]:
@@ -106,7 +108,7 @@ def _adapters(model: nn.Module, how: FineTuning, rank: int) -> Iterator[Item]:
     yield _states(factors, how)
     if how.prior is not None:
         yield _item("their deltas", "projected, float32", [_held(factor.shape, torch.float32) for factor in factors])
-        yield _prior(selected, how)
+        yield _prior(selected, how, [tensors_of(_delta(shape, how)) for shape in selected])
         yield _projection(selected, how)
 
 
@@ -158,10 +160,12 @@ def _states(params: Sequence[Tensor], how: FineTuning) -> Item:
     return _item("states", f"{_name(how.precision.state_dtype)}{masters}", tensors)
 
 
-def _prior(shapes: Sequence[Shape], how: FineTuning) -> Item:
-    form = f"rank {how.prior_rank}, bfloat16" if how.prior_rank else _name(how.prior)
-    deltas = [tensor for shape in shapes for tensor in tensors_of(_delta(shape, how))]
-    return _item("prior", f"{form}, {len(shapes)} deltas", deltas, how.prior_on_host)
+def _prior(shapes: Sequence[Shape], how: FineTuning, held: Sequence[Sequence[Tensor | None]]) -> Item:
+    form = f"rank {how.prior_rank}, {_name(torch.bfloat16)}" if how.prior_rank else _name(how.prior)
+    if how.rank is None and how.prior_rank:
+        form = f"of rank {how.prior_rank}, expanded"
+    tensors = [tensor for one in held for tensor in one if tensor is not None]
+    return _item("prior", f"{form}, {len(shapes)} deltas", tensors, how.prior_on_host)
 
 
 def _projection(shapes: Sequence[Shape], how: FineTuning) -> Item:
@@ -180,10 +184,10 @@ def _projection(shapes: Sequence[Shape], how: FineTuning) -> Item:
 
 
 def _delta(shape: Shape, how: FineTuning) -> Delta:
-    """As it stays in memory."""
-    if how.prior_rank and len(shape) == 2:
-        rank = min(how.prior_rank, *shape)
-        return LowRankDelta(_held((shape[0], rank), torch.bfloat16), _held((rank, shape[1]), torch.bfloat16))
+    """As it is stored: in factors where these are smaller."""
+    if how.prior_rank and len(shape) == 2 and how.prior_rank * sum(shape) < math.prod(shape):
+        factors = (shape[0], how.prior_rank), (how.prior_rank, shape[1])
+        return LowRankDelta(*(_held(factor, torch.bfloat16) for factor in factors))
     values = _held(shape, torch.bfloat16 if how.prior_rank else how.prior)
     if values.dtype in DELTA_LIMITS:
         return QuantizedDelta(values, _held((blocks_of(values.numel()),), torch.float32))

@@ -144,22 +144,33 @@ def test_adapters_take_what_the_table_says(folder: Path, bits: int, form: str) -
         assert found["one of them expanded"] == max(n.in_features * n.out_features for n in linears) * 2
 
 
-@pytest.mark.parametrize("masters", [False, True])
-def test_full_fine_tuning_takes_what_the_table_says(folder: Path, masters: bool) -> None:
-    model = hf.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    named = [(name, param) for name, param in model.named_parameters() if "_proj." in name]
-    prior = {name: torch.randn(param.shape) for name, param in named}
-    options = {"state_dtype": "fp32", "master_weights": masters}
-    optimizer = FusedDriftAdamW(named_groups(model), lr=1e-3, prior=prior, **options)
+@pytest.mark.parametrize(
+    ("dtype", "masters", "form"),
+    [(torch.bfloat16, True, "int8"), (torch.float32, False, "int8"), (torch.bfloat16, False, "rank 8")],
+)
+def test_full_fine_tuning_takes_what_the_table_says(folder: Path, dtype: torch.dtype, masters: bool, form: str) -> None:
+    model = hf.Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
+    biases = {name: torch.randn(param.shape) for name, param in model.named_parameters() if name.endswith("_proj.bias")}
+    prior = deltas(model, form) | {
+        n: quantize(b, torch.int8) if form == "int8" else b.bfloat16() for n, b in biases.items()
+    }
+    optimizer = FusedDriftAdamW(named_groups(model), lr=1e-3, prior=prior, master_weights=masters)
     train(model, optimizer)
     params = list(model.parameters())
-    how = FineTuning(rank=None, precision=Precision(torch.float32, False, masters), prior=torch.float32)
+    how = FineTuning(
+        rank=None,
+        dtype=dtype,
+        precision=Precision(torch.float32, False, masters),
+        prior=torch.int8 if form == "int8" else torch.bfloat16,
+        prior_rank=8 if form == "rank 8" else None,
+    )
+    report = {kind: round(n * sum(p.numel() for p in params)) for kind, n in optimizer.memory_report().items()}
     assert sizes(meta_model(folder)[0], how) == {
         "parameters": bytes_of(params),
         "buffers": bytes_of(model.buffers()),
         "gradients": bytes_of(param.grad for param in params),
         "states": states(optimizer),
-        "prior": bytes_of(prior.values()),
+        "prior": report["prior"] + (report["scales"] if form == "int8" else 0),
     }
 
 

@@ -170,7 +170,7 @@ class PriorBinding:
         """Of a shard with the norms of the shard, for `_measure`."""
         info, stored = self._info(name), self._stored(name, param, shard)
         delta_norm = info.delta_norm if shard is None else norm_of(stored)
-        delta, scale = _for_kernels(stored, param.dtype)
+        delta, scale = for_kernels(stored, param.dtype)
         readers = self._readers if self._on_host and param.is_cuda else None
         if readers is not None:
             delta, scale = delta.pin_memory(), None if scale is None else scale.pin_memory()
@@ -257,7 +257,7 @@ class PriorBinding:
         return found
 
 
-def _for_kernels(delta: Delta, param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def for_kernels(delta: Delta, param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A delta as kernels read it beside a parameter of this dtype: codes and scales only beside bfloat16, factors
     expanded, to bfloat16 beside bfloat16."""
     if isinstance(delta, LowRankDelta):
