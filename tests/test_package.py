@@ -30,7 +30,7 @@ FLOORS = {
         {"prior", "ops"},
         {"adapters"},
         {"engine"},
-        {"optimizer", "gradients"},
+        {"optimizer", "gradients", "footprint"},
         {"cli", "integrations"},
         {"__init__"},
     ],
@@ -58,8 +58,8 @@ FLOORS = {
         {"engine", "figures"}, {"backward"},
     ],
     "cli": [
-        {"arguments", "output"}, {"applying", "building", "checking", "combining", "inspecting"}, {"__init__"},
-        {"__main__"},
+        {"arguments", "output"}, {"applying", "building", "checking", "combining", "inspecting", "sizing"},
+        {"__init__"}, {"__main__"},
     ],
     "integrations": [{"named_groups", "step_figures"}, {"peft", "transformers"}, {"__init__"}],
 }  # fmt: skip

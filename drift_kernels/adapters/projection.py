@@ -73,6 +73,11 @@ def merged(delta: Delta, factors: Factors) -> Tensor:
     return torch.cholesky_solve(along.double().T, root).T.to(factors.dtype).div_(factors.scale**2)
 
 
+def tile_rows(columns: int) -> int:
+    """How many rows of a delta are expanded at a time."""
+    return max(_TILE // columns // _ROWS, 1) * _ROWS
+
+
 def _scaled(rows: Tensor, by: Tensor | None) -> Tensor:
     return rows if by is None else rows * by.to(rows.dtype).unsqueeze(1)
 
@@ -99,7 +104,7 @@ def _sided(delta: Delta, right: Tensor | None, left: Tensor | None) -> tuple[Ten
         rows, columns = delta.shape
         from_left = None if left is None else left.new_zeros(left.shape[1], columns)
         from_right = None if right is None else right.new_empty(rows, right.shape[1])
-        height = max(_TILE // columns // _ROWS, 1) * _ROWS
+        height = tile_rows(columns)
         for begin in range(0, rows, height):
             part = slice(begin, min(begin + height, rows))
             tile = delta[part] if isinstance(delta, Tensor) else expanded(delta.part((part, slice(0, columns))))

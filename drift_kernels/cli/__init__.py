@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from ..errors import CheckpointError, PriorError
 from ..terminal import LogLines, Stopped, console, say, stoppable
-from . import applying, building, checking, combining, inspecting
+from . import applying, building, checking, combining, inspecting, sizing
 from .arguments import EXIT_STATUS
 
-_COMMANDS = (building, inspecting, checking, combining, applying)  # each has `add`, which declares its arguments
+_COMMANDS = (building, inspecting, checking, combining, applying, sizing)  # each has `add`: its arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -170,7 +170,7 @@ class PriorBinding:
         """Of a shard with the norms of the shard, for `_measure`."""
         info, stored = self._info(name), self._stored(name, param, shard)
         delta_norm = info.delta_norm if shard is None else norm_of(stored)
-        delta, scale = _for_kernels(stored, info.dtype, param.dtype)
+        delta, scale = for_kernels(stored, info.dtype, param.dtype)
         readers = self._readers if self._on_host and param.is_cuda else None
         if readers is not None:
             delta, scale = delta.pin_memory(), None if scale is None else scale.pin_memory()
@@ -257,7 +257,7 @@ class PriorBinding:
         return found
 
 
-def _for_kernels(delta: Delta, dtype: torch.dtype, param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def for_kernels(delta: Delta, dtype: torch.dtype, param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A delta that is stored in `dtype` as kernels read it beside a parameter: codes and scales only beside bfloat16;
     factors expanded, beside bfloat16 to bfloat16, and so what was joined of bfloat16 factors."""
     beside_bfloat16 = param_dtype == torch.bfloat16

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 
@@ -19,35 +20,43 @@ def live_parameters(checkpoint: Checkpoint) -> tuple[NamedParameters, str]:
     does not have or cannot make, they are the tensors on disk, and the line says why.
     """
     try:
-        return _from_transformers(checkpoint)
-    except _UnknownModelError as error:
+        model, kind = meta_model(checkpoint.folder)
+        return list(model.named_parameters()), f"by the names of {kind}"
+    except UnknownModelError as error:
         on_disk = [
             (name, torch.empty(t.shape, dtype=torch.float32, device="meta")) for name, t in checkpoint.tensors.items()
         ]
         return on_disk, f"by the names on disk, since {error}: in memory the model may hold others"
 
 
-class _UnknownModelError(Exception):
+class UnknownModelError(Exception):
     pass
 
 
-def _from_transformers(checkpoint: Checkpoint) -> tuple[NamedParameters, str]:
-    architectures = checkpoint.config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise _UnknownModelError("config.json names no architecture")
+def meta_model(source: str | os.PathLike[str], revision: str | None = None) -> tuple[nn.Module, str]:
+    """The model of the config.json in a folder, of the file itself, or of a Hub id, on the meta device: shapes and no
+    weights. And a line that says what it is.
+
+    Raises UnknownModelError without transformers, and for a class that it does not have or cannot make.
+    """
     if importlib.util.find_spec("transformers") is None:
-        raise _UnknownModelError("transformers is not installed")
+        raise UnknownModelError("transformers is not installed")
     import transformers
 
+    try:
+        architectures = transformers.PretrainedConfig.get_config_dict(source, revision=revision)[0].get("architectures")
+    except Exception as error:  # of transformers and of the Hub's client, whatever they find
+        raise UnknownModelError(f"config.json cannot be read ({error})") from error
+    if not isinstance(architectures, list) or not architectures:
+        raise UnknownModelError("config.json names no architecture")
     kind = getattr(transformers, str(architectures[0]), None)
     if kind is None:
-        raise _UnknownModelError(f"transformers {transformers.__version__} has no {architectures[0]}")
+        raise UnknownModelError(f"transformers {transformers.__version__} has no {architectures[0]}")
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
         with torch.device("meta"):
             model = kind(config)
         model.tie_weights()
     except Exception as error:  # whatever a model's own code raises on a config that it does not like
-        raise _UnknownModelError(f"{kind.__name__} cannot be made of config.json ({error})") from error
-    names = f"by the names of {kind.__name__} in memory (transformers {transformers.__version__})"
-    return list(model.named_parameters()), names
+        raise UnknownModelError(f"{kind.__name__} cannot be made of config.json ({error})") from error
+    return model, f"{kind.__name__} in memory (transformers {transformers.__version__})"

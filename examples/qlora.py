@@ -1,0 +1,89 @@
+"""QLoRA: adapters of PEFT over a base that bitsandbytes holds in 4 bits. The prior is built from the checkpoints as they
+are, before anything is quantised; `lora_prior` projects its deltas onto the adapters.
+
+    python -m examples.qlora
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from drift_kernels import build_prior, linear_anneal
+from drift_kernels.integrations.peft import lora_prior
+from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
+
+from . import tiny
+from .transformers_trainer import StopAfter, arguments, figures
+
+RANK, LR, ALPHA = 8, 5e-3, 2.0
+
+
+def checkpoints(folder: Path) -> None:
+    """`base`, `expert` and `prior`."""
+    for name, model in zip(("base", "expert"), tiny.base_and_expert(), strict=True):
+        model.save_pretrained(folder / name)
+    build_prior(folder / "expert", folder / "base", folder / "prior", overwrite=True)
+
+
+def quantised_base(folder: Path) -> Any:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=config)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def build(
+    with_prior: bool, folder: Path, steps: int = tiny.STEPS, stop_after: int | None = None, **options: Any
+) -> Trainer:
+    """A Trainer of the adapters; `options` are FusedDriftAdamW's."""
+    torch.manual_seed(0)  # of the adapters' A
+    model = get_peft_model(quantised_base(folder), LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
+    prior = lora_prior(model, folder / "prior") if with_prior else None
+    args = TrainingArguments(**{**arguments(folder / "run", steps), "learning_rate": LR})
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=[tiny.encoded(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)],
+        optimizer_cls_and_kwargs=drift_adamw(
+            args, model, prior=prior, **{"alpha": ALPHA, "max_grad_norm": 1.0, **options}
+        ),
+        callbacks=[DriftCallback(linear_anneal(steps)), StopAfter(stop_after)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(with_prior: bool, folder: Path, *, resume: bool = False, **options: Any) -> Trainer:
+    """After the fine-tuning."""
+    trainer = build(with_prior, folder, **options)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / "run")) if resume else None)
+    return trainer
+
+
+def held_out_loss(trainer: Trainer, folder: Path) -> float:
+    """Of the adapters over the base as it was before it was quantised."""
+    trainer.model.save_pretrained(folder / "adapter")
+    return tiny.held_out_loss(PeftModel.from_pretrained(tiny.base_model(), folder / "adapter"))
+
+
+if __name__ == "__main__":
+    tiny.quiet()
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoints(folder)
+        print(f"held-out loss before the fine-tuning   {tiny.held_out_loss(tiny.base_model()):.3f}")
+        print(f"              after it, without prior  {held_out_loss(train(False, folder), folder):.3f}")
+        trainer = train(True, folder)
+        print(f"              after it, with the prior {held_out_loss(trainer, folder):.3f}")
+        print("What DriftCallback adds to the logs, first and last:", *figures(trainer), sep="\n")
