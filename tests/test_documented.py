@@ -40,6 +40,8 @@ BLOCKS = {
     "with a prior": "linear_anneal(total_steps // 2)",
     "in the backward pass": "optimizer.attach_to_backward()",
     "any optimizer": "bias.apply_()",
+    "adapters in short": "named_groups(peft_model)",
+    "adapters": "LoraConfig(r=16",
     "Trainer": "optimizer_cls_and_kwargs=drift_adamw",
     "Accelerate": "accelerator.prepare",
     "Lightning": "def configure_optimizers(self)",
@@ -156,6 +158,20 @@ def test_any_optimizer(given: dict[str, Any]) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert not all(map(torch.equal, weights(given["model"]), weights(plain)))
+
+
+def test_adapters(given: dict[str, Any]) -> None:
+    plain = tiny.base_model()
+    run("adapters", given)
+    given["model"](**given["loader"][0]).loss.backward()
+    given["optimizer"].step()
+    adapted = sum(name.endswith("_proj.weight") for name in tiny.expert_prior())
+    assert len(given["optimizer"].prior_names) == 2 * adapted
+    given["peft_model"] = given["model"]
+    run("adapters in short", given)
+    given["optimizer"].step()
+    assert len(given["optimizer"].prior_names) == 2 * adapted
+    assert all(map(torch.equal, plain.parameters(), given["model"].unload().parameters()))  # the base stays
 
 
 def test_transformers_trainer(given: dict[str, Any]) -> None:
