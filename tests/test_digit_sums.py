@@ -221,3 +221,9 @@ def test_drift_prior_failure_says_why(tmp_path: Path):
 
 def test_arm_names_are_unique():
     assert len({arm.name for arm in ARMS}) == len(ARMS)
+
+
+def test_the_short_run_has_one_arm_with_adapters():
+    short = [arm for arm in ARMS if arm.in_short]
+    assert [arm.along for arm in short if arm.rank is not None] == [True]
+    assert sum(arm.tuned for arm in short) == 7
