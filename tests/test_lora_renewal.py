@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -119,3 +120,26 @@ def test_hooks_bias_as_all_together() -> None:
                     if param.grad is not None:
                         param -= 0.1 * param.grad
     hooks.remove()
+
+
+def test_a_state_without_deltas_has_them_renewed_at_once() -> None:
+    """Of torch.distributed.checkpoint, or of an optimizer that renewed in every step; in between two renewals too."""
+
+    def start(refresh: int) -> tuple[nn.Module, FusedDriftAdamW]:
+        model = adapted_model()
+        return model, FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(), refresh=refresh), lr=1e-2)
+
+    model, optimizer = start(3)
+    train(model, optimizer, 0, 4)
+    weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        del state["prior_delta"]
+    results = []
+    for refresh in (3, 1):
+        model, optimizer = start(refresh)
+        train(model, optimizer, 0, 2)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(saved)
+        results.append(train(model, optimizer, 4, 5))
+    for name, expected in results[1].items():
+        assert torch.equal(results[0][name], expected), name
