@@ -77,8 +77,11 @@ def contenders(rank: int, scale: float, device: torch.device) -> dict[str, Calla
         "bf16": exact,
         "int8": {name: quantize(delta.float(), torch.int8) for name, delta in exact.items()},
         f"rank {PRIOR_RANK}": {
-            name: LowRankDelta(delta[:, :PRIOR_RANK].contiguous(), delta[:PRIOR_RANK].contiguous())
-            for name, delta in exact.items()
+            name: LowRankDelta(
+                torch.randn(m, PRIOR_RANK, dtype=torch.bfloat16, device=device),
+                torch.randn(PRIOR_RANK, n, dtype=torch.bfloat16, device=device),
+            )
+            for name, (m, n) in ((name, delta.shape) for name, delta in exact.items())
         },
     }
     steps: dict[str, Callable[[], object]] = {"reading bf16": lambda: [delta.sum() for delta in exact.values()]}
