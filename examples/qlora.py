@@ -1,7 +1,5 @@
-"""QLoRA: adapters of PEFT over a base that bitsandbytes holds in 4 bits. The prior is built from the checkpoints as they
-are, before anything is quantised; `lora_prior` projects its deltas onto the adapters.
-
-    python -m examples.qlora
+"""QLoRA: PEFT's adapters over a base that bitsandbytes holds in 4 bits. The prior is built from the checkpoints as they
+were before; `lora_prior` projects its deltas onto the adapters, whose A begins along them.
 """
 
 from __future__ import annotations
@@ -20,9 +18,11 @@ from drift_kernels.integrations.peft import lora_prior
 from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
 
 from . import tiny
-from .transformers_trainer import StopAfter, arguments, figures
+from .lora import begin_along
+from .transformers_trainer import StopAfter, arguments
 
-RANK, LR, ALPHA = 8, 5e-3, 2.0
+RANK, LR = 16, 1e-3
+OPTIONS = {"prior_scaling": "decoupled", "alpha": 20.0, "max_grad_norm": 1.0}
 
 
 def checkpoints(folder: Path) -> None:
@@ -49,14 +49,15 @@ def build(
     """A Trainer of the adapters; `options` are FusedDriftAdamW's."""
     torch.manual_seed(0)  # of the adapters' A
     model = get_peft_model(quantised_base(folder), LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
-    prior = lora_prior(model, folder / "prior") if with_prior else None
+    prior = lora_prior(model, folder / "prior")
+    begin_along(prior)
     args = TrainingArguments(**{**arguments(folder / "run", steps), "learning_rate": LR})
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=[tiny.encoded(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)],
         optimizer_cls_and_kwargs=drift_adamw(
-            args, model, prior=prior, **{"alpha": ALPHA, "max_grad_norm": 1.0, **options}
+            args, model, prior=prior if with_prior else None, **{**OPTIONS, **options}
         ),
         callbacks=[DriftCallback(linear_anneal(steps)), StopAfter(stop_after)],
     )
@@ -84,6 +85,4 @@ if __name__ == "__main__":
         checkpoints(folder)
         print(f"held-out loss before the fine-tuning   {tiny.held_out_loss(tiny.base_model()):.3f}")
         print(f"              after it, without prior  {held_out_loss(train(False, folder), folder):.3f}")
-        trainer = train(True, folder)
-        print(f"              after it, with the prior {held_out_loss(trainer, folder):.3f}")
-        print("What DriftCallback adds to the logs, first and last:", *figures(trainer), sep="\n")
+        print(f"              after it, with the prior {held_out_loss(train(True, folder), folder):.3f}")

@@ -12,21 +12,26 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
 from drift_kernels import Prior
+from drift_kernels.integrations.peft import lora_prior
+from drift_kernels.prior.names import canonical_name
 
 pytest.importorskip("sklearn")
+pytest.importorskip("peft")
 
 from examples.digit_sums import data, figures, report
 from examples.digit_sums.experiment import SeedRun, share_read, share_right
-from examples.digit_sums.models import multimodal_model, text_model
+from examples.digit_sums.models import multimodal_model, text_model, with_adapters
 from examples.digit_sums.parallel import prepare_process
 from examples.digit_sums.priors import drift_prior, merge
 from examples.digit_sums.settings import ARMS, Arm, Settings, Stage
+from examples.lora import begin_along
 
 TINY = Settings(
     base=Stage(3, 1e-3),
     expert=Stage(3, 1e-3),
     reader=Stage(3, 1e-3),
     tuning=Stage(10, 1e-3, batch_size=4),
+    adapters=Stage(20, 1e-2, batch_size=4),
     reader_examples=32,
     tuning_examples=32,
     test_examples=20,
@@ -37,6 +42,10 @@ TINY_ARMS = (
     Arm("SFT again"),
     Arm("gradnorm, annealed", scaling="gradnorm", alpha=1.0, anneal=0.5),
     Arm("decoupled", scaling="decoupled", alpha=10.0),
+    Arm("LoRA: SFT", rank=4),
+    Arm("LoRA: decoupled", rank=4, scaling="decoupled", alpha=10.0),
+    Arm("LoRA along the prior: decoupled", rank=4, scaling="decoupled", alpha=10.0, along=True),
+    Arm("gradnorm, rank 8", scaling="gradnorm", alpha=1.0, anneal=0.5, prior_rank=8),
 )
 
 
@@ -125,6 +134,18 @@ def test_prior_of_the_run_binds_completely(tiny_run):
     assert all("language_model.layers" in name for name in coverage.matched)
 
 
+def test_a_prior_of_low_rank_says_what_it_keeps(tiny_run):
+    run, record, _ = tiny_run
+    whole, low = (Prior.open(run.folder / name) for name in ("prior", "prior_8"))
+    kept = sum(
+        float((torch.linalg.svdvals(whole.load(n).double())[:8] ** 2).sum()) for n in whole.names if n[-1] == "t"
+    )
+    kept += sum(float((whole.load(name).double() ** 2).sum()) for name in whole.names if name.endswith("bias"))
+    energy = sum(whole.info(name).delta_norm ** 2 for name in whole.names)
+    assert record["kept_energy"] == {8: pytest.approx(kept / energy, rel=1e-2)}
+    assert low.names == whole.names
+
+
 def test_merge_adds_the_task_vector(tiny_run):
     run, _, _ = tiny_run
     reader = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.folder / "reader")
@@ -144,8 +165,40 @@ def test_arms_share_start_and_order(tiny_run):
     assert losses["merge"] == []
     assert losses["SFT"] == losses["SFT again"]
     assert losses["SFT"] != losses["gradnorm, annealed"] != losses["decoupled"] != losses["SFT"]
+    assert losses["gradnorm, rank 8"] != losses["gradnorm, annealed"]
     assert steps.count("decoupled") == TINY.tuning.steps
+    assert steps.count("LoRA: SFT") == TINY.adapters.steps
     assert len(steps) == TINY.total_steps(TINY_ARMS)
+    of_adapters = [curve for name, curve in losses.items() if "LoRA" in name]
+    assert len({str(curve) for curve in of_adapters}) == len(of_adapters) == 3
+
+
+def test_adapters_end_in_the_language_model_alone(tiny_run):
+    run, _, _ = tiny_run
+    reader = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.folder / "reader")
+    before = {name: param.detach().clone() for name, param in reader.named_parameters()}
+    run._tune(reader, Arm("LoRA", rank=4, scaling="decoupled", alpha=10.0, along=True))
+    assert reader.state_dict().keys() == before.keys()
+    changed = {name for name, param in reader.named_parameters() if not torch.equal(param, before[name])}
+    assert changed == {name for name in before if "language_model.layers" in name and name.endswith("_proj.weight")}
+    drift = (
+        reader.model.language_model.layers[1].mlp.up_proj.weight
+        - before["model.language_model.layers.1.mlp.up_proj.weight"]
+    )
+    assert torch.linalg.matrix_rank(drift.detach().double(), rtol=1e-4) == 4
+
+
+def test_adapters_begin_along_the_prior(tiny_run):
+    run, _, _ = tiny_run
+    reader = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.folder / "reader")
+    prior = lora_prior(with_adapters(reader, 4, seed=0), run.folder / "prior")
+    begin_along(prior)
+    for adapter in prior.adapters:
+        a, b = adapter.params()
+        delta = prior.prior.load(canonical_name(adapter.weight)).double()
+        seen = (delta @ a.detach().double().T).norm() ** 2
+        assert seen == pytest.approx(float((torch.linalg.svdvals(delta)[:4] ** 2).sum()), rel=1e-5)
+        assert not b.any()
 
 
 def test_report(tiny_run, tmp_path: Path):
@@ -168,3 +221,9 @@ def test_drift_prior_failure_says_why(tmp_path: Path):
 
 def test_arm_names_are_unique():
     assert len({arm.name for arm in ARMS}) == len(ARMS)
+
+
+def test_the_short_run_has_one_arm_with_adapters():
+    short = [arm for arm in ARMS if arm.in_short]
+    assert [arm.along for arm in short if arm.rank is not None] == [True]
+    assert sum(arm.tuned for arm in short) == 7

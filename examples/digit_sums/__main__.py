@@ -16,15 +16,16 @@ SHORT, FULL = 2, 5  # seeds
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments("python -m examples.digit_sums", __doc__, Path("runs/digit_sums"))
     console, settings = Console(), Settings()
+    arms = [arm for arm in ARMS if arm.in_short or arguments.seeds > SHORT]
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    records = run_seeds(range(arguments.seeds), settings, ARMS, arguments.out, console)
+    records = run_seeds(range(arguments.seeds), settings, arms, arguments.out, console)
     seconds = time.monotonic() - started
 
-    summary = report.summarize(records, ARMS)
-    console.print(report.table(summary, ARMS, arguments.seeds))
+    summary = report.summarize(records, arms)
+    console.print(report.table(summary, arms, arguments.seeds))
     console.print(
         "Held-out sums: of digit pairs that no image example added. Seen sums: of the fine-tuning's pairs.\n"
         "Reading: both digits are named right, whatever follows. "
@@ -32,23 +33,30 @@ def main() -> None:
         highlight=False,
     )
     files = [arguments.out / name for name in ("results.json", "loss.png", "trade_off.png")]
-    report.write_json(files[0], settings, ARMS, records, summary, seconds)
-    figures.draw_loss(files[1], records, ARMS)
-    figures.draw_trade_off(files[2], records, ARMS)
+    report.write_json(files[0], settings, arms, records, summary, seconds)
+    figures.draw_loss(files[1], records, arms)
+    figures.draw_trade_off(files[2], records, arms)
     console.print(f"{seconds / 60:.1f} minutes. Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.digit_sums", description=__doc__)
+def parse_arguments(command: str, what: str | None, out: Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=command, description=what)
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument(
-        "--short", dest="seeds", action="store_const", const=SHORT, help=f"{SHORT} seeds: a few minutes (the default)"
+        "--short",
+        dest="seeds",
+        action="store_const",
+        const=SHORT,
+        help=f"{SHORT} seeds and fewer arms: a few minutes (the default)",
     )
     seeds.add_argument("--full", dest="seeds", action="store_const", const=FULL, help=f"{FULL} seeds")
-    seeds.add_argument("--seeds", type=positive, metavar="N", help="that many seeds, from 0 on")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/digit_sums"), metavar="DIR", help="where to write (default: %(default)s)"
+    seeds.add_argument(
+        "--seeds",
+        type=positive,
+        metavar="N",
+        help=f"that many seeds, from 0 on; up to {SHORT} with the arms of --short",
     )
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="where to write (default: %(default)s)")
     parser.set_defaults(seeds=SHORT)
     return parser.parse_args()
 

@@ -10,10 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
-from drift_kernels import AlphaScheduler, FusedDriftAdamW, linear_anneal
+from drift_kernels import AlphaScheduler, FusedDriftAdamW, Prior, linear_anneal
+from drift_kernels.integrations.peft import lora_prior
+from drift_kernels.prior.summary import group_deltas
 
+from ..lora import begin_along
 from .data import ALL_PAIRS, DigitImages, Example, chain, image_examples, reading, split_pairs, text_examples
-from .models import multimodal_model, text_model
+from .models import multimodal_model, text_model, with_adapters
 from .priors import drift_prior, merge
 from .settings import Arm, Settings, Stage
 from .train import LossCurve, answers, fit
@@ -40,10 +43,17 @@ class SeedRun:
         self.held_out_sums = image_examples(held_out, images.test, settings.test_examples, chain, rng)
 
     def run(self, arms: Sequence[Arm]) -> dict[str, Any]:
-        """The record of the seed: how well its expert adds, and each arm's scores and loss curve."""
+        """The record of the seed: how well its expert adds, how much of the prior its low-rank forms keep, and each
+        arm's scores and loss curve."""
         expert = self.make_models()
         self.make_priors()
-        return {"seed": self.seed, "expert": expert, "arms": {arm.name: self.run_arm(arm) for arm in arms}}
+        kept = {rank: self.make_prior(rank) for rank in {arm.prior_rank for arm in arms} if rank is not None}
+        return {
+            "seed": self.seed,
+            "expert": expert,
+            "kept_energy": kept,
+            "arms": {arm.name: self.run_arm(arm) for arm in arms},
+        }
 
     def make_models(self) -> float:
         """Train and save the base, the expert and the reader; returns the share of text sums the expert gets right."""
@@ -60,9 +70,18 @@ class SeedRun:
 
     def make_priors(self) -> None:
         """The prior of DRIFT (expert - reader), and the task vector of merging (expert - base)."""
+        self._build("prior")
+        self._build("task_vector", "--reference", self.folder / "base")
+
+    def make_prior(self, rank: int) -> float:
+        """The prior in low-rank form; returns the part of its energy that is kept."""
+        self._build(f"prior_{rank}", "--rank", rank)
+        (group,) = group_deltas(Prior.open(self.folder / f"prior_{rank}"), lambda name: True).values()
+        return 1.0 if group.kept_energy is None else group.kept_energy
+
+    def _build(self, name: str, *options: object) -> None:
         models = ["--expert", self.folder / "expert", "--base", self.folder / "reader", "--overwrite"]
-        drift_prior("build", *models, "--out", self.folder / "prior")
-        drift_prior("build", *models, "--out", self.folder / "task_vector", "--reference", self.folder / "base")
+        drift_prior("build", *models, "--out", self.folder / name, *options)
 
     def run_arm(self, arm: Arm) -> dict[str, Any]:
         """From the saved reader to a model that adds: the arm's scores, and the loss curve of its fine-tuning."""
@@ -82,10 +101,18 @@ class SeedRun:
         }
 
     def _tune(self, model: PreTrainedModel, arm: Arm) -> LossCurve:
-        drift = {}
-        if arm.scaling:
-            drift = {"prior": self.folder / "prior", "prior_scaling": arm.scaling, "alpha": arm.alpha}
-        return self._fit(arm.name, model, self.tuning_sums, self.settings.tuning, arm.anneal, **drift)
+        prior: Any = self.folder / ("prior" if arm.prior_rank is None else f"prior_{arm.prior_rank}")
+        tuned = model
+        if arm.rank is not None:
+            tuned = with_adapters(model, arm.rank, self.seed)
+            prior = lora_prior(tuned, prior)
+            if arm.along:
+                begin_along(prior)
+        drift = {"prior": prior, "prior_scaling": arm.scaling, "alpha": arm.alpha} if arm.scaling else {}
+        loss = self._fit(arm.name, tuned, self.tuning_sums, self.settings.stage(arm), arm.anneal, **drift)
+        if tuned is not model:
+            tuned.merge_and_unload()  # into `model`
+        return loss
 
     def _fit(
         self,
@@ -97,7 +124,7 @@ class SeedRun:
         **drift: Any,
     ) -> LossCurve:
         optimizer = FusedDriftAdamW(
-            model.named_parameters(),
+            [(name, param) for name, param in model.named_parameters() if param.requires_grad],
             lr=stage.lr,
             weight_decay=stage.weight_decay,
             max_grad_norm=stage.max_grad_norm,

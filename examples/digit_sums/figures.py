@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from .report import Record
 from .settings import Arm
 
-# Colours of Okabe and Ito, which colour-blind readers can tell apart. An annealed arm is drawn hollow or dashed.
+# Colours of Okabe and Ito, which colour-blind readers can tell apart. An annealed arm is drawn hollow or dashed. One
+# with adapters is dotted, and a triangle: it points down, or to the right if they begin along the prior.
 _COLOURS = {"gradnorm": "#0072b2", "adaptive_cosine": "#d55e00", "decoupled": "#009e73"}
 _MARKERS = {"gradnorm": "o", "adaptive_cosine": "^", "decoupled": "D"}
 
@@ -26,7 +27,7 @@ def draw_loss(path: Path, records: Sequence[Record], arms: Sequence[Arm]) -> Non
             curves = [record["arms"][arm.name]["loss"] for record in records]
             steps = [step for step, _ in curves[0]]
             losses = [statistics.mean(loss for _, loss in points) for points in zip(*curves, strict=True)]
-            axes.plot(steps, losses, color=_colour(arm), linestyle="--" if arm.anneal else "-", label=arm.name)
+            axes.plot(steps, losses, color=_colour(arm), linestyle=_line(arm), label=arm.name)
     axes.set_yscale("log")
     _save(figure, axes, path)
 
@@ -81,7 +82,15 @@ def _colour(arm: Arm) -> str:
     return "#999999" if arm.merge else "black"
 
 
+def _line(arm: Arm) -> str:
+    if arm.rank is not None:
+        return "-." if arm.along else ":"
+    return "--" if arm.anneal else "-"
+
+
 def _marker(arm: Arm) -> str:
+    if arm.rank is not None:
+        return ">" if arm.along else "v"
     if arm.scaling:
         return _MARKERS[arm.scaling]
     return "s" if arm.tuned else "X"

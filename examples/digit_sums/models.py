@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
 from .data import EOS, IMAGE, MERGE_SIZE, PAD, PATCH_SIZE, TOKEN_ID, TOKENS, VISION_END, VISION_START
@@ -65,3 +66,10 @@ def multimodal_model(base: Qwen2ForCausalLM, seed: int) -> Qwen2_5_VLForConditio
     model.model.language_model.load_state_dict(base.model.state_dict())
     model.lm_head.load_state_dict(base.lm_head.state_dict())
     return model
+
+
+def with_adapters(model: Qwen2_5_VLForConditionalGeneration, rank: int, seed: int) -> PeftModel:
+    """The model with LoRA adapters on the language model's attention and MLP projections; all else is frozen."""
+    torch.manual_seed(seed)
+    projections = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=projections))

@@ -69,14 +69,14 @@ def write_json(
     arms: Sequence[Arm],
     records: Sequence[Record],
     summary: dict[str, dict[str, Any]],
-    seconds: float,
+    seconds: float | None = None,
 ) -> None:
     """Everything that the table and the figures are made of, and what produced it."""
     modules = (drift_kernels, torch, transformers)
     versions = {module.__name__: module.__version__ for module in modules} | {"python": platform.python_version()}
     content = {
         "versions": versions,
-        "seconds": round(seconds, 1),
+        "seconds": None if seconds is None else round(seconds, 1),
         "settings": asdict(settings),
         "arms": [asdict(arm) for arm in arms],
         "summary": summary,

@@ -28,6 +28,10 @@ class Arm:
     scaling: str | None = None  # how the prior acts during the fine-tuning; None: there is no prior
     alpha: float = 0.0
     anneal: float | None = None  # alpha falls linearly to 0 over this part of the fine-tuning; None: it stays
+    rank: int | None = None  # of LoRA adapters, which are trained in place of the weights; None: there are none
+    along: bool = False  # the adapters begin along the prior
+    prior_rank: int | None = None  # of the prior's deltas; None: they are whole
+    in_short: bool = True  # whether the short run has it
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Settings:
     expert: Stage = Stage(steps=400, lr=1e-3)
     reader: Stage = Stage(steps=500, lr=1e-3)
     tuning: Stage = Stage(steps=200, lr=5e-4)
+    adapters: Stage = Stage(steps=200, lr=5e-3)  # the tuning of arms that train adapters
     reader_examples: int = 4000
     tuning_examples: int = 400
     test_images: int = 500  # of scikit-learn's 1,797; no stage trains on them
@@ -43,18 +48,28 @@ class Settings:
 
     def total_steps(self, arms: Sequence[Arm]) -> int:
         """Optimizer steps of one seed."""
-        tuned = sum(arm.tuned for arm in arms)
-        return self.base.steps + self.expert.steps + self.reader.steps + tuned * self.tuning.steps
+        tuned = sum(self.stage(arm).steps for arm in arms if arm.tuned)
+        return self.base.steps + self.expert.steps + self.reader.steps + tuned
 
+    def stage(self, arm: Arm) -> Stage:
+        """The fine-tuning of an arm."""
+        return self.tuning if arm.rank is None else self.adapters
+
+
+RANK = 16  # of all adapters
 
 ARMS = (
     Arm("no fine-tuning", tuned=False),
     Arm("merge", tuned=False, merge=1.0),
     Arm("SFT"),
     Arm("merge, then SFT", merge=1.0),
-    Arm("gradnorm", scaling="gradnorm", alpha=1.0),
+    Arm("gradnorm", scaling="gradnorm", alpha=1.0, in_short=False),
     Arm("gradnorm, annealed", scaling="gradnorm", alpha=2.0, anneal=0.5),
     Arm("adaptive_cosine", scaling="adaptive_cosine", alpha=1.0),
     Arm("adaptive_cosine, annealed", scaling="adaptive_cosine", alpha=2.0, anneal=0.5),
     Arm("decoupled, annealed", scaling="decoupled", alpha=60.0, anneal=0.5),
+    Arm("LoRA: SFT", rank=RANK, in_short=False),
+    Arm("LoRA: merge, then SFT", rank=RANK, merge=1.0, in_short=False),
+    Arm("LoRA: decoupled, annealed", rank=RANK, scaling="decoupled", alpha=7.0, anneal=0.5, in_short=False),
+    Arm("LoRA along the prior: the same", rank=RANK, scaling="decoupled", alpha=4.0, anneal=0.5, along=True),
 )
