@@ -165,7 +165,11 @@ class Adapted:
     def weights(self, named_parameters: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """The weights that these parameters are trained for, and what has their shapes; one with adapters once."""
         adapters = {name: self.adapter_of(name) for name, _ in named_parameters}
-        adapted = {a.weight: torch.empty(a.shape, device="meta") for a in adapters.values() if a is not None}
+        adapted = {
+            a.weight: torch.empty(a.shape, dtype=torch.float32, device="meta")
+            for a in adapters.values()
+            if a is not None
+        }
         own = [(self.weight_of(name), param) for name, param in named_parameters if adapters[name] is None]
         return own + list(adapted.items())
 
