@@ -12,7 +12,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ class Adapter:
         return torch.ones(self.shape)
 
 
-def adapters(rank: int) -> list[Adapter]:
-    named = shapes.named_shapes("qwen2.5-vl-7b", layers=1)
+def adapters(rank: int, scale: float) -> list[Adapter]:
+    named = shapes.named_shapes("qwen2.5-vl-7b", scale, layers=1)
     weights = [(n, shape) for n, shape in named if shapes.covered(n, ["attn", "mlp"]) and n.endswith("weight")]
     return [
         Adapter(name, nn.Parameter(torch.randn(rank, n) / n**0.5), nn.Parameter(torch.randn(m, rank)))
@@ -70,20 +70,23 @@ def adapters(rank: int) -> list[Adapter]:
     ]
 
 
-def contenders(rank: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    exact = {a.weight: (0.01 * torch.randn(a.shape)).to(device, torch.bfloat16) for a in adapters(rank)}
+def contenders(rank: int, scale: float, device: torch.device) -> dict[str, Callable[[], object]]:
+    exact = {a.weight: (0.01 * torch.randn(a.shape)).to(device, torch.bfloat16) for a in adapters(rank, scale)}
     stored: dict[str, dict[str, Any]] = {
         "no prior": {},
         "bf16": exact,
         "int8": {name: quantize(delta.float(), torch.int8) for name, delta in exact.items()},
         f"rank {PRIOR_RANK}": {
-            name: LowRankDelta(delta[:, :PRIOR_RANK].contiguous(), delta[:PRIOR_RANK].contiguous())
-            for name, delta in exact.items()
+            name: LowRankDelta(
+                torch.randn(m, PRIOR_RANK, dtype=torch.bfloat16, device=device),
+                torch.randn(PRIOR_RANK, n, dtype=torch.bfloat16, device=device),
+            )
+            for name, (m, n) in ((name, delta.shape) for name, delta in exact.items())
         },
     }
     steps: dict[str, Callable[[], object]] = {"reading bf16": lambda: [delta.sum() for delta in exact.values()]}
     for kind, deltas in stored.items():
-        own = adapters(rank)
+        own = adapters(rank, scale)
         named = [pair for adapter in own for pair in zip(adapter.names, adapter.params(), strict=True)]
         for _, param in named:
             param.data = param.data.to(device)
@@ -93,8 +96,8 @@ def contenders(rank: int, device: torch.device) -> dict[str, Callable[[], object
     return steps
 
 
-def measure(rank: int, reps: int, device: torch.device) -> list[dict[str, Any]]:
-    steps = contenders(rank, device)
+def measure(rank: int, scale: float, reps: int, device: torch.device) -> list[dict[str, Any]]:
+    steps = contenders(rank, scale, device)
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for step in steps.values():
         step()
@@ -105,7 +108,7 @@ def measure(rank: int, reps: int, device: torch.device) -> list[dict[str, Any]]:
             steps[kind]()
             _synchronize(device)
             times[kind].append(1e3 * (time.perf_counter() - start))
-    elements = sum(m * n for m, n in (adapter.shape for adapter in adapters(rank)))
+    elements = sum(m * n for m, n in (adapter.shape for adapter in adapters(rank, scale)))
     read = Spread.of(times["reading bf16"]).median
     return [
         {
@@ -126,16 +129,17 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__)
     parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="divide the widths by it (default: %(default)s)")
     parser.add_argument("--reps", type=int, default=15, help="repetitions of each (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     metadata = row_metadata(device)
-    rows = [row | metadata for row in measure(args.rank, args.reps, device)]
+    rows = [row | metadata for row in measure(args.rank, args.scale, args.reps, device)]
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     title = f"a step of rank {args.rank} adapters, one layer of Qwen2.5-7B ({rows[0]['elements']:,} elements)"

@@ -55,6 +55,8 @@ class FusedDriftAdamW(Optimizer):
         prior_scaling: "absolute", "gradnorm", "adaptive_cosine" or "decoupled" (docs/method.md).
         normalize_to_param: with "absolute", rescale each delta to norm(W): of the base checkpoint, or, for a mapping,
             of the parameter when it is first stepped.
+        anchor: pull by what is left of the way, expert - W as W is now, so that the pull ends where the expert is
+            (docs/method.md). Each parameter then has where it is pulled in its state (`prior_target`).
         prior_device: "cpu" leaves the deltas of CUDA parameters in pinned host memory, where the kernels read them in
             every step; None moves each to its parameter's device.
         max_grad_norm: clip the biased gradient of all parameters together to this norm, inside the step; `math.inf`
@@ -112,6 +114,7 @@ class FusedDriftAdamW(Optimizer):
         alpha: AlphaLike = 1.0,
         prior_scaling: PriorScaling = "adaptive_cosine",
         normalize_to_param: bool = False,
+        anchor: bool = False,
         prior_device: str | torch.device | None = None,
         max_grad_norm: float | None = None,
         state_dtype: torch.dtype | StateDType = torch.float32,
@@ -129,7 +132,7 @@ class FusedDriftAdamW(Optimizer):
         backends.check_name(backend)
         self.precision = Precision.of(state_dtype, rounding, master_weights)
         group_alpha, strengths = Strengths.split(alpha)
-        binding = None if prior is None else PriorBinding.of(prior, prior_device, strengths)
+        binding = None if prior is None else PriorBinding.of(prior, prior_device, strengths, bool(anchor))
         self._engine = Engine(AdamW(self.precision), binding, backend, max_grad_norm)
         defaults = {
             "lr": lr,
@@ -213,9 +216,7 @@ class FusedDriftAdamW(Optimizer):
         if self._in_backward is not None and self._in_backward.attached:
             self._in_backward.finish(grad_scale)
         elif not self.state and not capturing() and only_asks_for_states(self.param_groups):
-            for _, param in named_params(self.param_groups):
-                if param.grad is not None:
-                    self._engine.rule.state_of(self.state, param)
+            self._engine.make_states(self.param_groups, self.state)
         else:
             self._engine.step(self.param_groups, self.state, grad_scale)
         if self._engine.binding is not None and self._engine.binding.adapted.refresh > 1:
@@ -274,12 +275,12 @@ class FusedDriftAdamW(Optimizer):
     def memory_report(self) -> dict[str, float]:
         """Bytes per parameter of what the last step worked on, by kind and in all ("total"), without the gradients.
 
-        "param", "states", "scales" (of codes), "param_residual" (the other halves of masters) and "prior" (under
-        adapters also the deltas that are projected onto them); as allocated, over the elements of the parameters that
+        "param", "states", "scales" (of codes), "param_residual" (the other halves of masters) and "prior" (also
+        what deltas that change are made of: those of weights, projected onto adapters, or targets); as allocated, over the elements of the parameters that
         had a gradient. Empty before the first step.
         """
         binding = self._engine.binding
-        return memory_report(self._engine.batches, 0 if binding is None else binding.adapted.nbytes())
+        return memory_report(self._engine.batches, 0 if binding is None else binding.nbytes())
 
     def master_weight(self, param: Tensor) -> Tensor:
         """The float32 master of a parameter, in memory of its own: of the parameter itself before the first step.

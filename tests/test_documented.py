@@ -225,6 +225,21 @@ def test_lightning(given: dict[str, Any]) -> None:
     assert [group["alpha"] for group in optimizer.param_groups] == [0.998, 0.998]  # two steps of the schedule
 
 
+# docs/priors.md
+
+
+def test_merging(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = re.findall(r"^    drift-prior (.+)$", (ROOT / "docs" / "priors.md").read_text(), re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["combine", "combine", "apply"]
+    for name, source in (("prior-math", "prior"), ("prior-code", "prior"), (BASE, BASE)):
+        (tmp_path / name).symlink_to(checkpoints / source)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert main(shlex.split(command)) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained("merged")
+    assert not all(map(torch.equal, weights(merged), weights(tiny.base_model())))
+
+
 # docs/distributed.md
 
 

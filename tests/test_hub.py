@@ -10,7 +10,7 @@ import pytest
 from checkpoints import text_weights, write_checkpoint
 from loopback import COMMIT, LoopbackHub
 
-from drift_kernels import CheckpointError, Prior, PriorFormatError, build_prior
+from drift_kernels import CheckpointError, Prior, PriorFormatError, apply_prior, build_prior
 from drift_kernels.cli import main
 from drift_kernels.prior.hub import public_name
 from drift_kernels.prior.ranges import can_read_ranges
@@ -53,6 +53,23 @@ def test_only_what_is_read_is_fetched(
     for repository, weights in (("org/in-1", {"model.safetensors"}), ("org/in-3", shards)):
         assert hub.fetched(repository) - small == weights
         assert hub.in_parts(repository) == (weights if can_read_ranges() and not whole else set())
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_base_that_a_prior_is_applied_to_is_fetched_with_what_lies_beside(
+    hub: LoopbackHub, tmp_path: Path, shards: int
+) -> None:
+    repository = hub.folder / f"org/in-{shards}"
+    beside = ["tokenizer.json", "chat_template.jinja", "LICENSE", "additional_chat_templates/tool.jinja"]
+    for name in beside:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text(name)
+    prior = build_prior(hub.folder / "org/base", repository, tmp_path / "prior")
+    apply_prior(prior, f"org/in-{shards}@main", tmp_path / "out")
+    weights = {path.name for path in repository.glob("model*") if "fp16" not in path.name and "gguf" not in path.name}
+    assert hub.fetched(f"org/in-{shards}") == {"config.json", *beside, *weights}
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert written == {"config.json", *beside, *weights, "drift_applied.json"}
 
 
 def test_a_stale_index_fetches_no_shards(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from lora import adapted_model, deltas, gradients, loss_of, train
 from torch import Tensor, nn
 
+from benchmarks import adapters as benchmark
 from drift_kernels import FusedDriftAdamW, GradientBias, attach_prior
 from drift_kernels.engine import projecting
 from drift_kernels.integrations import named_groups
@@ -119,3 +123,34 @@ def test_hooks_bias_as_all_together() -> None:
                     if param.grad is not None:
                         param -= 0.1 * param.grad
     hooks.remove()
+
+
+def test_a_state_without_deltas_has_them_renewed_at_once() -> None:
+    """Of torch.distributed.checkpoint, or of an optimizer that renewed in every step; in between two renewals too."""
+
+    def start(refresh: int) -> tuple[nn.Module, FusedDriftAdamW]:
+        model = adapted_model()
+        return model, FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(), refresh=refresh), lr=1e-2)
+
+    model, optimizer = start(3)
+    train(model, optimizer, 0, 4)
+    weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        del state["prior_delta"]
+    results = []
+    for refresh in (3, 1):
+        model, optimizer = start(refresh)
+        train(model, optimizer, 0, 2)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(saved)
+        results.append(train(model, optimizer, 4, 5))
+    for name, expected in results[1].items():
+        assert torch.equal(results[0][name], expected), name
+
+
+def test_the_benchmark_of_renewals(tmp_path: Path) -> None:
+    benchmark.main(["--scale", "64", "--rank", "2", "--reps", "2", "--device", "cpu", "--json", str(tmp_path / "rows")])
+    rows = {row["kind"]: row for row in json.loads((tmp_path / "rows").read_text())}
+    assert list(rows) == ["reading bf16", "no prior", "bf16", "int8", "rank 64"]
+    assert rows["reading bf16"]["ratio_to_reading"] == 1
+    assert {row["elements"] for row in rows.values()} == {2 * 56 * 56 + 2 * 8 * 56 + 3 * 296 * 56}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import text_weights, tuned, write_checkpoint
 
-from drift_kernels import Prior, build_prior
+from drift_kernels import Prior, apply_prior, build_prior
 
 ROOT = Path(__file__).parents[1]
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -24,7 +24,7 @@ for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # whatever the tests run under
     signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 from drift_kernels import cli
 from drift_kernels.cli import building
-from drift_kernels.prior import build, shards
+from drift_kernels.prior import build, shards, writing
 folder, moment, words = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 
 def pausing(function, when=lambda: True, seconds=60):
@@ -38,6 +38,8 @@ def pausing(function, when=lambda: True, seconds=60):
 renames = []
 if moment == "in a piece":
     shards.TensorFileWriter.append = pausing(shards.TensorFileWriter.append)
+elif moment == "in a write":
+    writing.FileWriter.write = pausing(writing.FileWriter.write)
 elif moment == "before the record":
     build.write_json = pausing(build.write_json)
 elif moment == "between the renames":
@@ -51,8 +53,14 @@ if "twice" in words:
     shutil.rmtree = pausing(shutil.rmtree, seconds=0.5)
 if "nohup" in words:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-paths = ["--expert", folder / "expert", "--base", folder / "base", "--out", folder / "prior"]
-sys.argv = ["drift-prior", "build", *map(str, paths), "--overwrite"]
+commands = {
+    "build": ["--expert", folder / "expert", "--base", folder / "base"],
+    "combine": [folder / "one", folder / "one", "--weights", 1, 2, "--method", "dare_ties", "--density", 0.5],
+    "apply": [folder / "one", "--base", folder / "base"],
+}
+which = next((word for word in words if word in commands), "build")
+options = [*commands[which], "--out", folder / "prior", "--overwrite"]
+sys.argv = ["drift-prior", which, *map(str, options)]
 sys.exit(cli.main())
 """
 
@@ -66,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Running:
-    """A build that says when it has come to a moment."""
+    """A command, `build` or one of the words, that says when it has come to a moment."""
 
     def __init__(self, folder: Path, moment: str, *words: str) -> None:
         command = [sys.executable, "-c", COMMAND, str(folder), moment, *words]
@@ -116,6 +124,25 @@ def test_the_prior_that_was_to_be_replaced_stays(folder: Path, moment: str, name
     assert leftovers(folder) == ["prior"]
     assert Prior.open(folder / "prior").fingerprint == old.fingerprint
     assert Prior.open(folder / "prior").verify().intact
+
+
+@pytest.mark.parametrize("moment", ["in a write", "between the renames"])
+@pytest.mark.parametrize("command", ["combine", "apply"])
+def test_combine_and_apply(folder: Path, command: str, moment: str) -> None:
+    """Nothing is left of what is stopped, and what it was to replace stays."""
+    one = build_prior(folder / "expert", folder / "base", folder / "one")
+    if moment == "between the renames":
+        if command == "combine":
+            shutil.copytree(folder / "one", folder / "prior")
+        else:
+            apply_prior(one, folder / "base", folder / "prior", scale=-1)
+    before = {path.name: path.read_bytes() for path in (folder / "prior").glob("*")}
+    running = Running(folder, moment, command)
+    assert len(leftovers(folder)) > 0
+    running.send("SIGTERM")
+    assert running.end()[0] == STATUS["SIGTERM"]
+    assert leftovers(folder) == (["prior"] if before else [])
+    assert {path.name: path.read_bytes() for path in (folder / "prior").glob("*")} == before
 
 
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])

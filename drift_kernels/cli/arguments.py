@@ -22,7 +22,10 @@ EXIT_STATUS = (
     "Exit status: 0 when all is well; 1 when it failed, or found a prior that does not fit or is damaged; 2 for a "
     "wrong command line; 129, 130 or 143 when SIGHUP, Ctrl-C or SIGTERM stopped it. Errors and warnings go to stderr."
 )
-CHECKPOINT = "a checkpoint's folder, or a Hub id: org/name or org/name@revision"
+CHECKPOINT = (
+    "a checkpoint's folder; a Hub id, org/name or org/name@revision, of which only what is needed is fetched; or "
+    "BASE+ADAPTER, two of these, with a PEFT LoRA adapter. FP8 with scales is read too"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 PRIOR = "a prior's folder, or a Hub id"
 

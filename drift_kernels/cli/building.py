@@ -14,9 +14,9 @@ from .output import progress_bar
 
 def add(commands: Commands) -> None:
     build = add_command(commands, "build", "build a prior: expert - base, or expert - reference", _run)
-    for role in ("expert", "base"):
-        build.add_argument(f"--{role}", required=True, metavar="DIR", help=CHECKPOINT)
-    build.add_argument("--reference", metavar="DIR", help="subtract this checkpoint instead of the base")
+    build.add_argument("--expert", required=True, metavar="CHECKPOINT", help=CHECKPOINT)
+    build.add_argument("--base", required=True, metavar="CHECKPOINT", help="likewise; training starts from it")
+    build.add_argument("--reference", metavar="CHECKPOINT", help="likewise; subtracted instead of the base")
     build.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     build.add_argument("--overwrite", action="store_true", help="replace the prior that is there")
     build.add_argument(

@@ -17,7 +17,9 @@ from .output import print_json, progress_bar
 def add(commands: Commands) -> None:
     check = add_command(commands, "check", "does a prior fit a model, and are its files as they were built?", _run)
     check.add_argument("prior", metavar="PRIOR", help=PRIOR)
-    check.add_argument("--model", metavar="DIR", help=f"fit this model? reads names and shapes only; {CHECKPOINT}")
+    check.add_argument(
+        "--model", metavar="CHECKPOINT", help=f"fit this model? reads names and shapes only; {CHECKPOINT}"
+    )
     check.add_argument("--verify", action="store_true", help="read the prior through and compare its checksums")
     check.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -124,7 +124,7 @@ class BackwardHandle:
         # In place of the gradients that are still to come: of the same dtypes.
         stand_ins: list[Tensor | None] = [p.detach() if id(p) in hooked else None for p in params]
         engine.prepare(param_groups, StepTensors(params, params, stand_ins), self._optimizer.state)
-        engine.renew(groups)
+        engine.renew(groups, params)
         for batch in engine.batches:
             batch.release()
             batch.begin(groups, UNSCALED)

@@ -20,6 +20,7 @@ from ..prior.fusion import Source, stored_names
 from ..prior.names import module_of
 from ..prior.strengths import Strengths
 from ..sharding import Reduction, Shard
+from .anchoring import Anchors
 from .lookalikes import Candidate, check_not_weights
 from .pinned import Readers
 from .projecting import Adapted
@@ -64,10 +65,17 @@ class PriorBinding:
     replace parameters between the two. A copy or a pickled binding loads its own.
     """
 
-    def __init__(self, given: Prior | AdapterPrior, on_host: bool = False, strengths: Strengths | None = None) -> None:
+    def __init__(
+        self,
+        given: Prior | AdapterPrior,
+        on_host: bool = False,
+        strengths: Strengths | None = None,
+        anchored: bool = False,
+    ) -> None:
         adapted = given if isinstance(given, AdapterPrior) else None
         self.prior = prior = given if isinstance(given, Prior) else given.prior
-        self.adapted = Adapted(adapted, on_host)
+        self.adapted = Adapted(adapted, on_host, anchored)
+        self.anchors = Anchors() if anchored else None
         self._on_host = on_host  # whether deltas stay in pinned host memory
         self._alphas = dict.fromkeys(prior.names, 1.0) if strengths is None else strengths.of(prior.names)
         self._readers = Readers()
@@ -79,17 +87,31 @@ class PriorBinding:
         self._bound: dict[str, BoundDelta] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_bound": {}, "_readers": Readers()}
+        return {
+            **vars(self),
+            "_bound": {},
+            "anchors": None if self.anchors is None else Anchors(),
+            "_readers": Readers(),
+        }
 
     @classmethod
     def of(
-        cls, prior: PriorLike | AdapterPrior, device: str | torch.device | None, strengths: Strengths | None = None
+        cls,
+        prior: PriorLike | AdapterPrior,
+        device: str | torch.device | None,
+        strengths: Strengths | None = None,
+        anchored: bool = False,
     ) -> PriorBinding:
         """A binding of a prior, of the folder of one, of a mapping from names to deltas, or of a prior for adapters;
         `device`: "cpu" or None."""
         if device is not None and torch.device(device).type != "cpu":
             raise ValueError(f"prior_device must be 'cpu', or None for that of each parameter, got {device}")
-        return cls(prior if isinstance(prior, AdapterPrior) else Prior.of(prior), device is not None, strengths)
+        if anchored and device is not None and not isinstance(prior, AdapterPrior):
+            raise ValueError(
+                "anchor=True keeps what is left of the way beside the parameters: prior_device must be None"
+            )
+        given = prior if isinstance(prior, AdapterPrior) else Prior.of(prior)
+        return cls(given, device is not None, strengths, anchored)
 
     def check(self, named_parameters: list[tuple[str, Tensor]]) -> None:
         """Matches the parameters, unless they are among those of the last time, and says what the prior acts on.
@@ -165,6 +187,34 @@ class PriorBinding:
             self._bound[name] = replace(self._bound[name], param_norm=norm_at_first)
         check_not_weights([self._candidate(*entry) for entry in new if self._info(entry[0]).param_norm is None])
         return [self._placed(name, param) if name in self._sources else None for name, param, _ in named]
+
+    def nbytes(self) -> int:
+        """Of what deltas are made of that change with the parameters."""
+        return self.adapted.nbytes() + (0 if self.anchors is None else self.anchors.nbytes())
+
+    @property
+    def keeps_in_states(self) -> bool:
+        """Whether something of the prior outlives a step."""
+        return self.anchors is not None or self.adapted.refresh > 1
+
+    def keep(self, name: str, param: Tensor, state: dict[str, Any], decoupled: bool) -> BoundDelta:
+        """Has the state of a parameter that has been bound hold what outlives a step: where the parameter is pulled, or
+        the delta of an adapter. Takes what the state holds already. Returns the delta that the steps read."""
+        if self.adapted.adapter_of(name) is not None:
+            self.adapted.share(name, param, state, decoupled)
+        elif self.anchors is not None:
+            bound = self._bound[name]
+            anchor = self.anchors.bind(name, param, state, bound.stored if bound.norm is None else None)
+            self._bound[name] = replace(bound, delta=anchor.left, delta_scale=None, norm=anchor.norm)
+        return self._bound[name]
+
+    def renew(self, params: Mapping[str, tuple[Tensor, bool]], due: bool) -> None:
+        """Makes the deltas of these parameters anew, which change with them: what this rank holds of each, and whether
+        its scaling moves parameters. Those of adapters where `due`."""
+        adapted = {name for name in params if self.adapted.adapter_of(name) is not None}
+        self.adapted.renew({name: decoupled for name, (_, decoupled) in params.items() if name in adapted}, due)
+        if self.anchors is not None:
+            self.anchors.renew({name: param for name, (param, _) in params.items() if name not in adapted})
 
     def _load(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:
         """Of a shard with the norms of the shard, for `_measure`."""

@@ -101,7 +101,7 @@ class Engine:
             self.reset()
         tensors = self._tensors(param_groups)
         self.prepare(param_groups, tensors, {} if states is None else states)
-        self.renew(groups)
+        self.renew(groups, tensors.params)
         if capturing():
             for index, group in enumerate(param_groups):
                 check_capture(group, index)
@@ -128,6 +128,14 @@ class Engine:
             place_grads(whole)
         return StepTensors(whole, *local_pairs(whole, list(map(attrgetter("grad"), whole))))
 
+    def make_states(self, param_groups: ParamGroups, states: States) -> None:
+        """Makes the states of every parameter that has a gradient, with what the prior keeps in them."""
+        if self.binding is not None and self.binding.keeps_in_states:
+            self.prepare(param_groups, self._tensors(param_groups), states)
+        for _, param in named_params(param_groups):
+            if param.grad is not None:
+                self.rule.state_of(states, param)
+
     def prepare(self, param_groups: ParamGroups, tensors: StepTensors, states: States) -> None:
         """Gives the plans their gradients, after making new ones if anything that they depend on has changed."""
         present = _Present.of(tensors, states)
@@ -141,10 +149,15 @@ class Engine:
             if batch.backend.READS_TENSORS:
                 batch.lend(tensors.whole, states)
 
-    def renew(self, groups: list[Hyperparameters]) -> None:
-        """Renews the deltas of adapters' parameters, where the prior acts: in every `refresh`-th such step."""
+    def renew(self, groups: list[Hyperparameters], params: list[Tensor]) -> None:
+        """Renews the deltas that change with the parameters, where the prior acts: those of adapters in every
+        `refresh`-th such step. `params`: what this rank holds of all."""
         slots = [batch.slots[row] for batch in self.batches for row in batch.renewed]
-        acting = {slot.name: groups[slot.group] for slot in slots if groups[slot.group].acts}
+        acting = {
+            slot.name: (params[slot.index], groups[slot.group].moves_params)
+            for slot in slots
+            if groups[slot.group].acts
+        }
         if self.binding is None or not acting:
             return
         adapted = self.binding.adapted
@@ -152,7 +165,7 @@ class Engine:
             raise RuntimeError(
                 f"a CUDA graph renews deltas in every replay or in none: refresh must be 1, got {adapted.refresh}"
             )
-        adapted.renew({name: h.moves_params for name, h in acting.items()}, due=self.turn == 0)
+        self.binding.renew(acting, due=self.turn == 0)
         self.turn = (self.turn + 1) % adapted.refresh
         for batch in self.batches:
             batch.take_norms()
@@ -196,7 +209,7 @@ class Engine:
             key = int(group[SEED]) + (i << 32) if drawn else None
             state = self.rule.state_of(states, param)
             if self.binding is not None and bound is not None and self.rule.advances:
-                self.binding.adapted.share(name, param, state, SCALINGS[group["prior_scaling"]].decoupled != 0)
+                bound = self.binding.keep(name, param, state, SCALINGS[group["prior_scaling"]].decoupled != 0)
             kinds = own, grad, held("exp_avg", state), None if bound is None else bound.delta
             dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)
             copy = None if self.rule.writes_grads or own.is_contiguous() else own.detach().contiguous()

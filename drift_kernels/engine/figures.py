@@ -54,12 +54,12 @@ def _of_biased(vectors: list[tuple[DeviceBatch, Tensor | None]]) -> Tensor | Non
     return torch.cat([vector.to(found[0].device) for vector in found])
 
 
-def memory_report(batches: list[DeviceBatch], projected_bytes: int = 0) -> dict[str, float]:
+def memory_report(batches: list[DeviceBatch], made_of: int = 0) -> dict[str, float]:
     """Bytes per parameter by kind and in all ("total"), over the elements of the parameters in these batches; empty
     without any.
 
     Args:
-        projected_bytes: of deltas that are held to be projected onto adapters.
+        made_of: bytes of what deltas that change are made of.
     """
     plans = [launch.plan for batch in batches for launch in batch.launches]
     elements = sum(plan.numel for plan in plans)
@@ -69,5 +69,5 @@ def memory_report(batches: list[DeviceBatch], projected_bytes: int = 0) -> dict[
         kind: sum(plan.nbytes.get(name, 0) for plan in plans for name in names) / elements
         for kind, names in KINDS.items()
     }
-    report["prior"] += projected_bytes / elements
+    report["prior"] += made_of / elements
     return {**report, "total": sum(report.values())}

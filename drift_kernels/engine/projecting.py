@@ -67,9 +67,11 @@ class Projection:
     Args:
         delta: where it stays: on the adapter's device, or in host memory, from which it is copied in each renewal.
         device: of the adapter.
+        anchored: whether what the adapter has made of the delta is taken off.
     """
 
-    def __init__(self, adapter: Adapter, delta: Delta, device: torch.device) -> None:
+    def __init__(self, adapter: Adapter, delta: Delta, device: torch.device, anchored: bool) -> None:
+        self.anchored = anchored
         self.adapter = adapter
         self.delta = delta
         self.device = device
@@ -96,7 +98,11 @@ class Projection:
         factors = self.adapter.factors()
         delta = _on(self.delta, self.device)
         plain = [factor for factor in wanted if not decoupled[factor]]
-        found = projected(delta, factors, of_a=A in plain, of_b=B in plain) if plain else (None, None)
+        found = (
+            projected(delta, factors, of_a=A in plain, of_b=B in plain, anchored=self.anchored)
+            if plain
+            else (None, None)
+        )
         for factor in wanted:
             values = found[factor] if factor in plain else self._merged(factor, delta, factors)
             assert values is not None
@@ -106,18 +112,18 @@ class Projection:
     def _merged(self, factor: int, delta: Delta, factors: Factors) -> Tensor:
         """B moves the weight as far as A's rows reach; A itself only where B stays."""
         if factor == B:
-            return merged(delta, factors)
+            return merged(delta, factors, self.anchored)
         if B in self._sides:
             return torch.zeros_like(factors.a, dtype=factors.dtype)
         scaled = factors.b if factors.row_scale is None else factors.b * factors.row_scale.unsqueeze(1)
         mirrored = replace(factors, a=scaled.T, b=factors.a.T, row_scale=None, transposed=not factors.transposed)
-        return merged(delta, mirrored).T
+        return merged(delta, mirrored, self.anchored).T
 
     def _made_of(self, factor: int, decoupled: bool) -> MadeOf:
         """What the delta follows from, as far as it does not change with every step: the other factor, if it is frozen
-        and DoRA's norm does not follow both."""
+        and nothing else follows both."""
         other = self.adapter.params()[B if factor == A else A]
-        if other.requires_grad or self.adapter.is_dora:
+        if other.requires_grad or self.adapter.is_dora or self.anchored:
             return MadeOf(decoupled, None)
         return MadeOf(decoupled, (self.adapter.scale, id(other), version_of(other)))
 
@@ -129,9 +135,13 @@ class Adapted:
     Args:
         prior: None without adapters.
         on_host: whether the weights' deltas stay in host memory.
+        anchored: whether what adapters have made of them is taken off. Raises ValueError where that is not known.
     """
 
-    def __init__(self, prior: AdapterPrior | None, on_host: bool) -> None:
+    def __init__(self, prior: AdapterPrior | None, on_host: bool, anchored: bool) -> None:
+        if prior is not None and anchored:
+            _check_alone(prior)
+        self._anchored = anchored
         self.refresh = 1 if prior is None else prior.refresh
         self._adapters = {} if prior is None else prior.adapters_by_name()
         self._renamed = {} if prior is None else prior.renamed_plainly()
@@ -155,7 +165,11 @@ class Adapted:
     def weights(self, named_parameters: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """The weights that these parameters are trained for, and what has their shapes; one with adapters once."""
         adapters = {name: self.adapter_of(name) for name, _ in named_parameters}
-        adapted = {a.weight: torch.empty(a.shape, device="meta") for a in adapters.values() if a is not None}
+        adapted = {
+            a.weight: torch.empty(a.shape, dtype=torch.float32, device="meta")
+            for a in adapters.values()
+            if a is not None
+        }
         own = [(self.weight_of(name), param) for name, param in named_parameters if adapters[name] is None]
         return own + list(adapted.items())
 
@@ -180,7 +194,7 @@ class Adapted:
                 delta = with_rows(delta, adapter.shape[0])
             if self._on_host and param.is_cuda:
                 delta = _each(delta, Tensor.pin_memory)
-            found = self._projections[adapter.names] = Projection(adapter, delta, param.device)
+            found = self._projections[adapter.names] = Projection(adapter, delta, param.device, self._anchored)
         return found.bind(self._factor(name, adapter), param, shard)
 
     def delta_of(self, name: str) -> Delta:
@@ -223,6 +237,15 @@ class Adapted:
     @staticmethod
     def _factor(name: str, adapter: Adapter) -> int:
         return [without_wrappers(own) for own in adapter.names].index(without_wrappers(name))
+
+
+def _check_alone(prior: AdapterPrior) -> None:
+    """Raises ValueError where a weight moves by more than its one adapter."""
+    weights = [adapter.weight for adapter in prior.adapters]
+    for adapter in prior.adapters:
+        if adapter.is_dora or weights.count(adapter.weight) > 1:
+            why = "DoRA's magnitudes move it" if adapter.is_dora else "several adapters move it"
+            raise ValueError(f"anchor=True follows a weight by its adapter, and cannot follow {adapter.weight}: {why}")
 
 
 def _on(delta: Delta, device: torch.device) -> Delta:

@@ -45,7 +45,9 @@ def build_prior(
 ) -> Prior:
     """Build the prior `expert - base` (or `expert - reference`) and write it to the folder `out`.
 
-    `expert`, `base` and `reference` are folders of safetensors checkpoints, or Hub ids. Tensors pair up by canonical
+    `expert`, `base` and `reference` are folders of safetensors checkpoints; Hub ids, `org/name` or `org/name@revision`,
+    of which only what is needed is fetched; or `BASE+ADAPTER`, two of these, where the second is a PEFT LoRA adapter,
+    merged while it is read, in float32. FP8 codes with scales are read as float32 too. Tensors pair up by canonical
     name; `modules` are entries of names.PRESETS, as "attn", "mlp", "full", or "re:REGEX" over canonical names; `layers`
     are the base's layer numbers (default: all). Biases come with their weights unless `include_bias` is False; one that
     the expert does not have, and so is zero in it, is pulled to zero. Deltas are computed in float32 and stored as
@@ -56,7 +58,7 @@ def build_prior(
     found by names and shapes. It is recorded in the prior. Memory stays flat whatever the checkpoints' size.
 
     The folder appears under its name when it is complete; an existing prior is replaced only if `overwrite`. Raises
-    CheckpointError for damaged, incomplete, foreign, unreadable or quantised checkpoints and unmerged adapters,
+    CheckpointError for damaged, incomplete, foreign, unreadable or otherwise quantised checkpoints, other adapters,
     PriorError for checkpoints that do not fit each other or do not differ, a NaN or Inf, and an `out` in the way;
     ValueError for an unknown module or dtype and a rank below 1; OSError when `out` cannot be written.
     """

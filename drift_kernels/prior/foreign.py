@@ -8,9 +8,13 @@ from pathlib import Path
 
 from .names import some
 
+_GGUF = (
+    "take the safetensors checkpoint that it was made from, or save it as one with transformers, "
+    "from_pretrained(folder, gguf_file=...).save_pretrained(...)"
+)
 _BEGINNINGS = (  # of files, in lower case
     (b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS: run `git lfs pull` in its folder"),
-    (b"gguf", "a GGUF file: take the safetensors checkpoint that it was made from"),
+    (b"gguf", f"a GGUF file: {_GGUF}"),
     (b"pk\x03\x04", "a file of torch.save: save the model again with save_pretrained, as safetensors"),
     (b"<!doctype", "a web page: download the file again, logged in if need be"),
     (b"<html", "a web page: download the file again, logged in if need be"),
@@ -21,7 +25,7 @@ _NAMES = (  # the first whose pattern is found
         "a PEFT (LoRA) adapter",
         "it is no whole model: give BASE+ADAPTER, its base and this (or merge them: merge_and_unload())",
     ),
-    (("*.gguf",), "GGUF files", "take the safetensors checkpoint that they were made from"),
+    (("*.gguf",), "GGUF files", _GGUF),
     (("consolidated*", "*.pth"), "weights in their authors' own format", "take the checkpoint for transformers"),
     (
         ("*.safetensors",),

@@ -24,6 +24,10 @@ RESIDUAL = "param_residual"
 # The delta of an adapter's parameter, where it stays for several steps.
 PROJECTED = "prior_delta"
 
+# Where a prior pulls a parameter, if its pull is to fade on the way.
+TARGET = "prior_target"
+KEPT = frozenset((PROJECTED, TARGET))  # what a prior keeps in states, in a dtype of its own
+
 # The keys of tensors in a state, and which operand of a plan each is; and all keys that are this package's.
 OPERANDS = {
     **{key: key for key in (*STATES, *SCALES.values())},

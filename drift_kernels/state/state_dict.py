@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
@@ -13,7 +12,7 @@ from ..errors import PriorMismatchError
 from ..sharding import Reduction, Shard, local, local_pairs, part_for, wrap
 from .arrangement import ParamGroups, arranged
 from .param_groups import FINGERPRINT, named_params
-from .precision import OWN, PROJECTED, Precision, check_state, has_begun, with_keys_of_codes
+from .precision import KEPT, OWN, Precision, check_state, has_begun, with_keys_of_codes
 
 
 def only_asks_for_states(param_groups: list[dict[str, Any]]) -> bool:
@@ -77,7 +76,7 @@ def restore_states(optimizer: Optimizer, state_dict: StateDict, precision: Preci
         saved = state_dict["state"].get(saved_id, {})
         if has_begun(saved):
             others = {key: value for key, value in optimizer.state[param].items() if key not in OWN}
-            if PROJECTED in saved:
-                own = part_for(param, saved[PROJECTED]).to(local(param).device, torch.float32, copy=True)
-                others[PROJECTED] = wrap(own, param)
+            for key in KEPT.intersection(saved):
+                own = part_for(param, saved[key]).to(local(param).device, saved[key].dtype, copy=True)
+                others[key] = wrap(own, param)
             optimizer.state[param] = {**precision.restored_state(param, saved), **others}

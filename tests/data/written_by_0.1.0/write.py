@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -115,13 +115,17 @@ def _write_checkpoint(folder: Path, weights: dict[str, Tensor]) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+INFO = ("shape", "delta_norm", "param_norm", "cosine", "stored_cosine")  # later versions may know more
 COVERAGE = ("matched", "shape_mismatches", "prior_only", "model_only")
 
 
 def described(prior: Prior, shapes: Shapes) -> dict[str, Any]:
     """What a prior says of itself and of a model, as JSON has it."""
     coverage = prior.coverage(live_model(shapes))
-    infos = {name: {**asdict(prior.info(name)), "dtype": str(prior.info(name).dtype)} for name in prior.names}
+    known = {name: prior.info(name) for name in prior.names}
+    infos = {
+        name: {**{key: getattr(info, key) for key in INFO}, "dtype": str(info.dtype)} for name, info in known.items()
+    }
     content = {
         "fingerprint": prior.fingerprint,
         "infos": infos,
