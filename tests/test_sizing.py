@@ -174,6 +174,20 @@ def test_full_fine_tuning_takes_what_the_table_says(folder: Path, dtype: torch.d
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_anchor_takes_what_the_table_says(folder: Path, dtype: torch.dtype) -> None:
+    model = hf.Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
+    prior = {name: torch.randn(param.shape) for name, param in model.named_parameters() if "_proj." in name}
+    optimizer = FusedDriftAdamW(named_groups(model), lr=1e-3, prior=prior, anchor=True)
+    train(model, optimizer)
+    found = sizes(meta_model(folder)[0], FineTuning(rank=None, dtype=dtype, prior=torch.float32, anchor=True))
+    assert found["targets"] == bytes_of(state.get("prior_target") for state in optimizer.state.values())
+    elements = sum(param.numel() for param in model.parameters())
+    report = {kind: round(share * elements) for kind, share in optimizer.memory_report().items()}
+    assert found["targets"] + found["what is left"] == report["prior"]
+    assert found["states"] + found["targets"] == states(optimizer)
+
+
 def tied() -> hf.PretrainedConfig:
     """The head is no parameter of its own, and not where the last one is."""
     return hf.Qwen2Config(**{**SIZES, "tie_word_embeddings": True})

@@ -108,7 +108,9 @@ class SeedRun:
             prior = lora_prior(tuned, prior)
             if arm.along:
                 begin_along(prior)
-        drift = {"prior": prior, "prior_scaling": arm.scaling, "alpha": arm.alpha} if arm.scaling else {}
+        drift: dict[str, Any] = {}
+        if arm.scaling:
+            drift = {"prior": prior, "prior_scaling": arm.scaling, "alpha": arm.alpha, "anchor": arm.anchor}
         loss = self._fit(arm.name, tuned, self.tuning_sums, self.settings.stage(arm), arm.anneal, **drift)
         if tuned is not model:
             tuned.merge_and_unload()  # into `model`

@@ -28,6 +28,7 @@ class Arm:
     scaling: str | None = None  # how the prior acts during the fine-tuning; None: there is no prior
     alpha: float = 0.0
     anneal: float | None = None  # alpha falls linearly to 0 over this part of the fine-tuning; None: it stays
+    anchor: bool = False  # the pull is by what is left of the way to the expert
     rank: int | None = None  # of LoRA adapters, which are trained in place of the weights; None: there are none
     along: bool = False  # the adapters begin along the prior
     prior_rank: int | None = None  # of the prior's deltas; None: they are whole
