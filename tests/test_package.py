@@ -47,13 +47,15 @@ FLOORS = {
         {"deltas", "reading", "record", "fusion"}, {"files"},
         {"arithmetic", "encodings", "hub", "in_memory", "singular", "stored", "writing"},
         {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
-        {"prior", "stream"}, {"forms", "summary"}, {"build", "plot"}, {"__init__"},
+        {"folders", "prior", "stream"}, {"forms", "init_lora", "summary"}, {"build", "plot"}, {"__init__"},
     ],
     "engine": [
         {"seen", "hyperparameters", "reach", "lookalikes", "pinned"}, {"binding", "rules"}, {"launches"},
         {"engine", "figures"}, {"backward"},
     ],
-    "cli": [{"arguments", "output"}, {"building", "checking", "inspecting"}, {"__init__"}, {"__main__"}],
+    "cli": [
+        {"arguments", "output"}, {"building", "checking", "initialising", "inspecting"}, {"__init__"}, {"__main__"},
+    ],
     "integrations": [{"named_groups", "step_figures"}, {"transformers"}, {"__init__"}],
 }  # fmt: skip
 

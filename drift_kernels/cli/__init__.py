@@ -1,4 +1,4 @@
-"""drift-prior: build a prior from two checkpoints, look at it, and check that it fits a model."""
+"""drift-prior: build a prior from two checkpoints, look at it, check that it fits a model, start adapters from it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from ..errors import CheckpointError, PriorError
 from ..terminal import LogLines, Stopped, console, say, stoppable
-from . import building, checking, inspecting
+from . import building, checking, initialising, inspecting
 from .arguments import EXIT_STATUS
 
-_COMMANDS = (building, inspecting, checking)  # each has `add`, which declares its arguments
+_COMMANDS = (building, inspecting, checking, initialising)  # each has `add`, which declares its arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -16,9 +14,9 @@ import torch
 from ..errors import PriorError
 from .alignment import align_checkpoints
 from .files import INDEX_NAME, SINGLE_NAME, Checkpoint, size_in_bytes
-from .forms import Form, FormedDeltas
+from .folders import NewFolder
+from .forms import Form, FormedDeltas, Shapes
 from .hub import local_folder, public_name
-from .names import some
 from .pairing import Pair, Selection, pair_up
 from .plausible import check_values
 from .prior import Prior
@@ -27,14 +25,13 @@ from .record import (
     FORMAT,
     PRIOR_INDEX_NAME,
     RECORD_NAME,
-    UNFINISHED_MARK,
     DeltaInfo,
     checksum_fields,
     version_of,
 )
 from .stream import DeltaStream
 from .threads import one_thread
-from .writing import TensorFileWriter, sync_folder, write_json
+from .writing import TensorFileWriter, write_json
 
 logger = logging.getLogger("drift_kernels")
 
@@ -83,27 +80,27 @@ def build_prior(
         raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
     form = Form(dtype, rank)
     target = Path(out).expanduser().resolve()  # of a link, what it stands for
-    _check_target(target, overwrite)
-    if leftovers := [path.name for path in target.parent.glob(f"{target.name}{UNFINISHED_MARK}*")]:
-        logger.warning("unfinished builds lie beside %s and may be deleted: %s", target, some(leftovers))
+    new = NewFolder(target, RECORD_NAME, "prior", overwrite)
+    new.check()
     chosen = {"expert": expert, "base": base} | ({} if reference is None else {"reference": reference})
     layers = None if layers is None else sorted(set(layers))
     with ExitStack() as stack:
         checkpoints = {role: stack.enter_context(open_checkpoint(source)) for role, source in chosen.items()}
         name_map, notes = align_checkpoints(checkpoints, name_map)
         pairs, warnings = pair_up(checkpoints, Selection(modules, layers, include_bias), name_map)
-        warnings = notes + warnings + form.warnings(pairs)
-        _check_names(pairs, form)
+        warnings = notes + warnings + form.warnings({pair.name: pair.shape for pair in pairs})
+        shapes = {pair.name: pair.shape for pair in pairs}
+        _check_names(shapes, form)
         for warning in warnings:
             logger.warning("%s", warning)
-        with _folder_that_appears_complete(target, overwrite) as folder:
+        with new.that_appears_complete() as folder:
             stream = DeltaStream(checkpoints, dtype)
             formed = FormedDeltas(stream, form)
             with one_thread():
                 shards = _plan_shards(pairs, form, max_shard_bytes)
                 checksums = _write_shards(folder, shards, formed, form, progress)
             rows = {pair.name: formed.measure(pair) for pair in pairs}
-            infos = {pair.name: DeltaInfo(pair.shape, form.dtype_of(pair), **rows[pair.name]) for pair in pairs}
+            infos = {pair.name: DeltaInfo(pair.shape, form.dtype_of(pair.shape), **rows[pair.name]) for pair in pairs}
             found = check_values(infos)
             for warning in found:
                 logger.warning("%s", warning)
@@ -140,42 +137,12 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(local_folder(source, (SINGLE_NAME, INDEX_NAME, "config.json"), INDEX_NAME))
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
-        raise PriorError(f"{target} exists already; overwrite=True (--overwrite) replaces it")
-    if target.exists() and not (target / RECORD_NAME).exists():
-        raise PriorError(f"{target} exists and is not a prior, so it is not replaced")
-
-
-def _check_names(pairs: Sequence[Pair], form: Form) -> None:
-    names = {pair.name for pair in pairs}
-    for pair in pairs:
-        for tensor in form.layout([pair]):
-            if tensor != pair.name and tensor in names:
+def _check_names(shapes: Shapes, form: Form) -> None:
+    for name, shape in shapes.items():
+        for tensor in form.layout({name: shape}):
+            if tensor != name and tensor in shapes:
                 part = tensor.rpartition(".")[2]
-                raise PriorError(f"{tensor} is a tensor of the checkpoints, and where the {part} of {pair.name} goes")
-
-
-@contextmanager
-def _folder_that_appears_complete(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `target` that takes its name when the block ends, and is removed when the block fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f"{target.name}{UNFINISHED_MARK}{secrets.token_hex(4)}")
-    old = target.with_name(folder.name + ".old")
-    try:
-        folder.mkdir()
-        yield folder
-        sync_folder(folder)
-        _check_target(target, overwrite)
-        if target.exists():
-            target.rename(old)
-        folder.rename(target)
-        sync_folder(target.parent)
-    finally:
-        if old.exists() and not target.exists():  # interrupted between the two renames
-            old.rename(target)
-        for leftover in (folder, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+                raise PriorError(f"{tensor} is a tensor of the checkpoints, and where the {part} of {name} go")
 
 
 def _plan_shards(pairs: Iterable[Pair], form: Form, max_bytes: int) -> list[list[Pair]]:
@@ -183,7 +150,7 @@ def _plan_shards(pairs: Iterable[Pair], form: Form, max_bytes: int) -> list[list
     shards: list[list[Pair]] = []
     room = 0
     for pair in pairs:
-        size = sum(map(size_in_bytes, form.layout([pair]).values()))
+        size = sum(map(size_in_bytes, form.layout({pair.name: pair.shape}).values()))
         if not shards or size > room:
             shards.append([])
             room = max_bytes
@@ -203,7 +170,7 @@ def _write_shards(
         synced = []
         for number, shard in enumerate(shards, 1):
             name = f"prior-{number:05d}-of-{len(shards):05d}.safetensors"
-            layout = form.layout(shard)
+            layout = form.layout({pair.name: pair.shape for pair in shard})
             writer = files.enter_context(TensorFileWriter(folder / name, layout))
             with closing(formed.deltas(shard)) as deltas:  # its threads end before the files do, whatever happens
                 for count, stored in deltas:

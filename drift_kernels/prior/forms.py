@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,6 +18,9 @@ from .singular import Rows, factorise, rows_of, tile_rows
 from .stored import layout_of
 from .stream import DeltaStream
 
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
 _IN_MEMORY = 1 << 27  # elements; a larger matrix is read again whenever its rows are needed
 
 
@@ -29,31 +32,31 @@ class Form:
     dtype: torch.dtype
     rank: int | None = None
 
-    def rank_of(self, pair: Pair) -> int | None:
-        if self.rank is None or len(pair.shape) != 2:
+    def rank_of(self, shape: Shape) -> int | None:
+        if self.rank is None or len(shape) != 2:
             return None
-        rows, columns = pair.shape
+        rows, columns = shape
         return self.rank if self.rank * (rows + columns) < rows * columns else None
 
-    def dtype_of(self, pair: Pair) -> torch.dtype:
-        return self.dtype if self.rank_of(pair) is None else torch.bfloat16
+    def dtype_of(self, shape: Shape) -> torch.dtype:
+        return self.dtype if self.rank_of(shape) is None else torch.bfloat16
 
-    def layout(self, pairs: Iterable[Pair]) -> Layout:
-        """What is stored of these deltas: large elements come first, and so lie aligned."""
-        parts = [layout_of(pair.name, pair.shape, self.dtype_of(pair), self.rank_of(pair)) for pair in pairs]
+    def layout(self, shapes: Shapes) -> Layout:
+        """What is stored of deltas of these shapes: large elements come first, and so lie aligned."""
+        parts = [layout_of(name, shape, self.dtype_of(shape), self.rank_of(shape)) for name, shape in shapes.items()]
         tensors = [item for part in parts for item in part.items()]
         return dict(sorted(tensors, key=lambda item: -item[1][0].itemsize))
 
-    def warnings(self, pairs: Iterable[Pair]) -> list[str]:
+    def warnings(self, shapes: Shapes) -> list[str]:
         """What a rank leaves as it is, where more was to be expected."""
         if self.rank is None:
             return []
-        whole = [pair for pair in pairs if self.rank_of(pair) is None]
-        stacks = [pair.name for pair in whole if len(pair.shape) > 2]
+        whole = [name for name, shape in shapes.items() if self.rank_of(shape) is None]
+        stacks = [name for name in whole if len(shapes[name]) > 2]
         found = []
         if stacks:
             found.append(f"{len(stacks)} stacks of matrices, such as {stacks[0]}, are not stored in factors but whole")
-        if len(whole) == len(list(pairs)):
+        if len(whole) == len(shapes):
             found.append(f"no matrix is larger than its factors of rank {self.rank}: all are stored whole")
         return found
 
@@ -69,7 +72,7 @@ class FormedDeltas:
 
     def deltas(self, pairs: Iterable[Pair]) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         """As `DeltaStream.deltas`: how many elements are done, and what to append to which tensors of the files."""
-        for whole, some in groupby(pairs, lambda pair: self._form.rank_of(pair) is None):
+        for whole, some in groupby(pairs, lambda pair: self._form.rank_of(pair.shape) is None):
             if whole:
                 with closing(self._stream.deltas(some)) as pieces:
                     for piece, stored in pieces:
@@ -83,7 +86,7 @@ class FormedDeltas:
         return self._stream.measure(pair) | self._measures.get(pair.name, {})
 
     def _factors(self, pair: Pair) -> dict[str, Tensor]:
-        rank = self._form.rank_of(pair)
+        rank = self._form.rank_of(pair.shape)
         assert rank is not None
         rows = self._rows(pair)
         exact_norm = self._stream.measure(pair)["delta_norm"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from .files import Checkpoint
 
 NamedParameters = list[tuple[str, Tensor]]
@@ -51,3 +52,19 @@ def _from_transformers(checkpoint: Checkpoint) -> tuple[NamedParameters, str]:
         raise _UnknownModelError(f"{kind.__name__} cannot be made of config.json ({error})") from error
     names = f"by the names of {kind.__name__} in memory (transformers {transformers.__version__})"
     return list(model.named_parameters()), names
+
+
+def linear_weights(base: str, revision: str | None = None) -> dict[str, Tensor]:
+    """The weights of a model's linear layers by their names in memory, on the meta device: of the class of transformers
+    that a config.json names, in a folder or on the Hub. Raises CheckpointError when there is no such model."""
+    try:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(base, revision=revision or "main")
+        with torch.device("meta"):
+            model = getattr(transformers, config.architectures[0])(config)
+    except Exception as error:  # whatever transformers raises on what it does not know
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{base}: its config.json gives no model of transformers: {reason}") from error
+    modules = model.named_modules()
+    return {f"{name}.weight": module.weight for name, module in modules if isinstance(module, nn.Linear)}

@@ -1,4 +1,4 @@
-"""Work side by side on a few threads, each with torch's operations on itself alone."""
+"""Work on pieces, a few side by side."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from typing import TypeVar
 
 import torch
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 WORKERS = min(4, os.cpu_count() or 1)
 
-Given = TypeVar("Given")
-Result = TypeVar("Result")
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[tuple[Item, Result], None, None]:
+    """The items with their results, in the items' order; no more than WORKERS + 1 are taken ahead."""
+    with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        in_work: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            if len(in_work) > WORKERS:
+                first, future = in_work.popleft()
+                yield first, future.result()
+            in_work.append((item, pool.submit(work, item)))
+        for first, future in in_work:
+            yield first, future.result()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for each of torch's operations: where several run side by side, the barriers of many short parallel
-    operations would cost several times the work itself on a busy machine. Nor do results then depend on how many
-    threads there are."""
+    """One thread for each of torch's operations: several pieces are in work side by side, and the barriers of many
+    short parallel operations would cost several times the work itself on a busy machine. Nor do results then depend on
+    how many threads there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def side_by_side(function: Callable[[Given], Result], given: Iterable[Given]) -> Generator[Result, None, None]:
-    """function(x) for each x, in order; no more of them are taken ahead than there are threads."""
-    with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        in_work: deque[Future[Result]] = deque()
-        for x in given:
-            if len(in_work) > WORKERS:
-                yield in_work.popleft().result()
-            in_work.append(pool.submit(function, x))
-        while in_work:
-            yield in_work.popleft().result()
