@@ -153,7 +153,7 @@ def test_names_that_are_in_the_way(tmp_path: Path) -> None:
     for role in ("expert", "base"):
         weights = text_weights(prefix="") | {f"{UP}.left": torch.randn(3)}
         write_checkpoint(tmp_path / role, weights)
-    with pytest.raises(PriorError, match=f"{UP}.left is a tensor of the checkpoints, and where the left of {UP} goes"):
+    with pytest.raises(PriorError, match=f"{UP}.left is a tensor of the checkpoints, and where the left of {UP} go"):
         build(tmp_path, modules=("mlp", r"re:left"))
 
 
