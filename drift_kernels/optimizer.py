@@ -275,9 +275,9 @@ class FusedDriftAdamW(Optimizer):
     def memory_report(self) -> dict[str, float]:
         """Bytes per parameter of what the last step worked on, by kind and in all ("total"), without the gradients.
 
-        "param", "states", "scales" (of codes), "param_residual" (the other halves of masters) and "prior" (also
-        what deltas that change are made of: those of weights, projected onto adapters, or targets); as allocated, over the elements of the parameters that
-        had a gradient. Empty before the first step.
+        "param", "states", "scales" (of codes), "param_residual" (the other halves of masters) and "prior" (also what
+        deltas that change are made of: those of weights, projected onto adapters, or targets); as allocated, over the
+        elements of the parameters that had a gradient. Empty before the first step.
         """
         binding = self._engine.binding
         return memory_report(self._engine.batches, 0 if binding is None else binding.nbytes())

@@ -11,14 +11,16 @@ import pytest
 import torch
 from checkpoints import text_weights, write_checkpoint
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from drift_kernels import Prior, PriorError, PriorFormatError, build_prior
 from drift_kernels.cli import main
+from drift_kernels.engine.binding import PriorBinding
 from drift_kernels.prior import LowRankDelta, formed, quantize, singular, stream, threads
 from drift_kernels.prior.files import TensorFile, byte_view
 from drift_kernels.prior.names import module_of
 from drift_kernels.prior.summary import group_deltas
+from drift_kernels.sharding import Shard
 
 RANK = 6
 UP, NORM, BIAS = "layers.0.mlp.up_proj.weight", "layers.0.input_layernorm.weight", "layers.1.self_attn.q_proj.bias"
@@ -153,7 +155,7 @@ def test_names_that_are_in_the_way(tmp_path: Path) -> None:
     for role in ("expert", "base"):
         weights = text_weights(prefix="") | {f"{UP}.left": torch.randn(3)}
         write_checkpoint(tmp_path / role, weights)
-    with pytest.raises(PriorError, match=f"{UP}.left is a tensor of the checkpoints, and where the left of {UP} goes"):
+    with pytest.raises(PriorError, match=f"{UP}.left is a tensor of the checkpoints, and where the left of {UP} go"):
         build(tmp_path, modules=("mlp", r"re:left"))
 
 
@@ -212,6 +214,22 @@ def test_a_damaged_factor_is_noticed_when_it_is_read(exact: dict[str, Tensor], t
     flip(tmp_path / "prior", f"{UP}.left", 1)  # the last bit of an exponent
     with pytest.raises(PriorFormatError, match=f"{UP} is damaged: its norm is"):
         Prior.open(tmp_path / "prior").load_stored(UP)
+
+
+def test_the_norm_of_shards_is_that_of_their_factors(exact: dict[str, Tensor], tmp_path: Path) -> None:
+    """Not of the delta rounded to bfloat16, whose norm is another by more than what damage is told by."""
+    binding = PriorBinding(build(tmp_path))
+    shape = tuple(exact[UP].shape)
+    param = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+    binding.check([(UP, param)])
+    whole = tuple(slice(0, size) for size in shape)
+    (bound,) = binding.bind([(UP, param, Shard(shape, whole, ()))])
+    assert bound is not None
+    assert bound.delta_norm == binding.prior.info(UP).delta_norm
+    half = PriorBinding(binding.prior)
+    half.check([(UP, param)])
+    with pytest.raises(PriorFormatError, match=f"{UP} is damaged: its norm is"):
+        half.bind([(UP, nn.Parameter(param[:30]), Shard(shape, (slice(0, 30), whole[1]), ()))])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""drift-prior: build priors, look at them, check that they fit a model, combine them and apply them."""
+"""drift-prior: build priors, look at them, check that they fit, combine them, apply them, start adapters from them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from ..errors import CheckpointError, PriorError
 from ..terminal import LogLines, Stopped, console, say, stoppable
-from . import applying, building, checking, combining, inspecting, sizing
+from . import applying, building, checking, combining, initialising, inspecting, sizing
 from .arguments import EXIT_STATUS
 
-_COMMANDS = (building, inspecting, checking, combining, applying, sizing)  # each has `add`: its arguments
+# Each has `add`, which declares its arguments.
+_COMMANDS = (building, inspecting, checking, combining, applying, initialising, sizing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

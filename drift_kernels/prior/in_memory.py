@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 
 NamedParameters = list[tuple[str, Tensor]]
@@ -60,3 +61,13 @@ def meta_model(source: str | os.PathLike[str], revision: str | None = None) -> t
     except Exception as error:  # whatever a model's own code raises on a config that it does not like
         raise UnknownModelError(f"{kind.__name__} cannot be made of config.json ({error})") from error
     return model, f"{kind.__name__} in memory (transformers {transformers.__version__})"
+
+
+def linear_weights(source: str | os.PathLike[str], revision: str | None = None) -> dict[str, Tensor]:
+    """The weights of the linear layers of a model (`meta_model`), by their names in memory. Raises CheckpointError when
+    there is no such model."""
+    try:
+        model, _ = meta_model(source, revision)
+    except UnknownModelError as error:
+        raise CheckpointError(f"{source}: its config.json gives no model of transformers: {error}") from error
+    return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -76,7 +76,7 @@ class ScaledCodes(Source):
     def _scales_of(self, files: OpenFiles, first: int, last: int) -> Tensor:
         """The scales of the rows from `first` to `last`, counted through all matrices, in float32."""
         matrix_rows, columns = -(-self.rows // self.block[0]), -(-self.shape[-1] // self.block[1])
-        numbers = torch.arange(first, last, device="cpu")
+        numbers = torch.arange(first, last, dtype=torch.int64, device="cpu")
         lines = numbers // self.rows * matrix_rows + numbers % self.rows // self.block[0]
         begin, end = int(lines[0]), int(lines[-1]) + 1
         scales = self.scales.read_flat_from(files, begin * columns, end * columns).float()

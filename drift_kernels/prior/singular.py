@@ -19,7 +19,7 @@ from torch import Tensor
 from .deltas import Delta, expanded
 from .low_rank import LowRankDelta
 from .norms import norm
-from .threads import one_thread, side_by_side
+from .threads import in_order, one_thread
 
 Rows = Callable[[], Iterator[Tensor]]
 """The rows of a matrix from the top, float32 [some, n] at a time; they can be asked for again and again."""
@@ -64,7 +64,7 @@ def factorise(rows: Rows, columns: int, rank: int, exact_norm: float, seed: str)
         return left, (product * left.double()).sum().item()
 
     with one_thread(), torch.autocast("cpu", enabled=False):
-        lefts, overlaps = zip(*side_by_side(fitted, rows()), strict=True)
+        lefts, overlaps = zip(*(result for _, result in in_order(fitted, rows())), strict=True)
     delta = LowRankDelta(torch.cat(lefts), right)
     overlap, stored_norm = math.fsum(overlaps), delta.norm()
     if not stored_norm:
@@ -115,7 +115,7 @@ def _image(rows: Rows, vectors: Tensor, size: float) -> Tensor:
     """A^T A vectors / size, which neither overflows nor underflows where A does not."""
     scale = 1 / size if size else 0.0
     total = torch.zeros_like(vectors)
-    for part in side_by_side(lambda tile: tile.t() @ ((tile @ vectors) * scale), rows()):
+    for _, part in in_order(lambda tile: tile.t() @ ((tile @ vectors) * scale), rows()):
         total += part
     return total
 
@@ -123,7 +123,7 @@ def _image(rows: Rows, vectors: Tensor, size: float) -> Tensor:
 def _times(rows: Rows, right: Tensor) -> Tensor:
     """A right."""
     with one_thread(), torch.autocast("cpu", enabled=False):
-        return torch.cat(list(side_by_side(lambda tile: tile @ right, rows())))
+        return torch.cat([product for _, product in in_order(lambda tile: tile @ right, rows())])
 
 
 def _of_factors(delta: LowRankDelta, rank: int, seed: str) -> tuple[Tensor, float]:
