@@ -74,9 +74,9 @@ ARMS = (
     Arm("decoupled, anchor", scaling="decoupled", alpha=80.0, anchor=True),
     Arm("LoRA: SFT", rank=RANK, in_short=False),
     Arm("LoRA: merge, then SFT", rank=RANK, merge=1.0, in_short=False),
-    Arm("LoRA: decoupled, anchor", rank=RANK, scaling="decoupled", alpha=80.0, anchor=True, in_short=False),
+    Arm("LoRA, anchor", rank=RANK, scaling="decoupled", alpha=80.0, anchor=True, in_short=False),
     Arm(
-        "LoRA along the prior: decoupled, annealed",
+        "LoRA along prior, annealed",
         rank=RANK,
         along=True,
         scaling="decoupled",
@@ -84,5 +84,5 @@ ARMS = (
         anneal=0.5,
         in_short=False,
     ),
-    Arm("LoRA along the prior: decoupled, anchor", rank=RANK, along=True, scaling="decoupled", alpha=80.0, anchor=True),
+    Arm("LoRA along prior, anchor", rank=RANK, along=True, scaling="decoupled", alpha=80.0, anchor=True),
 )
