@@ -111,7 +111,7 @@ def test_a_build_from_relative_paths_outlives_the_working_directory_too(
     """Its shards are opened as they are needed."""
     for role in ("expert", "base"):
         write_checkpoint(folder / "many" / role, text_weights(layers=8), shards=40)
-    monkeypatch.setattr("drift_kernels.prior.files._OPEN_FILES", 1)
+    monkeypatch.setattr("drift_kernels.prior.checkpoint._OPEN_FILES", 1)
     sources = ("many/expert", "many/base")
     prior = build_prior(*sources, "prior", progress=lambda done, total: monkeypatch.chdir(folder / "outputs"))
     assert prior.verify().intact
