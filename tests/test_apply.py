@@ -53,6 +53,8 @@ def test_the_sum_is_rounded_once(
 ) -> None:
     """Bit for bit, whatever is read at a time; and what has no delta keeps its bits."""
     base, expert = text_weights(), text_weights(prefix="language_model.model.")
+    name = "layers.1.mlp.down_proj.weight"
+    base[f"model.{name}"], expert[f"language_model.model.{name}"] = torch.randn(2, 300, 31)  # several pieces
     write(tmp_path / "base", base, dtype, shards)
     write_checkpoint(tmp_path / "expert", expert)
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", dtype=stored)
