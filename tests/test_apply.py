@@ -25,8 +25,7 @@ from drift_kernels import (
     apply_prior,
     build_prior,
 )
-from drift_kernels.prior import canonical_name
-from drift_kernels.prior import rows as rows_module
+from drift_kernels.prior import canonical_name, row_runs
 from examples import tiny
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -60,7 +59,7 @@ def test_the_sum_is_rounded_once(
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", dtype=stored)
     wide = torch.promote_types(dtype, torch.float32)
     for chunk in (1 << 19, 1):
-        monkeypatch.setattr(rows_module, "CHUNK", chunk)
+        monkeypatch.setattr(row_runs, "CHUNK", chunk)
         coverage = apply_prior(prior, tmp_path / "base", tmp_path / "out", scale=0.3, overwrite=True)
         result = loaded(tmp_path / "out")
         assert set(result) == set(base)

@@ -13,8 +13,7 @@ from merges import EVERYTHING, Family, elected, linear, trimmed
 from torch import Tensor
 
 from drift_kernels import FusedDriftAdamW, Prior, PriorError, PriorFormatError, build_prior, combine_priors
-from drift_kernels.prior import quantize
-from drift_kernels.prior import rows as rows_module
+from drift_kernels.prior import quantize, row_runs
 
 UP = "layers.1.mlp.up_proj.weight"
 HALF_ULP = torch.finfo(torch.float32).eps / 2
@@ -127,7 +126,7 @@ def test_dare_drops_at_random_and_by_the_seed_alone(family: Family, monkeypatch:
     assert torch.equal(masks[0], dropped(family, name, 0, 1))
     tall = "layers.1.mlp.down_proj.weight"
     whole = dropped(family, tall, 0, 1)
-    monkeypatch.setattr(rows_module, "CHUNK", 1)  # pieces of as few rows as can be
+    monkeypatch.setattr(row_runs, "CHUNK", 1)  # pieces of as few rows as can be
     assert torch.equal(whole, dropped(family, tall, 0, 1))
 
 
@@ -139,7 +138,7 @@ def test_the_pieces_do_not_matter(
     priors = [family.prior("a"), family.prior("b", torch.int8)]
     found = []
     for chunk in (1 << 19, 1):
-        monkeypatch.setattr(rows_module, "CHUNK", chunk)
+        monkeypatch.setattr(row_runs, "CHUNK", chunk)
         density = None if method == "linear" else 0.4
         out = family.folder / f"out-{chunk}"
         found.append(combine_priors(priors, out, weights=[1, 0.5], method=method, density=density, dtype=dtype))

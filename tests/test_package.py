@@ -47,7 +47,7 @@ FLOORS = {
         {"files"},
         {"arithmetic", "encodings", "hub", "in_memory", "stored", "writing"},
         {"alignment", "assembly", "coverage", "fingerprint", "plausible", "strengths", "unfusing"}, {"pairing"},
-        {"folders", "prior", "shards", "stream"}, {"rows", "summary"}, {"build", "merging", "plot"},
+        {"folders", "prior", "shards", "stream"}, {"row_runs", "summary"}, {"build", "merging", "plot"},
         {"apply", "combine"}, {"__init__"},
     ],
     "engine": [

@@ -29,7 +29,7 @@ from .names import canonical_name, some
 from .norms import norm
 from .prior import Prior, PriorLike
 from .reading import open_file, read_exactly
-from .rows import Rows, read_rows, rows_of
+from .row_runs import Rows, read_rows, rows_of
 from .shards import Progress
 from .threads import in_order, one_thread
 from .unfusing import lie_transposed

@@ -30,7 +30,7 @@ from .plausible import all_zero, check_values
 from .prior import Prior, PriorLike
 from .quantized import quantize, scales_name
 from .record import DTYPES, FORMAT, RECORD_NAME, VERSION, DeltaInfo, checksum_fields
-from .rows import Rows, read_rows, rows_of
+from .row_runs import Rows, read_rows, rows_of
 from .shards import Progress, Shapes, check_names, write_deltas
 from .threads import in_order, one_thread
 from .writing import write_json

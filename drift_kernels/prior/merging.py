@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rows import Rows
+from .row_runs import Rows
 from .threads import in_order
 
 METHODS = ("linear", "ties", "dare", "dare_ties")
