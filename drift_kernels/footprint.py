@@ -57,6 +57,7 @@ class FineTuning:
         prior: the dtype of deltas, float32, bfloat16, int8 or float8_e4m3fn; None without a prior.
         prior_rank: of deltas in low-rank form, whose factors are bfloat16; None for whole ones.
         prior_on_host: whether deltas stay in the host's memory.
+        anchor: the optimizer's. Adapters need no more for it.
     """
 
     rank: int | None = 16
@@ -69,6 +70,7 @@ class FineTuning:
     prior: torch.dtype | None = torch.bfloat16
     prior_rank: int | None = None
     prior_on_host: bool = False
+    anchor: bool = False
 
 
 def table(model: nn.Module, how: FineTuning) -> list[Item]:
@@ -94,7 +96,11 @@ def _full(model: nn.Module, how: FineTuning) -> Iterator[Item]:
     yield _states(params, how)
     shapes = {canonical_name(name): param.shape for name, param in model.named_parameters()}
     selected = _selected(shapes, how, "parameter")
-    if how.prior is not None:
+    if how.prior is not None and how.anchor:
+        held = [_held(shape, torch.bfloat16 if how.dtype == torch.bfloat16 else torch.float32) for shape in selected]
+        yield _item("targets", f"{_name(held[0].dtype)}, of {len(held)} parameters", held)
+        yield _item("what is left", _name(held[0].dtype), held)
+    elif how.prior is not None:
         deltas = [_delta(shape, how) for shape in selected]
         yield _prior(selected, how, [for_kernels(delta, delta.dtype, how.dtype) for delta in deltas])
 

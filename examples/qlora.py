@@ -9,16 +9,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from drift_kernels import build_prior, linear_anneal
 from drift_kernels.integrations.peft import lora_prior
 from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
+from drift_kernels.prior.init_lora import init_lora
 
 from . import tiny
-from .lora import begin_along
 from .transformers_trainer import StopAfter, arguments
 
 RANK, LR = 16, 1e-3
@@ -26,10 +26,11 @@ OPTIONS = {"prior_scaling": "decoupled", "alpha": 20.0, "max_grad_norm": 1.0}
 
 
 def checkpoints(folder: Path) -> None:
-    """`base`, `expert` and `prior`."""
+    """`base`, `expert`, `prior`, and adapters that start along it."""
     for name, model in zip(("base", "expert"), tiny.base_and_expert(), strict=True):
         model.save_pretrained(folder / name)
     build_prior(folder / "expert", folder / "base", folder / "prior", overwrite=True)
+    init_lora(folder / "prior", folder / "base", folder / "start", rank=RANK, overwrite=True)
 
 
 def quantised_base(folder: Path) -> Any:
@@ -47,18 +48,14 @@ def build(
     with_prior: bool, folder: Path, steps: int = tiny.STEPS, stop_after: int | None = None, **options: Any
 ) -> Trainer:
     """A Trainer of the adapters; `options` are FusedDriftAdamW's."""
-    torch.manual_seed(0)  # of the adapters' A
-    model = get_peft_model(quantised_base(folder), LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
-    prior = lora_prior(model, folder / "prior")
-    begin_along(prior)
+    model = PeftModel.from_pretrained(quantised_base(folder), folder / "start", is_trainable=True)
+    prior = lora_prior(model, folder / "prior") if with_prior else None
     args = TrainingArguments(**{**arguments(folder / "run", steps), "learning_rate": LR})
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=[tiny.encoded(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)],
-        optimizer_cls_and_kwargs=drift_adamw(
-            args, model, prior=prior if with_prior else None, **{**OPTIONS, **options}
-        ),
+        optimizer_cls_and_kwargs=drift_adamw(args, model, prior=prior, **{**OPTIONS, **options}),
         callbacks=[DriftCallback(linear_anneal(steps)), StopAfter(stop_after)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -18,13 +18,12 @@ from drift_kernels.prior.names import canonical_name
 pytest.importorskip("sklearn")
 pytest.importorskip("peft")
 
-from examples.digit_sums import data, figures, report
+from examples.digit_sums import data, figures, ranks, report
 from examples.digit_sums.experiment import SeedRun, share_read, share_right
-from examples.digit_sums.models import multimodal_model, text_model, with_adapters
+from examples.digit_sums.models import multimodal_model, text_model
 from examples.digit_sums.parallel import prepare_process
 from examples.digit_sums.priors import drift_prior, merge
 from examples.digit_sums.settings import ARMS, Arm, Settings, Stage
-from examples.lora import begin_along
 
 TINY = Settings(
     base=Stage(3, 1e-3),
@@ -191,13 +190,16 @@ def test_adapters_end_in_the_language_model_alone(tiny_run):
 def test_adapters_begin_along_the_prior(tiny_run):
     run, _, _ = tiny_run
     reader = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.folder / "reader")
-    prior = lora_prior(with_adapters(reader, 4, seed=0), run.folder / "prior")
-    begin_along(prior)
+    model = run._with_adapters(reader, run.folder / "prior", Arm("LoRA", rank=4, along=True))
+    prior = lora_prior(model, run.folder / "prior")
+    assert len(prior.adapters) == 4 * 7
     for adapter in prior.adapters:
         a, b = adapter.params()
         delta = prior.prior.load(canonical_name(adapter.weight)).double()
-        seen = (delta @ a.detach().double().T).norm() ** 2
-        assert seen == pytest.approx(float((torch.linalg.svdvals(delta)[:4] ** 2).sum()), rel=1e-5)
+        rows = torch.linalg.qr(a.detach().double().T).Q
+        best = float((torch.linalg.svdvals(delta)[:4] ** 2).sum())
+        assert float((delta @ rows).norm() ** 2) == pytest.approx(best, rel=0.02)
+        assert a.requires_grad
         assert not b.any()
 
 
@@ -212,6 +214,19 @@ def test_report(tiny_run, tmp_path: Path):
     figures.draw_loss(tmp_path / "loss.png", records, TINY_ARMS)
     figures.draw_trade_off(tmp_path / "trade_off.png", records, TINY_ARMS)
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("loss.png", "trade_off.png"))
+
+
+def test_table_by_rank():
+    arms = [ranks.ranked(arm, rank) for arm in ARMS if arm.name in ranks.NAMES for rank in ranks.RANKS]
+    assert len({arm.name for arm in arms}) == len(arms) == len(ranks.NAMES) * len(ranks.RANKS)
+    assert {arm.prior_rank for arm in arms} == set(ranks.RANKS)
+    score = {"held_out_sums": 0.5, "seen_sums": 0.9, "reading": 0.8}
+    record = {"kept_energy": {4: 0.6, 8: 0.8, 16: 0.9, 32: 0.98}, "expert": 1.0}
+    record["arms"] = {arm.name: {"scores": score} for arm in arms}
+    table = ranks.table([record], report.summarize([record], arms)["arms"])
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows[0] == ("4", "60.0", "50.0", "80.0", "50.0", "80.0")
+    assert rows[-1][:2] == ("full", "100.0")
 
 
 def test_drift_prior_failure_says_why(tmp_path: Path):

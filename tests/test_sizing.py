@@ -174,11 +174,30 @@ def test_full_fine_tuning_takes_what_the_table_says(folder: Path, dtype: torch.d
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_anchor_takes_what_the_table_says(folder: Path, dtype: torch.dtype) -> None:
+    model = hf.Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
+    prior = {name: torch.randn(param.shape) for name, param in model.named_parameters() if "_proj." in name}
+    optimizer = FusedDriftAdamW(named_groups(model), lr=1e-3, prior=prior, anchor=True)
+    train(model, optimizer)
+    found = sizes(meta_model(folder)[0], FineTuning(rank=None, dtype=dtype, prior=torch.float32, anchor=True))
+    assert found["targets"] == bytes_of(state.get("prior_target") for state in optimizer.state.values())
+    elements = sum(param.numel() for param in model.parameters())
+    report = {kind: round(share * elements) for kind, share in optimizer.memory_report().items()}
+    assert found["targets"] + found["what is left"] == report["prior"]
+    assert found["states"] + found["targets"] == states(optimizer)
+
+
+def tied() -> hf.PretrainedConfig:
+    """The head is no parameter of its own, and not where the last one is."""
+    return hf.Qwen2Config(**{**SIZES, "tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "tied"])
 def test_what_is_quantised_is_what_transformers_quantises(family: str, tmp_path: Path) -> None:
-    FAMILIES[family].config().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [FAMILIES[family].model]}))
+    config = tied() if family == "tied" else FAMILIES[family].config()
+    config.architectures = ["Qwen2ForCausalLM" if family == "tied" else FAMILIES[family].model]
+    config.save_pretrained(tmp_path)
     model, _ = meta_model(tmp_path)
     (line,) = [item for item in table(model, FineTuning(base_bits=4)) if item.what == "base weights"]
     kept = HfQuantizer.get_modules_to_not_convert(model)

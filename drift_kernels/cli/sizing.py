@@ -79,6 +79,7 @@ def add(commands: Commands) -> None:
     prior.add_argument(
         "--prior-device", choices=("device", "cpu"), default="device", help="where deltas stay (default: device)"
     )
+    prior.add_argument("--anchor", action="store_true", help="pull by what is left of the way (the optimizer's anchor)")
     memory.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -94,6 +95,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         prior=None if arguments.no_prior else _PRIORS[arguments.prior_dtype],
         prior_rank=arguments.prior_rank,
         prior_on_host=arguments.prior_device == "cpu",
+        anchor=arguments.anchor,
     )
     folder = Path(arguments.model).expanduser()
     name, _, revision = (str(folder), "", "") if folder.exists() else arguments.model.partition("@")

@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 from drift_kernels import AlphaScheduler, FusedDriftAdamW, Prior, linear_anneal
 from drift_kernels.integrations.peft import lora_prior
 from drift_kernels.prior.summary import group_deltas
 
-from ..lora import begin_along
 from .data import ALL_PAIRS, DigitImages, Example, chain, image_examples, reading, split_pairs, text_examples
-from .models import multimodal_model, text_model, with_adapters
+from .models import multimodal_model, random_adapters, text_model
 from .priors import drift_prior, merge
 from .settings import Arm, Settings, Stage
 from .train import LossCurve, answers, fit
@@ -101,18 +101,28 @@ class SeedRun:
         }
 
     def _tune(self, model: PreTrainedModel, arm: Arm) -> LossCurve:
-        prior: Any = self.folder / ("prior" if arm.prior_rank is None else f"prior_{arm.prior_rank}")
-        tuned = model
+        folder = self.folder / ("prior" if arm.prior_rank is None else f"prior_{arm.prior_rank}")
+        tuned, prior = model, folder
         if arm.rank is not None:
-            tuned = with_adapters(model, arm.rank, self.seed)
-            prior = lora_prior(tuned, prior)
-            if arm.along:
-                begin_along(prior)
-        drift = {"prior": prior, "prior_scaling": arm.scaling, "alpha": arm.alpha} if arm.scaling else {}
+            tuned = self._with_adapters(model, folder, arm)
+            prior = lora_prior(tuned, folder)
+        drift: dict[str, Any] = {}
+        if arm.scaling:
+            drift = {"prior": prior, "prior_scaling": arm.scaling, "alpha": arm.alpha, "anchor": arm.anchor}
         loss = self._fit(arm.name, tuned, self.tuning_sums, self.settings.stage(arm), arm.anneal, **drift)
         if tuned is not model:
             tuned.merge_and_unload()  # into `model`
         return loss
+
+    def _with_adapters(self, model: PreTrainedModel, prior: Path, arm: Arm) -> PeftModel:
+        """On the language model's attention and MLP projections; all else is frozen."""
+        if not arm.along:
+            return random_adapters(model, arm.rank, self.seed)
+        start = self.folder / "adapters"
+        drift_prior(
+            "init-lora", prior, "--base", self.folder / "reader", "--rank", arm.rank, "--out", start, "--overwrite"
+        )
+        return PeftModel.from_pretrained(model, start, is_trainable=True)
 
     def _fit(
         self,

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from .report import Record
 from .settings import Arm
 
-# Colours of Okabe and Ito, which colour-blind readers can tell apart. An annealed arm is drawn hollow or dashed. One
-# with adapters is dotted, and a triangle: it points down, or to the right if they begin along the prior.
+# Colours of Okabe and Ito, which colour-blind readers can tell apart. An annealed arm is drawn hollow or dashed, one
+# with an anchor as a star or dash-dotted, one with adapters as a triangle or dotted: the triangle points down, or to
+# the right if they begin along the prior.
 _COLOURS = {"gradnorm": "#0072b2", "adaptive_cosine": "#d55e00", "decoupled": "#009e73"}
 _MARKERS = {"gradnorm": "o", "adaptive_cosine": "^", "decoupled": "D"}
 
@@ -84,13 +85,15 @@ def _colour(arm: Arm) -> str:
 
 def _line(arm: Arm) -> str:
     if arm.rank is not None:
-        return "-." if arm.along else ":"
-    return "--" if arm.anneal else "-"
+        return ":"
+    return "-." if arm.anchor else "--" if arm.anneal else "-"
 
 
 def _marker(arm: Arm) -> str:
     if arm.rank is not None:
         return ">" if arm.along else "v"
+    if arm.anchor:
+        return "*"
     if arm.scaling:
         return _MARKERS[arm.scaling]
     return "s" if arm.tuned else "X"

@@ -68,8 +68,8 @@ def multimodal_model(base: Qwen2ForCausalLM, seed: int) -> Qwen2_5_VLForConditio
     return model
 
 
-def with_adapters(model: Qwen2_5_VLForConditionalGeneration, rank: int, seed: int) -> PeftModel:
-    """The model with LoRA adapters on the language model's attention and MLP projections; all else is frozen."""
+def random_adapters(model: Qwen2_5_VLForConditionalGeneration, rank: int, seed: int) -> PeftModel:
+    """The model with LoRA adapters on the language model's attention and MLP projections, as PEFT begins them."""
     torch.manual_seed(seed)
     projections = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=projections))

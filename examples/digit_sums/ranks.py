@@ -15,7 +15,7 @@ from .parallel import run_seeds
 from .settings import ARMS, Arm, Settings
 
 RANKS = (4, 8, 16, 32, None)
-NAMES = ("gradnorm, annealed", "LoRA along the prior: the same")
+NAMES = ("adaptive_cosine, anchor", "LoRA along the prior: decoupled, anchor")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ class Arm:
     scaling: str | None = None  # how the prior acts during the fine-tuning; None: there is no prior
     alpha: float = 0.0
     anneal: float | None = None  # alpha falls linearly to 0 over this part of the fine-tuning; None: it stays
+    anchor: bool = False  # the pull is by what is left of the way to the expert
     rank: int | None = None  # of LoRA adapters, which are trained in place of the weights; None: there are none
     along: bool = False  # the adapters begin along the prior
     prior_rank: int | None = None  # of the prior's deltas; None: they are whole
@@ -65,11 +66,23 @@ ARMS = (
     Arm("merge, then SFT", merge=1.0),
     Arm("gradnorm", scaling="gradnorm", alpha=1.0, in_short=False),
     Arm("gradnorm, annealed", scaling="gradnorm", alpha=2.0, anneal=0.5),
+    Arm("gradnorm, anchor", scaling="gradnorm", alpha=1.0, anchor=True, in_short=False),
     Arm("adaptive_cosine", scaling="adaptive_cosine", alpha=1.0),
-    Arm("adaptive_cosine, annealed", scaling="adaptive_cosine", alpha=2.0, anneal=0.5),
-    Arm("decoupled, annealed", scaling="decoupled", alpha=60.0, anneal=0.5),
+    Arm("adaptive_cosine, annealed", scaling="adaptive_cosine", alpha=2.0, anneal=0.5, in_short=False),
+    Arm("adaptive_cosine, anchor", scaling="adaptive_cosine", alpha=1.0, anchor=True),
+    Arm("decoupled, annealed", scaling="decoupled", alpha=60.0, anneal=0.5, in_short=False),
+    Arm("decoupled, anchor", scaling="decoupled", alpha=80.0, anchor=True),
     Arm("LoRA: SFT", rank=RANK, in_short=False),
     Arm("LoRA: merge, then SFT", rank=RANK, merge=1.0, in_short=False),
-    Arm("LoRA: decoupled, annealed", rank=RANK, scaling="decoupled", alpha=7.0, anneal=0.5, in_short=False),
-    Arm("LoRA along the prior: the same", rank=RANK, scaling="decoupled", alpha=4.0, anneal=0.5, along=True),
+    Arm("LoRA: decoupled, anchor", rank=RANK, scaling="decoupled", alpha=80.0, anchor=True, in_short=False),
+    Arm(
+        "LoRA along the prior: decoupled, annealed",
+        rank=RANK,
+        along=True,
+        scaling="decoupled",
+        alpha=4.0,
+        anneal=0.5,
+        in_short=False,
+    ),
+    Arm("LoRA along the prior: decoupled, anchor", rank=RANK, along=True, scaling="decoupled", alpha=80.0, anchor=True),
 )
