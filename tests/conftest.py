@@ -56,13 +56,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def loopback_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """A Hub without repositories, which the Hub's client takes for the real one; its caches are in `tmp_path`."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _cache_assets
 
     with LoopbackHub(tmp_path / "hub").serving() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         url = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        for module in (constants, file_download):  # in the second before 1.0
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", url, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
         yield hub

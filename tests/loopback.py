@@ -30,8 +30,9 @@ class LoopbackHub:
     """`folder` holds repositories as `org/name`; every revision is COMMIT.
 
     `faults` are what goes wrong with the next requests that go to the bytes of .safetensors files, one after another:
-    "500", "429" and "503" (statuses), "drop" (no answer), "short" (half of the bytes), "silent" (a body that stops
-    without an end), "changed" (another ETag), "longer" (another size), "elsewhere" (another range), "404", "fine".
+    "500", "429" and "503" (statuses), "drop" (no answer), "short" (half of the bytes), "silent" (half, which
+    passes for all), "empty", "changed" (another ETag), "longer" (another size), "elsewhere" (another range), "404" and
+    "fine".
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,14 +99,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = sorted(path for path in root.rglob("*") if path.is_file())
         names = [str(path.relative_to(root)) for path in files]
+        with self.hub.lock:
+            self.hub.revisions.append((repository, revision))
         if what == "tree":
             content: Any = [
                 {"type": "file", "path": name, "size": path.stat().st_size, "oid": _etag(path)}
                 for name, path in zip(names, files, strict=True)
             ]
         else:
-            with self.hub.lock:
-                self.hub.revisions.append((repository, revision))
             content = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
@@ -156,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
             size = len(content) + (fault == "longer")
             shift = 1 if fault == "elsewhere" else 0
             headers = {"Content-Range": f"bytes {begin + shift}-{end - 1}/{size}", "ETag": '"elsewhere"'}
-            self._send(206, content[begin:end], headers, cut=fault if fault in ("short", "silent") else None)
+            self._send(206, content[begin:end], headers, cut=fault if fault in ("short", "silent", "empty") else None)
 
     def _note(self, repository: str, revision: str, name: str, asked: tuple[int, int] | None) -> None:
         with self.hub.lock:
@@ -164,11 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.headers.append({key.lower(): value for key, value in self.headers.items()})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: str | None = None) -> None:
-        sent = body[: len(body) // 2] if cut else body
+        sent = b"" if cut == "empty" else body[: len(body) // 2] if cut else body
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(sent if cut == "silent" else body)))
+        self.send_header("Content-Length", str(len(body if cut == "short" else sent)))
         self.end_headers()
         if self.command == "GET":
             try:

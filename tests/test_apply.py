@@ -25,8 +25,7 @@ from drift_kernels import (
     apply_prior,
     build_prior,
 )
-from drift_kernels.prior import canonical_name
-from drift_kernels.prior import runs as rows_module
+from drift_kernels.prior import canonical_name, runs
 from examples import tiny
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -53,12 +52,14 @@ def test_the_sum_is_rounded_once(
 ) -> None:
     """Bit for bit, whatever is read at a time; and what has no delta keeps its bits."""
     base, expert = text_weights(), text_weights(prefix="language_model.model.")
+    name = "layers.1.mlp.down_proj.weight"
+    base[f"model.{name}"], expert[f"language_model.model.{name}"] = torch.randn(2, 300, 31)  # several pieces
     write(tmp_path / "base", base, dtype, shards)
     write_checkpoint(tmp_path / "expert", expert)
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", dtype=stored)
     wide = torch.promote_types(dtype, torch.float32)
     for chunk in (1 << 19, 1):
-        monkeypatch.setattr(rows_module, "CHUNK", chunk)
+        monkeypatch.setattr(runs, "CHUNK", chunk)
         coverage = apply_prior(prior, tmp_path / "base", tmp_path / "out", scale=0.3, overwrite=True)
         result = loaded(tmp_path / "out")
         assert set(result) == set(base)

@@ -13,8 +13,7 @@ from merges import EVERYTHING, Family, elected, linear, trimmed
 from torch import Tensor
 
 from drift_kernels import FusedDriftAdamW, Prior, PriorError, PriorFormatError, build_prior, combine_priors
-from drift_kernels.prior import quantize
-from drift_kernels.prior import runs as rows_module
+from drift_kernels.prior import quantize, runs
 
 UP = "layers.1.mlp.up_proj.weight"
 HALF_ULP = torch.finfo(torch.float32).eps / 2
@@ -125,8 +124,10 @@ def test_dare_drops_at_random_and_by_the_seed_alone(family: Family, monkeypatch:
         for two in masks[:i]:
             assert abs((one & two).double().mean() - 0.09) < 5 * math.sqrt(0.09 * 0.91 / n)
     assert torch.equal(masks[0], dropped(family, name, 0, 1))
-    monkeypatch.setattr(rows_module, "CHUNK", 1)  # pieces of as few rows as can be
-    assert torch.equal(masks[0], dropped(family, name, 0, 1))
+    tall = "layers.1.mlp.down_proj.weight"
+    whole = dropped(family, tall, 0, 1)
+    monkeypatch.setattr(runs, "CHUNK", 1)  # pieces of as few rows as can be
+    assert torch.equal(whole, dropped(family, tall, 0, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
@@ -137,7 +138,7 @@ def test_the_pieces_do_not_matter(
     priors = [family.prior("a"), family.prior("b", torch.int8)]
     found = []
     for chunk in (1 << 19, 1):
-        monkeypatch.setattr(rows_module, "CHUNK", chunk)
+        monkeypatch.setattr(runs, "CHUNK", chunk)
         density = None if method == "linear" else 0.4
         out = family.folder / f"out-{chunk}"
         found.append(combine_priors(priors, out, weights=[1, 0.5], method=method, density=density, dtype=dtype))

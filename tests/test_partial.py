@@ -125,14 +125,17 @@ def test_of_an_answer_that_breaks_off_the_rest_is_asked_for(hub: LoopbackHub, tm
         assert torch.equal(checkpoint.read(tensor), load_file(hub.folder / "org/expert/model.safetensors")[NAME])
 
 
-def test_as_long_as_something_arrives_it_goes_on(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_as_long_as_something_arrives_it_goes_on(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "_STREAMS", 1)
     with open_checkpoint("org/expert"), open_checkpoint("org/base"):
         pass
     hub.faults.extend(["short"] * 2 * ranges._RETRIES)
     assert build(hub, tmp_path / "prior").fingerprint == expected(hub, tmp_path).fingerprint
 
 
-@pytest.mark.parametrize("fault", ["500", "drop"])
+@pytest.mark.parametrize("fault", ["500", "drop", "empty"])
 def test_what_keeps_failing_ends_and_what_has_arrived_is_kept(
     fault: str, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

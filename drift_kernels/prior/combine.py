@@ -30,7 +30,7 @@ from .norms import norm
 from .plausible import all_zero, check_values
 from .prior import Prior, PriorLike
 from .quantized import quantize, scales_name
-from .record import DTYPES, FORMAT, RECORD_NAME, VERSION, DeltaInfo, checksum_fields
+from .record import DTYPES, FORMAT, RECORD_NAME, DeltaInfo, checksum_fields, version_of
 from .runs import Rows, read_rows, rows_of
 from .shards import Progress, check_names, write_deltas
 from .threads import in_order, one_thread
@@ -97,26 +97,27 @@ def combine_priors(
         found = check_values(infos)
         for warning in found:
             logger.warning("%s", warning)
+        rows = {
+            name: {
+                "shape": list(info.shape),
+                "delta_norm": info.delta_norm,
+                "param_norm": info.param_norm,
+                "cosine": info.cosine,
+                "stored_cosine": info.stored_cosine,
+                **checksum_fields(name, checksums),
+            }
+            for name, info in infos.items()
+        }
         record = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": version_of(rows),
             "delta": _formula(recipe),
             "dtype": str(dtype).removeprefix("torch."),
             **selections,
             "warnings": _warnings_of_their_own(opened) + warnings + found,
             "combined": asdict(recipe),
             "sources": _sources(opened, names, recipe) | base.source,
-            "tensors": {
-                name: {
-                    "shape": list(info.shape),
-                    "delta_norm": info.delta_norm,
-                    "param_norm": info.param_norm,
-                    "cosine": info.cosine,
-                    "stored_cosine": info.stored_cosine,
-                    **checksum_fields(name, checksums),
-                }
-                for name, info in infos.items()
-            },
+            "tensors": rows,
         }
         write_json(folder / RECORD_NAME, record)
     return Prior.open(new.target)

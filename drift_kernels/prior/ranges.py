@@ -107,7 +107,7 @@ def can_read_ranges() -> bool:
     """Whether the Hub client that is installed has a session that streams (1.0 has)."""
     from huggingface_hub.utils import get_session
 
-    return hasattr(get_session(), "stream")
+    return callable(getattr(get_session(), "stream", None))
 
 
 def first_line(error: BaseException) -> str:
