@@ -15,7 +15,7 @@ from .parallel import run_seeds
 from .settings import ARMS, Arm, Settings
 
 RANKS = (4, 8, 16, 32, None)
-NAMES = ("adaptive_cosine, anchor", "LoRA along prior, anchor")
+NAMES = {"adaptive_cosine, anchor": "weights", "LoRA along prior, anchor": "adapters"}  # arms, and what they train
 
 
 def main() -> None:
