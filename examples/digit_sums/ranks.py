@@ -36,11 +36,11 @@ def ranked(arm: Arm, rank: int | None) -> Arm:
 
 def table(records: Sequence[report.Record], scores: dict[str, dict[str, report.Spread]]) -> Table:
     """Held-out sums and readings by rank."""
-    result = Table(title=f"By rank of the prior, % (mean \u00b1 standard deviation over {len(records)} seeds)")
+    result = Table(title=f"By rank of the prior, % (mean ± standard deviation over {len(records)} seeds)")
     for heading in (
         "rank",
         "energy kept",
-        *(f"{name}:\n{score}" for name in NAMES for score in ("held-out", "reading")),
+        *(f"{trained}:\n{score}" for trained in NAMES.values() for score in ("held-out", "reading")),
     ):
         result.add_column(heading, justify="right")
     for rank in RANKS:
