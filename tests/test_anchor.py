@@ -17,7 +17,7 @@ from training import KINDS, Run, agree, fsdp_model, make_model, make_prior
 from training import loss_of as loss_of_layers
 
 from drift_kernels import FusedDriftAdamW, PriorError
-from drift_kernels.adapters import Factors, merged, projected
+from drift_kernels.adapters import Factors, made, merged, projected
 from drift_kernels.integrations import named_groups
 from drift_kernels.integrations.peft import lora_prior
 
@@ -72,7 +72,8 @@ def test_a_step_is_one_with_a_prior_of_what_is_left(scaling: str, kind: str, dty
 
 
 @pytest.mark.parametrize("scaling", ["gradnorm", "adaptive_cosine"])
-def test_norms_are_those_of_what_is_left(scaling: str) -> None:
+def test_a_pull_by_norms_fades_too(scaling: str) -> None:
+    """The cosine is that of what is left; the norm is divided by that of the whole way."""
     model, alpha = make_model(torch.float32), 0.5
     targets = {
         name: param.detach() + make_prior()[name] for name, param in model.named_parameters() if "bias" not in name
@@ -91,7 +92,9 @@ def test_norms_are_those_of_what_is_left(scaling: str) -> None:
             delta, grad = left[name].double().flatten(), grads[name].double().flatten()
             expected = float(delta @ grad / (delta.norm() * grad.norm()))
             assert float(cosine) == pytest.approx(expected, abs=1e-6)
-            assert float(ratio) == pytest.approx(alpha * (1 if scaling == "gradnorm" else (1 + expected) / 2), abs=1e-6)
+            fading = float(delta.norm() / make_prior()[name].double().norm())
+            share = alpha * fading * (1 if scaling == "gradnorm" else (1 + expected) / 2)
+            assert float(ratio) == pytest.approx(share, abs=1e-6)
 
 
 def test_the_pull_ends_where_the_expert_is() -> None:
@@ -200,10 +203,10 @@ def test_what_adapters_have_made_of_a_delta_is_taken_off(transposed: bool) -> No
     delta = torch.randn(m, n, dtype=torch.float64)
     left = delta - 1.3 * b @ a
     stored = delta.T.contiguous() if transposed else delta
-    to_a, to_b = projected(stored, factors, anchored=True)
+    to_a, to_b = (whole - off for whole, off in zip(projected(stored, factors), made(factors), strict=True))
     torch.testing.assert_close(to_a, 1.3 * b.T @ left, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(to_b, 1.3 * left @ a.T, rtol=1e-12, atol=1e-12)
-    moved = 1.3 * merged(stored, factors, anchored=True) @ a
+    moved = 1.3 * (merged(stored, factors) - b) @ a
     torch.testing.assert_close(moved, left @ torch.linalg.pinv(a) @ a, rtol=1e-7, atol=1e-7)
 
 
@@ -226,12 +229,32 @@ def test_adapters_end_where_the_expert_is_as_far_as_they_reach() -> None:
             torch.testing.assert_close(layer.scaling["default"] * b, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("refresh", [1, 3])
-def test_adapters_resume_bit_for_bit(refresh: int) -> None:
+def test_the_pull_of_adapters_by_norms_fades_too() -> None:
+    model, prior = adapted_model(target_modules=["q_proj"]), deltas(which="q_proj.weight")
+    optimizer = FusedDriftAdamW(
+        named_groups(model), prior=lora_prior(model, prior), prior_scaling="gradnorm", lr=1e-2, anchor=True
+    )
+    for step in range(2):
+        before = {name: layer_factors(layer) for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+        train(model, optimizer, step, step + 1)
+    ratios = dict(zip(optimizer.prior_names, optimizer.prior_ratio, strict=True))
+    for name, (a, b, scale) in before.items():
+        delta = prior[f"{name.removeprefix('base_model.model.')}.weight"].double()
+        left = delta - scale * b @ a
+        for factor, whole, rest in (("A", b.T @ delta, b.T @ left), ("B", delta @ a.T, left @ a.T)):
+            expected = float(rest.norm() / whole.norm())
+            assert float(ratios[f"{name}.lora_{factor}.default.weight"]) == pytest.approx(expected, abs=1e-4)
+
+
+def layer_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
+    a, b = (getattr(layer, factor)["default"].weight.detach().double().clone() for factor in ("lora_A", "lora_B"))
+    return a, b, layer.scaling["default"]
+
+
+def test_adapters_resume_bit_for_bit() -> None:
     def start() -> tuple[nn.Module, FusedDriftAdamW]:
         model = adapted_model()
-        prior = lora_prior(model, deltas(), refresh=refresh)
-        return model, FusedDriftAdamW(named_groups(model), prior=prior, lr=1e-2, anchor=True)
+        return model, FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas()), lr=1e-2, anchor=True)
 
     model, optimizer = start()
     train(model, optimizer, 0, 4)
@@ -251,6 +274,8 @@ def test_what_cannot_be_followed_is_refused() -> None:
     with pytest.raises(ValueError, match="prior_device must be None"):
         FusedDriftAdamW(make_model().named_parameters(), prior=make_prior(), anchor=True, prior_device="cpu")
     model = adapted_model(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="refresh must be 1, got 2"):
+        FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(), refresh=2), anchor=True)
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="several adapters move it"):

@@ -1,6 +1,6 @@
 """Priors for LoRA adapters: what the engine must know of an adapter, and the projection of deltas onto its factors."""
 
 from .adapter import Adapter, AdapterPrior
-from .projection import Factors, merged, projected
+from .projection import Factors, made, merged, projected
 
-__all__ = ["Adapter", "AdapterPrior", "Factors", "merged", "projected"]
+__all__ = ["Adapter", "AdapterPrior", "Factors", "made", "merged", "projected"]

@@ -46,32 +46,31 @@ class Factors:
         return torch.promote_types(torch.promote_types(self.a.dtype, self.b.dtype), torch.float32)
 
 
-def projected(
-    delta: Delta, factors: Factors, of_a: bool = True, of_b: bool = True, anchored: bool = False
-) -> tuple[Tensor | None, ...]:
+def projected(delta: Delta, factors: Factors, of_a: bool = True, of_b: bool = True) -> tuple[Tensor | None, ...]:
     """The deltas of A [r, n] and of B [m, r], in the factors' dtype of computation; None for what is not asked for.
 
     Args:
         delta: of the weight, on the factors' device; low-rank ones are not expanded, others a tile at a time.
-        anchored: less what the adapter has made of it, s*B A, which is not multiplied out either. Not with `row_scale`.
     """
     a, b = factors.a.to(factors.dtype), _scaled(factors.b.to(factors.dtype), factors.row_scale)
     to_a, to_b = _products(delta, a if of_b else None, b if of_a else None, factors.transposed)
     to_b = None if to_b is None else _scaled(to_b, factors.row_scale)
-    if anchored and to_a is not None:
-        to_a.sub_((b.T @ b) @ a, alpha=factors.scale)
-    if anchored and to_b is not None:
-        to_b.sub_(b @ (a @ a.T), alpha=factors.scale)
     return tuple(None if found is None else found.mul_(factors.scale) for found in (to_a, to_b))
 
 
-def merged(delta: Delta, factors: Factors, anchored: bool = False) -> Tensor:
-    """The step of B [m, r] that moves the weight by delta's part in the span of A's rows; `anchored`: by what the
-    adapter has not made of it yet."""
+def made(factors: Factors) -> tuple[Tensor, Tensor]:
+    """What `projected` makes of s*B A, which the adapter has made of the delta already and which is not multiplied out.
+    Not with `row_scale`."""
+    a, b, square = factors.a.to(factors.dtype), factors.b.to(factors.dtype), factors.scale**2
+    return square * ((b.T @ b) @ a), square * (b @ (a @ a.T))
+
+
+def merged(delta: Delta, factors: Factors) -> Tensor:
+    """The step of B [m, r] that moves the weight by delta's part in the span of A's rows."""
     if not factors.scale:
         return torch.zeros_like(factors.b, dtype=factors.dtype)
     inverse = None if factors.row_scale is None else 1 / factors.row_scale
-    _, along = projected(delta, replace(factors, row_scale=inverse), of_a=False, anchored=anchored)
+    _, along = projected(delta, replace(factors, row_scale=inverse), of_a=False)
     assert along is not None
     a = factors.a.double()
     gram = a @ a.T

@@ -26,11 +26,13 @@ class Anchor:
         target: float32, bfloat16 for a bfloat16 parameter.
         left: the delta, likewise.
         norm: float64 [], of the delta of the whole parameter.
+        whole_norm: likewise, of the prior's delta.
     """
 
     target: Tensor
     left: Tensor
     norm: Tensor
+    whole_norm: Tensor
     shard: Shard | None
 
 
@@ -40,8 +42,9 @@ class Anchors:
     def __init__(self) -> None:
         self._held: dict[str, Anchor] = {}
 
-    def bind(self, name: str, param: Tensor, state: dict[str, Any], delta: Delta | None) -> Anchor:
-        """`param`: whole, as `state` is of it. `delta`: the prior's, of what this rank holds, at the first time."""
+    def bind(self, name: str, param: Tensor, state: dict[str, Any], delta: Delta | None, delta_norm: float) -> Anchor:
+        """`param`: whole, as `state` is of it. `delta`: the prior's, of what this rank holds, at the first time;
+        `delta_norm`: that of the whole."""
         own = local(param)
         found, saved = self._held.get(name), state.get(TARGET)
         if found is not None and saved is not None and local(saved) is found.target:
@@ -57,7 +60,8 @@ class Anchors:
         else:
             target = local(saved)
         norm = torch.zeros((), dtype=torch.float64, device=own.device)
-        self._held[name] = Anchor(target, torch.zeros_like(target), norm, Shard.of(param))
+        whole_norm = torch.full_like(norm, delta_norm)
+        self._held[name] = Anchor(target, torch.zeros_like(target), norm, whole_norm, Shard.of(param))
         return self._held[name]
 
     def nbytes(self) -> int:

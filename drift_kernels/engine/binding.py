@@ -34,8 +34,8 @@ class BoundDelta:
     """A delta where the kernels read it, of a small prior its codes and scales; norm(delta) and norm(W) in float64;
     what its param group's alpha is multiplied by; where it is in pinned memory, who reads it.
 
-    The delta of an adapter's parameter is renewed in place: `norm`, float64 [], is its own norm, on its device, and
-    delta_norm and param_norm are those of the weight."""
+    A delta that is renewed in place has its own `norm`, float64 [], on its device, and delta_norm and param_norm are
+    those of the weight as it was. One of what is left of a way also has the norm of the way, `whole_norm`."""
 
     delta: Tensor
     delta_scale: Tensor | None
@@ -44,6 +44,7 @@ class BoundDelta:
     alpha: float = 1.0
     readers: Readers | None = None
     norm: Tensor | None = None
+    whole_norm: Tensor | None = None
 
     def fits(self, param: Tensor) -> bool:
         """Whether it is of a parameter of this shape; one that is renewed is also where the parameter is."""
@@ -204,8 +205,11 @@ class PriorBinding:
             self.adapted.share(name, param, state, decoupled)
         elif self.anchors is not None:
             bound = self._bound[name]
-            anchor = self.anchors.bind(name, param, state, bound.stored if bound.norm is None else None)
-            self._bound[name] = replace(bound, delta=anchor.left, delta_scale=None, norm=anchor.norm)
+            delta = bound.stored if bound.norm is None else None
+            anchor = self.anchors.bind(name, param, state, delta, bound.delta_norm)
+            self._bound[name] = replace(
+                bound, delta=anchor.left, delta_scale=None, norm=anchor.norm, whole_norm=anchor.whole_norm
+            )
         return self._bound[name]
 
     def renew(self, params: Mapping[str, tuple[Tensor, bool]], due: bool) -> None:
@@ -238,7 +242,9 @@ class PriorBinding:
         assert adapter is not None
         side = self.adapted.bind(name, param, shard, lambda device: self.prior.load_stored(source, device, copy=False))
         param_norm = norm_of(adapter.base_weight()) if info.param_norm is None else info.param_norm
-        return BoundDelta(side.delta, None, info.delta_norm, param_norm, self._alpha(name), norm=side.norm)
+        whole_norm = side.whole_norm if self.adapted.anchored else None
+        alpha = self._alpha(name)
+        return BoundDelta(side.delta, None, info.delta_norm, param_norm, alpha, norm=side.norm, whole_norm=whole_norm)
 
     def _alpha(self, name: str) -> float:
         """One parameter has one alpha: where the patterns tell a joined delta's parts apart, the first part decides."""

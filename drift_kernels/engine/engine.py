@@ -168,7 +168,7 @@ class Engine:
         self.binding.renew(acting, due=self.turn == 0)
         self.turn = (self.turn + 1) % adapted.refresh
         for batch in self.batches:
-            batch.take_norms()
+            batch.take_norms(groups)
 
     def _check(self, named: list[tuple[str, Tensor]], grads: list[Tensor | None]) -> None:
         for (name, param), grad in zip(named, grads, strict=True):

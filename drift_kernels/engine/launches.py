@@ -153,6 +153,7 @@ class DeviceBatch:
             [0.0 if bound is None else bound.delta_norm for bound in bounds],
             [0.0 if bound is None else bound.param_norm for bound in bounds],
             [1.0 if bound is None else bound.alpha for bound in bounds],
+            alphas_change=any(bound is not None and bound.whole_norm is not None for bound in bounds),
         )
         biased = [row for row, bound in enumerate(bounds) if bound is not None]
         self.biased_names = [self.slots[row].name for row in biased]
@@ -160,6 +161,9 @@ class DeviceBatch:
         self.biased_rows = torch.tensor(biased, dtype=torch.int64, device=device)
         self.renewed = [row for row, bound in enumerate(bounds) if bound is not None and bound.norm is not None]
         self._renewed_rows = torch.tensor(self.renewed, dtype=torch.int64, device=device)
+        alphas = [bound.alpha for bound in bounds if bound is not None and bound.norm is not None]
+        self._alphas = torch.tensor(alphas, dtype=torch.float64, device=device)
+        self._by_norms: tuple[tuple[bool, ...], Tensor] | None = None
         self._readers = {bound.readers for bound in bounds if bound is not None and bound.readers is not None}
         self._rule = rule
         self._reduction = Reduction([slot.shard for slot in self.slots])
@@ -191,11 +195,24 @@ class DeviceBatch:
             addresses = launch.addresses_of(described.addresses) if described.contiguous else None
             launch.plan.set_grads(launch.of(grads), addresses)
 
-    def take_norms(self) -> None:
-        """Of the deltas that are renewed, as they are now."""
-        if self.renewed:
-            norms = [slot.bound.norm for slot in self.slots if slot.bound is not None and slot.bound.norm is not None]
-            self.coefficients.set_delta_norms(self._renewed_rows, torch.stack(norms))
+    def take_norms(self, groups: list[Hyperparameters]) -> None:
+        """Of the deltas that are renewed, as they are now. Of those that are what is left of a way, scalings by norms
+        divide by the norm of the way: their pull fades as theirs does whose delta is read as it is."""
+        if not self.renewed:
+            return
+        slots = [self.slots[row] for row in self.renewed]
+        bounds = [slot.bound for slot in slots if slot.bound is not None]
+        norms = torch.stack([bound.norm for bound in bounds if bound.norm is not None])
+        self.coefficients.set_delta_norms(self._renewed_rows, norms)
+        wholes = [bound.whole_norm for bound in bounds if bound.whole_norm is not None]
+        if not wholes:
+            return
+        by_norms = tuple(groups[slot.group].needs_stats for slot in slots)
+        if self._by_norms is None or self._by_norms[0] != by_norms:
+            self._by_norms = by_norms, torch.tensor(by_norms, dtype=torch.bool, device=norms.device)
+        whole = torch.stack(wholes)
+        left = torch.where(self._by_norms[1] & (whole > 0), norms / whole, 1.0)
+        self.coefficients.set_alphas(self._renewed_rows, left * self._alphas)
 
     def lend(self, params: list[Tensor], states: Any) -> None:
         """Gives the plans their tensors again. `params`: all of them, whole, as `states` has them."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, AdapterPrior, Factors, merged, projected
+from ..adapters import Adapter, AdapterPrior, Factors, made, merged, projected
 from ..errors import PriorError
 from ..prior.deltas import Delta, tensors_of, with_rows
 from ..prior.names import without_wrappers
@@ -34,11 +34,13 @@ class Side:
     Attributes:
         delta: float32, of what this rank holds of the factor.
         norm: float64 [], of the delta of the whole factor.
+        whole_norm: likewise, before what the adapter has made of it is taken off.
         made_of: None until the delta is made.
     """
 
     delta: Tensor
     norm: Tensor
+    whole_norm: Tensor
     shard: Shard | None
     made_of: MadeOf | None = None
 
@@ -46,7 +48,8 @@ class Side:
     def of(cls, param: Tensor, shard: Shard | None) -> Side:
         """`param`: what this rank holds of the factor."""
         delta = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)
-        return cls(delta, torch.zeros((), dtype=torch.float64, device=param.device), shard)
+        norms = torch.zeros(2, dtype=torch.float64, device=param.device)
+        return cls(delta, norms[0], norms[1], shard)
 
     def differs(self, made_of: MadeOf, due: bool) -> bool:
         """Whether the delta is to be made, of this."""
@@ -54,9 +57,12 @@ class Side:
             return True
         return due and (made_of.fixed is None or made_of.fixed != self.made_of.fixed)
 
-    def take(self, found: Tensor) -> None:
-        """The delta of the whole factor."""
+    def take(self, found: Tensor, taken_off: Tensor | None = None) -> None:
+        """The delta of the whole factor, less what is to be taken off."""
         found = found.float()
+        self.whole_norm.copy_(torch.linalg.vector_norm(found, dtype=torch.float64))
+        if taken_off is not None:
+            found = found - taken_off.float()
         self.norm.copy_(torch.linalg.vector_norm(found, dtype=torch.float64))
         self.delta.copy_(found if self.shard is None else found[self.shard.box])
 
@@ -98,26 +104,26 @@ class Projection:
         factors = self.adapter.factors()
         delta = _on(self.delta, self.device)
         plain = [factor for factor in wanted if not decoupled[factor]]
-        found = (
-            projected(delta, factors, of_a=A in plain, of_b=B in plain, anchored=self.anchored)
-            if plain
-            else (None, None)
-        )
+        found = projected(delta, factors, of_a=A in plain, of_b=B in plain) if plain else (None, None)
+        taken_off = made(factors) if plain and self.anchored else (None, None)
         for factor in wanted:
-            values = found[factor] if factor in plain else self._merged(factor, delta, factors)
+            if factor in plain:
+                values, off = found[factor], taken_off[factor]
+            else:
+                values, off = self._merged(factor, delta, factors)
             assert values is not None
-            self._sides[factor].take(values)
+            self._sides[factor].take(values, off)
             self._sides[factor].made_of = made_of[factor]
 
-    def _merged(self, factor: int, delta: Delta, factors: Factors) -> Tensor:
-        """B moves the weight as far as A's rows reach; A itself only where B stays."""
+    def _merged(self, factor: int, delta: Delta, factors: Factors) -> tuple[Tensor, Tensor | None]:
+        """B moves the weight as far as A's rows reach; A itself only where B stays. And what of it is done."""
         if factor == B:
-            return merged(delta, factors, self.anchored)
+            return merged(delta, factors), factors.b if self.anchored else None
         if B in self._sides:
-            return torch.zeros_like(factors.a, dtype=factors.dtype)
+            return torch.zeros_like(factors.a, dtype=factors.dtype), None
         scaled = factors.b if factors.row_scale is None else factors.b * factors.row_scale.unsqueeze(1)
         mirrored = replace(factors, a=scaled.T, b=factors.a.T, row_scale=None, transposed=not factors.transposed)
-        return merged(delta, mirrored, self.anchored).T
+        return merged(delta, mirrored).T, factors.a if self.anchored else None
 
     def _made_of(self, factor: int, decoupled: bool) -> MadeOf:
         """What the delta follows from, as far as it does not change with every step: the other factor, if it is frozen
@@ -141,7 +147,7 @@ class Adapted:
     def __init__(self, prior: AdapterPrior | None, on_host: bool, anchored: bool) -> None:
         if prior is not None and anchored:
             _check_alone(prior)
-        self._anchored = anchored
+        self.anchored = anchored
         self.refresh = 1 if prior is None else prior.refresh
         self._adapters = {} if prior is None else prior.adapters_by_name()
         self._renamed = {} if prior is None else prior.renamed_plainly()
@@ -194,7 +200,7 @@ class Adapted:
                 delta = with_rows(delta, adapter.shape[0])
             if self._on_host and param.is_cuda:
                 delta = _each(delta, Tensor.pin_memory)
-            found = self._projections[adapter.names] = Projection(adapter, delta, param.device, self._anchored)
+            found = self._projections[adapter.names] = Projection(adapter, delta, param.device, self.anchored)
         return found.bind(self._factor(name, adapter), param, shard)
 
     def delta_of(self, name: str) -> Delta:
@@ -240,7 +246,9 @@ class Adapted:
 
 
 def _check_alone(prior: AdapterPrior) -> None:
-    """Raises ValueError where a weight moves by more than its one adapter."""
+    """Raises ValueError where a weight moves by more than its one adapter, or is not followed in every step."""
+    if prior.refresh != 1:
+        raise ValueError(f"anchor=True follows adapters in every step: refresh must be 1, got {prior.refresh}")
     weights = [adapter.weight for adapter in prior.adapters]
     for adapter in prior.adapters:
         if adapter.is_dora or weights.count(adapter.weight) > 1:

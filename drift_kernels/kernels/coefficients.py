@@ -204,6 +204,7 @@ class CoefficientTable:
         delta_norms: norm(delta) of each tensor; 0 where it has no delta.
         param_norms: norm(W) of each tensor, for `normalize_to_param`; ignored where it has no delta.
         alphas: what the alpha of each tensor's group is multiplied by; None for 1.
+        alphas_change: whether `set_alphas` will be called.
     """
 
     def __init__(
@@ -213,6 +214,7 @@ class CoefficientTable:
         delta_norms: list[float],
         param_norms: list[float],
         alphas: list[float] | None = None,
+        alphas_change: bool = False,
     ) -> None:
         n = len(delta_norms)
         self.steps = steps
@@ -224,7 +226,8 @@ class CoefficientTable:
         self.inv_delta_norm = torch.where(self.delta_norm > 0, self.delta_norm.reciprocal(), 0.0)
         self.norm_ratio = torch.tensor(param_norms, dtype=torch.float64, device=device) * self.inv_delta_norm
         same = alphas is None or all(alpha == 1 for alpha in alphas)
-        self.factor = None if same else torch.tensor(alphas, dtype=torch.float64, device=device)
+        constant = same and not alphas_change
+        self.factor = None if constant else torch.tensor(alphas or [1.0] * n, dtype=torch.float64, device=device)
         self._one = torch.ones((), dtype=torch.float64, device=device)
         self._constant = torch.zeros(n, dtype=torch.float64, device=device)  # what of c needs no statistics
         # The hyperparameters' table is laid out column by column, the kernels' row by row. Their columns, by name:
@@ -245,6 +248,12 @@ class CoefficientTable:
         `normalize_to_param` multiplies them by stays what it was."""
         self.delta_norm.index_copy_(0, rows, norms)
         self.inv_delta_norm.index_copy_(0, rows, torch.where(norms > 0, norms.reciprocal(), 0.0))
+
+    def set_alphas(self, rows: Tensor, alphas: Tensor) -> None:
+        """What the alpha of the group is multiplied by, of these rows (int64 [m], alphas float64 [m])."""
+        assert self.factor is not None
+        self.factor.index_copy_(0, rows, alphas)
+        self._stale = True
 
     def set_hyperparameters(self, rows: slice, h: Hyperparameters, before: Hyperparameters | None = None) -> None:
         """Writes the hyperparameters of these rows: those that differ from `before`, and those that are tensors.
