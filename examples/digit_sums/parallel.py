@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from multiprocessing.queues import Queue
@@ -63,6 +64,7 @@ def prepare_process() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # of how PEFT calls transformers
 
 
 def _run_seed(seed: int, settings: Settings, arms: Sequence[Arm], folder: Path, steps: Queue[Any]) -> dict[str, Any]:
