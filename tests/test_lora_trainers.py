@@ -35,9 +35,10 @@ def sft_trainer(folder: Path, stop_after: int | None) -> Trainer:
     """TRL puts the adapters in."""
     args = SFTConfig(**arguments(folder, STEPS), bf16=False)
     texts = [tiny.text(pair) for pair in tiny.training_pairs(STEPS * tiny.BATCH_SIZE)]
-    torch.manual_seed(0)
+    model = tiny.base_model()
+    torch.manual_seed(0)  # of the adapters
     return SFTTrainer(
-        model=tiny.base_model(),
+        model=model,
         args=args,
         processing_class=tiny.tokenizer(),
         train_dataset=Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in texts]),
@@ -50,8 +51,9 @@ def sft_trainer(folder: Path, stop_after: int | None) -> Trainer:
 
 
 def trainer_of_adapters(folder: Path, stop_after: int | None) -> Trainer:
-    torch.manual_seed(0)
-    model = get_peft_model(tiny.base_model(), LORA)
+    model = tiny.base_model()
+    torch.manual_seed(0)  # of the adapters
+    model = get_peft_model(model, LORA)
     args = TrainingArguments(**arguments(folder, STEPS))
     return Trainer(
         model,

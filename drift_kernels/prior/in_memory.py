@@ -45,9 +45,11 @@ def meta_model(source: str | os.PathLike[str], revision: str | None = None) -> t
     import transformers
 
     try:
-        architectures = transformers.PretrainedConfig.get_config_dict(source, revision=revision)[0].get("architectures")
+        found = transformers.PretrainedConfig.get_config_dict(source, revision=revision)[0]
     except Exception as error:  # of transformers and of the Hub's client, whatever they find
         raise UnknownModelError(f"config.json cannot be read ({error})") from error
+    # transformers 4.57 writes them into text_config for some families.
+    architectures = found.get("architectures") or (found.get("text_config") or {}).get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise UnknownModelError("config.json names no architecture")
     kind = getattr(transformers, str(architectures[0]), None)
