@@ -37,8 +37,8 @@ def lora_prior(model: nn.Module, prior: PriorLike, *, refresh: int = 1) -> Adapt
             PeftModel or not, its base quantised or not. It is not kept alive.
         prior: a `Prior`, the folder of one, or a mapping from names of weights to deltas. Deltas of low rank are used
             as they are and never expanded, others by tiles.
-        refresh: renew the projections in every `refresh`-th step. What they cost: about the time it takes to read the
-            prior. Those of a frozen A are made once.
+        refresh: renew the projections in every `refresh`-th step (docs/adapters.md has what that costs). Those of a
+            frozen A are made once.
 
     Raises:
         PriorError: the model has no active LoRA adapter.
