@@ -47,7 +47,7 @@ def meta_model(source: str | os.PathLike[str], revision: str | None = None) -> t
     try:
         found = transformers.PretrainedConfig.get_config_dict(source, revision=revision)[0]
     except Exception as error:  # of transformers and of the Hub's client, whatever they find
-        raise UnknownModelError(f"config.json cannot be read ({error})") from error
+        raise UnknownModelError(f"config.json cannot be read ({_first_line(error)})") from error
     # transformers 4.57 writes them into text_config for some families.
     architectures = found.get("architectures") or (found.get("text_config") or {}).get("architectures")
     if not isinstance(architectures, list) or not architectures:
@@ -61,8 +61,12 @@ def meta_model(source: str | os.PathLike[str], revision: str | None = None) -> t
             model = kind(config)
         model.tie_weights()
     except Exception as error:  # whatever a model's own code raises on a config that it does not like
-        raise UnknownModelError(f"{kind.__name__} cannot be made of config.json ({error})") from error
+        raise UnknownModelError(f"{kind.__name__} cannot be made of config.json ({_first_line(error)})") from error
     return model, f"{kind.__name__} in memory (transformers {transformers.__version__})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def linear_weights(source: str | os.PathLike[str], revision: str | None = None) -> dict[str, Tensor]:
