@@ -11,7 +11,7 @@ from checkpoints import text_weights, tuned, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drift_kernels import CheckpointError, Prior, PriorError, build_prior
+from drift_kernels import CheckpointError, Prior, PriorError, apply_prior, build_prior
 from drift_kernels.prior import arithmetic, norms, stream
 from drift_kernels.prior.checkpoint import Checkpoint
 from drift_kernels.prior.unfusing import unfuse
@@ -231,3 +231,14 @@ def test_weights_of_two_dtypes(compiled: bool, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(delta, expert - origin.float())
         assert products.expert_base == pytest.approx(torch.dot(expert.double(), base.double()).item(), rel=1e-12)
         assert products.delta_delta == pytest.approx(delta.double().square().sum().item(), rel=1e-12)
+
+
+def test_a_prior_is_not_applied_to_codes(tmp_path: Path) -> None:
+    """They are read as weights, and cannot be written as such."""
+    weights = text_weights()
+    write_checkpoint(tmp_path / "expert", tuned(weights))
+    write_checkpoint(tmp_path / "base", in_fp8(weights, (128, 128)))
+    prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
+    with pytest.raises(CheckpointError, match=r"the base is quantised: .* is in codes with scales"):
+        apply_prior(prior, tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
