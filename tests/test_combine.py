@@ -221,7 +221,9 @@ def test_priors_of_different_bases_are_told_apart(family: Family) -> None:
     other = build_prior(family.folder / "b", family.folder / "other", family.folder / "p", modules=EVERYTHING)
     combined = combine_priors([prior, other], family.folder / "out", weights=[1, 1])
     *_, warning = combined.record["warnings"]
-    assert warning.startswith("the priors are of different bases: of 29 weights of the base that they share, 29 have")
+    begin = "the priors are of different bases: of 29 weights of the base that they share, "
+    assert warning.startswith(begin)
+    assert int(warning.removeprefix(begin).split()[0]) > 20, "a norm may be the same by chance"
     assert combined.info(UP).param_norm is None
     assert "base" not in combined.record["sources"]
 
