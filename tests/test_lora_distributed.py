@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed.checkpoint as dcp
 from lora import adapted_model, deltas, loss_of
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from drift_kernels import FusedDriftAdamW
@@ -37,15 +39,20 @@ def train(model: nn.Module, optimizer: FusedDriftAdamW, begin: int, end: int) ->
     return {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def uninterrupted_and_resumed(scaling: str, refresh: int, dora: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def uninterrupted_and_resumed(
+    folder: Path, scaling: str, refresh: int, dora: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By torch.distributed.checkpoint."""
     model, optimizer = started(True, scaling, refresh, use_dora=dora)
     train(model, optimizer, 0, STOP)
-    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    saved = torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, saved)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder))
     uninterrupted = train(model, optimizer, STOP, STEPS)
     model, optimizer = started(True, scaling, refresh, use_dora=dora)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    found = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(found, checkpoint_id=str(folder))
+    set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
     return uninterrupted, train(model, optimizer, STOP, STEPS)
 
 
@@ -56,7 +63,9 @@ def uninterrupted_and_resumed(scaling: str, refresh: int, dora: bool) -> tuple[d
 def test_fully_shard(scaling: str, refresh: int, dora: bool, tmp_path: Path) -> None:
     """The bits of one process where no coefficient follows from norms. (DoRA's forward has roundings of its own.)"""
     expected = train(*started(False, scaling, refresh, use_dora=dora), 0, STEPS)
-    for uninterrupted, resumed in ranks.run(uninterrupted_and_resumed, 2, tmp_path, scaling, refresh, dora):
+    for uninterrupted, resumed in ranks.run(
+        uninterrupted_and_resumed, 2, tmp_path, tmp_path / "checkpoint", scaling, refresh, dora
+    ):
         for name, tensor in expected.items():
             assert torch.equal(resumed[name], uninterrupted[name]), name
             if scaling == "absolute" and not dora:

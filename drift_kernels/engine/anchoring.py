@@ -68,13 +68,13 @@ class Anchors:
         """Of the targets."""
         return sum(anchor.target.nbytes for anchor in self._held.values())
 
-    def renew(self, params: Mapping[str, Tensor]) -> None:
+    def renew(self, params: Mapping[str, Tensor], with_norms: bool) -> None:
         """The deltas of these parameters, of which this rank holds what is given. The host waits for nothing."""
         anchors = [self._held[name] for name in params]
-        if not anchors:
-            return
         for anchor, param in zip(anchors, params.values(), strict=True):
             torch.sub(anchor.target, param.detach(), out=anchor.left)
+        if not anchors or not with_norms:  # another pass, and an all-reduce
+            return
         norms = [torch.linalg.vector_norm(anchor.left, dtype=torch.float64) for anchor in anchors]
         squares = torch.stack(norms).square_()
         Reduction([anchor.shard for anchor in anchors]).sum_(squares)

@@ -198,11 +198,11 @@ class PriorBinding:
         """Whether something of the prior outlives a step."""
         return self.anchors is not None or self.adapted.refresh > 1
 
-    def keep(self, name: str, param: Tensor, state: dict[str, Any], decoupled: bool) -> BoundDelta:
+    def keep(self, name: str, param: Tensor, state: dict[str, Any]) -> BoundDelta:
         """Has the state of a parameter that has been bound hold what outlives a step: where the parameter is pulled, or
         the delta of an adapter. Takes what the state holds already. Returns the delta that the steps read."""
         if self.adapted.adapter_of(name) is not None:
-            self.adapted.share(name, param, state, decoupled)
+            self.adapted.share(name, param, state)
         elif self.anchors is not None:
             bound = self._bound[name]
             delta = bound.stored if bound.norm is None else None
@@ -212,13 +212,14 @@ class PriorBinding:
             )
         return self._bound[name]
 
-    def renew(self, params: Mapping[str, tuple[Tensor, bool]], due: bool) -> None:
+    def renew(self, params: Mapping[str, tuple[Tensor, bool]], due: bool, with_norms: bool) -> None:
         """Makes the deltas of these parameters anew, which change with them: what this rank holds of each, and whether
-        its scaling moves parameters. Those of adapters where `due`."""
+        its scaling moves parameters. Those of adapters where `due`; the norms of the others if they are needed."""
         adapted = {name for name in params if self.adapted.adapter_of(name) is not None}
         self.adapted.renew({name: decoupled for name, (_, decoupled) in params.items() if name in adapted}, due)
         if self.anchors is not None:
-            self.anchors.renew({name: param for name, (param, _) in params.items() if name not in adapted})
+            own = {name: param for name, (param, _) in params.items() if name not in adapted}
+            self.anchors.renew(own, with_norms)
 
     def _load(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:
         """Of a shard with the norms of the shard, for `_measure`."""

@@ -13,7 +13,6 @@ from ..formats.rounding import sqrt64
 from ..kernels import backends
 from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_coefficient
 from ..kernels.describe import Description, describe, describe_values
-from ..kernels.scalings import SCALINGS
 from ..sharding import Shard, local, local_pairs, place_grads, place_of
 from ..state.param_groups import SEED, check_names, named_params
 from ..state.precision import held
@@ -132,6 +131,8 @@ class Engine:
         """Makes the states of every parameter that has a gradient, with what the prior keeps in them."""
         if self.binding is not None and self.binding.keeps_in_states:
             self.prepare(param_groups, self._tensors(param_groups), states)
+            for batch in self.batches:
+                batch.release()
         for _, param in named_params(param_groups):
             if param.grad is not None:
                 self.rule.state_of(states, param)
@@ -165,7 +166,8 @@ class Engine:
             raise RuntimeError(
                 f"a CUDA graph renews deltas in every replay or in none: refresh must be 1, got {adapted.refresh}"
             )
-        self.binding.renew(acting, due=self.turn == 0)
+        with_norms = self.max_grad_norm is not None or any(group.needs_stats for group in groups)
+        self.binding.renew(acting, due=self.turn == 0, with_norms=with_norms)
         self.turn = (self.turn + 1) % adapted.refresh
         for batch in self.batches:
             batch.take_norms(groups)
@@ -209,7 +211,7 @@ class Engine:
             key = int(group[SEED]) + (i << 32) if drawn else None
             state = self.rule.state_of(states, param)
             if self.binding is not None and bound is not None and self.rule.advances:
-                bound = self.binding.keep(name, param, state, SCALINGS[group["prior_scaling"]].decoupled != 0)
+                bound = self.binding.keep(name, param, state)
             kinds = own, grad, held("exp_avg", state), None if bound is None else bound.delta
             dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)
             copy = None if self.rule.writes_grads or own.is_contiguous() else own.detach().contiguous()

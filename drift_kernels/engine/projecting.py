@@ -21,9 +21,10 @@ A, B = 0, 1
 
 
 class MadeOf(NamedTuple):
-    """What a delta of a factor was made of: for whom, and the other factor, where that stays as it is."""
+    """What a delta of a factor was made of: for whom (None: not known, of one that was loaded), and the other factor,
+    where that stays as it is."""
 
-    decoupled: bool
+    decoupled: bool | None
     fixed: tuple[Any, ...] | None
 
 
@@ -53,7 +54,7 @@ class Side:
 
     def differs(self, made_of: MadeOf, due: bool) -> bool:
         """Whether the delta is to be made, of this."""
-        if self.made_of is None or self.made_of.decoupled != made_of.decoupled:
+        if self.made_of is None or self.made_of.decoupled not in (None, made_of.decoupled):
             return True
         return due and (made_of.fixed is None or made_of.fixed != self.made_of.fixed)
 
@@ -207,7 +208,7 @@ class Adapted:
         """The delta of the weight of an adapter's parameter that is bound."""
         return self._projections[self._adapters[without_wrappers(name)].names].delta
 
-    def share(self, name: str, param: Tensor, state: dict[str, Any], decoupled: bool) -> None:
+    def share(self, name: str, param: Tensor, state: dict[str, Any]) -> None:
         """Keeps the delta of an adapter's parameter in its state, if it outlives the step; it takes the values that it
         finds there, which have been loaded."""
         adapter = self.adapter_of(name)
@@ -217,7 +218,7 @@ class Adapted:
         saved = state.get(PROJECTED)
         if saved is not None and local(saved) is not side.delta:
             side.take(whole(saved))
-            side.made_of = MadeOf(decoupled, None)
+            side.made_of = MadeOf(None, None)
         state[PROJECTED] = wrap(side.delta, param)
 
     def forget(self) -> None:
