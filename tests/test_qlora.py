@@ -11,11 +11,15 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
+import bitsandbytes as bnb
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
+from lora import deltas, text_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
-from drift_kernels import Prior
+from drift_kernels import FusedDriftAdamW, GradientBias, Prior
 from drift_kernels.integrations import unwrap_optimizer
+from drift_kernels.integrations.peft import lora_prior
 from examples import qlora, tiny
 
 STEPS = 8
@@ -68,3 +72,29 @@ def test_what_is_saved_loads_over_the_whole_base_and_has_learned(folder: Path) -
     assert losses[1] < 0.8 * losses[0], losses
     loaded = PeftModel.from_pretrained(tiny.base_model(), folder / "adapter")
     assert tiny.held_out_loss(loaded) == losses[1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_without_an_adapter_are_no_parameters_of_the_prior(bits: int) -> None:
+    """Though the prior has deltas for them, and all parameters are given."""
+    model = text_model()
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and "layers" in name:
+            bias = linear.bias is not None
+            if bits == 4:
+                quantised = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=bias)
+                quantised.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False)
+            else:
+                quantised = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias, has_fp16_weights=False)
+                quantised.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False)
+            model.set_submodule(name, quantised.to("cpu"))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    prior = lora_prior(model, deltas(which="proj.weight"))
+    for param in model.parameters():
+        if param.requires_grad:
+            param.grad = torch.randn_like(param)
+    figures = GradientBias(model.named_parameters(), prior, prior_scaling="absolute").apply_()
+    assert len(figures.names) == 8
+    optimizer = FusedDriftAdamW(model.named_parameters(), prior=prior)
+    optimizer.step()
+    assert len(optimizer.prior_names) == 8

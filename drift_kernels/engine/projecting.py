@@ -177,7 +177,12 @@ class Adapted:
             for a in adapters.values()
             if a is not None
         }
-        own = [(self.weight_of(name), param) for name, param in named_parameters if adapters[name] is None]
+        # A base under adapters may be held in codes, which have other shapes, and which nobody trains.
+        own = [
+            (self.weight_of(name), param)
+            for name, param in named_parameters
+            if adapters[name] is None and (param.is_floating_point() or not self._adapters)
+        ]
         return own + list(adapted.items())
 
     def check_params(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
