@@ -170,6 +170,19 @@ def shards_by_name(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def boxes_of(flat: Tensor, start: int, columns: int) -> Iterator[tuple[Tensor, int, int]]:
+    """A run of elements, from `start` on, of rows of so many columns, as boxes: each a view [rows, width] of `flat`, and
+    the row and the column that it begins at. Rows that the run begins or ends within are boxes of their own."""
+    done = 0
+    while done < flat.numel():
+        row, column = divmod(start + done, columns)
+        left = flat.numel() - done
+        rows = 1 if column else max(left // columns, 1)
+        width = min(columns - column, left)
+        yield flat[done : done + rows * width].view(rows, width), row, column
+        done += rows * width
+
+
 def size_in_bytes(tensor: TensorType) -> int:
     """The bytes of a tensor of this dtype and shape."""
     dtype, shape = tensor

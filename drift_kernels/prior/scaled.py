@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import Place, Source, StoredTensor
+from .files import Place, Source, StoredTensor, boxes_of
 from .reading import OpenFiles
 
 CODES_OF_SCALES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -47,17 +47,11 @@ class ScaledCodes(Source):
 
     def read_from(self, files: OpenFiles, flat: Tensor, start: int) -> None:
         flat.copy_(self.codes.read_flat_from(files, start, start + flat.numel()))
-        columns, done = self.shape[-1], 0
+        columns = self.shape[-1]
         first = start // columns
         scales = self._scales_of(files, first, (start + flat.numel() - 1) // columns + 1)
-        while done < flat.numel():
-            row, column = divmod(start + done, columns)
-            left = flat.numel() - done
-            rows = 1 if column else max(left // columns, 1)
-            width = min(columns - column, left)
-            box = flat[done : done + rows * width].view(rows, width)
-            self._scale(box, scales[row - first : row - first + rows], column)
-            done += rows * width
+        for box, row, column in boxes_of(flat, start, columns):
+            self._scale(box, scales[row - first : row - first + len(box)], column)
 
     def _scale(self, box: Tensor, scales: Tensor, column: int) -> None:
         """Multiply rows, from `column` on, by their scales. Whole blocks are taken together."""

@@ -42,8 +42,3 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator
         while in_work:
             first, future = in_work.popleft()
             yield first, future.result()
-
-
-def side_by_side(function: Callable[[Item], Result], given: Iterable[Item]) -> Generator[Result, None, None]:
-    """function(x) for each x, in order."""
-    return (result for _, result in in_order(function, given))

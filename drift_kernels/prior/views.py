@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .files import Place, Source
+from .files import Place, Source, boxes_of
 from .reading import OpenFiles
 
 _BAND = 1 << 16  # elements of a transposed matrix that are read at a time
@@ -41,16 +41,9 @@ class TransposedPart(Part):
     stride: int
 
     def read_from(self, files: OpenFiles, flat: Tensor, start: int) -> None:
-        """Rows that `flat` begins or ends within are filled alone, so that no more than `flat` is needed."""
-        columns, done = self.shape[1], 0
-        while done < flat.numel():
-            row, column = divmod(start + done, columns)
-            left = flat.numel() - done
-            rows = 1 if column else max(left // columns, 1)
-            width = min(columns - column, left)
-            target = flat[done : done + rows * width].view(rows, width)
-            self._fill(files, target, row, column)
-            done += rows * width
+        """A box at a time, so that no more memory than `flat` is needed."""
+        for box, row, column in boxes_of(flat, start, self.shape[1]):
+            self._fill(files, box, row, column)
 
     def _fill(self, files: OpenFiles, target: Tensor, row: int, column: int) -> None:
         """The box that begins at [row, column], a few lines at a time."""
