@@ -171,8 +171,8 @@ def shards_by_name(index: Path) -> dict[str, str]:
 
 
 def boxes_of(flat: Tensor, start: int, columns: int) -> Iterator[tuple[Tensor, int, int]]:
-    """A run of elements, from `start` on, of rows of so many columns, as boxes: each a view [rows, width] of `flat`, and
-    the row and the column that it begins at. Rows that the run begins or ends within are boxes of their own."""
+    """A run of elements, from `start` on, of rows of so many columns, as boxes: a view [rows, width] of `flat`, and the
+    row and the column that it begins at. Rows that the run begins or ends within are boxes of their own."""
     done = 0
     while done < flat.numel():
         row, column = divmod(start + done, columns)
