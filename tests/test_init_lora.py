@@ -103,7 +103,7 @@ def test_a_spans_the_leading_right_singular_vectors(base: nn.Module, stored_rank
         assert float(torch.linalg.matrix_norm(3 * a.t() @ a - right[:RANK].t() @ right[:RANK], 2)) < 1e-3
         assert fit.random == RANK / delta.shape[1]
         assert fit.seen > fit.random
-        assert fit.delta_norm == pytest.approx(delta.norm().item(), rel=1e-6)
+        assert fit.delta_norm == pytest.approx(delta.norm().item(), rel=3e-6)
 
 
 def test_the_command(base: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

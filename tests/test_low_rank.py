@@ -118,7 +118,7 @@ def test_rows_of_zeros_below(kind: str) -> None:
     assert type(longer) is type(delta)
     assert torch.equal(expanded(longer)[:3], expanded(delta))
     assert not expanded(longer)[3:].any()
-    assert norm_of(longer) == pytest.approx(norm_of(delta), rel=1e-6)
+    assert norm_of(longer) == pytest.approx(norm_of(delta), rel=3e-6)  # of short tensors: prior/norms.py
 
 
 # In a prior
