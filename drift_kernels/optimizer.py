@@ -24,7 +24,7 @@ from .prior import Prior, PriorLike
 from .prior.names import without_wrappers
 from .prior.strengths import AlphaLike, Strengths
 from .state.masters import master_weight, refresh_masters
-from .state.param_groups import FINGERPRINT, SEED, TURN, check_names, labels, named_params
+from .state.param_groups import FINGERPRINT, SEED, check_names, labels, named_params
 from .state.precision import Precision, Rounding, StateDType, float32_state
 from .state.state_dict import check_state_dict, only_asks_for_states, restore_states
 from .torch_private import grad_scaler_says, not_compiled, unscales_gradients
@@ -74,8 +74,7 @@ class FusedDriftAdamW(Optimizer):
         capturable: a CUDA graph may hold the step. Step counts are kept on the parameters' device, and an lr or alpha
             that is a tensor there is read in every replay (schedulers fill it in place); one that is a number stays
             what it was at the capture. The first step must run before the capture.
-        amsgrad, differentiable: False; what torch.optim.AdamW does otherwise, this does not.
-        foreach, fused: without effect; taken so that the arguments of torch.optim.AdamW are.
+        amsgrad, differentiable, foreach, fused: torch.optim.AdamW's; the first two must be False, the others are idle.
         backend: "auto" or the name of one.
 
     lr, betas, eps, weight_decay, alpha, prior_scaling, normalize_to_param and maximize are per param group and may
@@ -219,9 +218,7 @@ class FusedDriftAdamW(Optimizer):
             self._engine.make_states(self.param_groups, self.state)
         else:
             self._engine.step(self.param_groups, self.state, grad_scale)
-        if self._engine.binding is not None and self._engine.binding.adapted.refresh > 1:
-            for group in self.param_groups:
-                group[TURN] = self._engine.turn
+        self._engine.keep_turn(self.param_groups)
 
     def attach_to_backward(self) -> BackwardHandle:
         """From now on `loss.backward()` updates each parameter as soon as its gradient is complete, and sets the
@@ -244,6 +241,11 @@ class FusedDriftAdamW(Optimizer):
         self._in_backward = attach(self, self._engine)
         return self._in_backward
 
+    @property
+    def covered_names(self) -> list[str]:
+        """The parameters that the prior covers. Raises PriorError if those that there are now do not fit it."""
+        return [] if self._engine.binding is None else self._engine.binding.covered(self.param_groups)
+
     # The last step's figures are on the device: reading one is the only thing that waits.
 
     @property
@@ -253,8 +255,13 @@ class FusedDriftAdamW(Optimizer):
 
     @property
     def prior_names(self) -> list[str]:
-        """The biased parameters of the last step, in the order of `prior_cosine` and `prior_ratio`."""
+        """The parameters of the last step that the prior covers, in the order of `prior_cosine` and `prior_ratio`."""
         return bias_figures(self._engine.batches).names
+
+    @property
+    def biased_names(self) -> list[str]:
+        """The parameters that the last step biased: those of `prior_names` whose group's alpha was not 0."""
+        return self._engine.biased_names()
 
     @property
     def prior_modules(self) -> list[str]:
@@ -337,10 +344,7 @@ class FusedDriftAdamW(Optimizer):
         restore_states(self, given, self.precision)
         for group in self.param_groups:
             group[FINGERPRINT] = self.prior_fingerprint
-        self._engine.reset()
-        if self._engine.binding is not None:
-            self._engine.binding.adapted.forget()
-            self._engine.turn = self.param_groups[0].get(TURN, 0)
+        self._engine.resume(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "precision": self.precision, "_engine": self._engine}

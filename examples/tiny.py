@@ -10,6 +10,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 
 import torch
 import transformers
@@ -19,7 +20,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from drift_kernels import FusedDriftAdamW
+from drift_kernels import FusedDriftAdamW, build_prior
 
 Pair = tuple[int, int]
 Prior = dict[str, Tensor]
@@ -144,6 +145,14 @@ def expert_prior() -> Prior:
     """expert - base, by parameter name."""
     base, expert = (dict(model.named_parameters()) for model in base_and_expert())
     return {name: (expert[name] - base[name]).detach() for name in base if biased(name)}
+
+
+def write_files(folder: Path) -> None:
+    """`base/` and `expert/`, checkpoints with the tokenizer, and `prior/`, as `drift-prior build` makes it of them."""
+    for name, model in zip(("base", "expert"), base_and_expert(), strict=True):
+        model.save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    build_prior(folder / "expert", folder / "base", folder / "prior", dtype=torch.float32)
 
 
 # What the examples show

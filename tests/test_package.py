@@ -63,7 +63,9 @@ FLOORS = {
         {"applying", "building", "checking", "combining", "initialising", "inspecting", "sizing"},
         {"__init__"}, {"__main__"},
     ],
-    "integrations": [{"named_groups", "step_figures"}, {"peft", "transformers"}, {"__init__"}],
+    "integrations": [
+        {"in_use", "named_groups", "peft", "settings"}, {"for_model", "step_figures"}, {"transformers"}, {"__init__"},
+    ],
 }  # fmt: skip
 
 # Names of files that stand for one thing, seen from two sides: steps in the backward pass, and what they take; the

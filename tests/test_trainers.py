@@ -222,7 +222,9 @@ def test_step_figures(scaling: str, max_grad_norm: float | None) -> None:
     figures = step_figures(optimizer, prefix="")
     measured = scaling == "gradnorm" or max_grad_norm is not None
     names = {f"{figure}/{group}" for figure in ("cosine", "ratio") for group in ("attn", "mlp")} if measured else set()
-    assert set(figures) == names | ({"grad_norm"} if max_grad_norm else set())
+    assert set(figures) == names | {"alpha", "bound", "biased"} | ({"grad_norm"} if max_grad_norm else set())
+    assert figures["alpha"] == 1
+    assert figures["bound"] == figures["biased"] == len(tiny.expert_prior())
     if measured:
         chosen = torch.tensor(["mlp" in name for name in optimizer.prior_names])
         assert figures["cosine/mlp"] == pytest.approx(float(optimizer.prior_cosine[chosen].mean()))

@@ -20,6 +20,7 @@ from ..prior.fusion import Source, stored_names
 from ..prior.names import module_of
 from ..prior.strengths import Strengths
 from ..sharding import Reduction, Shard
+from ..state.param_groups import check_names, named_params
 from .anchoring import Anchors
 from .lookalikes import Candidate, check_not_weights
 from .pinned import Readers
@@ -156,6 +157,15 @@ class PriorBinding:
     def covers(self, name: str) -> bool:
         """Whether there is a delta for this parameter, which has been checked."""
         return name in self._sources
+
+    def covered(self, param_groups: list[dict[str, Any]]) -> list[str]:
+        """The names of the parameters in these groups that have a delta. Raises PriorError as `check` does, and for
+        groups whose parameters have lost their names."""
+        for index, group in enumerate(param_groups):
+            check_names(group, index)
+        named = named_params(param_groups)
+        self.check(named)
+        return [name for name, _ in named if self.covers(name)]
 
     def module(self, name: str) -> str:
         """The module (`names.MODULES`, or "other") of the delta of a parameter that is covered."""

@@ -14,7 +14,7 @@ from ..kernels import backends
 from ..kernels.coefficients import UNSCALED, GradScale, Hyperparameters, clip_coefficient
 from ..kernels.describe import Description, describe, describe_values
 from ..sharding import Shard, local, local_pairs, place_grads, place_of
-from ..state.param_groups import SEED, check_names, named_params
+from ..state.param_groups import SEED, TURN, check_names, named_params
 from ..state.precision import held
 from ..torch_private import makes_fake_tensors
 from .binding import BoundDelta, PriorBinding
@@ -63,6 +63,7 @@ class Engine:
         self.backend = backend
         self.max_grad_norm = max_grad_norm
         self.turn = 0
+        self._acting: list[bool] = []  # of each group, whether the prior acted in the last step
         self.reset()
 
     def reset(self) -> None:
@@ -70,6 +71,19 @@ class Engine:
         self.batches: list[DeviceBatch] = []
         self.grad_norm: Tensor | None = None
         self._made_for: _Present | None = None  # the plans
+
+    def keep_turn(self, param_groups: ParamGroups) -> None:
+        """Has the groups carry where the deltas of adapters are between two renewals, for a state_dict."""
+        if self.binding is not None and self.binding.adapted.refresh > 1:
+            for group in param_groups:
+                group[TURN] = self.turn
+
+    def resume(self, param_groups: ParamGroups) -> None:
+        """Goes on from groups and states that have been loaded."""
+        self.reset()
+        if self.binding is not None:
+            self.binding.adapted.forget()
+            self.turn = param_groups[0].get(TURN, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("batches", "grad_norm", "_made_for")}
@@ -120,6 +134,11 @@ class Engine:
             batch.release()
         return self.batches
 
+    def biased_names(self) -> list[str]:
+        """The parameters that the last step biased."""
+        slots = [batch.slots[row] for batch in self.batches for row in batch.biased]
+        return [slot.name for slot in slots if self._acting[slot.group]]
+
     def _tensors(self, param_groups: ParamGroups) -> StepTensors:
         members: list[list[Tensor]] = [group["params"] for group in param_groups]
         whole = members[0] if len(members) == 1 else list(chain.from_iterable(members))
@@ -153,6 +172,7 @@ class Engine:
     def renew(self, groups: list[Hyperparameters], params: list[Tensor]) -> None:
         """Renews the deltas that change with the parameters, where the prior acts: those of adapters in every
         `refresh`-th such step. `params`: what this rank holds of all."""
+        self._acting = [group.acts for group in groups]
         slots = [batch.slots[row] for batch in self.batches for row in batch.renewed]
         acting = {
             slot.name: (params[slot.index], groups[slot.group].moves_params)

@@ -40,7 +40,7 @@ class BiasFigures(NamedTuple):
 def bias_figures(batches: list[DeviceBatch]) -> BiasFigures:
     """Of the parameters that have a delta."""
     return BiasFigures(
-        [name for batch in batches for name in batch.biased_names],
+        [batch.slots[row].name for batch in batches for row in batch.biased],
         _of_biased([(batch, batch.coefficients.prior_cosine) for batch in batches]),
         _of_biased([(batch, batch.coefficients.prior_ratio) for batch in batches]),
     )

@@ -131,7 +131,7 @@ class DeviceBatch:
     Attributes:
         slots: row by row.
         copied: those whose parameters are not contiguous.
-        biased_rows: int64 on the device, those that have a delta.
+        biased: the rows that have a delta; biased_rows: the same, int64 on the device.
         renewed: those whose delta is renewed.
     """
 
@@ -155,10 +155,9 @@ class DeviceBatch:
             [1.0 if bound is None else bound.alpha for bound in bounds],
             alphas_change=any(bound is not None and bound.whole_norm is not None for bound in bounds),
         )
-        biased = [row for row, bound in enumerate(bounds) if bound is not None]
-        self.biased_names = [self.slots[row].name for row in biased]
+        self.biased = [row for row, bound in enumerate(bounds) if bound is not None]
         self.copied = [slot for slot in self.slots if slot.copy is not None]
-        self.biased_rows = torch.tensor(biased, dtype=torch.int64, device=device)
+        self.biased_rows = torch.tensor(self.biased, dtype=torch.int64, device=device)
         self.renewed = [row for row, bound in enumerate(bounds) if bound is not None and bound.norm is not None]
         self._renewed_rows = torch.tensor(self.renewed, dtype=torch.int64, device=device)
         alphas = [bound.alpha for bound in bounds if bound is not None and bound.norm is not None]

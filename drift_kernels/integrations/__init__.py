@@ -1,6 +1,10 @@
-"""What trainers need around FusedDriftAdamW. Importing it imports no trainer; `transformers.py` here does."""
+"""What trainers need around FusedDriftAdamW. Importing it imports no trainer; the files here that have the name of one
+do."""
 
+from .for_model import drift_optimizer
+from .in_use import check_in_use, unwrap_optimizer
 from .named_groups import named_groups
-from .step_figures import step_figures, unwrap_optimizer
+from .settings import drift_settings
+from .step_figures import step_figures
 
-__all__ = ["named_groups", "step_figures", "unwrap_optimizer"]
+__all__ = ["check_in_use", "drift_optimizer", "drift_settings", "named_groups", "step_figures", "unwrap_optimizer"]

@@ -7,33 +7,29 @@ from typing import Any
 
 import torch
 
-from ..optimizer import FusedDriftAdamW
 from ..prior.names import MODULES
-
-
-def unwrap_optimizer(optimizer: Any) -> FusedDriftAdamW:
-    """The FusedDriftAdamW in a trainer's wrapper: Accelerate's, Lightning's.
-
-    Raises TypeError if there is none.
-    """
-    inner = optimizer
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, FusedDriftAdamW):
-        raise TypeError(f"expected a FusedDriftAdamW or a wrapper of one, got {type(optimizer).__name__}")
-    return inner
+from .in_use import unwrap_optimizer
 
 
 def step_figures(optimizer: Any, prefix: str = "prior/") -> dict[str, float]:
     """What the last step did, for a log; reading it waits for the device.
 
-    `prior/grad_norm`, the norm of the whole biased gradient, where the optimizer has a `max_grad_norm`; and for each
-    module group that the prior reached (attn, mlp, norm, embed, head, other) `prior/cosine/attn`, the mean over its
-    tensors of cos(gradient, delta), and `prior/ratio/attn`, that of norm(bias)/norm(gradient), where the step needed
-    gradient statistics.
+    - `prior/alpha`, the strength as it is now; where param groups differ, the largest.
+    - `prior/bound`, how many parameters the prior covers, and `prior/biased`, how many of them it biased: those that
+      had a gradient, while alpha was not 0.
+    - `prior/grad_norm`, the norm of the whole biased gradient, where the optimizer has a `max_grad_norm`.
+    - For each module group that the prior reached (attn, mlp, norm, embed, head, other) `prior/cosine/attn`, the mean
+      over its tensors of cos(gradient, delta), and `prior/ratio/attn`, that of norm(bias)/norm(gradient), where the
+      step needed gradient statistics.
+
+    Without a prior there is `grad_norm` alone, before the first step nothing.
     """
     drift = unwrap_optimizer(optimizer)
     figures = {}
+    if drift.prior is not None and drift.state:
+        figures[f"{prefix}alpha"] = max((float(group["alpha"]) for group in drift.param_groups), key=abs)
+        figures[f"{prefix}bound"] = len(drift.covered_names)
+        figures[f"{prefix}biased"] = len(drift.biased_names)
     if drift.grad_norm is not None:
         figures[f"{prefix}grad_norm"] = drift.grad_norm.item()
     cosine, ratio = drift.prior_cosine, drift.prior_ratio

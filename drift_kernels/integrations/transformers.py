@@ -10,87 +10,145 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..optimizer import FusedDriftAdamW
-from ..schedule import AlphaLambda, AlphaScheduler
-from .named_groups import named_groups
-from .step_figures import step_figures, unwrap_optimizer
+from ..schedule import AlphaLambda, AlphaScheduler, linear_anneal
+from .for_model import drift_optimizer
+from .in_use import check_in_use, check_stepped
+from .settings import check_anneal
+from .step_figures import step_figures
 
 logger = logging.getLogger("drift_kernels")
+
+# What TrainingArguments(optim=...) is where nobody has said anything.
+_UNASKED = ("adamw_torch", "adamw_torch_fused")
+
+
+def use_drift(
+    trainer: Trainer, *, alpha_lambda: AlphaLambda | None = None, anneal: float | None = None, **options: Any
+) -> None:
+    """Has a Trainer train with a FusedDriftAdamW: to be called after it is made, before `trainer.train()`.
+
+        trainer = Trainer(model, args, train_dataset=dataset)
+        use_drift(trainer, prior="prior")
+        trainer.train()
+
+    lr, betas, eps and weight_decay are those of the Trainer's arguments; biases and norms do not decay. The optimizer
+    takes the clipping over: it clips the biased gradient to `args.max_grad_norm`, which becomes 0, unless `options`
+    have a `max_grad_norm` (None leaves the clipping to the Trainer). A `DriftCallback` is put before all other
+    callbacks.
+
+    Args:
+        trainer: transformers' Trainer, or one built on it that leaves the choice of the optimizer to it, as TRL's.
+        alpha_lambda, anneal: alpha over time, as in DriftCallback.
+        options: those of `drift_optimizer`: prior, alpha, prior_scaling, anchor, ...
+
+    Raises:
+        ValueError: the Trainer has an optimizer already, or is to make another one.
+        What FusedDriftAdamW raises comes when the Trainer makes it, at the beginning of `train()`.
+    """
+    check_free(trainer)
+    if "max_grad_norm" not in options and trainer.args.max_grad_norm:
+        options["max_grad_norm"] = trainer.args.max_grad_norm
+        trainer.args.max_grad_norm = 0
+    trainer.optimizer_cls_and_kwargs = drift_adamw(trainer.args, trainer.model, **options)
+    DriftCallback(alpha_lambda, anneal=anneal).add_to(trainer)
+
+
+def check_free(trainer: Trainer) -> None:
+    """Raises ValueError if the Trainer has, or was asked for, an optimizer that ours would take the place of."""
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"the Trainer has an optimizer already ({type(trainer.optimizer).__name__}): leave out `optimizers`, and "
+            "call this before trainer.train()"
+        )
+    if getattr(trainer, "optimizer_cls_and_kwargs", None) is not None:
+        raise ValueError("the Trainer was given optimizer_cls_and_kwargs already: leave that out")
+    asked = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if asked not in _UNASKED:
+        raise ValueError(
+            f"the arguments ask for optim={asked!r}, and FusedDriftAdamW would take its place: leave it out"
+        )
 
 
 def drift_adamw(args: TrainingArguments, model: nn.Module | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes, for a FusedDriftAdamW whose parameters have their names.
 
     lr, betas, eps and weight_decay are those of `args`, and as with the Trainer's own optimizers biases and norms do
-    not decay; `options` are FusedDriftAdamW's, and go before. One result is for one Trainer.
+    not decay; `options` go before. One result is for one Trainer.
 
     Args:
         args: the Trainer's.
-        model: the Trainer's. Without it the Trainer says which when it creates the optimizer, as `model_init` needs;
-            transformers before 5 cannot.
-        options: keyword arguments of FusedDriftAdamW: prior, alpha, max_grad_norm, ... `prior` may be a function of the
-            model, for a trainer that puts the adapters into it (TRL's `peft_config`):
-            `prior=lambda model: lora_prior(model, "prior")`, without `model` here.
+        model: the Trainer's, with its adapters; for transformers 4, whose Trainer does not say it.
+        options: those of `drift_optimizer`: prior, alpha, max_grad_norm, ...
     """
-    weight_decay = options.pop("weight_decay", args.weight_decay)
     defaults = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    options = {**defaults, **options}
-    if model is None:
-        return _Factory, {**options, "weight_decay": weight_decay}
-    return FusedDriftAdamW, {**_with_prior_for(model, options), "params": named_groups(model, weight_decay)}
+    named = {} if model is None else {"model": model}
+    return _OptimizerOfModel, {**defaults, "weight_decay": args.weight_decay, **options, **named}
 
 
-def _with_prior_for(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, where a function of the model in place of the prior has been asked."""
-    prior = options.get("prior")
-    return {**options, "prior": prior(model)} if callable(prior) else options
+class _OptimizerOfModel:
+    """transformers 5 makes one and calls it with the model that it trains; transformers 4 calls the class with the
+    option `model`, or without one with param groups."""
 
-
-class _Factory:
-    """transformers 5 calls it without arguments, then what it gets with the model and the options."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        if args or options:
+    def __new__(cls, *model: Any, **options: Any) -> Any:
+        if not model:
+            return super().__new__(cls)
+        if not isinstance(model[0], nn.Module):
             raise TypeError("this version of transformers does not tell the model: drift_adamw(args, model, ...)")
+        return drift_optimizer(model[0], **options)
 
-    def __call__(self, model: nn.Module, *, weight_decay: float, **options: Any) -> FusedDriftAdamW:
-        return FusedDriftAdamW(named_groups(model, weight_decay), **_with_prior_for(model, options))
+    def __call__(self, trained: nn.Module, *, model: nn.Module | None = None, **options: Any) -> FusedDriftAdamW:
+        return drift_optimizer(trained, **options)
 
 
 class DriftCallback(TrainerCallback):
-    """Adds the figures of the last step (`step_figures`) to what the Trainer logs of the training, and schedules alpha.
+    """Checks that the Trainer steps a FusedDriftAdamW, adds the figures of the last step (`step_figures`) to what it
+    logs of the training, and schedules alpha.
 
-    `Trainer(callbacks=[DriftCallback()])` reaches the console and the Trainer's log history. For trackers (wandb,
-    TensorBoard), which the Trainer calls before any callback that it is given: `DriftCallback().add_to(trainer)`.
+    `DriftCallback().add_to(trainer)`, which `use_drift` does, reaches everything that the Trainer logs to.
+    `Trainer(callbacks=[DriftCallback()])` reaches the console and the log history, but not trackers (wandb,
+    TensorBoard, ...), which the Trainer calls before any callback that it is given: that is a warning.
 
     Args:
         alpha_lambda: alpha's factor at each step, as of AlphaScheduler. A run that resumes goes on where it was.
+        anneal: in place of it, the fraction of the training's steps over which alpha falls linearly to 0, in (0, 1].
     """
 
-    def __init__(self, alpha_lambda: AlphaLambda | None = None) -> None:
+    def __init__(self, alpha_lambda: AlphaLambda | None = None, *, anneal: float | None = None) -> None:
+        check_anneal(anneal, alpha_lambda)
         self.alpha_lambda = alpha_lambda
+        self.anneal = anneal
+        self._is_first = False
         self._schedule: AlphaScheduler | None = None
+        self._to_check: FusedDriftAdamW | None = None  # until its first step
 
     def add_to(self, trainer: Trainer) -> None:
         """Puts it before all other callbacks of the trainer."""
+        self._is_first = True
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
-        """Raises TypeError if the Trainer's optimizer is not a FusedDriftAdamW."""
-        drift = unwrap_optimizer(optimizer)
-        if args.max_grad_norm and drift.max_grad_norm not in (None, math.inf):
+        """Raises TypeError if the Trainer's optimizer is not a FusedDriftAdamW, and PriorError if its parameters do not
+        fit the prior."""
+        drift = self._to_check = check_in_use(optimizer, args.max_grad_norm)
+        if args.report_to and not self._is_first:
             logger.warning(
-                "both clip: the Trainer the gradient to max_grad_norm=%g, then FusedDriftAdamW the biased gradient to "
-                "max_grad_norm=%g; leave one to do it (TrainingArguments(max_grad_norm=0), or the optimizer's None)",
-                args.max_grad_norm,
-                drift.max_grad_norm,
+                "%s will not get the figures of the prior, which are added after their turn: use_drift(trainer, ...) "
+                "or DriftCallback().add_to(trainer) adds them before",
+                ", ".join(args.report_to),
             )
-        if self.alpha_lambda is not None:
-            self._schedule = AlphaScheduler(drift, self.alpha_lambda)
+        alpha_lambda = self.alpha_lambda
+        if self.anneal is not None:
+            alpha_lambda = linear_anneal(max(1, math.ceil(self.anneal * state.max_steps)))
+        if alpha_lambda is not None:
+            self._schedule = AlphaScheduler(drift, alpha_lambda)
             self._schedule.load_state_dict({**self._schedule.state_dict(), "last_epoch": state.global_step})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._to_check is not None:
+            check_stepped(self._to_check)
+            self._to_check = None
         if self._schedule is not None:
             self._schedule.step()
 

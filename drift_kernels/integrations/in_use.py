@@ -1,0 +1,83 @@
+"""What integrations check where the training begins: that the trainer steps a FusedDriftAdamW, and that it biases."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch.distributed as dist
+
+from ..optimizer import FusedDriftAdamW
+
+logger = logging.getLogger("drift_kernels")
+
+
+def unwrap_optimizer(optimizer: Any) -> FusedDriftAdamW:
+    """The FusedDriftAdamW in a trainer's wrapper: Accelerate's, Lightning's.
+
+    Raises TypeError if there is none.
+    """
+    inner = optimizer
+    while not isinstance(inner, FusedDriftAdamW) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, FusedDriftAdamW):
+        raise TypeError(
+            f"expected a FusedDriftAdamW or a wrapper of one, got {_kind(optimizer)}: the trainer would train without "
+            "the prior"
+        )
+    return inner
+
+
+def check_in_use(optimizer: Any, trainer_clips: float | None = None) -> FusedDriftAdamW:
+    """To be called where the training begins, with the optimizer as the trainer has it then. Says in the log what the
+    prior acts on; warns if there is none, and if both the trainer and the optimizer clip.
+
+    Args:
+        optimizer: a FusedDriftAdamW, or a trainer's wrapper of one.
+        trainer_clips: the norm that the trainer clips the gradient to; 0 or None if it does not.
+
+    Returns the FusedDriftAdamW.
+
+    Raises:
+        TypeError: it is another optimizer.
+        PriorError: the parameters that it has now do not fit the prior, are all frozen, or have lost their names.
+    """
+    drift = unwrap_optimizer(optimizer)
+    covered, first = drift.covered_names, not (dist.is_available() and dist.is_initialized() and dist.get_rank())
+    if trainer_clips and drift.max_grad_norm not in (None, math.inf):
+        logger.warning(
+            "both clip: the trainer the gradient to max_grad_norm=%g, then FusedDriftAdamW the biased gradient to "
+            "max_grad_norm=%g; leave one to do it",
+            trainer_clips,
+            drift.max_grad_norm,
+        )
+    if drift.prior is None:
+        logger.warning("FusedDriftAdamW has no prior: this is plain fine-tuning")
+    elif first:
+        group = drift.param_groups[0]
+        logger.info(
+            "FusedDriftAdamW (backend %s) biases %d parameters by the prior: alpha=%g, prior_scaling=%r",
+            drift.backend,
+            len(covered),
+            float(group["alpha"]),
+            group["prior_scaling"],
+        )
+    return drift
+
+
+def check_stepped(drift: FusedDriftAdamW) -> None:
+    """To be called after the trainer's first step. Raises RuntimeError if it was not this optimizer's."""
+    if not drift.state:
+        raise RuntimeError(
+            "the trainer has taken a step, but not with its FusedDriftAdamW, whose states are still empty: the "
+            "training would go on without the prior"
+        )
+
+
+def _kind(optimizer: Any) -> str:
+    inner, kinds = optimizer, [type(optimizer).__name__]
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+        kinds.append(type(inner).__name__)
+    return " around ".join(kinds)
