@@ -1,0 +1,111 @@
+"""For transformers' Trainer under DeepSpeed, whose ZeRO flattens the parameters, so that no optimizer sees their names:
+hooks bias the gradients in the backward pass, and the Trainer's own AdamW reads them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..gradients import PriorHooks, attach_prior
+from ..schedule import AlphaScheduler, linear_anneal
+from .for_model import PriorForModel, prior_for
+from .settings import check_anneal
+from .transformers import check_free
+
+logger = logging.getLogger("drift_kernels")
+
+_OPTIONS = ("alpha", "prior_scaling", "normalize_to_param", "prior_device", "backend")
+
+
+def use_hooks(
+    trainer: Trainer, *, prior: PriorForModel, anneal: float | None = None, refresh: int = 1, **options: Any
+) -> PriorHooks:
+    """Has a Trainer under DeepSpeed (ZeRO 1 or 2) train with a prior: to be called after it is made, before
+    `trainer.train()`.
+
+    `attach_prior` biases the gradients of this process before they are reduced; DeepSpeed clips what comes of it to
+    `args.max_grad_norm`; the optimizer is the one that the Trainer makes, or that DeepSpeed's own configuration names.
+
+    Args:
+        trainer: with `args.deepspeed`, and its model as it is trained.
+        anneal: as in DriftCallback.
+        prior, refresh: as in `drift_optimizer`.
+        options: alpha, prior_scaling, normalize_to_param, prior_device, backend, as in `attach_prior`.
+
+    Raises:
+        ValueError: ZeRO 3, which partitions the parameters; options of FusedDriftAdamW that hooks have not; micro-batches
+            in which a hook would bias a step too often; an optimizer that the Trainer has or was asked for.
+        What `attach_prior` raises.
+    """
+    check_free(trainer)
+    check_anneal(anneal)
+    if unfit := sorted(set(options) - set(_OPTIONS)):
+        raise ValueError(
+            f"under DeepSpeed the prior acts by hooks, and {', '.join(unfit)} needs FusedDriftAdamW: leave it out, or "
+            "train without DeepSpeed (DDP, FSDP2)"
+        )
+    stage = trainer.args.deepspeed_plugin.zero_stage
+    if stage == 3:
+        raise ValueError("ZeRO 3 partitions the parameters before the prior is bound: use ZeRO 2 (or FSDP2)")
+    _check_micro_batches(trainer.args, stage, options.get("prior_scaling"))
+    hooks = attach_prior(trainer.model, prior_for(trainer.model, prior, refresh), **options)
+    if not (dist.is_initialized() and dist.get_rank()):
+        logger.info(
+            "DeepSpeed (ZeRO %d) leaves no optimizer the parameters' names: hooks bias %d gradients in the backward "
+            "pass, and the optimizer is the Trainer's own",
+            stage,
+            len(hooks.names),
+        )
+    trainer.callback_handler.callbacks.insert(0, _HooksCallback(hooks, anneal))
+    return hooks
+
+
+def _check_micro_batches(args: TrainingArguments, stage: int, scaling: str | None) -> None:
+    """ZeRO 2 takes each micro-batch's gradient away after its hooks, ZeRO 1 leaves it to be added to."""
+    if args.gradient_accumulation_steps > 1 and (stage != 2 or scaling == "absolute"):
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}: hooks act in each micro-batch, which "
+            f"under ZeRO {stage} with prior_scaling={scaling or 'adaptive_cosine'!r} biases a step several times: use "
+            "1, or ZeRO 2 with 'gradnorm' or 'adaptive_cosine', whose strength follows from each micro-batch's gradient"
+        )
+
+
+class _HooksCallback(TrainerCallback):
+    """Schedules alpha, logs it, and checks that the hooks act."""
+
+    def __init__(self, hooks: PriorHooks, anneal: float | None) -> None:
+        self.hooks = hooks
+        self.anneal = anneal
+        self._schedule: AlphaScheduler | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.anneal is not None:
+            self._schedule = AlphaScheduler(self.hooks, linear_anneal(max(1, math.ceil(self.anneal * state.max_steps))))
+            self._schedule.load_state_dict({**self._schedule.state_dict(), "last_epoch": state.global_step})
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.hooks.has_acted:
+            raise RuntimeError(
+                "a step was taken without a single hook of the prior: the training would go on without it"
+            )
+        if self._schedule is not None:
+            self._schedule.step()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            figures = {"prior/alpha": float(self.hooks.alpha), "prior/bound": len(self.hooks.names)}
+            logs.update(figures)
+            state.log_history[-1].update(figures)
