@@ -113,7 +113,7 @@ class AuthorsSettings:
 
         Raises ValueError for a layer that it has not, and if nothing is left.
         """
-        entries = {entry: 0.0 for entry in self._left_out(prior.names)}
+        entries = dict.fromkeys(self._left_out(prior.names), 0.0)
         entries |= {"re:": 1.0} if self.patterns is None else self.patterns
         fitting = {entry: any(map(selector(entry), prior.names)) for entry in entries}
         if unfit := [entry for entry, fits in fitting.items() if not fits]:

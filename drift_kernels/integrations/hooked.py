@@ -4,17 +4,14 @@ hooks bias the gradients in the backward pass, and the Trainer's own AdamW reads
 from __future__ import annotations
 
 import logging
-import math
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from ..gradients import PriorHooks, attach_prior
-from ..schedule import AlphaScheduler, linear_anneal
 from .for_model import PriorForModel, prior_for
-from .settings import check_anneal
-from .transformers import check_free
+from .transformers import DriftCallback, check_free
 
 logger = logging.getLogger("drift_kernels")
 
@@ -37,12 +34,11 @@ def use_hooks(
         options: alpha, prior_scaling, normalize_to_param, prior_device, backend, as in `attach_prior`.
 
     Raises:
-        ValueError: ZeRO 3, which partitions the parameters; options of FusedDriftAdamW that hooks have not; micro-batches
-            in which a hook would bias a step too often; an optimizer that the Trainer has or was asked for.
+        ValueError: ZeRO 3, which partitions the parameters; options that only FusedDriftAdamW has; micro-batches in
+            which hooks would bias a step too often; an optimizer that the Trainer has already, or was asked for.
         What `attach_prior` raises.
     """
     check_free(trainer)
-    check_anneal(anneal)
     if unfit := sorted(set(options) - set(_OPTIONS)):
         raise ValueError(
             f"under DeepSpeed the prior acts by hooks, and {', '.join(unfit)} needs FusedDriftAdamW: leave it out, or "
@@ -52,7 +48,8 @@ def use_hooks(
     if stage == 3:
         raise ValueError("ZeRO 3 partitions the parameters before the prior is bound: use ZeRO 2 (or FSDP2)")
     _check_micro_batches(trainer.args, stage, options.get("prior_scaling"))
-    hooks = attach_prior(trainer.model, prior_for(trainer.model, prior, refresh), **options)
+    model: Any = trainer.model
+    hooks = attach_prior(model, cast(Any, prior_for(model, prior, refresh)), **options)
     if not (dist.is_initialized() and dist.get_rank()):
         logger.info(
             "DeepSpeed (ZeRO %d) leaves no optimizer the parameters' names: hooks bias %d gradients in the backward "
@@ -60,7 +57,7 @@ def use_hooks(
             stage,
             len(hooks.names),
         )
-    trainer.callback_handler.callbacks.insert(0, _HooksCallback(hooks, anneal))
+    _HooksCallback(hooks, anneal).add_to(trainer)
     return hooks
 
 
@@ -74,28 +71,24 @@ def _check_micro_batches(args: TrainingArguments, stage: int, scaling: str | Non
         )
 
 
-class _HooksCallback(TrainerCallback):
+class _HooksCallback(DriftCallback):
     """Schedules alpha, logs it, and checks that the hooks act."""
 
     def __init__(self, hooks: PriorHooks, anneal: float | None) -> None:
+        super().__init__(anneal=anneal)
         self.hooks = hooks
-        self.anneal = anneal
-        self._schedule: AlphaScheduler | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
-        if self.anneal is not None:
-            self._schedule = AlphaScheduler(self.hooks, linear_anneal(max(1, math.ceil(self.anneal * state.max_steps))))
-            self._schedule.load_state_dict({**self._schedule.state_dict(), "last_epoch": state.global_step})
+        self._schedule_alpha(self.hooks, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self.hooks.has_acted:
             raise RuntimeError(
-                "a step was taken without a single hook of the prior: the training would go on without it"
+                "the trainer has taken a step in which no hook of the prior acted: the training would go on without it"
             )
-        if self._schedule is not None:
-            self._schedule.step()
+        super().on_step_end(args, state, control)
 
     def on_log(
         self,
@@ -103,6 +96,7 @@ class _HooksCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
+        optimizer: Any = None,
         **_: Any,
     ) -> None:
         if logs is not None and "loss" in logs:

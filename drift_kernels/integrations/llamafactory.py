@@ -13,10 +13,11 @@ FORCE_TORCHRUN, NPROC_PER_NODE and the like do what they do there, and USE_V1 ta
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from torch import nn
 
 from ..optimizer import FusedDriftAdamW
 from ..prior import Prior
+from ..schedule import AlphaScheduler, linear_anneal
 from .authors_keys import AuthorsSettings, is_ours
 from .for_model import drift_optimizer
 from .hooked import use_hooks
+from .in_use import check_in_use
 from .settings import drift_settings
 from .transformers import use_drift
 
@@ -85,7 +88,7 @@ def read(arguments: Sequence[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     merged = OmegaConf.merge(OmegaConf.load(Path(arguments[0]).absolute()), OmegaConf.from_cli(list(arguments[1:])))
-    return dict(OmegaConf.to_container(merged))  # type: ignore[arg-type]
+    return dict(OmegaConf.to_container(merged))
 
 
 def split(config: Mapping[str, Any]) -> tuple[dict[str, Any] | AuthorsSettings, dict[str, Any]]:
@@ -115,36 +118,37 @@ def _check(theirs: Mapping[str, Any]) -> None:
         raise ValueError(f"stage {stage!r} has no trainer that takes an optimizer: one of {', '.join(TRAINERS)}")
 
 
-def _train(
-    ours: dict[str, Any] | AuthorsSettings, theirs: Mapping[str, Any], callbacks: Sequence[Any] = ()
-) -> None:
+def _train(ours: dict[str, Any] | AuthorsSettings, theirs: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
     from llamafactory.train.tuner import run_exp
 
-    with _trainer_with(ours, theirs) as made:
+    def give(trainer: Any) -> None:
+        options = ours if isinstance(ours, dict) else _authors_options(ours, trainer.args, theirs)
+        (use_hooks if trainer.args.deepspeed_plugin is not None else use_drift)(trainer, **options)
+
+    with _each_trainer(*TRAINERS[theirs.get("stage", "sft")], give):
         run_exp(dict(theirs), list(callbacks))
-    if not made:
-        raise RuntimeError("this LLaMA-Factory made another trainer than the one that was given the prior")
 
 
 @contextmanager
-def _trainer_with(ours: dict[str, Any] | AuthorsSettings, theirs: Mapping[str, Any]) -> Iterator[list[Any]]:
-    """Inside it, the trainer of the stage takes the prior when it is made. Yields those that were."""
-    module, name = TRAINERS[theirs.get("stage", "sft")]
-    module = importlib.import_module(module)
+def _each_trainer(module_name: str, name: str, give: Callable[[Any], None]) -> Iterator[None]:
+    """Inside it, LLaMA-Factory's trainer of this name is given to `give` as soon as it is made. Raises RuntimeError if
+    none was."""
+    module = importlib.import_module(module_name)
     plain, made = getattr(module, name), []
 
     class DriftTrainer(plain):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            options = ours if isinstance(ours, dict) else _authors_options(ours, self.args, theirs)
-            (use_hooks if self.args.deepspeed_plugin is not None else use_drift)(self, **options)
-            made.append(self)
+            made.append(name)
+            give(self)
 
     setattr(module, name, DriftTrainer)
     try:
-        yield made
+        yield
     finally:
         setattr(module, name, plain)
+    if not made:
+        raise RuntimeError(f"this LLaMA-Factory has trained, and not with {name}, which was to be given the prior")
 
 
 def _authors_options(ours: AuthorsSettings, args: Any, theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,20 +167,29 @@ def _authors_options(ours: AuthorsSettings, args: Any, theirs: Mapping[str, Any]
 
 
 def _train_v1(ours: dict[str, Any] | AuthorsSettings, theirs: Mapping[str, Any]) -> None:
+    """v1 clips the gradient before the bias, to its own `max_grad_norm`."""
     from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
-    from llamafactory.v1.trainers.sft_trainer import run_sft
+    from llamafactory.v1.trainers import sft_trainer
 
     if not isinstance(ours, dict):
         raise ValueError("the authors' keys are for the classic trainer: give `drift:`")
-    if "anneal" in ours:
-        raise ValueError("anneal: v1 does not tell how many steps there are; `anchor: true` needs no schedule")
     if theirs.get("optim_config") is not None:
         raise ValueError("optim_config names another optimizer than `drift:` brings: leave it out")
     if (theirs.get("dist_config") or {}).get("name") == "deepspeed":
         raise ValueError("DeepSpeed flattens the parameters, whose names are gone then: use dist_config: {name: fsdp2}")
+    anneal = ours.pop("anneal", None)
+
+    def give(trainer: Any) -> None:
+        drift = check_in_use(trainer.optimizer, trainer.args.max_grad_norm)
+        if anneal is not None:
+            schedule = AlphaScheduler(drift, linear_anneal(max(1, math.ceil(anneal * trainer.num_training_steps))))
+            schedule.load_state_dict({**schedule.state_dict(), "last_epoch": trainer.global_step})
+            drift.register_step_post_hook(lambda *_: schedule.step())
+
     OptimizerPlugin("drift").register()(_v1_optimizer)
     lr = float(theirs.get("learning_rate", 1e-4))  # its default
-    run_sft({**theirs, "optim_config": {"name": "drift", "lr": lr, **ours}})
+    with _each_trainer(sft_trainer.__name__, "SFTTrainer", give):
+        sft_trainer.run_sft({**theirs, "optim_config": {"name": "drift", "lr": lr, **ours}})
 
 
 def _v1_optimizer(model: nn.Module, config: Mapping[str, Any]) -> FusedDriftAdamW:

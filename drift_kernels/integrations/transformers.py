@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..optimizer import FusedDriftAdamW
-from ..schedule import AlphaLambda, AlphaScheduler, linear_anneal
+from ..schedule import AlphaLambda, AlphaScheduler, HasParamGroups, linear_anneal
 from .for_model import drift_optimizer
 from .in_use import check_in_use, check_stepped
 from .settings import check_anneal
@@ -138,11 +138,14 @@ class DriftCallback(TrainerCallback):
                 "or DriftCallback().add_to(trainer) adds them before",
                 ", ".join(args.report_to),
             )
+        self._schedule_alpha(drift, state)
+
+    def _schedule_alpha(self, of: HasParamGroups, state: TrainerState) -> None:
         alpha_lambda = self.alpha_lambda
         if self.anneal is not None:
             alpha_lambda = linear_anneal(max(1, math.ceil(self.anneal * state.max_steps)))
         if alpha_lambda is not None:
-            self._schedule = AlphaScheduler(drift, alpha_lambda)
+            self._schedule = AlphaScheduler(of, alpha_lambda)
             self._schedule.load_state_dict({**self._schedule.state_dict(), "last_epoch": state.global_step})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
