@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from ..gradients import PriorHooks, attach_prior
+from ..schedule import AlphaScheduler
 from .for_model import PriorForModel, prior_for
 from .transformers import DriftCallback, check_free
 
@@ -77,18 +78,20 @@ class _HooksCallback(DriftCallback):
     def __init__(self, hooks: PriorHooks, anneal: float | None) -> None:
         super().__init__(anneal=anneal)
         self.hooks = hooks
+        self._schedule: AlphaScheduler | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
-        self._schedule_alpha(self.hooks, state)
+        self._schedule = self._alpha.scheduler(self.hooks, state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self.hooks.has_acted:
             raise RuntimeError(
                 "the trainer has taken a step in which no hook of the prior acted: the training would go on without it"
             )
-        super().on_step_end(args, state, control)
+        if self._schedule is not None:
+            self._schedule.step()
 
     def on_log(
         self,

@@ -13,7 +13,6 @@ FORCE_TORCHRUN, NPROC_PER_NODE and the like do what they do there, and USE_V1 ta
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import subprocess
 import sys
@@ -26,12 +25,12 @@ from torch import nn
 
 from ..optimizer import FusedDriftAdamW
 from ..prior import Prior
-from ..schedule import AlphaScheduler, linear_anneal
 from .authors_keys import AuthorsSettings, is_ours
 from .for_model import drift_optimizer
 from .hooked import use_hooks
-from .in_use import check_in_use
 from .settings import drift_settings
+from .step_figures import step_figures
+from .training_run import AlphaOverTime, TrainingRun
 from .transformers import use_drift
 
 USAGE = "usage: drift-llamafactory train FILE.yaml [key=value ...]   (for all else: llamafactory-cli)"
@@ -177,19 +176,28 @@ def _train_v1(ours: dict[str, Any] | AuthorsSettings, theirs: Mapping[str, Any])
         raise ValueError("optim_config names another optimizer than `drift:` brings: leave it out")
     if (theirs.get("dist_config") or {}).get("name") == "deepspeed":
         raise ValueError("DeepSpeed flattens the parameters, whose names are gone then: use dist_config: {name: fsdp2}")
-    anneal = ours.pop("anneal", None)
-
-    def give(trainer: Any) -> None:
-        drift = check_in_use(trainer.optimizer, trainer.args.max_grad_norm)
-        if anneal is not None:
-            schedule = AlphaScheduler(drift, linear_anneal(max(1, math.ceil(anneal * trainer.num_training_steps))))
-            schedule.load_state_dict({**schedule.state_dict(), "last_epoch": trainer.global_step})
-            drift.register_step_post_hook(lambda *_: schedule.step())
-
+    alpha = AlphaOverTime(anneal=ours.pop("anneal", None))
     OptimizerPlugin("drift").register()(_v1_optimizer)
     lr = float(theirs.get("learning_rate", 1e-4))  # its default
-    with _each_trainer(sft_trainer.__name__, "SFTTrainer", give):
+    with _each_trainer(sft_trainer.__name__, "SFTTrainer", lambda trainer: _accompany_v1(trainer, alpha)):
         sft_trainer.run_sft({**theirs, "optim_config": {"name": "drift", "lr": lr, **ours}})
+
+
+def _accompany_v1(trainer: Any, alpha: AlphaOverTime) -> None:
+    """Its callbacks get no trainer when they are made, and neither does `run_sft` take any."""
+    from llamafactory.v1.utils.callbacks.trainer_callback import TrainerCallback
+
+    done, total = trainer.global_step, trainer.num_training_steps
+    run = TrainingRun(trainer.optimizer, alpha, done, total, trainer.args.max_grad_norm)
+
+    class Accompany(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, **_: Any) -> None:
+            run.after_step()
+
+        def on_log(self, args: Any, state: Any, logs: dict[str, Any], **_: Any) -> None:
+            logs.update(step_figures(run.optimizer))
+
+    trainer.callback_handler.callbacks.insert(0, Accompany())
 
 
 def _v1_optimizer(model: nn.Module, config: Mapping[str, Any]) -> FusedDriftAdamW:
