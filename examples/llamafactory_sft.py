@@ -63,25 +63,26 @@ def write_files(folder: Path, steps: int = tiny.STEPS) -> None:
     (folder / "sft.yaml").write_text((YAML + DRIFT).format(folder=folder, steps=steps))
 
 
-def run(file: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Any:
-    """The model that training as the file says ends with."""
+def run(file: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Path:
+    """Trains as the file says. The folder with the model."""
     from llamafactory.train.tuner import run_exp
 
     from drift_kernels.integrations.llamafactory import read, train
 
     config = read([str(file), *overrides])
     with redirect_stdout(io.StringIO()):  # it prints an example of the data, and its figures
-        if "drift" in config:
-            train(config, callbacks)
-        else:
+        if file.name == "plain.yaml":
             run_exp(config, list(callbacks))
-    return Qwen2ForCausalLM.from_pretrained(config["output_dir"])
+        else:
+            train(config, callbacks)
+    return Path(config["output_dir"])
 
 
 def train(prior: tiny.Prior | None, folder: Path, *, stop_after: int | None = None, resume: bool = False) -> Any:
     """The fine-tuned model."""
     file = folder / ("plain.yaml" if prior is None else "sft.yaml")
-    return run(file, f"overwrite_output_dir={not resume}", callbacks=[StopAfter(stop_after)])
+    out = run(file, f"overwrite_output_dir={not resume}", callbacks=[StopAfter(stop_after)])
+    return Qwen2ForCausalLM.from_pretrained(out)
 
 
 if __name__ == "__main__":
