@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from accelerate import Accelerator
+from documents import ROOT, block_with, blocks
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -29,7 +30,6 @@ from drift_kernels.cli import main
 from drift_kernels.integrations import named_groups, step_figures, unwrap_optimizer
 from examples import tiny
 
-ROOT = Path(__file__).parents[1]
 EXPERT, BASE = "DeepSeek-R1-Distill-Qwen-7B", "Qwen2.5-VL-7B-Instruct"
 
 
@@ -51,15 +51,9 @@ BLOCKS = {
 }
 
 
-def blocks() -> list[str]:
-    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
-    return [block for text in texts for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
-
-
 def run(which: str, names: dict[str, Any]) -> None:
     """A block with these names; what it defines is added to them."""
-    (block,) = [block for block in blocks() if BLOCKS[which] in block]
-    exec(block, names)
+    exec(block_with(BLOCKS[which]), names)
 
 
 def test_no_block_is_left_out() -> None:
