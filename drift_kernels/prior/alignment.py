@@ -69,20 +69,21 @@ def align_live(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> tuple[
     inner = _layer_lists(stored.items()).get(_LAYERS, {})
     if not inner or any(name.startswith(_LAYERS) for name in live):
         return {}, None
-    holders = _holders(live, stored)
-    if len(holders) == 1:
-        (holder,) = holders
-        note = f"the model whose names are known is held as {holder.removesuffix('.')!r}"
-        return {name: canonical_name(name.removeprefix(holder)) for name in live if name.startswith(holder)}, note
     lists = _layer_lists(live.items())
-    fitting = holders or [place for place, matrices in lists.items() if _fits(inner, matrices)]
+    holders = _holders(live, stored)
+    places = [place for place, matrices in lists.items() if _fits(inner, matrices)]
+    fitting = holders + [place for place in places if not any(map(place.startswith, holders))]
     if len(fitting) > 1:
-        places = [place for place in lists if any(map(place.startswith, fitting))]
+        options = _options(place for place in lists if any(map(place.startswith, fitting)))
         raise PriorMismatchError(
             f"the name table does not know this model, and the prior's layers fit in more than one place: "
             f"{some(fitting)}; give the parameters of one of them alone (named_groups(self.student)), or build the "
-            f"prior with one of {_options(places)}"
+            f"prior with one of {options}"
         )
+    if holders:
+        (holder,) = holders
+        note = f"the model whose names are known is held as {holder.removesuffix('.')!r}"
+        return {name: canonical_name(name.removeprefix(holder)) for name in live if name.startswith(holder)}, note
     if not fitting:
         return {}, None
     rule = _rule_for(fitting[0])
