@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 
@@ -32,6 +32,8 @@ from .settings import drift_settings
 from .step_figures import step_figures
 from .training_run import AlphaOverTime, TrainingRun
 from .transformers import use_drift
+
+Settings: TypeAlias = dict[str, Any] | AuthorsSettings
 
 USAGE = "usage: drift-llamafactory train FILE.yaml [key=value ...]   (for all else: llamafactory-cli)"
 
@@ -61,12 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "LOCAL_RANK" not in os.environ and (processes := _processes()):
         return subprocess.run(_torchrun(processes, arguments), env=_torchrun_env()).returncode
     try:
-        _, theirs = settings = split(read(arguments[1:]))
-        _check(theirs)
+        ours, theirs = split(read(arguments[1:]))
+        (_check_v1 if _is_on("USE_V1") else _check)(ours, theirs)
     except (ValueError, TypeError, OSError) as error:
         print(f"drift-llamafactory: {error}", file=sys.stderr)
         return 1
-    (_train_v1 if _is_on("USE_V1") else _train)(*settings)
+    if _is_on("USE_V1"):
+        _train_v1(cast(dict[str, Any], ours), theirs)
+    else:
+        _train(ours, theirs)
     return 0
 
 
@@ -78,7 +83,7 @@ def train(config: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
         FileNotFoundError, PriorError, CheckpointError: of a prior that is not there, or does not fit the model.
     """
     ours, theirs = split(config)
-    _check(theirs)
+    _check(ours, theirs)
     _train(ours, theirs, callbacks)
 
 
@@ -90,7 +95,7 @@ def read(arguments: Sequence[str]) -> dict[str, Any]:
     return dict(OmegaConf.to_container(merged))
 
 
-def split(config: Mapping[str, Any]) -> tuple[dict[str, Any] | AuthorsSettings, dict[str, Any]]:
+def split(config: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
     """Our settings, checked, and what is LLaMA-Factory's. Raises as `train`."""
     authors = {key: value for key, value in config.items() if is_ours(key)}
     theirs = {key: value for key, value in config.items() if key != "drift" and key not in authors}
@@ -105,7 +110,7 @@ def split(config: Mapping[str, Any]) -> tuple[dict[str, Any] | AuthorsSettings, 
     return (drift_settings(nested) if nested is not None else AuthorsSettings.of(authors)), theirs
 
 
-def _check(theirs: Mapping[str, Any]) -> None:
+def _check(ours: Settings, theirs: Mapping[str, Any]) -> None:
     """Raises ValueError for what would take another optimizer or another trainer than the one that is given ours."""
     others = [f"{key}={theirs[key]}" for key in _OTHERS if theirs.get(key)]
     if theirs.get("optim") not in _ADAMW:
@@ -117,7 +122,7 @@ def _check(theirs: Mapping[str, Any]) -> None:
         raise ValueError(f"stage {stage!r} has no trainer that takes an optimizer: one of {', '.join(TRAINERS)}")
 
 
-def _train(ours: dict[str, Any] | AuthorsSettings, theirs: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
+def _train(ours: Settings, theirs: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
     from llamafactory.train.tuner import run_exp
 
     def give(trainer: Any) -> None:
@@ -165,17 +170,24 @@ def _authors_options(ours: AuthorsSettings, args: Any, theirs: Mapping[str, Any]
 # Its new trainer
 
 
-def _train_v1(ours: dict[str, Any] | AuthorsSettings, theirs: Mapping[str, Any]) -> None:
-    """v1 clips the gradient before the bias, to its own `max_grad_norm`."""
-    from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
-    from llamafactory.v1.trainers import sft_trainer
-
+def _check_v1(ours: Settings, theirs: Mapping[str, Any]) -> None:
+    """Raises ValueError for what it cannot do with a prior."""
     if not isinstance(ours, dict):
         raise ValueError("the authors' keys are for the classic trainer: give `drift:`")
     if theirs.get("optim_config") is not None:
         raise ValueError("optim_config names another optimizer than `drift:` brings: leave it out")
     if (theirs.get("dist_config") or {}).get("name") == "deepspeed":
-        raise ValueError("DeepSpeed flattens the parameters, whose names are gone then: use dist_config: {name: fsdp2}")
+        raise ValueError(
+            "dist_config: DeepSpeed flattens the parameters, whose names are gone then: train without it, or with the "
+            "classic trainer (ZeRO 1 and 2)"
+        )
+
+
+def _train_v1(ours: dict[str, Any], theirs: Mapping[str, Any]) -> None:
+    """v1 clips the gradient before the bias, to its own `max_grad_norm`."""
+    from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
+    from llamafactory.v1.trainers import sft_trainer
+
     alpha = AlphaOverTime(anneal=ours.pop("anneal", None))
     OptimizerPlugin("drift").register()(_v1_optimizer)
     lr = float(theirs.get("learning_rate", 1e-4))  # its default
@@ -217,9 +229,9 @@ def _processes() -> int:
     from llamafactory.extras.misc import get_device_count
 
     devices = get_device_count()
-    if _is_on("FORCE_TORCHRUN") or devices > 1:
-        return int(os.environ.get("NPROC_PER_NODE", max(devices, 1)))
-    return 0
+    if devices < 2 and not _is_on("FORCE_TORCHRUN"):
+        return 0
+    return int(os.environ.get("NPROC_PER_NODE", max(devices, 1)))
 
 
 def _torchrun(processes: int, arguments: Sequence[str]) -> list[str]:

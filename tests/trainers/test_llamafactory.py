@@ -187,7 +187,7 @@ def in_two_processes(folder: Path, out: Path, *overrides: str, file: str = "sft.
     """What the command says that starts them, with the global batch of one process."""
     env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    env["PYTHONPATH"] = str(ROOT)
+    env |= {"PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions"}  # of DeepSpeed, kept
     command = [sys.executable, "-m", "drift_kernels.integrations.llamafactory", "train", str(folder / file)]
     command += [f"output_dir={out}", f"per_device_train_batch_size={tiny.BATCH_SIZE // 2}", "ddp_backend=gloo"]
     done = subprocess.run([*command, *overrides], env=env, capture_output=True, text=True)
@@ -218,12 +218,12 @@ def test_zero_2_trains_as_one_process_by_hooks(folder: Path, tmp_path: Path) -> 
     config |= {"gradient_accumulation_steps": "auto", "zero_optimization": {"stage": 2}}
     config |= {"zero_force_ds_cpu_optimizer": False}
     (tmp_path / "zero2.json").write_text(json.dumps(config))
-    drift = ["drift.prior_scaling=absolute", "drift.alpha=0.3", f"max_steps={FEW}", "logging_steps=5"]
+    drift = ["drift.prior_scaling=absolute", "drift.alpha=0.05", f"max_steps={FEW}", "logging_steps=5"]
     said = in_two_processes(folder, tmp_path / "two", f"deepspeed={tmp_path / 'zero2.json'}", *drift)
     assert said.count("DeepSpeed (ZeRO 2) leaves no optimizer the parameters' names: hooks bias 20 gradients") == 1
     alone, _ = fit(folder, tmp_path / "one", *drift)
     assert_close(trained(tmp_path / "two"), alone, 1e-3)
-    assert alphas(tmp_path / "two") == alphas(tmp_path / "one") == pytest.approx([0.225, 0.15, 0.075, 0])
+    assert alphas(tmp_path / "two") == alphas(tmp_path / "one") == pytest.approx([0.0375, 0.025, 0.0125, 0])
     without, _ = fit(folder, tmp_path / "zero", *drift, "drift.alpha=0")
     assert cosine(alone) > cosine(without) + 0.1
 

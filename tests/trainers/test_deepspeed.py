@@ -1,8 +1,9 @@
-"""attach_prior under DeepSpeed's ZeRO 1 and 2, on its CPU accelerator."""
+"""DeepSpeed's ZeRO 1 and 2, on its CPU accelerator: attach_prior trains; FusedDriftAdamW says that it cannot."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from training import STEPS, loss_of, make_model, make_prior
 
+<<<<<<< HEAD:tests/test_deepspeed.py
 from drift_kernels import attach_prior
 from drift_kernels.kernels.scalings import GradientScaling
+=======
+from drift_kernels import FusedDriftAdamW, PriorError, attach_prior
+>>>>>>> main:tests/trainers/test_deepspeed.py
 
-pytest.importorskip("deepspeed", reason="pip install 'drift_kernels[deepspeed]'")
+pytest.importorskip("deepspeed", reason="make test-trainers TRAINER=deepspeed")
 
 
 def hooked(scaling: GradientScaling = "absolute") -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -24,7 +29,17 @@ def hooked(scaling: GradientScaling = "absolute") -> tuple[nn.Module, torch.opti
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
+<<<<<<< HEAD:tests/test_deepspeed.py
 def zero(stage: int, scaling: GradientScaling = "absolute", micro_batches: int = 1) -> dict[str, Tensor]:
+=======
+def ours() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = make_model(torch.float32)
+    return model, FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior=make_prior())
+
+
+def zero(stage: int, make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]]) -> dict[str, Tensor] | str:
+    """The parameters at the end, or the first step's error."""
+>>>>>>> main:tests/trainers/test_deepspeed.py
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
@@ -32,7 +47,11 @@ def zero(stage: int, scaling: GradientScaling = "absolute", micro_batches: int =
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     deepspeed.init_distributed("gloo")
+<<<<<<< HEAD:tests/test_deepspeed.py
     model, optimizer = hooked(scaling)  # before DeepSpeed's own hooks, which take the gradients away
+=======
+    model, optimizer = make()  # before DeepSpeed's own hooks, which take the gradients away
+>>>>>>> main:tests/trainers/test_deepspeed.py
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": micro_batches,
@@ -44,7 +63,10 @@ def zero(stage: int, scaling: GradientScaling = "absolute", micro_batches: int =
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for step in range(STEPS * micro_batches):
         engine.backward(loss_of(engine, step, torch.float32))
-        engine.step()
+        try:
+            engine.step()
+        except PriorError as error:
+            return str(error)
     return {name: param.detach() for name, param in model.named_parameters()}
 
 
@@ -57,6 +79,7 @@ def test_zero_trains_as_one_process(stage: int, tmp_path: Path) -> None:
         loss_of(model, step, torch.float32).backward()
         optimizer.step()
         optimizer.zero_grad()
+<<<<<<< HEAD:tests/test_deepspeed.py
     agree(model, ranks.run(zero, 2, tmp_path, stage))
 
 
@@ -81,6 +104,16 @@ def test_zero_2_biases_each_micro_batch_by_its_own_gradient(scaling: GradientSca
 def agree(model: nn.Module, of_ranks: list[dict[str, Tensor]]) -> None:
     start = dict(make_model(torch.float32).named_parameters())
     for params in of_ranks:
+=======
+    for params in ranks.run(zero, 2, tmp_path, stage, hooked):
+>>>>>>> main:tests/trainers/test_deepspeed.py
         for name, param in model.named_parameters():
             way = (param - start[name]).norm()
             assert (params[name] - param).norm() <= 1e-5 * way, name
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_flattened_parameters_are_an_error_that_names_the_cure(stage: int, tmp_path: Path) -> None:
+    for message in ranks.run(zero, 2, tmp_path, stage, ours):
+        assert "DeepSpeed's ZeRO has made one of many" in message
+        assert "attach_prior(model, prior)" in message
