@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from training import STEPS, loss_of, make_model, make_prior
 
-<<<<<<< HEAD:tests/test_deepspeed.py
-from drift_kernels import attach_prior
-from drift_kernels.kernels.scalings import GradientScaling
-=======
 from drift_kernels import FusedDriftAdamW, PriorError, attach_prior
->>>>>>> main:tests/trainers/test_deepspeed.py
+from drift_kernels.kernels.scalings import GradientScaling
 
 pytest.importorskip("deepspeed", reason="make test-trainers TRAINER=deepspeed")
 
@@ -29,17 +26,15 @@ def hooked(scaling: GradientScaling = "absolute") -> tuple[nn.Module, torch.opti
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-<<<<<<< HEAD:tests/test_deepspeed.py
-def zero(stage: int, scaling: GradientScaling = "absolute", micro_batches: int = 1) -> dict[str, Tensor]:
-=======
 def ours() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = make_model(torch.float32)
     return model, FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior=make_prior())
 
 
-def zero(stage: int, make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]]) -> dict[str, Tensor] | str:
+def zero(
+    stage: int, make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]], micro_batches: int = 1
+) -> dict[str, Tensor] | str:
     """The parameters at the end, or the first step's error."""
->>>>>>> main:tests/trainers/test_deepspeed.py
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
@@ -47,11 +42,7 @@ def zero(stage: int, make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     deepspeed.init_distributed("gloo")
-<<<<<<< HEAD:tests/test_deepspeed.py
-    model, optimizer = hooked(scaling)  # before DeepSpeed's own hooks, which take the gradients away
-=======
     model, optimizer = make()  # before DeepSpeed's own hooks, which take the gradients away
->>>>>>> main:tests/trainers/test_deepspeed.py
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": micro_batches,
@@ -79,8 +70,7 @@ def test_zero_trains_as_one_process(stage: int, tmp_path: Path) -> None:
         loss_of(model, step, torch.float32).backward()
         optimizer.step()
         optimizer.zero_grad()
-<<<<<<< HEAD:tests/test_deepspeed.py
-    agree(model, ranks.run(zero, 2, tmp_path, stage))
+    agree(model, ranks.run(zero, 2, tmp_path, stage, hooked))
 
 
 @pytest.mark.parametrize("scaling", ["gradnorm", "adaptive_cosine"])
@@ -98,15 +88,12 @@ def test_zero_2_biases_each_micro_batch_by_its_own_gradient(scaling: GradientSca
             param.grad = total
         optimizer.step()
         optimizer.zero_grad()
-    agree(model, ranks.run(zero, 2, tmp_path, 2, scaling, 2))
+    agree(model, ranks.run(zero, 2, tmp_path, 2, partial(hooked, scaling), 2))
 
 
 def agree(model: nn.Module, of_ranks: list[dict[str, Tensor]]) -> None:
     start = dict(make_model(torch.float32).named_parameters())
     for params in of_ranks:
-=======
-    for params in ranks.run(zero, 2, tmp_path, stage, hooked):
->>>>>>> main:tests/trainers/test_deepspeed.py
         for name, param in model.named_parameters():
             way = (param - start[name]).norm()
             assert (params[name] - param).norm() <= 1e-5 * way, name
