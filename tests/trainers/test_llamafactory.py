@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2ForCausalLM, TrainerCallback
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM, TrainerCallback
 
 pytest.importorskip("llamafactory")
 
+from checkpoints import FAMILIES, TOKENS, randomised
 from peft import PeftModel
 
 from drift_kernels import FusedDriftAdamW
@@ -75,19 +76,11 @@ def cosine(model: nn.Module) -> float:
     return float(nn.functional.cosine_similarity(one, other, dim=0))
 
 
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: param.detach() for name, param in model.named_parameters()}
-
-
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    assert tiny.same(one, other)
-
-
 def assert_close(found: nn.Module, expected: nn.Module, bound: float) -> None:
     """To a part of the way that each parameter went."""
-    ways = way(expected)
-    for name, param in bits(expected).items():
-        assert (bits(found)[name] - param).norm() <= bound * ways[name].norm(), name
+    ways, params = way(expected), dict(found.named_parameters())
+    for name, param in expected.named_parameters():
+        assert (params[name] - param).norm() <= bound * ways[name].norm(), name
 
 
 # The three ways to fine-tune
@@ -146,7 +139,7 @@ def test_without_strength_it_is_the_optimizer_alone(
     assert seen.log[-1]["prior/biased"] == 0
     monkeypatch.setattr(integration, "use_drift", lambda trainer, **_: use_drift(trainer))
     without, _ = fit(folder, tmp_path / "without", *few)
-    assert_same(model, without)
+    assert tiny.same(model, without)
     monkeypatch.undo()
     assert not tiny.same(model, fit(folder, tmp_path / "with", *few)[0])
 
@@ -156,7 +149,7 @@ def test_resuming_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     stopped = trained(example.run(folder / "sft.yaml", *few, callbacks=[example.StopAfter(FEW // 2)]))
     resumed = trained(example.run(folder / "sft.yaml", *few))
     whole, _ = fit(folder, tmp_path / "whole", few[0])
-    assert_same(resumed, whole)
+    assert tiny.same(resumed, whole)
     assert not tiny.same(stopped, whole)
 
 
@@ -179,6 +172,27 @@ def test_other_stages(folder: Path, tmp_path: Path, stage: str) -> None:
     before = "pretrained_model." if stage == "rm" else ""
     assert sorted(seen.optimizer.prior_names) == sorted(before + name for name in tiny.expert_prior())
     assert seen.log[0]["prior/biased"] == 20
+    assert seen.log[0]["prior/ratio/attn"] > 0.1
+
+
+def test_a_multimodal_model_with_a_text_expert(folder: Path, tmp_path: Path) -> None:
+    """As the authors train, by their keys; on texts alone. The vision tower is frozen, which LLaMA-Factory does."""
+    family = FAMILIES["qwen2_5_vl"]
+    config = family.config()
+    for i, key in enumerate(TOKENS):  # others than those of words
+        setattr(config, key, 90 + i)
+    for name, model in (("vlm", randomised(Qwen2_5_VLForConditionalGeneration(config))), ("text", family.expert())):
+        model.save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    seen = Seen()
+    config = integration.read([str(folder / "sft.yaml"), "max_steps=2", "logging_steps=1", "delta_prior_alpha=0.5"])
+    config |= {"model_name_or_path": str(tmp_path / "vlm"), "delta_prior1_ckpt": str(tmp_path / "text")}
+    integration.train({**config, "drift": None, "output_dir": str(tmp_path / "out")}, [seen])
+    names = [name for name, _ in family.expert().named_parameters() if "_proj." in name]
+    assert sorted(seen.optimizer.prior_names) == sorted(
+        name.replace("model.", "model.language_model.") for name in names
+    )
+    assert seen.log[0]["prior/alpha"] == 0.5
     assert seen.log[0]["prior/ratio/attn"] > 0.1
 
 
