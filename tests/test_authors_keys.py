@@ -164,7 +164,9 @@ def test_what_means_nothing_is_refused_at_once(checkpoints: Any, keys: Any, mess
         AuthorsSettings.of(given)
 
 
-def test_an_expert_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
+def test_what_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"delta_prior_path: .*nowhere"):
+        AuthorsSettings.of({"delta_prior_path": str(tmp_path / "nowhere")})
     with pytest.raises(CheckpointError, match="nowhere"):
         AuthorsSettings.of({"delta_prior1_ckpt": str(tmp_path / "nowhere")})
 

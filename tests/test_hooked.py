@@ -52,7 +52,6 @@ def test_hooks_bias_as_the_optimizer_would(tmp_path: Path) -> None:
         (2, {}, {"max_grad_norm": 1.0}, "max_grad_norm needs FusedDriftAdamW"),
         (2, {"gradient_accumulation_steps": 2}, {"prior_scaling": "absolute"}, "biases a step several times"),
         (1, {"gradient_accumulation_steps": 2}, {}, "under ZeRO 1 with prior_scaling='adaptive_cosine'"),
-        (2, {"optim": "sgd"}, {}, "optim='sgd'"),
         (2, {}, {"anneal": 2.0}, "anneal must be a fraction"),
         (2, {}, {"prior_scaling": "decoupled"}, "it moves parameters"),
     ],

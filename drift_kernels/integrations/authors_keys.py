@@ -50,7 +50,8 @@ class AuthorsSettings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> AuthorsSettings:
-        """Raises ValueError for an unknown key, a value that means nothing, and no prior or two."""
+        """Raises ValueError for an unknown key, a value that means nothing, and no prior or two; FileNotFoundError and
+        CheckpointError for a folder that is not there."""
         if unknown := sorted(set(given) - set(KEYS)):
             raise ValueError(f"unknown keys: {', '.join(unknown)}; known are {', '.join(KEYS)}")
         values = {key: value for key, value in given.items() if value is not None}
@@ -59,9 +60,14 @@ class AuthorsSettings:
             raise ValueError("give one of delta_prior_path, the folder of a prior, and delta_prior1_ckpt, an expert")
         if second is not None and first is None:
             raise ValueError("delta_prior2_ckpt is for delta_prior2_ckpt - delta_prior1_ckpt: give that too")
+        # What is not there is said now, not when the model has been loaded.
+        if path is not None and not Path(path).expanduser().is_dir():
+            raise FileNotFoundError(
+                f"delta_prior_path: there is no folder {str(path)!r}: `drift-prior build` makes one"
+            )
         for checkpoint in filter(None, (first, second)):
             if not is_hub_id(str(checkpoint)):
-                open_checkpoint(checkpoint)  # now, not when the model has been loaded
+                open_checkpoint(checkpoint)
         patterns, alpha = _patterns(values.get("delta_prior_merge_patterns")), values.get("delta_prior_alpha")
         if alpha is not None and patterns is not None and set(patterns.values()) != {1.0}:
             raise ValueError("alpha is said twice: by delta_prior_alpha and by delta_prior_merge_patterns")

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from ..gradients import PriorHooks, attach_prior
 from ..schedule import AlphaScheduler
 from .for_model import PriorForModel, prior_for
-from .transformers import DriftCallback, check_free
+from .transformers import DriftCallback
 
 logger = logging.getLogger("drift_kernels")
 
@@ -36,10 +36,9 @@ def use_hooks(
 
     Raises:
         ValueError: ZeRO 3, which partitions the parameters; options that only FusedDriftAdamW has; micro-batches in
-            which hooks would bias a step too often; an optimizer that the Trainer has already, or was asked for.
+            which hooks would bias a step too often.
         What `attach_prior` raises.
     """
-    check_free(trainer)
     if unfit := sorted(set(options) - set(_OPTIONS)):
         raise ValueError(
             f"under DeepSpeed the prior acts by hooks, and {', '.join(unfit)} needs FusedDriftAdamW: leave it out, or "
