@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
@@ -41,9 +41,14 @@ def quiet() -> None:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One word, one token."""
+    """One word, one token.
+
+    As added tokens, which stay whole in the tokenizer that `AutoTokenizer` makes for a checkpoint of the Qwen2 family
+    (transformers 5): Qwen2's own, which drops other words without a trace.
+    """
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}))
     words.pre_tokenizer = WhitespaceSplit()
+    words.add_tokens([AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in WORDS[2:]])
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=EOS)
 
 
