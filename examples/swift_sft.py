@@ -23,10 +23,10 @@ from transformers import Qwen2ForCausalLM
 from . import tiny
 from .transformers_trainer import StopAfter
 
-PLUGIN = """
-import drift_kernels.integrations.ms_swift
+PLUGIN = "import drift_kernels.integrations.ms_swift"
 
-# And the form of the tiny model's texts.
+# The form of the tiny model's texts, which swift does not know.
+TEMPLATE = """
 from swift.template import TemplateMeta, register_template
 
 register_template(TemplateMeta("sums", prefix=[], prompt=["{{QUERY}}"], chat_sep=None), exist_ok=True)
@@ -42,7 +42,7 @@ def quiet() -> None:
 def write_files(folder: Path) -> None:
     """The models and the prior, the plugin, and the sums to learn."""
     tiny.write_files(folder)
-    (folder / "plugin.py").write_text(PLUGIN)
+    (folder / "plugin.py").write_text(PLUGIN + TEMPLATE)
     with (folder / "sums.jsonl").open("w") as file:
         for pair in tiny.training_pairs(tiny.STEPS * tiny.BATCH_SIZE):
             roles = zip(("user", "assistant"), map(str.strip, tiny.text(pair)), strict=True)
