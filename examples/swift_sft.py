@@ -60,6 +60,7 @@ def configuration(folder: Path, prior: Path | None) -> dict[str, Any]:
         "split_dataset_ratio": 0,
         "dataset_shuffle": False,
         "train_dataloader_shuffle": False,
+        "lazy_tokenize": True,
         "dataloader_num_workers": 0,
         "external_plugins": str(folder / "plugin.py"),
         **(drift if prior is not None else {}),
