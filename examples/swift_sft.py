@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -85,13 +86,13 @@ def configuration(folder: Path, prior: Path | None) -> dict[str, Any]:
     }
 
 
-def run(config: dict[str, Any], file: Path) -> dict[str, Any]:
+def run(config: dict[str, Any], file: Path, main: Callable[..., dict[str, Any]] = sft_main) -> dict[str, Any]:
     """What `swift sft FILE` does with a YAML file of this configuration; swift's record of the run."""
     file.write_text(yaml.safe_dump(config))
     arguments = [str(file)]
     parse_yaml_args(arguments)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # its progress
-        return sft_main(arguments)
+        return main(arguments)
 
 
 def train(

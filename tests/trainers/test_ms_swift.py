@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import yaml
 from peft import PeftModel
 from swift.callbacks import callbacks_map
 from swift.optimizers import OptimizerCallback, optimizers_map
+from swift.pipelines import rlhf_main, sft_main
 from swift.trainers import Seq2SeqTrainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -76,10 +79,10 @@ def configuration(folder: Path, out: Path, settings: dict[str, Any] | None = Non
     return {key: value for key, value in (config | changes).items() if value is not None}
 
 
-def train(config: dict[str, Any]) -> Run:
+def train(config: dict[str, Any], main: Callable[..., dict[str, Any]] = sft_main) -> Run:
     watch, out = Watch(), Path(config["output_dir"])
     callbacks_map["watch"] = lambda args, trainer: watch
-    record = swift_sft.run(config | {"callbacks": "watch"}, out.with_suffix(".yaml"))
+    record = swift_sft.run(config | {"callbacks": "watch"}, out.with_suffix(".yaml"), main)
     return Run(out, watch.optimizer, [entry for entry in record["log_history"] if "loss" in entry])
 
 
@@ -166,6 +169,24 @@ def test_the_expert_comes_across_to_adapters(folder: Path, tmp_path: Path) -> No
     assert tiny.held_out_loss(model) < 0.4 * tiny.held_out_loss(other)
 
 
+# swift rlhf
+
+
+def test_dpo(folder: Path, tmp_path: Path) -> None:
+    """Right sums against wrong ones."""
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for i, pair in enumerate(tiny.training_pairs(tiny.STEPS * tiny.BATCH_SIZE)):
+            question, right = map(str.strip, tiny.text(pair))
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": right}]
+            wrong = (int(right) + 1 + i % 9) % 10
+            print(json.dumps({"messages": messages, "rejected_response": str(wrong)}), file=file)
+    dpo = {"rlhf_type": "dpo", "dataset": str(tmp_path / "pairs.jsonl")}
+    run = train(configuration(folder, tmp_path / "drift", **dpo), rlhf_main)
+    plain = train(without_drift(folder, tmp_path / "plain", **dpo), rlhf_main)
+    assert sorted(unwrap_optimizer(run.optimizer).biased_names) == sorted(tiny.expert_prior())
+    assert tiny.held_out_loss(swift_sft.trained(run.out)) < 0.4 * tiny.held_out_loss(swift_sft.trained(plain.out))
+
+
 # Bit for bit
 
 
@@ -196,7 +217,8 @@ def test_resuming(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None
     halfway = str(run.checkpoint(STEPS // 2))
     resumed = train(configuration(folder, tmp_path / "resumed", settings, **changes, resume_from_checkpoint=halfway))
     assert len(resumed.logs) == len(run.logs)  # the state has those of the first half
-    assert resumed.logs[-1]["prior/alpha"] == run.logs[-1]["prior/alpha"]
+    assert resumed.logs[-1]["prior/alpha"] == run.logs[-1]["prior/alpha"] == 0
+    assert resumed.logs[-4]["prior/alpha"] == run.logs[-4]["prior/alpha"] == pytest.approx(tiny.ALPHA / 6)
     assert same(resumed.weights(), run.weights())
     assert not same(run.weights(STEPS // 2), run.weights())
     assert not resumed.checkpoint(STEPS // 2).exists()
