@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -15,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from documents import ROOT, block_with, blocks
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-pytest.importorskip("swift.pipelines")
+pytest.importorskip("swift.pipelines", reason="make test-trainers TRAINER=ms-swift")
 
 import yaml
 from peft import PeftModel
@@ -33,8 +33,6 @@ from drift_kernels import FusedDriftAdamW, PriorError, build_prior
 from drift_kernels.integrations import named_groups, unwrap_optimizer
 from examples import swift_sft, tiny
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs/trainers.md"
 STEPS = 8  # of runs that are compared bit for bit
 SHORT = {"max_steps": STEPS, "save_steps": STEPS // 2, "logging_steps": 1}
 LORA = {"tuner_type": "lora", "target_modules": "all-linear", "lora_rank": 8, "learning_rate": 5e-3}
@@ -255,10 +253,10 @@ def test_the_command_in_two_processes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_documented_form(folder: Path, tmp_path: Path) -> None:
-    text = DOCS.read_text() if DOCS.exists() else pytest.skip("there is no docs/trainers.md")
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    (plugin,) = [block for block in blocks if "drift_kernels.integrations.ms_swift" in block]
-    (settings,) = [yaml.safe_load(block) for block in blocks if "external_plugins:" in block]
+    if not any("ms_swift" in block for block in blocks()):
+        pytest.skip("the docs do not have it")
+    plugin = block_with("drift_kernels.integrations.ms_swift")
+    settings = yaml.safe_load(block_with("external_plugins:"))
     (tmp_path / settings["external_plugins"]).write_text(plugin + swift_sft.TEMPLATE)
     settings["external_plugins"] = str(tmp_path / settings["external_plugins"])
     settings["optim_args"]["prior"] = str(folder / settings["optim_args"]["prior"])
