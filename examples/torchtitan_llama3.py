@@ -21,7 +21,6 @@ from . import tiny, torchtitan_cpu as torchtitan_cpu  # before the rest of torch
 # isort: on
 import torch
 import torchtitan.train
-from datasets import load_dataset
 from safetensors.torch import load_file
 from torch import nn
 from torchtitan.components.checkpointer import CheckpointManager
@@ -29,8 +28,7 @@ from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config.configs import TrainingConfig
-from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
+from torchtitan.hf_datasets.text_datasets import ChatDataLoader
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.common.config_utils import get_attention_config, make_ffn_config, make_gqa_config
 from torchtitan.models.llama3 import Llama3Model, model_registry
@@ -102,12 +100,11 @@ def model_spec() -> ModelSpec:
     return spec
 
 
+def messages(row: dict[str, str]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+
+
 def plain() -> Trainer.Config:
-    DATASETS["sums"] = DatasetConfig(
-        path="sums.jsonl",
-        loader=lambda path: load_dataset("json", data_files=path, split="train"),
-        sample_processor=lambda row: row["text"],
-    )
     return Trainer.Config(
         model_spec=model_spec(),
         hf_assets_path=str(Path("base").resolve()),
@@ -120,7 +117,11 @@ def plain() -> Trainer.Config:
             steps=tiny.STEPS,
             mixed_precision_param="float32",
         ),
-        dataloader=HuggingFaceTextDataLoader.Config(dataset="sums"),
+        dataloader=ChatDataLoader.Config(
+            dataset_path="json",
+            load_dataset_kwargs={"data_files": "sums.jsonl", "split": "train"},
+            sample_processor=messages,
+        ),
         checkpoint=CheckpointManager.Config(
             enable=True,
             interval=tiny.STEPS // 2,
@@ -140,8 +141,10 @@ def with_prior() -> Trainer.Config:
 def write_files() -> None:
     """The checkpoints, the prior and the texts, in the working directory."""
     tiny.write_files(Path(), new_llama)
-    texts = ["".join(tiny.text(pair)) for pair in tiny.training_pairs(tiny.STEPS * tiny.BATCH_SIZE)]
-    Path("sums.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Path("base", "chat_template.jinja").write_text("{{ messages | map(attribute='content') | join }}")
+    with Path("sums.jsonl").open("w") as file:
+        for pair in tiny.training_pairs(tiny.STEPS * tiny.BATCH_SIZE):
+            file.write(json.dumps(dict(zip(("prompt", "completion"), tiny.text(pair), strict=True))) + "\n")
 
 
 def train(config: str, *arguments: str) -> LlamaForCausalLM:

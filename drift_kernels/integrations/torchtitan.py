@@ -7,9 +7,10 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchtitan.components.metrics import MetricsProcessor
@@ -49,12 +50,12 @@ def use_drift(config: Trainer.Config, **settings: Any) -> Trainer.Config:
             falls to 0.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: settings that are wrong, a param group of another optimizer than
-            AdamW, bfloat16 states asked for by the config's `implementation`.
+        ValueError, TypeError, FileNotFoundError: settings that are wrong, or a param group of another optimizer than
+            AdamW.
         PriorError: the model has no conversion from HF's checkpoints, and so a prior none.
 
-    When the job starts it raises what FusedDriftAdamW does, and TypeError if the config got another optimizer after
-    this.
+    When the job starts it raises what FusedDriftAdamW does, TypeError if the config or the command line has put another
+    optimizer in its place after this, and ValueError for pipeline parallelism and `fused_opt_states_bf16`.
     """
     settings = drift_settings(settings, "use_drift")
     anneal = settings.pop("anneal", None)
@@ -63,8 +64,6 @@ def use_drift(config: Trainer.Config, **settings: Any) -> Trainer.Config:
     spec = config.model_spec
     if spec is None or spec.state_dict_adapter is None:
         raise PriorError("the config's model_spec has no state_dict_adapter, by which the prior would be converted")
-    if config.optimizer.implementation == "fused_opt_states_bf16":
-        raise ValueError("implementation='fused_opt_states_bf16' is of torch's AdamW: use_drift(state_dtype='bf16')")
     if others := {group.optimizer_name for group in config.optimizer.param_groups} - {"AdamW", OURS}:
         raise ValueError(f"use_drift puts FusedDriftAdamW in the place of AdamW; the config has {', '.join(others)}")
     if settings.get("max_grad_norm") is None:
@@ -74,7 +73,7 @@ def use_drift(config: Trainer.Config, **settings: Any) -> Trainer.Config:
         config.optimizer,
         DriftOptimizers.Config,
         param_groups=[replace(group, optimizer_name=OURS) for group in config.optimizer.param_groups],
-        optimizer_factory_kwargs_by_name={OURS: {**settings, "prior": _PriorFor(spec, settings["prior"])}},
+        drift=_Drift(spec, settings),
         anneal=anneal,
     )
     config.model_spec = replace(spec, post_optimizer_build_fn=_guarded(spec.post_optimizer_build_fn))
@@ -97,18 +96,44 @@ def _guarded(inner: Callable[..., None] | None) -> Callable[..., None]:
     return check
 
 
+class _Drift:
+    """What FusedDriftAdamW takes beside the param groups, and the model that the prior is for. A config is logged as
+    what was set."""
+
+    def __init__(self, spec: ModelSpec, settings: dict[str, Any]) -> None:
+        self.spec, self.settings = spec, settings
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.settings
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> FusedDriftAdamW:
+        prior = titan_prior(self.spec, self.settings["prior"])
+        return FusedDriftAdamW(groups, **{**self.settings, "prior": prior})
+
+
+def _drift_adamw(groups: list[dict[str, Any]], *, drift: _Drift) -> FusedDriftAdamW:
+    return drift.optimizer(groups)
+
+
 class DriftOptimizers(OptimizersContainer):
     """torchtitan's container, which makes a FusedDriftAdamW of the param groups that name it."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
+        drift: Annotated[_Drift | None, tyro.conf.Suppress] = None
+        """What FusedDriftAdamW takes beside param groups."""
         anneal: float | None = None
         """The fraction of the training's steps over which alpha falls to 0; None: it stays."""
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         if len(model_parts) > 1:
             raise ValueError("use_drift takes no pipeline parallelism: each model part has an optimizer of its own")
-        super().__init__(config, model_parts=model_parts)
+        if config.implementation == "fused_opt_states_bf16":
+            raise ValueError(
+                "implementation='fused_opt_states_bf16' is of torch's AdamW: use_drift(state_dtype='bfloat16')"
+            )
+        options = {**config.optimizer_factory_kwargs_by_name, OURS: {"drift": config.drift}}
+        super().__init__(replace(config, optimizer_factory_kwargs_by_name=options), model_parts=model_parts)
         self._anneal = config.anneal
         self._alpha_schedules: list[AlphaScheduler] = []
 
@@ -135,10 +160,6 @@ class DriftOptimizers(OptimizersContainer):
             schedule.load_state_dict({**schedule.state_dict(), "last_epoch": taken})
 
 
-def _drift_adamw(groups: list[dict[str, Any]], *, prior: _PriorFor, **options: Any) -> FusedDriftAdamW:
-    return FusedDriftAdamW(groups, prior=prior.converted(), **options)
-
-
 class DriftSchedules(LRSchedulersContainer):
     """Learning rates as ever; tells the optimizers how long the training is, for alpha."""
 
@@ -146,7 +167,7 @@ class DriftSchedules(LRSchedulersContainer):
     class Config(LRSchedulersContainer.Config):
         def build(self, *, optimizers: OptimizersContainer, training_steps: int) -> LRSchedulersContainer:
             if isinstance(optimizers, DriftOptimizers):
-                optimizers.schedule_alpha(training_steps)
+                optimizers.schedule_alpha(training_steps if self.total_steps is None else self.total_steps)
             return LRSchedulersContainer.Config.build(self, optimizers=optimizers, training_steps=training_steps)
 
 
@@ -160,20 +181,6 @@ class DriftMetrics(MetricsProcessor):
     def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **others: Any) -> None:
         figures = {} if self.optimizers is None else step_figures(self.optimizers.optimizers[0])
         super().log(*args, extra_metrics={**(extra_metrics or {}), **figures}, **others)
-
-
-class _PriorFor:
-    """A prior's folder and the model that it is for, until the job makes its optimizer. In logs of the config it is the
-    folder."""
-
-    def __init__(self, spec: ModelSpec, folder: str) -> None:
-        self.spec, self.folder = spec, folder
-
-    def to_dict(self) -> str:
-        return self.folder
-
-    def converted(self) -> ConvertedPrior:
-        return titan_prior(self.spec, self.folder)
 
 
 def titan_prior(spec: ModelSpec, prior: PriorLike) -> ConvertedPrior:
