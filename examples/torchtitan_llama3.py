@@ -63,7 +63,7 @@ def new_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def model_spec() -> ModelSpec:
+def model_spec(fuse_qkv: bool = True) -> ModelSpec:
     """torchtitan's llama3, tiny."""
     spec = model_registry("debugmodel")
     rope = ComplexRoPE.Config(dim=WIDTH // HEADS, max_seq_len=64, theta=10000.0)
@@ -89,7 +89,7 @@ def model_spec() -> ModelSpec:
                     wqkv_param_init=init,
                     wo_param_init=init,
                     inner_attention=get_attention_config("flex"),
-                    fuse_qkv=True,
+                    fuse_qkv=fuse_qkv,
                     rope=rope,
                 ),
                 feed_forward=make_ffn_config(dim=WIDTH, hidden_dim=HIDDEN, w1_param_init=init, w2w3_param_init=init),
@@ -147,33 +147,34 @@ def write_files() -> None:
             file.write(json.dumps(dict(zip(("prompt", "completion"), tiny.text(pair), strict=True))) + "\n")
 
 
-def train(config: str, *arguments: str) -> LlamaForCausalLM:
+def train(config: str, folder: str, *arguments: str) -> None:
     """`python -m torchtitan.train --module examples.torchtitan_llama3 --config CONFIG ...` in this process, alone."""
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    command = ["train.py", "--module", __spec__.name, "--config", config, "--dump_folder", config, *arguments]
-    with patch.dict(os.environ, one), patch.object(sys, "argv", command):
+    command = ["--module", "examples.torchtitan_llama3", "--config", config, "--dump_folder", folder]
+    with patch.dict(os.environ, one), patch.object(sys, "argv", ["train.py", *command, *arguments]):
         torchtitan.train.main()
-    return trained(config)
 
 
 def trained(folder: str) -> LlamaForCausalLM:
-    """The last checkpoint of a run, in transformers."""
+    """The last checkpoint of a run, which is one of HF's, in transformers."""
     last = max(Path(folder, "checkpoint").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    state = {}
-    for file in last.glob("*.safetensors"):
-        state |= load_file(file)
     model = new_llama()
-    model.load_state_dict(state)
+    model.load_state_dict(
+        {name: tensor for file in last.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    )
     return model
 
 
-def stop_and_resume() -> LlamaForCausalLM:
-    whole, folder = ("--lr_scheduler.total_steps", str(tiny.STEPS)), ("--dump_folder", "stopped")
-    half = ("--training.steps", str(tiny.STEPS // 2))
+def fine_tuned(config: str, folder: str, *arguments: str) -> LlamaForCausalLM:
+    train(config, folder, *arguments)
+    return trained(folder)
+
+
+def stopped_and_resumed(config: str, folder: str, steps: int) -> LlamaForCausalLM:
+    whole = ("--lr_scheduler.total_steps", str(steps))
     to_resume = ("--checkpoint.no-last-save-in-hf", "--checkpoint.no-last-save-model-only")
-    train("with_prior", *whole, *folder, *half, *to_resume)
-    train("with_prior", *whole, *folder)
-    return trained("stopped")
+    train(config, folder, *whole, "--training.steps", str(steps // 2), *to_resume)
+    return fine_tuned(config, folder, *whole, "--training.steps", str(steps))
 
 
 if __name__ == "__main__":
@@ -182,8 +183,8 @@ if __name__ == "__main__":
     with TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_files()
         print(f"held-out loss before the fine-tuning   {tiny.held_out_loss(tiny.base_and_expert(new_llama)[0]):.3f}")
-        print(f"              after it, without prior  {tiny.held_out_loss(train('plain')):.3f}")
-        whole = train("with_prior")
+        print(f"              after it, without prior  {tiny.held_out_loss(fine_tuned('plain', 'plain')):.3f}")
+        whole = fine_tuned("with_prior", "whole")
         print(f"              after it, with the prior {tiny.held_out_loss(whole):.3f}")
-        resumed = stop_and_resume()
+        resumed = stopped_and_resumed("with_prior", "stopped", tiny.STEPS)
         print(f"Stopped at step {tiny.STEPS // 2} and resumed, it has the same parameters: {tiny.same(whole, resumed)}")

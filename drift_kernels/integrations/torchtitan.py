@@ -24,10 +24,11 @@ from ..optimizer import FusedDriftAdamW
 from ..prior import Prior, PriorLike
 from ..prior.converted import ConvertedPrior
 from ..prior.names import canonical_name
-from ..schedule import AlphaScheduler, linear_anneal
+from ..schedule import AlphaScheduler
 from .in_use import check_in_use
 from .settings import drift_settings
 from .step_figures import step_figures
+from .training_run import AlphaOverTime
 
 OURS = "FusedDriftAdamW"  # in param groups
 _EMBEDDING = "model.embed_tokens.weight"
@@ -64,7 +65,7 @@ def use_drift(config: Trainer.Config, **settings: Any) -> Trainer.Config:
     spec = config.model_spec
     if spec is None or spec.state_dict_adapter is None:
         raise PriorError("the config's model_spec has no state_dict_adapter, by which the prior would be converted")
-    if others := {group.optimizer_name for group in config.optimizer.param_groups} - {"AdamW", OURS}:
+    if others := {group.optimizer_name for group in config.optimizer.param_groups} - {"AdamW"}:
         raise ValueError(f"use_drift puts FusedDriftAdamW in the place of AdamW; the config has {', '.join(others)}")
     if settings.get("max_grad_norm") is None:
         settings["max_grad_norm"] = config.training.max_norm
@@ -77,7 +78,7 @@ def use_drift(config: Trainer.Config, **settings: Any) -> Trainer.Config:
         anneal=anneal,
     )
     config.model_spec = replace(spec, post_optimizer_build_fn=_guarded(spec.post_optimizer_build_fn))
-    if anneal is not None:
+    if type(config.lr_scheduler) is LRSchedulersContainer.Config:
         config.lr_scheduler = derive(config.lr_scheduler, DriftSchedules.Config)
     if type(config.metrics) is MetricsProcessor.Config:
         config.metrics = derive(config.metrics, DriftMetrics.Config)
@@ -106,13 +107,10 @@ class _Drift:
     def to_dict(self) -> dict[str, Any]:
         return self.settings
 
-    def optimizer(self, groups: list[dict[str, Any]]) -> FusedDriftAdamW:
-        prior = titan_prior(self.spec, self.settings["prior"])
-        return FusedDriftAdamW(groups, **{**self.settings, "prior": prior})
-
 
 def _drift_adamw(groups: list[dict[str, Any]], *, drift: _Drift) -> FusedDriftAdamW:
-    return drift.optimizer(groups)
+    prior = titan_prior(drift.spec, drift.settings["prior"])
+    return FusedDriftAdamW(groups, **{**drift.settings, "prior": prior})
 
 
 class DriftOptimizers(OptimizersContainer):
@@ -133,7 +131,8 @@ class DriftOptimizers(OptimizersContainer):
                 "implementation='fused_opt_states_bf16' is of torch's AdamW: use_drift(state_dtype='bfloat16')"
             )
         options = {**config.optimizer_factory_kwargs_by_name, OURS: {"drift": config.drift}}
-        super().__init__(replace(config, optimizer_factory_kwargs_by_name=options), model_parts=model_parts)
+        with_options: Any = replace(config, optimizer_factory_kwargs_by_name=options)  # type: ignore[call-arg]
+        super().__init__(with_options, model_parts=model_parts)
         self._anneal = config.anneal
         self._alpha_schedules: list[AlphaScheduler] = []
 
@@ -142,21 +141,21 @@ class DriftOptimizers(OptimizersContainer):
         return _drift_adamw if name == OURS else OptimizersContainer._resolve_optimizer_factory(name)
 
     def schedule_alpha(self, training_steps: int) -> None:
-        if self._anneal is not None:
-            alpha_lambda = linear_anneal(max(1, math.ceil(self._anneal * training_steps)))
-            self._alpha_schedules = [AlphaScheduler(optimizer, alpha_lambda) for optimizer in self.optimizers]
+        alpha = AlphaOverTime(anneal=self._anneal)
+        schedules = [alpha.scheduler(optimizer, 0, training_steps) for optimizer in self.optimizers]
+        self._alpha_schedules = [schedule for schedule in schedules if schedule is not None]
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         if self._anneal is not None and not self._alpha_schedules:
-            raise RuntimeError("alpha is not annealed: the config got another lr_scheduler after use_drift")
+            raise RuntimeError("anneal needs the lr_scheduler that use_drift has set, which the config has no more")
         super().step(closure)
         for schedule in self._alpha_schedules:
             schedule.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        for schedule in self._alpha_schedules:
-            taken = max(int(state["step"]) for state in schedule.optimizer.state.values())  # type: ignore[attr-defined]
+        for optimizer, schedule in zip(self.optimizers, self._alpha_schedules, strict=False):
+            taken = max(int(state["step"]) for state in optimizer.state.values())
             schedule.load_state_dict({**schedule.state_dict(), "last_epoch": taken})
 
 

@@ -1,0 +1,346 @@
+"""torchtitan trains with a prior: by its own train.py, in one process and under FSDP2; the deltas fit its layout."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchtitan")
+
+# isort: off
+from examples import torchtitan_llama3 as example  # before the rest of torchtitan: it brings the CPU
+
+# isort: on
+import torchtitan.models.llama3.config_registry
+import transformers
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.models.common import CosSinRoPE
+from torchtitan.models.llama3 import Llama3StateDictAdapter
+from torchtitan.models.qwen3 import _build_qwen3_layers, _build_qwen3_moe_layers
+from torchtitan.models.qwen3 import model_registry as qwen3_registry
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
+
+from drift_kernels import FusedDriftAdamW, PriorError, build_prior
+from drift_kernels.errors import PriorMismatchError
+from drift_kernels.integrations.torchtitan import titan_prior, use_drift
+from examples import tiny
+
+ROOT = Path(__file__).parents[2]
+PLAIN = example.plain  # the config without a prior
+STEPS = 8  # of short runs
+LAYER = ("attention.qkv_linear.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+BIASED = sorted(f"layers.{i}.{rest}.weight" for i in range(example.LAYERS) for rest in LAYER)
+
+Config = Callable[[], Trainer.Config]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The example's files, in the working directory of all tests."""
+    tiny.quiet()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("titan"))
+        patch.setattr("torchtitan.trainer.time.sleep", lambda seconds: None)
+        example.write_files()
+        yield
+
+
+@pytest.fixture
+def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[FusedDriftAdamW]:
+    """Every FusedDriftAdamW, as it is made."""
+    made: list[FusedDriftAdamW] = []
+    build = FusedDriftAdamW.__init__
+
+    def note(self: FusedDriftAdamW, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(FusedDriftAdamW, "__init__", note)
+    return made
+
+
+@pytest.fixture
+def fine_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., nn.Module]:
+    """What train.py makes of a config, with arguments of its command line."""
+
+    def run(config: Config, *arguments: str, steps: int = STEPS, into: str = "run") -> nn.Module:
+        monkeypatch.setattr(example, "plain", config)
+        return example.fine_tuned("plain", str(tmp_path / into), "--training.steps", str(steps), *arguments)
+
+    return run
+
+
+def with_prior(**settings: Any) -> Config:
+    return lambda: use_drift(PLAIN(), **{"prior": "prior", "alpha": tiny.ALPHA, **settings})
+
+
+# The layout: what torchtitan holds of the deltas is what it holds of the expert, less what it holds of the base.
+
+
+def llama(fuse_qkv: bool = True) -> tuple[ModelSpec, nn.Module]:
+    return example.model_spec(fuse_qkv), example.new_llama()
+
+
+def qwen3(moe: bool = False) -> tuple[ModelSpec, nn.Module]:
+    """Of two layers; dense with tied embeddings, as torchtitan's flavor."""
+    spec = qwen3_registry("debugmodel_moe" if moe else "debugmodel")
+    dims = {"n_layers": 2, "dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "attn_backend": "flex"}
+    rope = CosSinRoPE.Config(dim=8, max_seq_len=64)
+    sizes = {
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": not moe,
+    }
+    if not moe:
+        spec.model.layers = _build_qwen3_layers(**dims, hidden_dim=96, rope=rope)
+        return spec, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, intermediate_size=96))
+    experts = {"moe_hidden_dim": 24, "num_experts": 4, "top_k": 2, "moe_comm_backend": "standard"}
+    spec.model.layers = _build_qwen3_moe_layers(**dims, **experts, rope=rope)
+    config = transformers.Qwen3MoeConfig(
+        **sizes, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1
+    )
+    return spec, transformers.Qwen3MoeForCausalLM(config)
+
+
+def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """A checkpoint of HF's form; its tensors."""
+    model.save_pretrained(folder)
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def in_titan(spec: ModelSpec, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of torchtitan's model, loaded from a checkpoint as torchtitan does it."""
+    model = spec.model.build()
+    missing, _ = model.load_state_dict(spec.state_dict_adapter(spec.model, None).from_hf(stored), strict=False)
+    assert not [name for name in missing if name in dict(model.named_parameters())]
+    return {name: param.detach() for name, param in model.named_parameters()}
+
+
+MODELS = {
+    "llama, joined": lambda: llama(),
+    "llama, apart": lambda: llama(fuse_qkv=False),
+    "qwen3": lambda: qwen3(),
+    "qwen3 moe": lambda: qwen3(moe=True),
+}
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_deltas_fit_torchtitans_parameters_element_for_element(which: str, tmp_path: Path) -> None:
+    spec, model = MODELS[which]()
+    base = saved(model, tmp_path / "base")
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.01 * torch.randn_like(param))
+    expert = saved(model, tmp_path / "expert")
+    stored = build_prior(
+        tmp_path / "expert",
+        tmp_path / "base",
+        tmp_path / "prior",
+        modules=["full", "norms", "re:gate"],
+        dtype=torch.float32,
+    )
+    prior = titan_prior(spec, tmp_path / "prior")
+    ours, theirs = in_titan(spec, base), in_titan(spec, expert)
+    coverage = prior.coverage(ours.items())
+    assert coverage.complete
+    assert set(coverage.matched) == set(ours), coverage.summary()
+    for name, source in coverage.sources.items():
+        expected = theirs[name] - ours[name]
+        delta = prior.load_stored(source)
+        assert torch.equal(delta, expected), name
+        assert prior.info(source).delta_norm == pytest.approx(float(expected.double().norm()), rel=1e-6)
+        box = tuple(slice(size // 3, size) for size in delta.shape)
+        assert torch.equal(prior.load_stored(source, box=box), delta[box]), name
+
+
+def test_names_alone_would_not_do(tmp_path: Path) -> None:
+    prior = titan_prior(example.model_spec(fuse_qkv=False), "prior")
+    stored = prior.load("layers.0.self_attn.q_proj.weight")
+    source = prior.coverage([("layers.0.attention.qkv_linear.wq.weight", stored)]).sources.popitem()[1]
+    delta = prior.load_stored(source)
+    assert not torch.equal(delta, stored)
+    assert sorted(delta.tolist()) == sorted(stored.tolist())
+
+
+def test_parts_of_a_joined_weight_that_are_missing(tmp_path: Path) -> None:
+    build_prior("expert", "base", tmp_path / "prior", modules=["re:q_proj", "re:o_proj"], dtype=torch.float32)
+    coverage = titan_prior(example.model_spec(), tmp_path / "prior").coverage(parameters())
+    assert sorted(coverage.matched) == [f"layers.{i}.attention.wo.weight" for i in (0, 1)]
+    assert coverage.prior_only == [f"layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
+
+
+def test_a_prior_of_another_model_is_refused() -> None:
+    wide = {"layers.0.self_attn.q_proj.weight": torch.ones(48, 50)}
+    with pytest.raises(PriorMismatchError, match=r"q_proj.weight' has shape \(48, 48\).*\(48, 50\)"):
+        FusedDriftAdamW(parameters(), prior=titan_prior(example.model_spec(), wide))
+
+
+def test_a_conversion_that_changes_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(self: Any, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor + 1 for name, tensor in convert(self, stored).items()}
+
+    convert = Llama3StateDictAdapter.from_hf
+    monkeypatch.setattr(Llama3StateDictAdapter, "from_hf", shifted)
+    prior = titan_prior(example.model_spec(), "prior")
+    with pytest.raises(PriorError, match="changes values, not only their places"):
+        prior.load_stored(prior.coverage(parameters()).sources[BIASED[0]])
+
+
+def parameters() -> list[tuple[str, nn.Parameter]]:
+    return list(example.model_spec().model.build().named_parameters())
+
+
+# The training
+
+
+def pull(model: nn.Module) -> float:
+    """The cosine of the way that a model has gone and the delta, over all parameters that it has."""
+    base, expert = tiny.base_and_expert(example.new_llama)
+
+    def way(to: nn.Module) -> Tensor:
+        pairs = zip(base.named_parameters(), to.parameters(), strict=True)
+        return torch.cat([(there - here).detach().flatten() for (name, here), there in pairs if tiny.biased(name)])
+
+    return float(torch.cosine_similarity(way(model), way(expert), dim=0))
+
+
+def test_the_prior_is_what_the_training_follows(
+    fine_tuned: Callable[..., nn.Module], optimizers: list[FusedDriftAdamW], tmp_path: Path
+) -> None:
+    without = fine_tuned(PLAIN, steps=tiny.STEPS)
+    assert not optimizers
+    model = fine_tuned(with_prior(), "--metrics.enable_tensorboard", steps=tiny.STEPS, into="with")
+    assert sorted(optimizers[0].prior_names) == BIASED
+    assert tiny.held_out_loss(model) < 0.3 * tiny.held_out_loss(without)
+    assert pull(model) > 0.5 > pull(without) + 0.3
+
+    (folder,) = {path.parent for path in (tmp_path / "with").rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    last = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    assert last["prior/alpha"] == tiny.ALPHA
+    assert last["prior/biased"] == last["prior/bound"] == len(BIASED)
+    assert {"prior/cosine/attn", "prior/cosine/mlp", "prior/ratio/mlp", "prior/grad_norm"} <= last.keys()
+
+
+def test_alpha_of_zero_gives_the_bits_of_no_prior(
+    fine_tuned: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle = fine_tuned(with_prior(alpha=0.0))
+    pulled = fine_tuned(with_prior(), into="pulled")
+    build = FusedDriftAdamW.__init__
+    monkeypatch.setattr(FusedDriftAdamW, "__init__", lambda *args, prior, **options: build(*args, **options))
+    plain = fine_tuned(with_prior(), into="plain")
+    assert tiny.same(idle, plain)
+    assert not tiny.same(pulled, plain)
+
+
+def test_a_run_that_stopped_ends_as_one_that_did_not(
+    fine_tuned: Callable[..., nn.Module], optimizers: list[FusedDriftAdamW], tmp_path: Path
+) -> None:
+    whole = fine_tuned(with_prior(anneal=1.0))
+    assert [group["alpha"] for group in optimizers[0].param_groups] == [0.0]
+    resumed = example.stopped_and_resumed("plain", str(tmp_path / "stopped"), STEPS)
+    assert len(optimizers) == 3
+    assert tiny.same(whole, resumed)
+
+
+def test_two_processes_under_fsdp2(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "examples.torchtitan_cpu"]
+    command += ["--module", "examples.torchtitan_llama3", "--config", "with_prior", "--dump_folder", str(tmp_path)]
+    command += ["--parallelism.spmd_backend", "partial_dtensor", "--optimizer.anneal", "None"]
+    command += ["--training.local_batch_size", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert f"biases {len(BIASED)} parameters by the prior" in done.stderr
+    model = example.trained(str(tmp_path))
+    assert pull(model) > 0.5
+    assert tiny.held_out_loss(model) < tiny.held_out_loss(tiny.base_and_expert(example.new_llama)[0])
+
+
+def test_what_the_documentation_shows(
+    fine_tuned: Callable[..., nn.Module], optimizers: list[FusedDriftAdamW], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documented = ROOT / "docs" / "trainers.md"
+    if not documented.exists():
+        pytest.skip("docs/trainers.md is not there")
+    (block,) = re.findall(r"^```python\n([^`]*llama3_8b_drift[^`]*)^```", documented.read_text(), re.MULTILINE)
+    monkeypatch.setattr(torchtitan.models.llama3.config_registry, "llama3_8b", PLAIN)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    fine_tuned(names["llama3_8b_drift"])
+    assert sorted(optimizers[0].prior_names) == BIASED
+
+
+# What is refused
+
+
+def test_settings_that_are_wrong() -> None:
+    with pytest.raises(ValueError, match="needs `prior`"):
+        use_drift(PLAIN(), alpha=1.0)
+    with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"):
+        use_drift(PLAIN(), prior="nowhere")
+    with pytest.raises(ValueError, match="unknown keys: alfa"):
+        use_drift(PLAIN(), prior="prior", alfa=1.0)
+    with pytest.raises(ValueError, match="LoRA layers take no prior"):
+        use_drift(PLAIN(), prior="prior", refresh=2)
+
+
+def test_configs_that_do_not_fit() -> None:
+    config = PLAIN()
+    config.optimizer.param_groups[0].optimizer_name = "DistMuon"
+    with pytest.raises(ValueError, match="the config has DistMuon"):
+        use_drift(config, prior="prior")
+    config = PLAIN()
+    config.model_spec = replace(config.model_spec, state_dict_adapter=None)
+    with pytest.raises(PriorError, match="no state_dict_adapter"):
+        use_drift(config, prior="prior")
+
+
+def adamw_after_all() -> Trainer.Config:
+    config = with_prior()()
+    config.optimizer = default_adamw()
+    return config
+
+
+def another_lr_scheduler() -> Trainer.Config:
+    config = with_prior(anneal=0.5)()
+    config.lr_scheduler = LRSchedulersContainer.Config()
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "error", "message"),
+    [
+        (adamw_after_all, [], TypeError, "got AdamW: the trainer would train without the prior"),
+        (with_prior(), ["--optimizer.param-groups.0.optimizer-name", "AdamW"], TypeError, "got AdamW"),
+        (with_prior(), ["--optimizer.implementation", "fused_opt_states_bf16"], ValueError, "state_dtype='bfloat16'"),
+        (another_lr_scheduler, [], RuntimeError, "anneal needs the lr_scheduler that use_drift has set"),
+    ],
+)
+def test_a_job_without_the_prior_does_not_start(
+    config: Config, arguments: list[str], error: type[Exception], message: str, fine_tuned: Callable[..., nn.Module]
+) -> None:
+    try:
+        with pytest.raises(error, match=message):
+            fine_tuned(config, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()
