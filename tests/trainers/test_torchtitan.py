@@ -149,7 +149,7 @@ def test_deltas_fit_torchtitans_parameters_element_for_element(which: str, tmp_p
         for param in model.parameters():
             param.add_(0.01 * torch.randn_like(param))
     expert = saved(model, tmp_path / "expert")
-    stored = build_prior(
+    build_prior(
         tmp_path / "expert",
         tmp_path / "base",
         tmp_path / "prior",
@@ -187,7 +187,9 @@ def test_parts_of_a_joined_weight_that_are_missing(tmp_path: Path) -> None:
 
 
 def test_a_prior_of_another_model_is_refused() -> None:
-    wide = {"layers.0.self_attn.q_proj.weight": torch.ones(48, 50)}
+    wide = {
+        f"layers.0.self_attn.{name}.weight": torch.ones(48, size) for name, size in (("q_proj", 50), ("o_proj", 48))
+    }
     with pytest.raises(PriorMismatchError, match=r"q_proj.weight' has shape \(48, 48\).*\(48, 50\)"):
         FusedDriftAdamW(parameters(), prior=titan_prior(example.model_spec(), wide))
 
@@ -229,7 +231,7 @@ def test_the_prior_is_what_the_training_follows(
     model = fine_tuned(with_prior(), "--metrics.enable_tensorboard", steps=tiny.STEPS, into="with")
     assert sorted(optimizers[0].prior_names) == BIASED
     assert tiny.held_out_loss(model) < 0.3 * tiny.held_out_loss(without)
-    assert pull(model) > 0.5 > pull(without) + 0.3
+    assert pull(model) > 0.5 > pull(without) + 0.15
 
     (folder,) = {path.parent for path in (tmp_path / "with").rglob("events.out.tfevents*")}
     events = EventAccumulator(str(folder))
@@ -266,14 +268,13 @@ def test_two_processes_under_fsdp2(tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "examples.torchtitan_cpu"]
     command += ["--module", "examples.torchtitan_llama3", "--config", "with_prior", "--dump_folder", str(tmp_path)]
     command += ["--parallelism.spmd_backend", "partial_dtensor", "--optimizer.anneal", "None"]
-    command += ["--training.local_batch_size", "2"]
+    command += ["--training.local_batch_size", "2", "--training.steps", "20"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert f"biases {len(BIASED)} parameters by the prior" in done.stderr
+    assert f"the prior acts on {len(BIASED)} of 17 trainable parameters" in done.stdout + done.stderr
     model = example.trained(str(tmp_path))
-    assert pull(model) > 0.5
-    assert tiny.held_out_loss(model) < tiny.held_out_loss(tiny.base_and_expert(example.new_llama)[0])
+    assert pull(model) > 0.7
 
 
 def test_what_the_documentation_shows(
