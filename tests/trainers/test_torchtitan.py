@@ -338,10 +338,19 @@ def another_lr_scheduler() -> Trainer.Config:
     ],
 )
 def test_a_job_without_the_prior_does_not_start(
-    config: Config, arguments: list[str], error: type[Exception], message: str, fine_tuned: Callable[..., nn.Module]
+    config: Config,
+    arguments: list[str],
+    error: type[Exception],
+    message: str,
+    fine_tuned: Callable[..., nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    stepped: list[Any] = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: stepped.append(optimizer))
+    monkeypatch.setattr(FusedDriftAdamW, "step", lambda optimizer: stepped.append(optimizer))
     try:
         with pytest.raises(error, match=message):
             fine_tuned(config, *arguments)
     finally:
         torch.distributed.destroy_process_group()
+    assert not stepped
