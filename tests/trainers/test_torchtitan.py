@@ -1,9 +1,8 @@
-"""torchtitan trains with a prior: by its own train.py, in one process and under FSDP2; the deltas fit its layout."""
+"""torchtitan trains with a prior: by its own train.py, in one process and under FSDP2."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,24 +20,16 @@ from examples import torchtitan_llama3 as example  # before the rest of torchtit
 
 # isort: on
 import torchtitan.models.llama3.config_registry
-import transformers
-from safetensors.torch import load_file
+from documents import ROOT, block_with
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
-from torchtitan.models.common import CosSinRoPE
-from torchtitan.models.llama3 import Llama3StateDictAdapter
-from torchtitan.models.qwen3 import _build_qwen3_layers, _build_qwen3_moe_layers
-from torchtitan.models.qwen3 import model_registry as qwen3_registry
-from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from drift_kernels import FusedDriftAdamW, PriorError, build_prior
-from drift_kernels.errors import PriorMismatchError
-from drift_kernels.integrations.torchtitan import titan_prior, use_drift
+from drift_kernels import FusedDriftAdamW, PriorError
+from drift_kernels.integrations.torchtitan import use_drift
 from examples import tiny
 
-ROOT = Path(__file__).parents[2]
 PLAIN = example.plain  # the config without a prior
 STEPS = 8  # of short runs
 LAYER = ("attention.qkv_linear.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
@@ -85,131 +76,6 @@ def fine_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
 
 def with_prior(**settings: Any) -> Config:
     return lambda: use_drift(PLAIN(), **{"prior": "prior", "alpha": tiny.ALPHA, **settings})
-
-
-# The layout: what torchtitan holds of the deltas is what it holds of the expert, less what it holds of the base.
-
-
-def llama(fuse_qkv: bool = True) -> tuple[ModelSpec, nn.Module]:
-    return example.model_spec(fuse_qkv), example.new_llama()
-
-
-def qwen3(moe: bool = False) -> tuple[ModelSpec, nn.Module]:
-    """Of two layers; dense with tied embeddings, as torchtitan's flavor."""
-    spec = qwen3_registry("debugmodel_moe" if moe else "debugmodel")
-    dims = {"n_layers": 2, "dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "attn_backend": "flex"}
-    rope = CosSinRoPE.Config(dim=8, max_seq_len=64)
-    sizes = {
-        "vocab_size": 2048,
-        "hidden_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "tie_word_embeddings": not moe,
-    }
-    if not moe:
-        spec.model.layers = _build_qwen3_layers(**dims, hidden_dim=96, rope=rope)
-        return spec, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, intermediate_size=96))
-    experts = {"moe_hidden_dim": 24, "num_experts": 4, "top_k": 2, "moe_comm_backend": "standard"}
-    spec.model.layers = _build_qwen3_moe_layers(**dims, **experts, rope=rope)
-    config = transformers.Qwen3MoeConfig(
-        **sizes, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1
-    )
-    return spec, transformers.Qwen3MoeForCausalLM(config)
-
-
-def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """A checkpoint of HF's form; its tensors."""
-    model.save_pretrained(folder)
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def in_titan(spec: ModelSpec, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of torchtitan's model, loaded from a checkpoint as torchtitan does it."""
-    model = spec.model.build()
-    missing, _ = model.load_state_dict(spec.state_dict_adapter(spec.model, None).from_hf(stored), strict=False)
-    assert not [name for name in missing if name in dict(model.named_parameters())]
-    return {name: param.detach() for name, param in model.named_parameters()}
-
-
-MODELS = {
-    "llama, joined": lambda: llama(),
-    "llama, apart": lambda: llama(fuse_qkv=False),
-    "qwen3": lambda: qwen3(),
-    "qwen3 moe": lambda: qwen3(moe=True),
-}
-
-
-@pytest.mark.parametrize("which", MODELS)
-def test_deltas_fit_torchtitans_parameters_element_for_element(which: str, tmp_path: Path) -> None:
-    spec, model = MODELS[which]()
-    base = saved(model, tmp_path / "base")
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(0.01 * torch.randn_like(param))
-    expert = saved(model, tmp_path / "expert")
-    build_prior(
-        tmp_path / "expert",
-        tmp_path / "base",
-        tmp_path / "prior",
-        modules=["full", "norms", "re:gate"],
-        dtype=torch.float32,
-    )
-    prior = titan_prior(spec, tmp_path / "prior")
-    ours, theirs = in_titan(spec, base), in_titan(spec, expert)
-    coverage = prior.coverage(ours.items())
-    assert coverage.complete
-    assert set(coverage.matched) == set(ours), coverage.summary()
-    for name, source in coverage.sources.items():
-        expected = theirs[name] - ours[name]
-        delta = prior.load_stored(source)
-        assert torch.equal(delta, expected), name
-        assert prior.info(source).delta_norm == pytest.approx(float(expected.double().norm()), rel=1e-6)
-        box = tuple(slice(size // 3, size) for size in delta.shape)
-        assert torch.equal(prior.load_stored(source, box=box), delta[box]), name
-
-
-def test_names_alone_would_not_do(tmp_path: Path) -> None:
-    prior = titan_prior(example.model_spec(fuse_qkv=False), "prior")
-    stored = prior.load("layers.0.self_attn.q_proj.weight")
-    source = prior.coverage([("layers.0.attention.qkv_linear.wq.weight", stored)]).sources.popitem()[1]
-    delta = prior.load_stored(source)
-    assert not torch.equal(delta, stored)
-    assert sorted(delta.tolist()) == sorted(stored.tolist())
-
-
-def test_parts_of_a_joined_weight_that_are_missing(tmp_path: Path) -> None:
-    build_prior("expert", "base", tmp_path / "prior", modules=["re:q_proj", "re:o_proj"], dtype=torch.float32)
-    coverage = titan_prior(example.model_spec(), tmp_path / "prior").coverage(parameters())
-    assert sorted(coverage.matched) == [f"layers.{i}.attention.wo.weight" for i in (0, 1)]
-    assert coverage.prior_only == [f"layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
-
-
-def test_a_prior_of_another_model_is_refused() -> None:
-    wide = {
-        f"layers.0.self_attn.{name}.weight": torch.ones(48, size) for name, size in (("q_proj", 50), ("o_proj", 48))
-    }
-    with pytest.raises(PriorMismatchError, match=r"q_proj.weight' has shape \(48, 48\).*\(48, 50\)"):
-        FusedDriftAdamW(parameters(), prior=titan_prior(example.model_spec(), wide))
-
-
-def test_a_conversion_that_changes_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(self: Any, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor + 1 for name, tensor in convert(self, stored).items()}
-
-    convert = Llama3StateDictAdapter.from_hf
-    monkeypatch.setattr(Llama3StateDictAdapter, "from_hf", shifted)
-    prior = titan_prior(example.model_spec(), "prior")
-    with pytest.raises(PriorError, match="changes values, not only their places"):
-        prior.load_stored(prior.coverage(parameters()).sources[BIASED[0]])
-
-
-def parameters() -> list[tuple[str, nn.Parameter]]:
-    return list(example.model_spec().model.build().named_parameters())
-
-
-# The training
 
 
 def pull(model: nn.Module) -> float:
@@ -280,13 +146,9 @@ def test_two_processes_under_fsdp2(tmp_path: Path) -> None:
 def test_what_the_documentation_shows(
     fine_tuned: Callable[..., nn.Module], optimizers: list[FusedDriftAdamW], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    documented = ROOT / "docs" / "trainers.md"
-    if not documented.exists():
-        pytest.skip("docs/trainers.md is not there")
-    (block,) = re.findall(r"^```python\n([^`]*llama3_8b_drift[^`]*)^```", documented.read_text(), re.MULTILINE)
     monkeypatch.setattr(torchtitan.models.llama3.config_registry, "llama3_8b", PLAIN)
     names: dict[str, Any] = {}
-    exec(block, names)
+    exec(block_with("llama3_8b_drift"), names)
     fine_tuned(names["llama3_8b_drift"])
     assert sorted(optimizers[0].prior_names) == BIASED
 
