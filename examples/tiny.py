@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -127,9 +128,10 @@ def _train(model: nn.Module, params: Iterable[nn.Parameter], answers: Iterable[C
 
 
 @cache
-def base_and_expert() -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
+def base_and_expert(make: Callable[[], Any] = new_model) -> tuple[Any, Any]:
+    """Models of transformers, the base trained from what `make` gives."""
     rng = random.Random(2)
-    base = new_model()
+    base = make()
     _train(base, base.parameters(), [lambda _: rng.randrange(10)] * 50)
     expert = copy.deepcopy(base)
     _train(expert, [param for name, param in expert.named_parameters() if biased(name)], [right] * 150)
@@ -152,9 +154,9 @@ def expert_prior() -> Prior:
     return {name: (expert[name] - base[name]).detach() for name in base if biased(name)}
 
 
-def write_files(folder: Path) -> None:
+def write_files(folder: Path, make: Callable[[], Any] = new_model) -> None:
     """`base/` and `expert/`, checkpoints with the tokenizer, and `prior/`, as `drift-prior build` makes it of them."""
-    for name, model in zip(("base", "expert"), base_and_expert(), strict=True):
+    for name, model in zip(("base", "expert"), base_and_expert(make), strict=True):
         model.save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
     build_prior(folder / "expert", folder / "base", folder / "prior", dtype=torch.float32)
