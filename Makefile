@@ -10,13 +10,30 @@ ARCH ?= 90
 
 SOURCES = $(shell git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test simulate gpu lint format clean
+.PHONY: demo test test-trainers simulate gpu lint format clean
 
 demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real digit images
 	$(BIN)/python -m examples.digit_sums --short
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+
+# Trainers with an environment of their own: those of tests/trainers/requirements. One, or all of them.
+TRAINER ?= $(basename $(notdir $(wildcard tests/trainers/requirements/*.txt)))
+
+test-trainers: $(TRAINER:%=test-trainer-%)  ## make test-trainers TRAINER=llamafactory: inside a trainer, in its own environment
+
+test-trainer-%: .venv-%/.ready $(READY)
+	$(<D)/bin/python -m pytest -q tests/trainers/test_$(subst -,_,$*).py
+
+# With the extensions that the main environment has built in place; on the path, since a trainer may start processes.
+.venv-%/.ready: tests/trainers/requirements/%.txt tests/trainers/requirements/common.in constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --upgrade pip
+	$(@D)/bin/python -m pip install -q -c constraints.txt torch numpy
+	$(@D)/bin/python -m pip install -q -c constraints.txt torch -r $< -r tests/trainers/requirements/common.in
+	echo '$(CURDIR)' > "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/drift_kernels.pth"
+	touch $@
 
 simulate: $(READY)  ## all kernels of the cuda backend, as nvcc compiles them for ARCH, on a simulated device: no GPU
 	DRIFT_KERNELS_SIMULATE=$(ARCH) $(BIN)/python -m pytest -q tests/test_simulator.py tests/test_simulator_faults.py
@@ -46,4 +63,4 @@ $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	touch $@
 
 clean:
-	rm -rf build $(VENV) drift_kernels/*.so *.egg-info
+	rm -rf build $(VENV) .venv-* drift_kernels/*.so *.egg-info

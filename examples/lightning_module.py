@@ -1,4 +1,5 @@
-"""Lightning: the optimizer and both schedules from `configure_optimizers`; its checkpoints hold all three."""
+"""Lightning: the optimizer and its schedule from `configure_optimizers`; `DriftCallback` schedules alpha, and logs. A
+checkpoint holds what a run needs to go on."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from drift_kernels import AlphaScheduler, FusedDriftAdamW, linear_anneal
-from drift_kernels.integrations import named_groups, step_figures
+from drift_kernels import FusedDriftAdamW, linear_anneal
+from drift_kernels.integrations import named_groups
+from drift_kernels.integrations.lightning import DriftCallback
 
 from . import tiny
 
@@ -35,31 +37,20 @@ class FineTuning(LightningModule):
         return self.model(**batch).loss
 
     def configure_optimizers(self) -> Any:
-        groups = named_groups(self.model)  # not self: the prior does not know its prefix
-        optimizer = FusedDriftAdamW(groups, lr=tiny.LR, prior=self.prior, **self.options)
-        lr_schedule = CosineAnnealingLR(optimizer, self.steps)
-        alpha_schedule = AlphaScheduler(optimizer, linear_anneal(self.steps))
-        return [optimizer], [{"scheduler": s, "interval": "step"} for s in (lr_schedule, alpha_schedule)]
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step()  # Lightning asks for this hook where a schedule is not one of torch's
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        if self.trainer.global_step % 30 == 0:
-            self.log_dict(step_figures(self.optimizers()))
+        optimizer = FusedDriftAdamW(named_groups(self.model), lr=tiny.LR, prior=self.prior, **self.options)
+        return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, self.steps), "interval": "step"}]
 
 
 def build(folder: Path, stop_after: int | None = None, steps: int = tiny.STEPS, **options: Any) -> Trainer:
     """A Trainer that saves after every epoch; `options` are its own."""
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    saving = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     return Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS,
         max_steps=-1 if stop_after is None else stop_after,
-        callbacks=[ModelCheckpoint(folder, filename="last", enable_version_counter=False)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
+        callbacks=[DriftCallback(linear_anneal(steps)), saving],
+        **{**quiet, **options},
     )
 
 
@@ -70,12 +61,13 @@ def train(
     stop_after: int | None = None,
     resume: bool = False,
     clip: float = 1.0,
+    trainer_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """The fine-tuned model. Lightning's `clip` is of the gradient before the bias."""
     module = FineTuning(prior, steps, **options)
     rows = [tiny.encoded(pair) for pair in tiny.training_pairs(steps // EPOCHS * tiny.BATCH_SIZE)]
-    trainer = build(folder, stop_after, steps, gradient_clip_val=clip)
+    trainer = build(folder, stop_after, steps, gradient_clip_val=clip, **(trainer_options or {}))
     trainer.fit(module, DataLoader(rows, tiny.BATCH_SIZE), ckpt_path=folder / "last.ckpt" if resume else None)
     return module.model
 

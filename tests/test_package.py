@@ -64,7 +64,8 @@ FLOORS = {
         {"__init__"}, {"__main__"},
     ],
     "integrations": [
-        {"in_use", "named_groups", "peft", "settings"}, {"for_model", "step_figures"}, {"transformers"}, {"__init__"},
+        {"in_use", "named_groups", "peft", "settings"}, {"for_model", "step_figures", "training_run"},
+        {"lightning", "transformers"}, {"__init__"},
     ],
 }  # fmt: skip
 

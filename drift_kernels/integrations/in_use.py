@@ -57,22 +57,13 @@ def check_in_use(optimizer: Any, trainer_clips: float | None = None) -> FusedDri
     elif first:
         group = drift.param_groups[0]
         logger.info(
-            "FusedDriftAdamW (backend %s) biases %d parameters by the prior: alpha=%g, prior_scaling=%r",
+            "training begins with FusedDriftAdamW (backend %s): %d parameters with a delta, alpha=%g, prior_scaling=%r",
             drift.backend,
             len(covered),
             float(group["alpha"]),
             group["prior_scaling"],
         )
     return drift
-
-
-def check_stepped(drift: FusedDriftAdamW) -> None:
-    """To be called after the trainer's first step. Raises RuntimeError if it was not this optimizer's."""
-    if not drift.state:
-        raise RuntimeError(
-            "the trainer has taken a step, but not with its FusedDriftAdamW, whose states are still empty: the "
-            "training would go on without the prior"
-        )
 
 
 def _kind(optimizer: Any) -> str:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..optimizer import FusedDriftAdamW
-from ..schedule import AlphaLambda, AlphaScheduler, linear_anneal
+from ..schedule import AlphaLambda
 from .for_model import drift_optimizer
-from .in_use import check_in_use, check_stepped
-from .settings import check_anneal
 from .step_figures import step_figures
+from .training_run import AlphaOverTime, TrainingRun
 
 logger = logging.getLogger("drift_kernels")
 
@@ -114,12 +112,9 @@ class DriftCallback(TrainerCallback):
     """
 
     def __init__(self, alpha_lambda: AlphaLambda | None = None, *, anneal: float | None = None) -> None:
-        check_anneal(anneal, alpha_lambda)
-        self.alpha_lambda = alpha_lambda
-        self.anneal = anneal
+        self._alpha = AlphaOverTime(alpha_lambda, anneal)
         self._is_first = False
-        self._schedule: AlphaScheduler | None = None
-        self._to_check: FusedDriftAdamW | None = None  # until its first step
+        self._run: TrainingRun | None = None
 
     def add_to(self, trainer: Trainer) -> None:
         """Puts it before all other callbacks of the trainer."""
@@ -131,26 +126,17 @@ class DriftCallback(TrainerCallback):
     ) -> None:
         """Raises TypeError if the Trainer's optimizer is not a FusedDriftAdamW, and PriorError if its parameters do not
         fit the prior."""
-        drift = self._to_check = check_in_use(optimizer, args.max_grad_norm)
+        self._run = TrainingRun(optimizer, self._alpha, state.global_step, state.max_steps, args.max_grad_norm)
         if args.report_to and not self._is_first:
             logger.warning(
                 "%s will not get the figures of the prior, which are added after their turn: use_drift(trainer, ...) "
                 "or DriftCallback().add_to(trainer) adds them before",
                 ", ".join(args.report_to),
             )
-        alpha_lambda = self.alpha_lambda
-        if self.anneal is not None:
-            alpha_lambda = linear_anneal(max(1, math.ceil(self.anneal * state.max_steps)))
-        if alpha_lambda is not None:
-            self._schedule = AlphaScheduler(drift, alpha_lambda)
-            self._schedule.load_state_dict({**self._schedule.state_dict(), "last_epoch": state.global_step})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._to_check is not None:
-            check_stepped(self._to_check)
-            self._to_check = None
-        if self._schedule is not None:
-            self._schedule.step()
+        if self._run is not None:
+            self._run.after_step()
 
     def on_log(
         self,
