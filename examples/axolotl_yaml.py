@@ -80,12 +80,17 @@ def silence() -> Iterator[None]:
         yield
 
 
-def train(folder: Path, out: str, **changes: Any) -> Any:
-    """What `axolotl train` does with a YAML: the fine-tuned model, as it has been saved."""
+def run(folder: Path, out: str, **changes: Any) -> None:
+    """What `axolotl train` does with a YAML, in this process."""
     file = folder / f"{out}.yml"
     file.write_text(yaml.safe_dump(configuration(folder, out, **changes)))
     with silence():
         do_cli(str(file))
+
+
+def train(folder: Path, out: str, **changes: Any) -> Any:
+    """The fine-tuned model, as axolotl has saved it."""
+    run(folder, out, **changes)
     return AutoModelForCausalLM.from_pretrained(folder / out)
 
 

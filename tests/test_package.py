@@ -65,7 +65,7 @@ FLOORS = {
     ],
     "integrations": [
         {"in_use", "named_groups", "peft", "settings"}, {"for_model", "step_figures", "training_run"},
-        {"lightning", "transformers"}, {"__init__"},
+        {"lightning", "transformers"}, {"axolotl"}, {"__init__"},
     ],
 }  # fmt: skip
 

@@ -18,8 +18,14 @@ PLUGIN = f"{__name__}.DriftPlugin"
 OPTIMIZER = "drift_adamw"
 
 # What axolotl would make other param groups from, or give to its optimizer.
-_OTHER_GROUPS = ("embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_groups")
-_OTHER_GROUPS += ("optim_target_modules", "optim_args")
+_OTHER_GROUPS = (
+    "embedding_lr",
+    "embedding_lr_scale",
+    "loraplus_lr_ratio",
+    "lr_groups",
+    "optim_args",
+    "optim_target_modules",
+)
 
 _REFUSED = {
     **dict.fromkeys(_OTHER_GROUPS, "it has one learning rate, and its options stand under `drift:`"),
