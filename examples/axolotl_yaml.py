@@ -55,6 +55,7 @@ def configuration(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "max_steps": tiny.STEPS,
         "learning_rate": tiny.LR,
+        "seed": 0,
         "weight_decay": 0.01,
         "lr_scheduler": "cosine",
         "max_grad_norm": 1.0,

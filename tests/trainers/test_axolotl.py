@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ pytest.importorskip("axolotl")
 
 from examples import axolotl_yaml as example, tiny  # isort: skip  # first: it sets the environment
 
+import ranks
 import torch
+import torch.distributed as dist
 import yaml
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin, PluginManager
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer
 
 from drift_kernels import FusedDriftAdamW, PriorError, build_prior
@@ -167,6 +173,72 @@ def test_the_prior_acts_on_adapters(folder: Path, adapter: dict[str, Any]) -> No
         f"base_model.model.{name}.lora_{factor}.default.weight" for name in weights for factor in "AB"
     )
     assert tiny.held_out_loss(adapted(folder, out)) < 0.5 * tiny.held_out_loss(adapted(folder, plain))
+
+
+# Two processes
+
+
+class TwoOnCpu(BasePlugin):
+    """axolotl takes for granted that each of several processes has a GPU, and so does Accelerate where it shards."""
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        cfg.device_map = "cpu"
+
+    def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
+        if cfg.fsdp_config:
+            trainer.accelerator.state.distributed_type = DistributedType.FSDP
+            trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as axolotl's environment says
+            trainer.is_fsdp_enabled = True
+
+    def post_train(self, cfg: Any, model: nn.Module) -> None:
+        raise SystemExit  # what follows saves, for which a sharded model has to be on GPUs
+
+
+def in_a_rank(folder: Path, out: str, run: dict[str, Any]) -> dict[str, Any]:
+    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
+    build = ParallelismConfig.build_device_mesh
+    ParallelismConfig.build_device_mesh = lambda self, device: build(self, "cpu")
+    tiny.quiet()
+    with pytest.raises(SystemExit):
+        example.run(folder, out, **run)
+    params = {name.removeprefix("module."): p.detach() for name, p in Witness.trainer.model_wrapped.named_parameters()}
+    return {
+        "sharded": all(isinstance(p, DTensor) for p in params.values()),
+        "params": {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in params.items()},
+        "names": sorted(unwrap_optimizer(Witness.trainer.optimizer).biased_names),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Tensor]:
+    """The parameters after the same steps in one process."""
+    example.run(folder, "alone", **SHORT, **drift(folder, Witness))
+    return {name: param.detach() for name, param in Witness.trainer.model.named_parameters()}
+
+
+SHORT = {"max_steps": 4, "save_steps": None, "save_strategy": "no"}
+FSDP2 = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "Qwen2DecoderLayer",
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
+
+
+@pytest.mark.parametrize("sharding", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_train_as_one(
+    folder: Path, tmp_path: Path, alone: dict[str, Tensor], sharding: dict[str, Any]
+) -> None:
+    run = {**SHORT, **sharding, **drift(folder, Witness, TwoOnCpu), "micro_batch_size": tiny.BATCH_SIZE // 2}
+    first, second = ranks.run(in_a_rank, 2, tmp_path, folder, "two", run)
+    assert first["sharded"] == second["sharded"] == bool(sharding)
+    assert first["names"] == second["names"] == sorted(tiny.expert_prior())
+    for name, param in alone.items():
+        assert torch.equal(first["params"][name], second["params"][name])
+        torch.testing.assert_close(first["params"][name], param, rtol=1e-4, atol=1e-5)
 
 
 # Never plain training in disguise
