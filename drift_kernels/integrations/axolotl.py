@@ -6,8 +6,10 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, model_validator
-from transformers import Trainer
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .in_use import unwrap_optimizer
 from .settings import drift_settings
 from .transformers import use_drift
 
@@ -52,10 +54,22 @@ class DriftPlugin(BasePlugin):
         # TrainingArguments take no name that transformers does not know.
         return {"optim": "adamw_torch"} if cfg.drift else {}
 
+    def add_callbacks_pre_trainer(self, cfg: Any, model: nn.Module) -> list[TrainerCallback]:
+        return [_Guard()] if cfg.drift else []
+
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
         # axolotl 0.19 calls no plugin's create_optimizer. This comes after adapters were put in and layers frozen.
         if cfg.drift:
             use_drift(trainer, **drift_settings(cfg.to_dict()["drift"]))
+
+
+class _Guard(TrainerCallback):
+    """Stops a run in which post_trainer_create was not called, as another version of axolotl might do."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        unwrap_optimizer(optimizer)
 
 
 class DriftArgs(BaseModel):

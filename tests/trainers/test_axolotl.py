@@ -28,7 +28,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer
 
 from drift_kernels import FusedDriftAdamW, PriorError, build_prior
 from drift_kernels.integrations import unwrap_optimizer
-from drift_kernels.integrations.axolotl import _REFUSED, PLUGIN
+from drift_kernels.integrations.axolotl import _REFUSED, PLUGIN, DriftPlugin
 from drift_kernels.integrations.transformers import use_drift
 
 HALF = tiny.STEPS // 2
@@ -260,6 +260,13 @@ def test_another_optimizer_stops_the_run(folder: Path) -> None:
     with pytest.raises(TypeError, match="expected a FusedDriftAdamW or a wrapper of one, got AcceleratedOptimizer"):
         example.train(folder, "replaced", **drift(folder, Replacing))
     assert not has_trained(folder, "replaced")
+
+
+def test_an_axolotl_that_does_not_call_the_plugin_stops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DriftPlugin, "post_trainer_create", BasePlugin.post_trainer_create)
+    with pytest.raises(TypeError, match="expected a FusedDriftAdamW or a wrapper of one, got AcceleratedOptimizer"):
+        example.train(folder, "not-called", **drift(folder))
+    assert not has_trained(folder, "not-called")
 
 
 @pytest.mark.parametrize("missing", ["plugins", "optimizer", "drift"])
