@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ pytest.importorskip("axolotl")
 
 from examples import axolotl_yaml as example, tiny  # isort: skip  # first: it sets the environment
 
+import documents
 import ranks
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer
 
 from drift_kernels import FusedDriftAdamW, PriorError, build_prior
 from drift_kernels.integrations import unwrap_optimizer
-from drift_kernels.integrations.axolotl import _REFUSED, PLUGIN, DriftPlugin
+from drift_kernels.integrations.axolotl import PLUGIN, DriftPlugin
 from drift_kernels.integrations.transformers import use_drift
 
 HALF = tiny.STEPS // 2
@@ -286,18 +286,23 @@ def test_a_plugin_of_an_earlier_run_does_nothing(folder: Path) -> None:
     assert not isinstance(Witness.trainer.optimizer.optimizer, FusedDriftAdamW)
 
 
-VALUES = {
+REFUSED = {
+    "deepspeed": "deepspeed_configs/zero1.json",
+    "embedding_lr": 1e-4,
+    "embedding_lr_scale": 0.1,
+    "lisa_step_interval": 20,
+    "loraplus_lr_ratio": 16,
     "lr_groups": [{"name": "attention", "modules": ["q_proj"], "lr": 1e-4}],
-    "optim_target_modules": ["q_proj"],
     "optim_args": {"fused": True},
+    "optim_target_modules": ["q_proj"],
     "relora": True,
 }
 
 
-@pytest.mark.parametrize("key", _REFUSED)
+@pytest.mark.parametrize("key", REFUSED)
 def test_what_would_be_ignored_is_refused(folder: Path, key: str) -> None:
     with pytest.raises(ValueError, match=f"{key} does not go with optimizer: drift_adamw: "):
-        example.train(folder, "refused", **{**LORA, **drift(folder), key: VALUES.get(key, 1)})
+        example.train(folder, "refused", **{**LORA, **drift(folder), key: REFUSED[key]})
 
 
 def test_misuse_is_named_when_the_file_is_read(folder: Path) -> None:
@@ -320,9 +325,7 @@ def test_a_prior_of_another_model_is_refused(folder: Path) -> None:
 
 
 def test_the_documented_entries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    documented = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
-    blocks = re.findall(r"^```yaml\n(.*?)^```", documented, re.MULTILINE | re.DOTALL)
-    (block,) = [block for block in blocks if PLUGIN in block]
+    entries = yaml.safe_load(documents.block_with(PLUGIN))
     monkeypatch.chdir(folder)
-    example.run(folder, "documented", **{**yaml.safe_load(block), "max_steps": 2, "save_steps": 2})
+    example.run(folder, "documented", **entries, max_steps=2, save_steps=2, logging_steps=1)
     assert log(folder, "documented", 2)[-1]["prior/biased"] == len(tiny.expert_prior())
