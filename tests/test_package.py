@@ -65,7 +65,7 @@ FLOORS = {
     ],
     "integrations": [
         {"in_use", "named_groups", "peft", "settings"}, {"for_model", "step_figures", "training_run"},
-        {"lightning", "torchtitan", "transformers"}, {"ms_swift"}, {"__init__"},
+        {"lightning", "torchtitan", "transformers"}, {"axolotl", "ms_swift"}, {"__init__"},
     ],
 }  # fmt: skip
 
