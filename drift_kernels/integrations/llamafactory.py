@@ -226,12 +226,13 @@ def _is_on(name: str) -> bool:
 
 def _processes() -> int:
     """How many to start on this machine; 0 if this one is to train. As LLaMA-Factory decides."""
+    forced, asked = _is_on("FORCE_TORCHRUN"), os.environ.get("NPROC_PER_NODE")
+    if forced and asked:
+        return int(asked)
     from llamafactory.extras.misc import get_device_count
 
     devices = get_device_count()
-    if devices < 2 and not _is_on("FORCE_TORCHRUN"):
-        return 0
-    return int(os.environ.get("NPROC_PER_NODE", max(devices, 1)))
+    return int(asked or max(devices, 1)) if forced or (devices > 1 and not _is_on("USE_KT")) else 0
 
 
 def _torchrun(processes: int, arguments: Sequence[str]) -> list[str]:
