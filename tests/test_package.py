@@ -65,7 +65,7 @@ FLOORS = {
     ],
     "integrations": [
         {"in_use", "named_groups", "peft", "settings", "authors_keys"}, {"for_model", "step_figures", "training_run"},
-        {"lightning", "torchtitan", "transformers"}, {"axolotl", "hooked", "ms_swift"}, {"llamafactory"}, {"__init__"},
+        {"lightning", "torchtitan", "transformers"}, {"axolotl", "hooked"}, {"llamafactory", "ms_swift"}, {"__init__"},
     ],
 }  # fmt: skip
 

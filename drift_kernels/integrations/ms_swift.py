@@ -23,6 +23,7 @@ from typing import Any
 from swift.callbacks import TrainerCallback, callbacks_map
 from swift.optimizers import OptimizerCallback, optimizers_map
 
+from .hooked import use_hooks
 from .settings import drift_settings
 from .transformers import use_drift
 
@@ -35,7 +36,8 @@ _OTHERS = ("vit_lr", "aligner_lr", "use_galore")
 
 
 class DriftOptimizerCallback(OptimizerCallback):
-    """What swift's trainers ask for their optimizer. It has `use_drift` called for the trainer as soon as that is made.
+    """What swift's trainers ask for their optimizer. It has `use_drift` called for the trainer as soon as that is made;
+    under DeepSpeed `use_hooks`, and the optimizer is swift's AdamW.
 
     Raises what `drift_settings` does, and ValueError for arguments of swift's that would have no effect.
     """
@@ -45,6 +47,7 @@ class DriftOptimizerCallback(OptimizerCallback):
         self.settings = drift_settings(_given(args), "optim_args")
         if unheard := [name for name in _OTHERS if getattr(args, name, None)]:
             raise ValueError(f"{', '.join(unheard)} would have no effect with the optimizer {NAME}: leave out")
+        args.optim_args = None  # AdamW's would be parsed
         args.callbacks.append(NAME)
 
 
@@ -57,9 +60,10 @@ class _UseDrift(TrainerCallback):
         self._in_use = False
 
     def on_init_end(self, *_: Any, **__: Any) -> None:
-        if not self._in_use:  # called again, since use_drift puts another callback before this
+        if not self._in_use:  # called again, since `use` puts another callback before this
             self._in_use = True
-            use_drift(self.trainer, **self.trainer.optimizer_callback.settings)
+            use = use_hooks if self.trainer.is_deepspeed_enabled else use_drift
+            use(self.trainer, **self.trainer.optimizer_callback.settings)
 
 
 def _given(args: Any) -> Any:

@@ -237,19 +237,37 @@ def command(config: dict[str, Any], **environment: str) -> None:
     )
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def test_the_command_in_two_processes(folder: Path, tmp_path: Path) -> None:
     """The same rows in each step as in one process."""
     one = train(configuration(folder, tmp_path / "one", **SHORT))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     half = {"per_device_train_batch_size": tiny.BATCH_SIZE // 2, "ddp_backend": "gloo"}
-    command(configuration(folder, tmp_path / "two", **SHORT, **half), NPROC_PER_NODE="2", MASTER_PORT=port)
+    command(configuration(folder, tmp_path / "two", **SHORT, **half), NPROC_PER_NODE="2", MASTER_PORT=free_port())
     two = Run(tmp_path / "two", None, [])
     base = tiny.base_model().state_dict()
     for name, weight in one.weights().items():
         torch.testing.assert_close(two.weights()[name], weight, rtol=0, atol=1e-5)
         assert (weight - base[name]).abs().max() > 1e-3
+
+
+def test_deepspeed_in_two_processes(folder: Path, tmp_path: Path) -> None:
+    """ZeRO 2: hooks, and swift's own AdamW. With "absolute" it does not matter that each biases its own gradients."""
+    pytest.importorskip("deepspeed")
+    settings, changes = {"prior_scaling": "absolute", "alpha": 0.05}, {**SHORT, "max_grad_norm": 0}
+    one = train(configuration(folder, tmp_path / "one", settings, **changes))
+    plain = train(without_drift(folder, tmp_path / "plain", **changes))
+    half = {"per_device_train_batch_size": tiny.BATCH_SIZE // 2, "ddp_backend": "gloo", "deepspeed": "zero2"}
+    config = configuration(folder, tmp_path / "two", settings, **changes, **half)
+    command(config, NPROC_PER_NODE="2", MASTER_PORT=free_port(), DS_ACCELERATOR="cpu")
+    two = Run(tmp_path / "two", None, []).weights()
+    for name, weight in one.weights().items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
+    assert all((two[name] - plain.weights()[name]).abs().max() > 1e-3 for name in tiny.expert_prior())
 
 
 def test_the_documented_form(folder: Path, tmp_path: Path) -> None:
