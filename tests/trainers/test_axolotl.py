@@ -46,7 +46,7 @@ ANCHORED = {"alpha": 2.0, "prior_scaling": "gradnorm", "anchor": True, "anneal":
 
 
 class Witness(BasePlugin):
-    """Lets the tests see the Trainer. Named last in `plugins:`."""
+    """Lets the tests see the Trainer."""
 
     trainer: Trainer
 
