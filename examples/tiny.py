@@ -109,6 +109,15 @@ def held_out_loss(model: nn.Module) -> float:
     return float(model.eval()(**together([encoded(pair) for pair in halves()[1]])).loss)
 
 
+@torch.no_grad()
+def held_out_accuracy(model: nn.Module) -> float:
+    """The share of the held-out sums whose likeliest answer is right."""
+    batch = together([encoded(pair) for pair in halves()[1]])
+    answer = int((batch["labels"][0] >= 0).nonzero()[0])
+    likeliest = model.eval()(input_ids=batch["input_ids"]).logits[:, answer - 1].argmax(dim=1)
+    return float((likeliest == batch["input_ids"][:, answer]).float().mean())
+
+
 # The base, the expert and the prior
 
 
