@@ -109,13 +109,18 @@ def held_out_loss(model: nn.Module) -> float:
     return float(model.eval()(**together([encoded(pair) for pair in halves()[1]])).loss)
 
 
-@torch.no_grad()
 def held_out_accuracy(model: nn.Module) -> float:
     """The share of the held-out sums whose likeliest answer is right."""
-    batch = together([encoded(pair) for pair in halves()[1]])
+    return share_right(model, together([encoded(pair) for pair in halves()[1]]))
+
+
+@torch.no_grad()
+def share_right(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """The share of the rows whose likeliest word is right, where the labels begin, which is in one place."""
     answer = int((batch["labels"][0] >= 0).nonzero()[0])
-    likeliest = model.eval()(input_ids=batch["input_ids"]).logits[:, answer - 1].argmax(dim=1)
-    return float((likeliest == batch["input_ids"][:, answer]).float().mean())
+    shown = {key: value for key, value in batch.items() if key != "labels"}
+    likeliest = model.eval()(**shown).logits[:, answer - 1].argmax(dim=1)
+    return float((likeliest == batch["labels"][:, answer]).float().mean())
 
 
 # The base, the expert and the prior
