@@ -31,7 +31,7 @@ test-trainer-%: .venv-%/.ready $(READY)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q --upgrade pip
 	$(@D)/bin/python -m pip install -q -c constraints.txt torch numpy
-	$(@D)/bin/python -m pip install -q -c constraints.txt torch -r $< -r tests/trainers/requirements/common.in
+	$(@D)/bin/python -m pip install -q --no-compile -c constraints.txt torch -r $< -r tests/trainers/requirements/common.in
 	echo '$(CURDIR)' > "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/drift_kernels.pth"
 	touch $@
 

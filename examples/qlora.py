@@ -1,5 +1,5 @@
 """QLoRA: PEFT's adapters over a base that bitsandbytes holds in 4 bits. The prior is built from the checkpoints as they
-were before; `lora_prior` projects its deltas onto the adapters, whose A begins along them.
+were before; its deltas are projected onto the adapters, whose A begins along them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallba
 from transformers.trainer_utils import get_last_checkpoint
 
 from drift_kernels import build_prior, linear_anneal
-from drift_kernels.integrations.peft import lora_prior
-from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
+from drift_kernels.integrations.transformers import use_drift
 from drift_kernels.prior.init_lora import init_lora
 
 from . import tiny
 from .transformers_trainer import StopAfter, arguments
 
 RANK, LR = 16, 1e-3
-OPTIONS = {"prior_scaling": "decoupled", "alpha": 20.0, "max_grad_norm": 1.0}
+OPTIONS = {"prior_scaling": "decoupled", "alpha": 20.0}
 
 
 def checkpoints(folder: Path) -> None:
@@ -49,15 +48,14 @@ def build(
 ) -> Trainer:
     """A Trainer of the adapters; `options` are FusedDriftAdamW's."""
     model = PeftModel.from_pretrained(quantised_base(folder), folder / "start", is_trainable=True)
-    prior = lora_prior(model, folder / "prior") if with_prior else None
-    args = TrainingArguments(**{**arguments(folder / "run", steps), "learning_rate": LR})
     trainer = Trainer(
         model=model,
-        args=args,
+        args=TrainingArguments(**{**arguments(folder / "run", steps), "learning_rate": LR}),
         train_dataset=[tiny.encoded(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)],
-        optimizer_cls_and_kwargs=drift_adamw(args, model, prior=prior, **{**OPTIONS, **options}),
-        callbacks=[DriftCallback(linear_anneal(steps)), StopAfter(stop_after)],
+        callbacks=[StopAfter(stop_after)],
     )
+    prior = folder / "prior" if with_prior else None
+    use_drift(trainer, prior=prior, alpha_lambda=linear_anneal(steps), **{**OPTIONS, **options})
     trainer.remove_callback(PrinterCallback)
     return trainer
 

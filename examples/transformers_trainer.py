@@ -1,4 +1,4 @@
-"""transformers' Trainer: `drift_adamw` gives it the optimizer with the parameters' names, `DriftCallback` logs."""
+"""transformers' Trainer: `use_drift` gives it the optimizer, and a callback that schedules alpha and logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from drift_kernels import linear_anneal
-from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
+from drift_kernels.integrations.transformers import use_drift
 
 from . import tiny
 
@@ -27,9 +27,6 @@ class StopAfter(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-OPTIONS = {"alpha": tiny.ALPHA, "max_grad_norm": 1.0}
-
-
 def arguments(folder: Path, steps: int) -> dict[str, Any]:
     """Of a quiet run on a CPU."""
     return {
@@ -38,7 +35,6 @@ def arguments(folder: Path, steps: int) -> dict[str, Any]:
         "per_device_train_batch_size": tiny.BATCH_SIZE,
         "learning_rate": tiny.LR,
         "lr_scheduler_type": "cosine",
-        "max_grad_norm": 0,  # the optimizer clips the biased gradient
         "logging_steps": max(1, steps // 4),
         "save_strategy": "no",
         "report_to": "none",
@@ -52,15 +48,13 @@ def build(
     prior: tiny.Prior | None, folder: Path, steps: int = tiny.STEPS, stop_after: int | None = None, **options: Any
 ) -> Trainer:
     """A Trainer; `options` are FusedDriftAdamW's."""
-    model = tiny.base_model()
-    args = TrainingArguments(**arguments(folder, steps))
     trainer = Trainer(
-        model=model,
-        args=args,
+        model=tiny.base_model(),
+        args=TrainingArguments(**arguments(folder, steps)),
         train_dataset=[tiny.encoded(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)],
-        optimizer_cls_and_kwargs=drift_adamw(args, model, prior=prior, **{**OPTIONS, **options}),
-        callbacks=[DriftCallback(linear_anneal(steps)), StopAfter(stop_after)],
+        callbacks=[StopAfter(stop_after)],
     )
+    use_drift(trainer, prior=prior, alpha_lambda=linear_anneal(steps), **{"alpha": tiny.ALPHA, **options})
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -84,4 +78,4 @@ if __name__ == "__main__":
         tiny.show(partial(train, folder=Path(folder)))
         trainer = build(tiny.expert_prior(), Path(folder))
         trainer.train()
-        print("What DriftCallback adds to the logs, first and last:", *figures(trainer), sep="\n")
+        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")

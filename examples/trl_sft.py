@@ -14,27 +14,25 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from drift_kernels import linear_anneal
-from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
+from drift_kernels.integrations.transformers import use_drift
 
 from . import tiny
-from .transformers_trainer import OPTIONS, StopAfter, arguments, figures
+from .transformers_trainer import StopAfter, arguments, figures
 
 
 def build(
     prior: tiny.Prior | None, folder: Path, steps: int = tiny.STEPS, stop_after: int | None = None, **options: Any
 ) -> SFTTrainer:
     """An SFTTrainer; `options` are FusedDriftAdamW's."""
-    model = tiny.base_model()
-    args = SFTConfig(**arguments(folder, steps), bf16=False)
     texts = [tiny.text(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)]
     trainer = SFTTrainer(
-        model=model,
-        args=args,
+        model=tiny.base_model(),
+        args=SFTConfig(**arguments(folder, steps), bf16=False),
         processing_class=tiny.tokenizer(),
         train_dataset=Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in texts]),
-        optimizer_cls_and_kwargs=drift_adamw(args, model, prior=prior, **{**OPTIONS, **options}),
-        callbacks=[DriftCallback(linear_anneal(steps)), StopAfter(stop_after)],
+        callbacks=[StopAfter(stop_after)],
     )
+    use_drift(trainer, prior=prior, alpha_lambda=linear_anneal(steps), **{"alpha": tiny.ALPHA, **options})
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -58,4 +56,4 @@ if __name__ == "__main__":
         tiny.show(partial(train, folder=Path(folder)))
         trainer = build(tiny.expert_prior(), Path(folder))
         trainer.train()
-        print("What DriftCallback adds to the logs, first and last:", *figures(trainer), sep="\n")
+        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")

@@ -71,7 +71,8 @@ def test_an_aligned_model_is_said_once_and_its_figures_are_of_their_modules(
     optimizer.step()
     assert caplog.text.count("the name table does not know this model") == 1
     assert set(optimizer.prior_modules) == {"attn", "mlp"}
-    assert set(step_figures(optimizer, "")) == {f"{f}/{m}" for f in ("cosine", "ratio") for m in ("attn", "mlp")}
+    of_modules = {figure for figure in step_figures(optimizer, "") if "/" in figure}
+    assert of_modules == {f"{f}/{m}" for f in ("cosine", "ratio") for m in ("attn", "mlp")}
 
 
 def test_an_expert_of_unknown_names_is_aligned(tmp_path: Path) -> None:

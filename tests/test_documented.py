@@ -6,7 +6,9 @@ import copy
 import os
 import re
 import shlex
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -15,8 +17,12 @@ import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
+import trl
 from accelerate import Accelerator
+from datasets import Dataset
+from documents import ROOT, block_with, blocks
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +35,6 @@ from drift_kernels.cli import main
 from drift_kernels.integrations import named_groups, step_figures, unwrap_optimizer
 from examples import tiny
 
-ROOT = Path(__file__).parents[1]
 EXPERT, BASE = "DeepSeek-R1-Distill-Qwen-7B", "Qwen2.5-VL-7B-Instruct"
 
 
@@ -42,30 +47,27 @@ BLOCKS = {
     "any optimizer": "bias.apply_()",
     "adapters in short": "named_groups(peft_model)",
     "adapters": "LoraConfig(r=16",
-    "Trainer": "optimizer_cls_and_kwargs=drift_adamw",
+    "Trainer": "trainer = Trainer(model, args",
+    "TRL": "trainer = SFTTrainer(model, args",
     "Accelerate": "accelerator.prepare",
     "Lightning": "def configure_optimizers(self)",
+    "Lightning's Trainer": "lightning.Trainer(max_steps",
     "fully_shard": "fully_shard(model)",
     "saving": "dcp.save(",
     "going on": "dcp.load(",
 }
 
 
-def blocks() -> list[str]:
-    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
-    return [block for text in texts for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
-
-
 def run(which: str, names: dict[str, Any]) -> None:
     """A block with these names; what it defines is added to them."""
-    (block,) = [block for block in blocks() if BLOCKS[which] in block]
-    exec(block, names)
+    exec(block_with(BLOCKS[which]), names)
 
 
 def test_no_block_is_left_out() -> None:
     assert sorted(BLOCKS.values()) == sorted(words for block in blocks() for words in BLOCKS.values() if words in block)
     assert len(blocks()) == len(BLOCKS)
-    assert all(f'    run("{which}", ' in Path(__file__).read_text() for which in BLOCKS)
+    text = Path(__file__).read_text()
+    assert all(f'run("{which}", ' in text or f', "{which}", ' in text for which in BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -174,24 +176,35 @@ def test_adapters(given: dict[str, Any]) -> None:
     assert all(map(torch.equal, plain.parameters(), given["model"].unload().parameters()))  # the base stays
 
 
+def in_trainer(given: dict[str, Any], which: str, config: type, **options: Any) -> None:
+    """A block whose Trainer trains for two steps."""
+    given["args"] = config(
+        "out", use_cpu=True, max_steps=2, logging_steps=1, report_to="none", save_strategy="no", bf16=False, **options
+    )
+    run(which, given)
+    trainer = given["trainer"]
+    check_biased(unwrap_optimizer(trainer.optimizer))
+    assert unwrap_optimizer(trainer.optimizer).max_grad_norm == 1.0  # the arguments'
+    assert [trainer.state.log_history[step]["prior/alpha"] for step in (0, 1)] == [0, 0]  # half of the steps is one
+    assert "prior/cosine/attn" in trainer.state.log_history[0]
+
+
 def test_transformers_trainer(given: dict[str, Any]) -> None:
-    given |= {
-        "Trainer": transformers.Trainer,
-        "TrainingArguments": lambda *args, **options: transformers.TrainingArguments(
-            *args, **options, use_cpu=True, max_steps=2, logging_steps=1, report_to="none", save_strategy="no"
-        ),
-        "dataset": [tiny.encoded(pair) for pair in tiny.training_pairs(16)],
-    }
-    run("Trainer", given)
-    given["trainer"].train()
-    check_biased(unwrap_optimizer(given["trainer"].optimizer))
-    assert "prior/cosine/attn" in given["trainer"].state.log_history[0]
+    rows = [tiny.encoded(pair) for pair in tiny.training_pairs(16)]
+    in_trainer(given | {"Trainer": transformers.Trainer, "dataset": rows}, "Trainer", transformers.TrainingArguments)
+
+
+def test_trl(given: dict[str, Any]) -> None:
+    texts = [tiny.text(pair) for pair in tiny.training_pairs(16)]
+    dataset = Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in texts])
+    trainer = partial(trl.SFTTrainer, processing_class=tiny.tokenizer())
+    in_trainer(given | {"SFTTrainer": trainer, "dataset": dataset}, "TRL", trl.SFTConfig)
 
 
 def test_accelerate(given: dict[str, Any]) -> None:
     logged = []
     accelerator = Accelerator(cpu=True)
-    accelerator.log = logged.append  # type: ignore[method-assign]
+    accelerator.log = lambda figures, step: logged.append(figures)  # type: ignore[method-assign]
     given |= {"accelerator": accelerator, "lr_schedule": None}
     run("Accelerate", given)
     accelerator.backward(given["model"](**given["loader"][0]).loss)
@@ -201,13 +214,12 @@ def test_accelerate(given: dict[str, Any]) -> None:
     assert "prior/cosine/mlp" in step_figures(given["optimizer"])
 
 
-def test_lightning(given: dict[str, Any]) -> None:
+def test_lightning(given: dict[str, Any], tmp_path: Path) -> None:
     given |= {"named_groups": named_groups, "CosineAnnealingLR": CosineAnnealingLR}
     run("Lightning", given)
 
     class FineTuning(LightningModule):
         configure_optimizers = given["configure_optimizers"]
-        lr_scheduler_step = given["lr_scheduler_step"]
 
         def __init__(self) -> None:
             super().__init__()
@@ -216,13 +228,19 @@ def test_lightning(given: dict[str, Any]) -> None:
         def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
             return self.model(**batch).loss
 
-    rows = [tiny.encoded(pair) for pair in tiny.training_pairs(16)]
-    options = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, **options)
-    trainer.fit(FineTuning(), DataLoader(rows, 8))
-    optimizer = unwrap_optimizer(trainer.optimizers[0])
-    check_biased(optimizer)
-    assert [group["alpha"] for group in optimizer.param_groups] == [0.998, 0.998]  # two steps of the schedule
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    logger = TensorBoardLogger(tmp_path)
+    given["lightning"] = SimpleNamespace(
+        Trainer=lambda **options: lightning.Trainer(
+            accelerator="cpu", log_every_n_steps=1, logger=logger, **quiet, **{**options, "max_steps": 4}
+        )
+    )
+    run("Lightning's Trainer", given)
+    rows = [tiny.encoded(pair) for pair in tiny.training_pairs(32)]
+    given["trainer"].fit(FineTuning(), DataLoader(rows, 8))
+    optimizer = unwrap_optimizer(given["trainer"].optimizers[0])
+    assert [group["alpha"] for group in optimizer.param_groups] == [0, 0]  # since half of the steps
+    assert len(optimizer.covered_names) == len(tiny.expert_prior())
 
 
 # docs/priors.md

@@ -3,6 +3,7 @@ that did not. What is trained is in examples/."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from drift_kernels import FusedDriftAdamW
-from drift_kernels.integrations import named_groups, step_figures, unwrap_optimizer
+from drift_kernels.integrations import (
+    check_in_use,
+    drift_optimizer,
+    named_groups,
+    step_figures,
+    unwrap_optimizer,
+)
 from examples import accelerate_loop, lightning_module, tiny, transformers_trainer, trl_sft
 
 STEPS = 8
@@ -139,19 +147,6 @@ def test_lightning_figures_come_through_its_wrapper(tmp_path: Path, monkeypatch:
     assert len({figures["prior/cosine/mlp"] for figures in seen}) == STEPS
 
 
-def test_names_with_the_lightning_module_before_them_are_aligned(caplog: pytest.LogCaptureFixture) -> None:
-    """No table knows the attribute that holds the model: by names and shapes there is one place for the deltas."""
-    module, prior = lightning_module.FineTuning(None, STEPS), tiny.expert_prior()
-    optimizers = [FusedDriftAdamW(m.named_parameters(), prior=prior) for m in (module, module.model)]
-    assert "by names and shapes its language model is under model.model." in caplog.text
-    for param in module.parameters():
-        param.grad = torch.ones_like(param)
-    for optimizer in optimizers:
-        optimizer.step()
-    assert optimizers[0].prior_names == [f"model.{name}" for name in optimizers[1].prior_names]
-    assert len(optimizers[0].prior_names) == len(optimizers[0].prior)
-
-
 # Accelerate
 
 
@@ -245,3 +240,24 @@ def test_another_optimizer_is_an_error() -> None:
     other = torch.optim.AdamW(nn.Linear(2, 2).parameters())
     with pytest.raises(TypeError, match="expected a FusedDriftAdamW or a wrapper of one, got AdamW"):
         unwrap_optimizer(other)
+
+
+@pytest.mark.parametrize("optimizers", [[torch.optim.AdamW], [FusedDriftAdamW, torch.optim.AdamW]])
+def test_lightning_stops_at_other_optimizers(optimizers: list[Any], tmp_path: Path) -> None:
+    module = lightning_module.FineTuning(None, STEPS)
+    made = [cls(module.parameters()) for cls in optimizers]
+    module.configure_optimizers = lambda: made
+    module.automatic_optimization = len(made) == 1
+    loader = DataLoader([tiny.encoded((1, 2))] * 4, 2)
+    with pytest.raises(TypeError, match=r"got AdamW: the trainer would|expected one optimizer, a FusedDriftAdamW, got"):
+        lightning_module.build(tmp_path).fit(module, loader)
+
+
+def test_what_is_in_use_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    prior = tiny.expert_prior()
+    optimizer = drift_optimizer(tiny.base_model(), prior=prior, alpha=0.5, lr=1e-4)
+    with caplog.at_level(logging.INFO, "drift_kernels"):
+        assert check_in_use(optimizer) is optimizer
+        assert f"{len(prior)} parameters with a delta, alpha=0.5, prior_scaling='adaptive_cosine'" in caplog.text
+        check_in_use(FusedDriftAdamW(tiny.base_model().parameters()))
+        assert "FusedDriftAdamW has no prior: this is plain fine-tuning" in caplog.text

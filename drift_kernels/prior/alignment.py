@@ -59,23 +59,50 @@ def align_checkpoints(
 
 
 def align_live(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> tuple[dict[str, str], str | None]:
-    """Rules for a live model (canonical name -> shape) in which no layer of a prior's is found, and a note on them.
+    """Other canonical names for a live model (canonical name -> shape) in which no layer of a prior's is found, and a
+    note on them.
 
-    No rules when the names are known, or no list of layers fits; PriorMismatchError when more than one does.
+    Either a module holds the model whose names the table knows (`self.model` of a LightningModule), which needs no more
+    of it than what is trained; or the language model is the one list of layers that has most of the prior's. None when
+    the names are known, or nothing fits; PriorMismatchError when more than one place does.
     """
     inner = _layer_lists(stored.items()).get(_LAYERS, {})
     if not inner or any(name.startswith(_LAYERS) for name in live):
         return {}, None
-    fitting = [place for place, matrices in _layer_lists(live.items()).items() if _fits(inner, matrices)]
+    lists = _layer_lists(live.items())
+    holders = _holders(live, stored)
+    places = [place for place, matrices in lists.items() if _fits(inner, matrices)]
+    fitting = holders + [place for place in places if not any(map(place.startswith, holders))]
     if len(fitting) > 1:
+        options = _options(place for place in lists if any(map(place.startswith, fitting)))
         raise PriorMismatchError(
             f"the name table does not know this model, and the prior's layers fit in more than one place: "
-            f"{some(fitting)}; build the prior with one of {_options(fitting)}"
+            f"{some(fitting)}; give the parameters of one of them alone (named_groups(self.student)), or build the "
+            f"prior with one of {options}"
         )
+    if holders:
+        (holder,) = holders
+        note = f"the model whose names are known is held as {holder.removesuffix('.')!r}"
+        return {name: canonical_name(name.removeprefix(holder)) for name in live if name.startswith(holder)}, note
     if not fitting:
         return {}, None
     rule = _rule_for(fitting[0])
-    return rule, _note("this model", fitting[0], rule)
+    return {name: canonical_name(name, rule) for name in live}, _note("this model", fitting[0], rule)
+
+
+def _holders(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> list[str]:
+    """What stands before names that the table knows, where what is known has the shapes of the prior's."""
+    shapes: dict[str, dict[str, bool]] = defaultdict(dict)
+    for name, shape in live.items():
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            rest = ".".join(parts[i:])
+            known = canonical_name(rest)
+            if known != rest and known.startswith(_LAYERS):
+                if known in stored:
+                    shapes[".".join(parts[:i]) + "."][known] = stored[known] == shape
+                break
+    return [holder for holder, fits in shapes.items() if all(fits.values())]
 
 
 def _layer_lists(named: Iterable[tuple[str, Shape]]) -> dict[str, LayerList]:

@@ -220,7 +220,7 @@ class Prior:
         found, note = align_live({name: shape for _, name, shape in live}, self._shapes())
         if note is not None:
             logger.info("%s", note)
-            live = [(param, canonical_name(name, found), shape) for param, name, shape in live]
+            live = [(param, found.get(name, name), shape) for param, name, shape in live]
         return live
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

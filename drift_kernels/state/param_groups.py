@@ -52,6 +52,7 @@ def check_names(group: dict[str, Any], index: int) -> None:
         )
     raise PriorError(
         f"a prior is bound by parameter names, and group {index} has {len(names)} names for {count} parameters: add "
-        "parameters by add_param_group({'params': [(name, param)]}); or keep group['param_names'] in step with "
-        "group['params']"
+        "parameters by add_param_group({'params': [(name, param)]}), or keep group['param_names'] in step with "
+        "group['params']. Where DeepSpeed's ZeRO has made one of many, there are no names any more: "
+        "attach_prior(model, prior) before it, and any other optimizer"
     )
