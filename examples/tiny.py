@@ -178,7 +178,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def show(train: Callable[..., nn.Module]) -> None:
+def show(train: Callable[..., nn.Module], steps: int = STEPS) -> None:
     """Print what `train(prior, **when)` comes to: without the prior, with it, and stopped halfway and resumed.
 
     `when` is nothing, stop_after=step, or resume=True.
@@ -188,6 +188,6 @@ def show(train: Callable[..., nn.Module]) -> None:
     print(f"              after it, without prior  {held_out_loss(train(None)):.3f}")
     whole = train(prior)
     print(f"              after it, with the prior {held_out_loss(whole):.3f}")
-    train(prior, stop_after=STEPS // 2)
+    train(prior, stop_after=steps // 2)
     resumed = train(prior, resume=True)
-    print(f"Stopped at step {STEPS // 2} and resumed, it has the same parameters: {same(whole, resumed)}")
+    print(f"Stopped at step {steps // 2} and resumed, it has the same parameters: {same(whole, resumed)}")

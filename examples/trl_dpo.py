@@ -26,7 +26,7 @@ from .trl_sft import quiet
 # The pull by gradnorm grows and shrinks with the gradient; the anchor ends it where the expert is.
 OPTIONS = {"prior_scaling": "gradnorm", "alpha": 3.0, "anchor": True}
 LORA = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-LR, ADAPTERS_LR = 1e-3, 5e-3
+STEPS, LR, ADAPTERS_LR = 40, 2e-3, 1e-2
 
 
 def preferences(count: int) -> Dataset:
@@ -43,7 +43,7 @@ def preferences(count: int) -> Dataset:
 def build(
     prior: tiny.Prior | None,
     folder: Path,
-    steps: int = tiny.STEPS,
+    steps: int = STEPS,
     stop_after: int | None = None,
     adapters: bool = False,
     seed: int = 0,
@@ -52,7 +52,7 @@ def build(
     """A DPOTrainer of the weights, or of adapters; `options` are use_drift's."""
     tiny.base_model().save_pretrained(folder / "base")
     lr = ADAPTERS_LR if adapters else LR
-    run = {**arguments(folder / "run", steps), "learning_rate": lr, "max_grad_norm": 1.0}
+    run = {**arguments(folder / "run", steps), "learning_rate": lr}
     trainer = DPOTrainer(
         model=str(folder / "base"),
         args=DPOConfig(**run, seed=seed, bf16=False),
@@ -78,7 +78,7 @@ if __name__ == "__main__":
     with TemporaryDirectory() as folder:
         for adapters in (False, True):
             print("LoRA" if adapters else "all weights")
-            tiny.show(partial(train, folder=Path(folder) / str(adapters), adapters=adapters))
+            tiny.show(partial(train, folder=Path(folder) / str(adapters), adapters=adapters), STEPS)
         trainer = build(tiny.expert_prior(), Path(folder))
         trainer.train()
-        print("What use_drift adds to the logs, first and last:", *figures(trainer), sep="\n")
+        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")

@@ -19,10 +19,10 @@ from drift_kernels.integrations.transformers import use_drift
 
 from . import tiny
 from .transformers_trainer import StopAfter, arguments, figures
-from .trl_dpo import ADAPTERS_LR, LORA, LR, OPTIONS
+from .trl_dpo import ADAPTERS_LR, LORA, LR, OPTIONS, STEPS
 from .trl_sft import quiet
 
-STEPS, COMPLETIONS, GENERATIONS = 60, 64, 4
+COMPLETIONS, GENERATIONS = 64, 4
 
 
 def prompts(count: int) -> Dataset:
@@ -49,7 +49,7 @@ def build(
     """A GRPOTrainer of the weights, or of adapters; `options` are use_drift's."""
     tiny.base_model().save_pretrained(folder / "base")
     lr = ADAPTERS_LR if adapters else LR
-    run = {**arguments(folder / "run", steps), "learning_rate": lr, "max_grad_norm": 1.0}
+    run = {**arguments(folder / "run", steps), "learning_rate": lr}
     trainer = GRPOTrainer(
         model=str(folder / "base"),
         reward_funcs=right_sum,
@@ -88,9 +88,9 @@ if __name__ == "__main__":
     with TemporaryDirectory() as folder:
         for adapters in (False, True):
             print("LoRA" if adapters else "all weights")
-            tiny.show(partial(train, folder=Path(folder) / str(adapters), adapters=adapters))
+            tiny.show(partial(train, folder=Path(folder) / str(adapters), adapters=adapters), STEPS)
         for prior in (None, tiny.expert_prior()):
             trainer = build(prior, Path(folder))
             trainer.train()
             print("Mean rewards", "with the prior:" if prior else "without prior:", *rewards(trainer))
-        print("What use_drift adds to the logs, first and last:", *figures(trainer), sep="\n")
+        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")

@@ -33,11 +33,9 @@ from . import tiny
 from .digit_sums.data import GRID, IMAGE, IMAGE_SIZE, MERGE_SIZE, PATCH_SIZE, DigitImages, ImagesByDigit, patches
 from .digit_sums.models import VISION
 from .transformers_trainer import arguments, figures
-from .trl_dpo import LORA
+from .trl_dpo import ADAPTERS_LR, LORA, LR, OPTIONS, STEPS
 from .trl_sft import quiet
 
-OPTIONS = {"prior_scaling": "gradnorm", "alpha": 4.0, "anchor": True}
-STEPS, LR, ADAPTERS_LR = 60, 2e-3, 1e-2
 LANGUAGE = r".*language_model.*_proj"
 TEST_IMAGES = 300
 
@@ -168,7 +166,7 @@ def build(
     `folder` has what `write_files` wrote; `options` are use_drift's.
     """
     images, rng = DigitImages(0, TEST_IMAGES).train, random.Random(seed)
-    run = {**arguments(folder / "run", steps), "learning_rate": ADAPTERS_LR if adapters else LR, "max_grad_norm": 1.0}
+    run = {**arguments(folder / "run", steps), "learning_rate": ADAPTERS_LR if adapters else LR}
     trainer = SFTTrainer(
         model=str(folder / "vlm"),
         args=SFTConfig(**run, seed=seed, bf16=False),
@@ -197,5 +195,7 @@ if __name__ == "__main__":
                 trainer = build(with_prior, folder, adapters=adapters)
                 trainer.train()
                 loss, right = held_out(trainer)
-                print(f"held-out sums {'with the' if with_prior else 'without'} prior: loss {loss:.3f}, right {right:.0%}")
-        print("What use_drift adds to the logs, first and last:", *figures(trainer), sep="\n")
+                print(
+                    f"held-out sums {'with the' if with_prior else 'without'} prior: loss {loss:.3f}, right {right:.0%}"
+                )
+        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")
