@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+import trl
+from datasets import Dataset
+from documents import block_with
 from transformers import AutoModelForSequenceClassification, Qwen2_5_VLForConditionalGeneration
 from transformers.trainer_utils import get_last_checkpoint
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from drift_kernels.integrations import unwrap_optimizer
 from drift_kernels.integrations.transformers import DriftCallback, use_drift
@@ -138,9 +141,9 @@ def test_the_head_of_a_reward_model_is_not_pulled(tmp_path: Path) -> None:
     tiny.write_files(tmp_path)
     scores = {}
     for alpha in (0.0, 2.0):
-        args = RewardConfig(**arguments(tmp_path / "run", FEW), bf16=False)
+        args = trl.RewardConfig(**arguments(tmp_path / "run", FEW), bf16=False)
         torch.manual_seed(0)
-        trainer = RewardTrainer(
+        trainer = trl.RewardTrainer(
             model=AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1),
             args=args,
             processing_class=tiny.tokenizer(),
@@ -151,6 +154,61 @@ def test_the_head_of_a_reward_model_is_not_pulled(tmp_path: Path) -> None:
     names = unwrap_optimizer(trainer.optimizer).prior_names
     assert sorted(names) == sorted(tiny.expert_prior())
     assert not torch.equal(scores[0.0][names[0]], scores[2.0][names[0]])
+
+
+def test_where_rewards_do_not_differ_only_decoupled_pulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GRPO's gradient is 0 then, and so is a bias that is measured by it."""
+    monkeypatch.setattr(trl_grpo, "right_sum", lambda completions, **_: [0.0] * len(completions))
+    trainer = trl_grpo.build(tiny.expert_prior(), tmp_path, steps=FEW)
+    trainer.train()
+    assert tiny.same(trainer.model, tiny.base_model())
+    assert trainer.state.log_history[0]["prior/ratio/attn"] == 0
+    after = trained(trl_grpo.build(tiny.expert_prior(), tmp_path, steps=FEW, prior_scaling="decoupled", alpha=30.0))
+    for name, param in tiny.base_model().named_parameters():
+        if name in tiny.expert_prior():
+            moved, delta = after[name] - param, tiny.expert_prior()[name]
+            assert torch.cosine_similarity(moved.flatten(), delta.flatten(), dim=0) > 0.999, name
+        else:
+            assert torch.equal(after[name], param), name
+
+
+def labelled(count: int) -> Dataset:
+    """What KTO takes: single answers, each right or wrong."""
+    rows = [(row["prompt"], row[kind], kind == "chosen") for row in trl_dpo.preferences(count) for kind in KINDS]
+    return Dataset.from_list([{"prompt": prompt, "completion": said, "label": label} for prompt, said, label in rows])
+
+
+KINDS = ("chosen", "rejected")
+SHORT = {"num_generations": 4, "max_completion_length": 2}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "dataset"),
+    [
+        (trl.DPOTrainer, trl.DPOConfig, trl_dpo.preferences),
+        (trl.KTOTrainer, trl.KTOConfig, labelled),
+        (partial(trl.GRPOTrainer, reward_funcs=trl_grpo.right_sum), partial(trl.GRPOConfig, **SHORT), trl_grpo.prompts),
+        (partial(trl.RLOOTrainer, reward_funcs=trl_grpo.right_sum), partial(trl.RLOOConfig, **SHORT), trl_grpo.prompts),
+    ],
+    ids=["dpo", "kto", "grpo", "rloo"],
+)
+def test_the_documented_form_with_the_defaults_of_trl(
+    trainer: Build, config: Build, dataset: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block of docs/trainers.md; bfloat16 and gradient checkpointing are TRL's defaults."""
+    tiny.write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {
+        "SFTTrainer": lambda model, args, train_dataset: trainer(
+            model, args=args, train_dataset=train_dataset, processing_class=tiny.tokenizer()
+        ),
+        "model": "base",
+        "args": config(**arguments(tmp_path / "run", FEW)),
+        "dataset": dataset(FEW * tiny.BATCH_SIZE),
+    }
+    exec(block_with("trainer = SFTTrainer(model, args"), names)
+    assert sorted(unwrap_optimizer(names["trainer"].optimizer).prior_names) == sorted(tiny.expert_prior())
+    assert "prior/cosine/attn" in names["trainer"].state.log_history[0]
 
 
 # Images
@@ -246,8 +304,8 @@ def test_another_optimizer_is_an_error_before_the_first_step(build: Build) -> No
 
 def test_optimizers_with_the_callback_are_an_error(tmp_path: Path) -> None:
     model = tiny.base_model()
-    args = DPOConfig(**arguments(tmp_path, FEW), bf16=False)
-    trainer = DPOTrainer(
+    args = trl.DPOConfig(**arguments(tmp_path, FEW), bf16=False)
+    trainer = trl.DPOTrainer(
         model=model,
         ref_model=tiny.base_model(),
         args=args,
