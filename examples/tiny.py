@@ -11,10 +11,11 @@ import random
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
@@ -41,9 +42,14 @@ def quiet() -> None:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One word, one token."""
+    """One word, one token.
+
+    As added tokens, which stay whole in the tokenizer that `AutoTokenizer` makes for a checkpoint of the Qwen2 family
+    (transformers 5): Qwen2's own, which drops other words without a trace.
+    """
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}))
     words.pre_tokenizer = WhitespaceSplit()
+    words.add_tokens([AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in WORDS[2:]])
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=EOS)
 
 
@@ -136,9 +142,10 @@ def _train(model: nn.Module, params: Iterable[nn.Parameter], answers: Iterable[C
 
 
 @cache
-def base_and_expert() -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
+def base_and_expert(make: Callable[[], Any] = new_model) -> tuple[Any, Any]:
+    """Models of transformers, the base trained from what `make` gives."""
     rng = random.Random(2)
-    base = new_model()
+    base = make()
     _train(base, base.parameters(), [lambda _: rng.randrange(10)] * 50)
     expert = copy.deepcopy(base)
     _train(expert, [param for name, param in expert.named_parameters() if biased(name)], [right] * 150)
@@ -161,9 +168,9 @@ def expert_prior() -> Prior:
     return {name: (expert[name] - base[name]).detach() for name in base if biased(name)}
 
 
-def write_files(folder: Path) -> None:
+def write_files(folder: Path, make: Callable[[], Any] = new_model) -> None:
     """`base/` and `expert/`, checkpoints with the tokenizer, and `prior/`, as `drift-prior build` makes it of them."""
-    for name, model in zip(("base", "expert"), base_and_expert(), strict=True):
+    for name, model in zip(("base", "expert"), base_and_expert(make), strict=True):
         model.save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
     build_prior(folder / "expert", folder / "base", folder / "prior", dtype=torch.float32)

@@ -49,7 +49,7 @@ FLOORS = {
         {"adapted", "arithmetic", "ranges", "scaled", "singular", "stored", "views", "writing"},
         {"partial"}, {"checkpoint", "hub", "peft_adapter"}, {"encodings", "in_memory", "opening"},
         {"alignment", "assembly", "coverage", "fingerprint", "forms", "plausible", "strengths", "unfusing"},
-        {"pairing"}, {"folders", "prior", "shards", "stream"}, {"formed", "init_lora", "runs", "summary"},
+        {"pairing"}, {"folders", "prior", "shards", "stream"}, {"converted", "formed", "init_lora", "runs", "summary"},
         {"build", "merging", "plot"}, {"apply", "combine"}, {"__init__"},
     ],
     "adapters": [{"projection"}, {"adapter"}, {"__init__"}],
@@ -65,7 +65,7 @@ FLOORS = {
     ],
     "integrations": [
         {"in_use", "named_groups", "peft", "settings"}, {"for_model", "step_figures", "training_run"},
-        {"lightning", "transformers"}, {"__init__"},
+        {"lightning", "torchtitan", "transformers"}, {"axolotl", "ms_swift"}, {"__init__"},
     ],
 }  # fmt: skip
 

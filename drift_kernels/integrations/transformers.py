@@ -84,8 +84,8 @@ def drift_adamw(args: TrainingArguments, model: nn.Module | None = None, **optio
 
 
 class _OptimizerOfModel:
-    """transformers 5 makes one and calls it with the model that it trains; transformers 4 calls the class with the
-    option `model`, or without one with param groups."""
+    """transformers 5 makes one and calls it with the model that it trains (axolotl also with its arguments);
+    transformers 4 calls the class with the option `model`, or without one with param groups."""
 
     def __new__(cls, *model: Any, **options: Any) -> Any:
         if not model:
@@ -94,7 +94,7 @@ class _OptimizerOfModel:
             raise TypeError("this version of transformers does not tell the model: drift_adamw(args, model, ...)")
         return drift_optimizer(model[0], **options)
 
-    def __call__(self, trained: nn.Module, *, model: nn.Module | None = None, **options: Any) -> FusedDriftAdamW:
+    def __call__(self, trained: nn.Module, *_: Any, model: nn.Module | None = None, **options: Any) -> FusedDriftAdamW:
         return drift_optimizer(trained, **options)
 
 

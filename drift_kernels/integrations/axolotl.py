@@ -1,0 +1,99 @@
+"""For axolotl: a plugin that reads `drift:` of its YAML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, model_validator
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .in_use import unwrap_optimizer
+from .settings import drift_settings
+from .transformers import use_drift
+
+PLUGIN = f"{__name__}.DriftPlugin"
+
+# What `optimizer:` must be. axolotl and transformers do not know it, so that a run whose plugin is not named, or could
+# not be imported, which axolotl passes over, stops before it trains.
+OPTIMIZER = "drift_adamw"
+
+# What axolotl would make other param groups from, or give to its optimizer.
+_OTHER_GROUPS = (
+    "embedding_lr",
+    "embedding_lr_scale",
+    "loraplus_lr_ratio",
+    "lr_groups",
+    "optim_args",
+    "optim_target_modules",
+)
+
+_REFUSED = {
+    **dict.fromkeys(_OTHER_GROUPS, "it has one learning rate, and its options stand under `drift:`"),
+    "deepspeed": "ZeRO flattens the parameters, and their names are gone: use fsdp_config with fsdp_version 2",
+    "lisa_step_interval": "layers that are frozen when the optimizer is made would not be trained later",
+    "relora": "its restarts merge the adapters into the weights, of which the prior would not know",
+}
+
+
+class DriftPlugin(BasePlugin):
+    """Has axolotl train with a FusedDriftAdamW, by three entries of its YAML:
+
+        plugins: [drift_kernels.integrations.axolotl.DriftPlugin]
+        optimizer: drift_adamw
+        drift: {prior: FOLDER, alpha: 1.0}
+
+    `drift:` takes the keys of `drift_settings`. lr, betas, eps, weight_decay and max_grad_norm are axolotl's own.
+    """
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.DriftArgs"
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        # TrainingArguments take no name that transformers does not know.
+        return {"optim": "adamw_torch"} if cfg.drift else {}
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: nn.Module) -> list[TrainerCallback]:
+        return [_Guard()] if cfg.drift else []
+
+    def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
+        # axolotl 0.19 calls no plugin's create_optimizer. This comes after adapters were put in and layers frozen.
+        if cfg.drift:
+            use_drift(trainer, **drift_settings(cfg.to_dict()["drift"]))
+
+
+class _Guard(TrainerCallback):
+    """Stops a run in which post_trainer_create was not called, as another version of axolotl might do."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        unwrap_optimizer(optimizer)
+
+
+class DriftArgs(BaseModel):
+    """The part of the configuration that is the plugin's. A plugin stays loaded for later configurations of the same
+    process, which need not have it."""
+
+    drift: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_drift(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Raises ValueError for one of the three entries without the others, and for what goes with no FusedDriftAdamW,
+        and what `drift_settings` raises."""
+        there = {
+            f"plugins: [{PLUGIN}]": PLUGIN in (given.get("plugins") or ()),
+            f"optimizer: {OPTIMIZER}": str(given.get("optimizer")) == OPTIMIZER,
+            "drift: {prior: FOLDER, ...}": bool(given.get("drift")),
+        }
+        if not any(there.values()):
+            return given
+        if missing := [entry for entry, is_there in there.items() if not is_there]:
+            raise ValueError(f"DRIFT needs three entries; missing: {'; '.join(missing)}")
+        for key, reason in _REFUSED.items():
+            if given.get(key):
+                raise ValueError(f"{key} does not go with optimizer: {OPTIMIZER}: {reason}")
+        drift_settings(given["drift"])
+        return given

@@ -1,0 +1,92 @@
+"""For ms-swift: `--optimizer drift`, with the settings in `optim_args`. Importing this registers it, so that a plugin
+file is one line:
+
+    import drift_kernels.integrations.ms_swift
+
+In a YAML file:
+
+    external_plugins: drift_plugin.py
+    optimizer: drift
+    optim_args:
+      prior: prior
+      alpha: 1.0
+
+On the command line: `--optim_args '{"prior": "prior", "alpha": 1.0}'`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from swift.callbacks import TrainerCallback, callbacks_map
+from swift.optimizers import OptimizerCallback, optimizers_map
+
+from .settings import drift_settings
+from .transformers import use_drift
+
+logger = logging.getLogger("drift_kernels")
+
+NAME = "drift"
+
+# Arguments that ask for other optimizers of swift's.
+_OTHERS = ("vit_lr", "aligner_lr", "use_galore")
+
+
+class DriftOptimizerCallback(OptimizerCallback):
+    """What swift's trainers ask for their optimizer. It has `use_drift` called for the trainer as soon as that is made.
+
+    Raises what `drift_settings` does, and ValueError for arguments of swift's that would have no effect.
+    """
+
+    def __init__(self, args: Any, trainer: Any) -> None:
+        super().__init__(args, trainer)
+        self.settings = drift_settings(_given(args), "optim_args")
+        if unheard := [name for name in _OTHERS if getattr(args, name, None)]:
+            raise ValueError(f"{', '.join(unheard)} would have no effect with the optimizer {NAME}: leave out")
+        args.callbacks.append(NAME)
+
+
+class _UseDrift(TrainerCallback):
+    """Among the trainer's callbacks from the beginning, so that even a trainer that asks for no optimizer is checked
+    where its training starts."""
+
+    def __init__(self, args: Any, trainer: Any) -> None:
+        super().__init__(args, trainer)
+        self._in_use = False
+
+    def on_init_end(self, *_: Any, **__: Any) -> None:
+        if not self._in_use:  # called again, since use_drift puts another callback before this
+            self._in_use = True
+            use_drift(self.trainer, **self.trainer.optimizer_callback.settings)
+
+
+def _given(args: Any) -> Any:
+    """`optim_args`, a string to swift: it makes JSON of a mapping in a YAML file."""
+    try:
+        return json.loads(args.optim_args)
+    except (TypeError, ValueError):
+        return args.optim_args
+
+
+def _guarded(name: str, callback: type) -> type:
+    """One of swift's own, which refuses to be taken where the settings are ours."""
+
+    class Guarded(callback):
+        def __init__(self, args: Any, trainer: Any) -> None:
+            if isinstance(_given(args), dict):
+                raise ValueError(
+                    f"optim_args has the settings of the optimizer {NAME}, but the optimizer is {name}, which would "
+                    f"train without the prior: add `--optimizer {NAME}`"
+                )
+            logger.warning("the plugin is loaded, but the optimizer is %s: this is plain fine-tuning", name)
+            super().__init__(args, trainer)
+
+    Guarded.__name__ = Guarded.__qualname__ = callback.__name__
+    return Guarded
+
+
+optimizers_map.update({name: _guarded(name, callback) for name, callback in optimizers_map.items()})
+optimizers_map[NAME] = DriftOptimizerCallback
+callbacks_map[NAME] = _UseDrift
