@@ -63,7 +63,7 @@ def test_a_text_expert_teaches_sums_of_images(files: Path, adapters: bool) -> No
         trainer.train()
         _, right[with_prior] = trl_vision.held_out(trainer)
     assert right[False] < 0.15
-    assert right[True] > 0.4
+    assert right[True] > 0.3
     names = in_vlm(list(tiny.expert_prior()))
     names = of_adapters(names) if adapters else names
     assert sorted(unwrap_optimizer(trainer.optimizer).prior_names) == sorted(names)
