@@ -24,7 +24,7 @@ TRAINER ?= $(basename $(notdir $(wildcard tests/trainers/requirements/*.txt)))
 test-trainers: $(TRAINER:%=test-trainer-%)  ## make test-trainers TRAINER=llamafactory: inside a trainer, in its own environment
 
 test-trainer-%: .venv-%/.ready $(READY)
-	$(<D)/bin/python -m pytest -q tests/trainers/test_$(subst -,_,$*).py
+	$(<D)/bin/python -m pytest -q tests/trainers/test_$(subst -,_,$*)*.py
 
 # With the extensions that the main environment has built in place; on the path, since a trainer may start processes.
 .venv-%/.ready: tests/trainers/requirements/%.txt tests/trainers/requirements/common.in constraints.txt

@@ -244,13 +244,15 @@ _PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictiona
 
 class PriorHooks(BiasSettings):
     """What `attach_prior` returns. `alpha` may be set between steps, and `AlphaScheduler` takes it in place of an
-    optimizer."""
+    optimizer. `names` are the parameters with a hook; `has_acted` says whether one has biased a gradient."""
 
     def __init__(self, named: list[tuple[str, Tensor]], binding: PriorBinding, settings: BiasSettings, backend: str):
         self.param_groups = settings.param_groups
         self.prior = binding.prior
         self._paused = False
         self._lock = threading.Lock()  # autograd has a thread for each device
+        self.names = [name for name, _ in named]
+        self.has_acted = False
         self._engines = {id(param): (name, Engine(Bias(), binding, backend)) for name, param in named}
         self._hooks: list[RemovableHandle] = [
             param.register_post_accumulate_grad_hook(self._bias) for _, param in named
@@ -262,6 +264,7 @@ class PriorHooks(BiasSettings):
         """The hook. Another that ran before may have taken the gradient."""
         if not self._paused and param.grad is not None:
             with self._lock:
+                self.has_acted = True
                 name, engine = self._engines[id(param)]
                 engine.step([self._group([(name, param)])])
 

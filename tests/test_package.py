@@ -64,8 +64,8 @@ FLOORS = {
         {"__init__"}, {"__main__"},
     ],
     "integrations": [
-        {"in_use", "named_groups", "peft", "settings"}, {"for_model", "step_figures", "training_run"},
-        {"lightning", "torchtitan", "transformers"}, {"axolotl", "ms_swift"}, {"__init__"},
+        {"in_use", "named_groups", "peft", "settings", "authors_keys"}, {"for_model", "step_figures", "training_run"},
+        {"lightning", "torchtitan", "transformers"}, {"axolotl", "hooked", "ms_swift"}, {"llamafactory"}, {"__init__"},
     ],
 }  # fmt: skip
 

@@ -37,10 +37,11 @@ def drift_optimizer(
 
     Raises what FusedDriftAdamW and `lora_prior` do.
     """
-    return FusedDriftAdamW(named_groups(model, weight_decay), prior=_prior_for(model, prior, refresh), **options)
+    return FusedDriftAdamW(named_groups(model, weight_decay), prior=prior_for(model, prior, refresh), **options)
 
 
-def _prior_for(model: nn.Module, prior: PriorForModel | None, refresh: int) -> PriorLike | AdapterPrior | None:
+def prior_for(model: nn.Module, prior: PriorForModel | None, refresh: int = 1) -> PriorLike | AdapterPrior | None:
+    """The prior as FusedDriftAdamW and attach_prior take it: where the model has LoRA layers, projected onto them."""
     if callable(prior):
         return prior(model)
     if prior is None or isinstance(prior, AdapterPrior) or not _has_lora(model):

@@ -178,6 +178,12 @@ def test_configs_that_do_not_fit() -> None:
         use_drift(config, prior="prior")
 
 
+def test_pipeline_parallelism_is_refused() -> None:
+    parts = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    with pytest.raises(ValueError, match="no pipeline parallelism"):
+        with_prior()().optimizer.build(model_parts=parts)
+
+
 def adamw_after_all() -> Trainer.Config:
     config = with_prior()()
     config.optimizer = default_adamw()

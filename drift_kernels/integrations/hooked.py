@@ -1,0 +1,107 @@
+"""For transformers' Trainer under DeepSpeed, whose ZeRO flattens the parameters, so that no optimizer sees their names:
+hooks bias the gradients in the backward pass, and the Trainer's own AdamW reads them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import torch.distributed as dist
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from ..gradients import PriorHooks, attach_prior
+from ..schedule import AlphaScheduler
+from .for_model import PriorForModel, prior_for
+from .transformers import DriftCallback
+
+logger = logging.getLogger("drift_kernels")
+
+_OPTIONS = ("alpha", "prior_scaling", "normalize_to_param", "prior_device", "backend")
+
+
+def use_hooks(
+    trainer: Trainer, *, prior: PriorForModel, anneal: float | None = None, refresh: int = 1, **options: Any
+) -> PriorHooks:
+    """Has a Trainer under DeepSpeed (ZeRO 1 or 2) train with a prior: to be called after it is made, before
+    `trainer.train()`.
+
+    `attach_prior` biases the gradients of this process before they are reduced; DeepSpeed clips what comes of it to
+    `args.max_grad_norm`; the optimizer is the one that the Trainer makes, or that DeepSpeed's own configuration names.
+
+    Args:
+        trainer: with `args.deepspeed`, and its model as it is trained.
+        anneal: as in DriftCallback.
+        prior, refresh: as in `drift_optimizer`.
+        options: alpha, prior_scaling, normalize_to_param, prior_device, backend, as in `attach_prior`.
+
+    Raises:
+        ValueError: ZeRO 3, which partitions the parameters; options that only FusedDriftAdamW has; micro-batches in
+            which hooks would bias a step too often.
+        What `attach_prior` raises.
+    """
+    if unfit := sorted(set(options) - set(_OPTIONS)):
+        raise ValueError(
+            f"under DeepSpeed the prior acts by hooks, and {', '.join(unfit)} needs FusedDriftAdamW: leave it out, or "
+            "train without DeepSpeed (DDP, FSDP2)"
+        )
+    stage = trainer.args.deepspeed_plugin.zero_stage
+    if stage == 3:
+        raise ValueError("ZeRO 3 partitions the parameters before the prior is bound: use ZeRO 2 (or FSDP2)")
+    _check_micro_batches(trainer.args, stage, options.get("prior_scaling"))
+    model: Any = trainer.model
+    hooks = attach_prior(model, cast(Any, prior_for(model, prior, refresh)), **options)
+    if not (dist.is_initialized() and dist.get_rank()):
+        logger.info(
+            "DeepSpeed (ZeRO %d) leaves no optimizer the parameters' names: hooks bias %d gradients in the backward "
+            "pass, and the optimizer is the Trainer's own",
+            stage,
+            len(hooks.names),
+        )
+    _HooksCallback(hooks, anneal).add_to(trainer)
+    return hooks
+
+
+def _check_micro_batches(args: TrainingArguments, stage: int, scaling: str | None) -> None:
+    """ZeRO 2 takes each micro-batch's gradient away after its hooks, ZeRO 1 leaves it to be added to."""
+    if args.gradient_accumulation_steps > 1 and (stage != 2 or scaling == "absolute"):
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}: hooks act in each micro-batch, which "
+            f"under ZeRO {stage} with prior_scaling={scaling or 'adaptive_cosine'!r} biases a step several times: use "
+            "1, or ZeRO 2 with 'gradnorm' or 'adaptive_cosine', whose strength follows from each micro-batch's gradient"
+        )
+
+
+class _HooksCallback(DriftCallback):
+    """Schedules alpha, logs it, and checks that the hooks act."""
+
+    def __init__(self, hooks: PriorHooks, anneal: float | None) -> None:
+        super().__init__(anneal=anneal)
+        self.hooks = hooks
+        self._schedule: AlphaScheduler | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        self._schedule = self._alpha.scheduler(self.hooks, state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.hooks.has_acted:
+            raise RuntimeError(
+                "the trainer has taken a step in which no hook of the prior acted: the training would go on without it"
+            )
+        if self._schedule is not None:
+            self._schedule.step()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            figures = {"prior/alpha": float(self.hooks.alpha), "prior/bound": len(self.hooks.names)}
+            logs.update(figures)
+            state.log_history[-1].update(figures)

@@ -1,0 +1,267 @@
+"""LLaMA-Factory with a prior: `drift-llamafactory train sft.yaml` is `llamafactory-cli train sft.yaml` with `drift:` in
+the YAML.
+
+    drift:
+      prior: prior        # what `drift-prior build` wrote
+      alpha: 1.0          # and what else `drift_settings` knows
+
+In its place the keys of the authors' fork are read (`authors_keys.py`). All others are LLaMA-Factory's, and so are
+`key=value` after the file: `drift.alpha=0.5`. Under DeepSpeed (ZeRO 1 and 2) hooks bias the gradients (`hooked.py`).
+FORCE_TORCHRUN, NPROC_PER_NODE and the like do what they do there, and USE_V1 takes its new trainer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+from torch import nn
+
+from ..optimizer import FusedDriftAdamW
+from ..prior import Prior
+from .authors_keys import AuthorsSettings, is_ours
+from .for_model import drift_optimizer
+from .hooked import use_hooks
+from .settings import drift_settings
+from .step_figures import step_figures
+from .training_run import AlphaOverTime, TrainingRun
+from .transformers import use_drift
+
+Settings: TypeAlias = dict[str, Any] | AuthorsSettings
+
+USAGE = "usage: drift-llamafactory train FILE.yaml [key=value ...]   (for all else: llamafactory-cli)"
+
+# Where LLaMA-Factory takes the trainer of a stage from. That of `ppo` is none of transformers'.
+TRAINERS = {
+    "pt": ("llamafactory.train.pt.workflow", "CustomTrainer"),
+    "sft": ("llamafactory.train.sft.workflow", "CustomSeq2SeqTrainer"),
+    "rm": ("llamafactory.train.rm.workflow", "PairwiseTrainer"),
+    "dpo": ("llamafactory.train.dpo.trainer", "CustomDPOTrainer"),
+    "kto": ("llamafactory.train.kto.workflow", "CustomKTOTrainer"),
+}
+
+# What brings another optimizer, or another trainer.
+_OTHERS = (
+    *("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "loraplus_lr_ratio"),
+    *("optim_args", "optim_target_modules", "use_hyper_parallel"),
+)
+_ADAMW = (None, "adamw_torch", "adamw_torch_fused")  # which FusedDriftAdamW stands in for
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status; usage errors have 2, what cannot be trained as the file says 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) < 2 or arguments[0] not in ("train", "sft") or not arguments[1].endswith((".yaml", ".yml")):
+        print(USAGE, file=sys.stderr)
+        return 2
+    if "LOCAL_RANK" not in os.environ and (processes := _processes()):
+        return subprocess.run(_torchrun(processes, arguments), env=_torchrun_env()).returncode
+    try:
+        ours, theirs = split(read(arguments[1:]))
+        (_check_v1 if _is_on("USE_V1") else _check)(ours, theirs)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"drift-llamafactory: {error}", file=sys.stderr)
+        return 1
+    if _is_on("USE_V1"):
+        _train_v1(cast(dict[str, Any], ours), theirs)
+    else:
+        _train(ours, theirs)
+    return 0
+
+
+def train(config: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
+    """As `main`, in this process, for a file's contents. `callbacks` are transformers', for LLaMA-Factory.
+
+    Raises:
+        ValueError, TypeError: no prior, two forms of settings at once, settings that mean nothing, another optimizer.
+        FileNotFoundError, PriorError, CheckpointError: of a prior that is not there, or does not fit the model.
+    """
+    ours, theirs = split(config)
+    _check(ours, theirs)
+    _train(ours, theirs, callbacks)
+
+
+def read(arguments: Sequence[str]) -> dict[str, Any]:
+    """A file and `key=value`s, as LLaMA-Factory reads them."""
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.merge(OmegaConf.load(Path(arguments[0]).absolute()), OmegaConf.from_cli(list(arguments[1:])))
+    return dict(OmegaConf.to_container(merged))
+
+
+def split(config: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """Our settings, checked, and what is LLaMA-Factory's. Raises as `train`."""
+    authors = {key: value for key, value in config.items() if is_ours(key)}
+    theirs = {key: value for key, value in config.items() if key != "drift" and key not in authors}
+    nested = config.get("drift")
+    if nested is None and not authors:
+        raise ValueError(
+            "no prior: give `drift:` with `prior:`, the folder that `drift-prior build` wrote, or the keys of the "
+            "authors' fork (delta_prior1_ckpt, ...); without a prior, llamafactory-cli trains"
+        )
+    if nested is not None and authors:
+        raise ValueError(f"give `drift:` or the authors' keys ({', '.join(authors)}), not both")
+    return (drift_settings(nested) if nested is not None else AuthorsSettings.of(authors)), theirs
+
+
+def _check(ours: Settings, theirs: Mapping[str, Any]) -> None:
+    """Raises ValueError for what would take another optimizer or another trainer than the one that is given ours."""
+    others = [f"{key}={theirs[key]}" for key in _OTHERS if theirs.get(key)]
+    if theirs.get("optim") not in _ADAMW:
+        others.append(f"optim={theirs['optim']}")
+    others += [f"{name}={os.environ[name]}" for name in ("USE_MCA", "USE_RAY") if _is_on(name)]
+    if others:
+        raise ValueError(f"{', '.join(others)}: FusedDriftAdamW would not be taken: leave it out")
+    if (stage := theirs.get("stage", "sft")) not in TRAINERS:
+        raise ValueError(f"stage {stage!r} has no trainer that takes an optimizer: one of {', '.join(TRAINERS)}")
+
+
+def _train(ours: Settings, theirs: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
+    from llamafactory.train.tuner import run_exp
+
+    def give(trainer: Any) -> None:
+        options = ours if isinstance(ours, dict) else _authors_options(ours, trainer.args, theirs)
+        (use_hooks if trainer.args.deepspeed_plugin is not None else use_drift)(trainer, **options)
+
+    with _each_trainer(*TRAINERS[theirs.get("stage", "sft")], give):
+        run_exp(dict(theirs), list(callbacks))
+
+
+@contextmanager
+def _each_trainer(module_name: str, name: str, give: Callable[[Any], None]) -> Iterator[None]:
+    """Inside it, LLaMA-Factory's trainer of this name is given to `give` as soon as it is made. Raises RuntimeError if
+    none was."""
+    module = importlib.import_module(module_name)
+    plain, made = getattr(module, name), []
+
+    class DriftTrainer(plain):  # type: ignore[valid-type, misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(name)
+            give(self)
+
+    setattr(module, name, DriftTrainer)
+    try:
+        yield
+    finally:
+        setattr(module, name, plain)
+    if not made:
+        raise RuntimeError(f"this LLaMA-Factory has trained, and not with {name}, which was to be given the prior")
+
+
+def _authors_options(ours: AuthorsSettings, args: Any, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """With the prior, built by the first process (of each machine, unless they share a disk) while others wait."""
+    base, revision = str(theirs["model_name_or_path"]), theirs.get("model_revision", "main")
+    if not Path(base).exists() and revision != "main":
+        base = f"{base}@{revision}"
+    local = not theirs.get("data_shared_file_system", False)
+    first = (args.local_process_index if local else args.process_index) == 0
+    with args.main_process_first(local=local, desc="building the prior"):
+        folder = ours.prior(base, Path(args.output_dir) / "drift_prior", may_build=first)
+    return ours.options(Prior.open(folder))
+
+
+# Its new trainer
+
+
+def _check_v1(ours: Settings, theirs: Mapping[str, Any]) -> None:
+    """Raises ValueError for what it cannot do with a prior."""
+    if not isinstance(ours, dict):
+        raise ValueError("the authors' keys are for the classic trainer: give `drift:`")
+    if theirs.get("optim_config") is not None:
+        raise ValueError("optim_config names another optimizer than `drift:` brings: leave it out")
+    if (theirs.get("dist_config") or {}).get("name") == "deepspeed":
+        raise ValueError(
+            "dist_config: DeepSpeed flattens the parameters, whose names are gone then: train without it, or with the "
+            "classic trainer (ZeRO 1 and 2)"
+        )
+
+
+def _train_v1(ours: dict[str, Any], theirs: Mapping[str, Any]) -> None:
+    """v1 clips the gradient before the bias, to its own `max_grad_norm`."""
+    from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
+    from llamafactory.v1.trainers import sft_trainer
+
+    alpha = AlphaOverTime(anneal=ours.pop("anneal", None))
+    OptimizerPlugin("drift").register()(_v1_optimizer)
+    lr = float(theirs.get("learning_rate", 1e-4))  # its default
+    with _each_trainer(sft_trainer.__name__, "SFTTrainer", lambda trainer: _accompany_v1(trainer, alpha)):
+        sft_trainer.run_sft({**theirs, "optim_config": {"name": "drift", "lr": lr, **ours}})
+
+
+def _accompany_v1(trainer: Any, alpha: AlphaOverTime) -> None:
+    """Its callbacks get no trainer when they are made, and neither does `run_sft` take any."""
+    from llamafactory.v1.utils.callbacks.trainer_callback import TrainerCallback
+
+    done, total = trainer.global_step, trainer.num_training_steps
+    run = TrainingRun(trainer.optimizer, alpha, done, total, trainer.args.max_grad_norm)
+
+    class Accompany(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, **_: Any) -> None:
+            run.after_step()
+
+        def on_log(self, args: Any, state: Any, logs: dict[str, Any], **_: Any) -> None:
+            logs.update(step_figures(run.optimizer))
+
+    trainer.callback_handler.callbacks.insert(0, Accompany())
+
+
+def _v1_optimizer(model: nn.Module, config: Mapping[str, Any]) -> FusedDriftAdamW:
+    options = {key: value for key, value in config.items() if key != "name"}
+    return drift_optimizer(getattr(model, "module", model), **options)  # of DDP, what it wraps
+
+
+# Several processes
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "0").lower() in ("true", "y", "1")
+
+
+def _processes() -> int:
+    """How many to start on this machine; 0 if this one is to train. As LLaMA-Factory decides."""
+    forced, asked = _is_on("FORCE_TORCHRUN"), os.environ.get("NPROC_PER_NODE")
+    if forced and asked:
+        return int(asked)
+    from llamafactory.extras.misc import get_device_count
+
+    devices = get_device_count()
+    return int(asked or max(devices, 1)) if forced or (devices > 1 and not _is_on("USE_KT")) else 0
+
+
+def _torchrun(processes: int, arguments: Sequence[str]) -> list[str]:
+    """The command, from the variables that LLaMA-Factory reads."""
+    env = os.environ
+    address = env.get("MASTER_ADDR", "127.0.0.1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    if "RDZV_ID" in env:
+        nodes = env.get("NNODES", "1")
+        if "MIN_NNODES" in env and "MAX_NNODES" in env:
+            nodes = f"{env['MIN_NNODES']}:{env['MAX_NNODES']}"
+        command += ["--nnodes", nodes, "--rdzv-id", env["RDZV_ID"], "--rdzv-backend", "c10d"]
+        command += ["--rdzv-endpoint", f"{address}:{env.get('MASTER_PORT', 0)}"]
+        command += ["--max-restarts", env.get("MAX_RESTARTS", "0")]
+    elif "MASTER_PORT" in env or env.get("NNODES", "1") != "1":
+        command += ["--nnodes", env.get("NNODES", "1"), "--node-rank", env.get("NODE_RANK", "0")]
+        command += ["--master-addr", address, "--master-port", env.get("MASTER_PORT", "29500")]
+    else:
+        command += ["--standalone"]
+    return [*command, "-m", __spec__.name if __spec__ else __name__, *arguments]
+
+
+def _torchrun_env() -> dict[str, str]:
+    """LLaMA-Factory sets these two for its processes, unless OPTIM_TORCH is 0."""
+    if os.environ.get("OPTIM_TORCH", "1").lower() not in ("true", "y", "1"):
+        return dict(os.environ)
+    tuned = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"}
+    return {**os.environ, **tuned}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What LLaMA-Factory imports at its start and uses for sound alone."""
