@@ -115,6 +115,20 @@ def held_out_loss(model: nn.Module) -> float:
     return float(model.eval()(**together([encoded(pair) for pair in halves()[1]])).loss)
 
 
+def held_out_accuracy(model: nn.Module) -> float:
+    """The share of the held-out sums whose likeliest answer is right."""
+    return share_right(model, together([encoded(pair) for pair in halves()[1]]))
+
+
+@torch.no_grad()
+def share_right(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """The share of the rows whose likeliest word is right, where the labels begin, which is in one place."""
+    answer = int((batch["labels"][0] >= 0).nonzero()[0])
+    shown = {key: value for key, value in batch.items() if key != "labels"}
+    likeliest = model.eval()(**shown).logits[:, answer - 1].argmax(dim=1)
+    return float((likeliest == batch["labels"][:, answer]).float().mean())
+
+
 # The base, the expert and the prior
 
 
@@ -171,7 +185,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def show(train: Callable[..., nn.Module]) -> None:
+def show(train: Callable[..., nn.Module], steps: int = STEPS) -> None:
     """Print what `train(prior, **when)` comes to: without the prior, with it, and stopped halfway and resumed.
 
     `when` is nothing, stop_after=step, or resume=True.
@@ -181,6 +195,6 @@ def show(train: Callable[..., nn.Module]) -> None:
     print(f"              after it, without prior  {held_out_loss(train(None)):.3f}")
     whole = train(prior)
     print(f"              after it, with the prior {held_out_loss(whole):.3f}")
-    train(prior, stop_after=STEPS // 2)
+    train(prior, stop_after=steps // 2)
     resumed = train(prior, resume=True)
-    print(f"Stopped at step {STEPS // 2} and resumed, it has the same parameters: {same(whole, resumed)}")
+    print(f"Stopped at step {steps // 2} and resumed, it has the same parameters: {same(whole, resumed)}")

@@ -44,10 +44,14 @@ def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **opt
     return trainer.model
 
 
-if __name__ == "__main__":
+def quiet() -> None:
     tiny.quiet()
     disable_progress_bars()
     warnings.simplefilter("ignore", FutureWarning)  # of how TRL calls transformers
+
+
+if __name__ == "__main__":
+    quiet()
     with TemporaryDirectory() as folder:
         tiny.show(partial(train, folder=Path(folder)))
         trainer = build(tiny.expert_prior(), Path(folder))
