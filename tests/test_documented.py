@@ -48,7 +48,7 @@ BLOCKS = {
     "adapters in short": "named_groups(peft_model)",
     "adapters": "LoraConfig(r=16",
     "Trainer": "trainer = Trainer(model, args",
-    "TRL": "trainer = SFTTrainer(model, args",
+    "TRL": "trainer = SFTTrainer(model, args=args",
     "Accelerate": "accelerator.prepare",
     "Lightning": "def configure_optimizers(self)",
     "Lightning's Trainer": "lightning.Trainer(max_steps",
@@ -58,16 +58,32 @@ BLOCKS = {
 }
 
 
+# Blocks that run inside a trainer, by such words -> the file in tests/trainers that says them.
+TRAINERS = ROOT / "tests" / "trainers"
+IN_TRAINERS = {
+    "anneal: 0.5": "test_llamafactory.py",
+    "delta_prior1_ckpt": "test_llamafactory.py",
+    "drift_kernels.integrations.ms_swift": "test_ms_swift.py",
+    "external_plugins:": "test_ms_swift.py",
+    "drift_kernels.integrations.axolotl.DriftPlugin": "test_axolotl.py",
+    "llama3_8b_drift": "test_torchtitan.py",
+}
+
+
 def run(which: str, names: dict[str, Any]) -> None:
     """A block with these names; what it defines is added to them."""
     exec(block_with(BLOCKS[which]), names)
 
 
 def test_no_block_is_left_out() -> None:
-    assert sorted(BLOCKS.values()) == sorted(words for block in blocks() for words in BLOCKS.values() if words in block)
-    assert len(blocks()) == len(BLOCKS)
+    """Each has the words of one entry; and whoever is to run it says its name, or its words."""
+    told = {**BLOCKS, **{words: words for words in IN_TRAINERS}}
+    found = sorted(words for block in blocks() for words in told.values() if words in block)
+    assert found == sorted(told.values())
+    assert len(blocks()) == len(told)
     text = Path(__file__).read_text()
     assert all(f'run("{which}", ' in text or f', "{which}", ' in text for which in BLOCKS)
+    assert all(f'"{words}"' in (TRAINERS / test).read_text() for words, test in IN_TRAINERS.items())
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,7 @@ def test_the_documented_form_with_the_defaults_of_trl(
         "args": config(**arguments(tmp_path / "run", FEW)),
         "dataset": dataset(FEW * tiny.BATCH_SIZE),
     }
-    exec(block_with("trainer = SFTTrainer(model, args"), names)
+    exec(block_with("trainer = SFTTrainer(model, args=args"), names)
     assert sorted(unwrap_optimizer(names["trainer"].optimizer).prior_names) == sorted(tiny.expert_prior())
     assert "prior/cosine/attn" in names["trainer"].state.log_history[0]
 

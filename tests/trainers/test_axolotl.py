@@ -325,7 +325,7 @@ def test_a_prior_of_another_model_is_refused(folder: Path) -> None:
 
 
 def test_the_documented_entries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = yaml.safe_load(documents.block_with(PLUGIN))
+    entries = yaml.safe_load(documents.block_with("drift_kernels.integrations.axolotl.DriftPlugin"))
     monkeypatch.chdir(folder)
     example.run(folder, "documented", **entries, max_steps=2, save_steps=2, logging_steps=1)
     assert log(folder, "documented", 2)[-1]["prior/biased"] == len(tiny.expert_prior())

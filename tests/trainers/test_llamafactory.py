@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM, T
 pytest.importorskip("llamafactory")
 
 from checkpoints import FAMILIES, TOKENS, randomised
+from documents import ROOT, block_with
 from peft import PeftModel
 
 from drift_kernels import FusedDriftAdamW
@@ -29,7 +29,6 @@ from drift_kernels.prior import build_prior
 from examples import llamafactory_sft as example
 from examples import tiny
 
-ROOT = Path(__file__).parents[2]
 FEW = 20  # steps, where two runs are compared
 
 
@@ -327,21 +326,10 @@ def test_another_trainer_is_noticed(folder: Path, tmp_path: Path, monkeypatch: p
 # As documented
 
 
-PAGE = ROOT / "docs/trainers.md"
-SECTION = PAGE.read_text().partition("\n## LLaMA-Factory\n")[2].split("\n## ")[0] if PAGE.exists() else ""
-
-
-def documented(words: str) -> str:
-    blocks = re.findall(r"^```yaml\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
-    (block,) = [block for block in blocks if words in block]
-    return block
-
-
-@pytest.mark.skipif(not SECTION, reason="docs/trainers.md has no section of it")
-@pytest.mark.parametrize("words", ["prior: prior", "delta_prior1_ckpt: expert"])
+@pytest.mark.parametrize("words", ["anneal: 0.5", "delta_prior1_ckpt"])
 def test_the_documented_blocks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     monkeypatch.chdir(folder)
-    text = example.YAML.format(folder=folder, steps=2) + documented(words)
+    text = example.YAML.format(folder=folder, steps=2) + block_with(words)
     (tmp_path / "sft.yaml").write_text(text)
     arguments = ["train", str(tmp_path / "sft.yaml"), f"output_dir={tmp_path / 'out'}", "logging_steps=1"]
     assert integration.main(arguments) == 0

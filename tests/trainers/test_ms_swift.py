@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from documents import ROOT, block_with, blocks
+from documents import ROOT, block_with
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
@@ -271,8 +271,6 @@ def test_deepspeed_in_two_processes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_documented_form(folder: Path, tmp_path: Path) -> None:
-    if not any("ms_swift" in block for block in blocks()):
-        pytest.skip("the docs do not have it")
     plugin = block_with("drift_kernels.integrations.ms_swift")
     settings = yaml.safe_load(block_with("external_plugins:"))
     (tmp_path / settings["external_plugins"]).write_text(plugin + swift_sft.TEMPLATE)
