@@ -25,9 +25,7 @@ STEPS, RANK = 120, 8
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def build(
-    folder: Path, *, adapters: bool = False, steps: int = STEPS, config: dict[str, Any] | None = None
-) -> SFTTrainer:
+def build(folder: Path, *, adapters: bool = False, steps: int = STEPS) -> SFTTrainer:
     """A trainer of `folder/base`, without a prior."""
     model, _ = FastLanguageModel.from_pretrained(
         str(folder / "base"), max_seq_length=16, dtype=torch.float32, load_in_4bit=False, full_finetuning=not adapters
