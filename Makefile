@@ -10,6 +10,7 @@ ARCH ?= 90
 
 SOURCES = $(shell git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh')
 
+.SECONDARY:
 .PHONY: demo test test-trainers simulate gpu lint format clean
 
 demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real digit images
