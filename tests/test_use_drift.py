@@ -16,7 +16,7 @@ from short_trainer import STEPS, Tracker, drift_of, fit
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from drift_kernels import FusedDriftAdamW, linear_anneal
+from drift_kernels import FusedDriftAdamW, PriorError, linear_anneal
 from drift_kernels.integrations.transformers import DriftCallback, drift_adamw, use_drift
 from examples import tiny
 
@@ -106,6 +106,31 @@ def test_use_drift_takes_no_optimizers_place(arguments: Callable[..., TrainingAr
     trainer.train()
     with pytest.raises(ValueError, match="has an optimizer already"):
         use_drift(trainer, prior=tiny.expert_prior())
+
+
+def test_what_is_wrong_is_said_before_anything_changes(
+    arguments: Callable[..., TrainingArguments], tmp_path: Path
+) -> None:
+    trainer = Trainer(model=tiny.base_model(), args=arguments(max_grad_norm=0.5))
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (
+            TypeError,
+            "unexpected keyword arguments: alhpa, scaling;",
+            {"prior": None, "alhpa": 1, "scaling": "absolute"},
+        ),
+        (PriorError, "nowhere", {"prior": tmp_path / "nowhere"}),
+        (ValueError, "anneal must be a fraction", {"prior": tiny.expert_prior(), "anneal": 3}),
+        (TypeError, "prior", {}),
+    ]
+    for error, message, options in wrong:
+        with pytest.raises(error, match=message):
+            use_drift(trainer, **options)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match=r"ZeRO flattens the parameters.*use_hooks"):
+        use_drift(trainer, prior=tiny.expert_prior())
+    assert trainer.args.max_grad_norm == 0.5
+    assert trainer.optimizer_cls_and_kwargs is None
+    assert not any(isinstance(callback, DriftCallback) for callback in trainer.callback_handler.callbacks)
 
 
 def test_a_trainer_that_makes_another_optimizer_is_stopped(arguments: Callable[..., TrainingArguments]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -55,3 +56,10 @@ def _has_lora(model: nn.Module) -> bool:
     """Whether PEFT has put LoRA layers into it. Without importing PEFT, which then has been."""
     lora = sys.modules.get("peft.tuners.lora")
     return lora is not None and any(isinstance(module, lora.LoraLayer) for module in model.modules())
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises TypeError for a keyword that `drift_optimizer` would not take: now, not when the optimizer is made."""
+    known = [*inspect.signature(FusedDriftAdamW.__init__).parameters, *inspect.signature(drift_optimizer).parameters]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}; FusedDriftAdamW has no such")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..optimizer import FusedDriftAdamW
+from ..prior import Prior
 from ..schedule import AlphaLambda
-from .for_model import drift_optimizer
+from .for_model import PriorForModel, check_options, drift_optimizer
 from .step_figures import step_figures
 from .training_run import AlphaOverTime, TrainingRun
 
@@ -21,7 +23,12 @@ _UNASKED = ("adamw_torch", "adamw_torch_fused")
 
 
 def use_drift(
-    trainer: Trainer, *, alpha_lambda: AlphaLambda | None = None, anneal: float | None = None, **options: Any
+    trainer: Trainer,
+    *,
+    prior: PriorForModel | None,
+    alpha_lambda: AlphaLambda | None = None,
+    anneal: float | None = None,
+    **options: Any,
 ) -> None:
     """Has a Trainer train with a FusedDriftAdamW: to be called after it is made, before `trainer.train()`.
 
@@ -36,19 +43,30 @@ def use_drift(
 
     Args:
         trainer: transformers' Trainer, or one built on it that leaves the choice of the optimizer to it, as TRL's.
+        prior: as in `drift_optimizer`; None for plain AdamW.
         alpha_lambda, anneal: alpha over time, as in DriftCallback.
-        options: those of `drift_optimizer`: prior, alpha, prior_scaling, anchor, ...
+        options: what else `drift_optimizer` takes: alpha, prior_scaling, anchor, ...
 
     Raises:
-        ValueError: the Trainer has an optimizer already, or is to make another one.
-        What FusedDriftAdamW raises comes when the Trainer makes it, at the beginning of `train()`.
+        ValueError: the Trainer has an optimizer already, is to make another one, or uses DeepSpeed.
+        TypeError: an option that nothing takes.
+        PriorError: a damaged prior, or none where it should be.
+        What else FusedDriftAdamW raises comes when the Trainer makes it, at the beginning of `train()`.
     """
     check_free(trainer)
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed's ZeRO flattens the parameters, and their names are gone: "
+            "drift_kernels.integrations.hooked.use_hooks(trainer, prior=...) biases the gradients before that"
+        )
+    check_options(options)
+    callback = DriftCallback(alpha_lambda, anneal=anneal)
+    options["prior"] = Prior.of(prior) if isinstance(prior, (str, os.PathLike)) else prior
     if "max_grad_norm" not in options and trainer.args.max_grad_norm:
         options["max_grad_norm"] = trainer.args.max_grad_norm
         trainer.args.max_grad_norm = 0
     trainer.optimizer_cls_and_kwargs = drift_adamw(trainer.args, trainer.model, **options)
-    DriftCallback(alpha_lambda, anneal=anneal).add_to(trainer)
+    callback.add_to(trainer)
 
 
 def check_free(trainer: Trainer) -> None:
