@@ -92,16 +92,5 @@ class _HooksCallback(DriftCallback):
         if self._schedule is not None:
             self._schedule.step()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        optimizer: Any = None,
-        **_: Any,
-    ) -> None:
-        if logs is not None and "loss" in logs:
-            figures = {"prior/alpha": float(self.hooks.alpha), "prior/bound": len(self.hooks.names)}
-            logs.update(figures)
-            state.log_history[-1].update(figures)
+    def _figures(self, optimizer: Any) -> dict[str, float]:
+        return {"prior/alpha": float(self.hooks.alpha), "prior/bound": len(self.hooks.names)}

@@ -166,6 +166,9 @@ class DriftCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         if logs is not None and "loss" in logs:  # neither an evaluation nor the summary of the run
-            figures = step_figures(optimizer)
+            figures = self._figures(optimizer)
             logs.update(figures)
             state.log_history[-1].update(figures)
+
+    def _figures(self, optimizer: Any) -> dict[str, float]:
+        return step_figures(optimizer)
