@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import ROOT
 
 from drift_kernels import FusedDriftAdamW
-from drift_kernels.integrations import drift_optimizer, drift_settings
+from drift_kernels.integrations import drift_optimizer, drift_settings, settings
 from examples import tiny
 
 
@@ -30,15 +32,15 @@ def test_what_is_set_is_what_the_optimizer_gets(prior: str) -> None:
         "anneal": "0.5",
         "refresh": 3,
     }
-    settings = drift_settings(given)
-    assert settings == {
+    taken = drift_settings(given)
+    assert taken == {
         **{key: value for key, value in given.items() if key != "rounding"},
         "alpha": {"attn": 0.5, "mlp": 2},
         "max_grad_norm": 1.0,
         "anneal": 0.5,
     }
-    del settings["anneal"]
-    optimizer = drift_optimizer(tiny.base_model(), **settings)
+    del taken["anneal"]
+    optimizer = drift_optimizer(tiny.base_model(), **taken)
     assert isinstance(optimizer, FusedDriftAdamW)
     assert optimizer.max_grad_norm == 1
     assert optimizer.param_groups[0]["prior_scaling"] == "gradnorm"
@@ -67,6 +69,12 @@ def test_a_home_folder_is_found(prior: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_is_wrong_is_named(prior: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         drift_settings({"prior": prior, **change}, "my.drift")
+
+
+def test_every_key_is_documented() -> None:
+    section = (ROOT / "docs" / "trainers.md").read_text().partition("## Settings in a file")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(settings.KEYS)
 
 
 @pytest.mark.parametrize("given", [None, "prior", ["prior"], 1])
