@@ -109,7 +109,7 @@ class _Traced(Tensor):
 
     @classmethod
     def of(cls, name: str, shape: Shape) -> _Traced:
-        traced = torch.empty(shape, device="meta").as_subclass(cls)
+        traced = torch.empty(shape, dtype=torch.float32, device="meta").as_subclass(cls)
         traced.names = frozenset([name])
         return traced
 
