@@ -13,6 +13,7 @@ FORCE_TORCHRUN, NPROC_PER_NODE and the like do what they do there, and USE_V1 ta
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(arguments) < 2 or arguments[0] not in ("train", "sft") or not arguments[1].endswith((".yaml", ".yml")):
         print(USAGE, file=sys.stderr)
         return 2
+    if importlib.util.find_spec("llamafactory") is None:
+        print("drift-llamafactory: LLaMA-Factory is not installed here: pip install llamafactory", file=sys.stderr)
+        return 1
     if "LOCAL_RANK" not in os.environ and (processes := _processes()):
         return subprocess.run(_torchrun(processes, arguments), env=_torchrun_env()).returncode
     try:
@@ -88,10 +92,14 @@ def train(config: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
 
 
 def read(arguments: Sequence[str]) -> dict[str, Any]:
-    """A file and `key=value`s, as LLaMA-Factory reads them."""
+    """A file and `key=value`s, as LLaMA-Factory reads them. Raises ValueError for what is no YAML."""
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
-    merged = OmegaConf.merge(OmegaConf.load(Path(arguments[0]).absolute()), OmegaConf.from_cli(list(arguments[1:])))
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(Path(arguments[0]).absolute()), OmegaConf.from_cli(list(arguments[1:])))
+    except YAMLError as error:
+        raise ValueError(f"{arguments[0]} is no YAML: {error}") from None
     return dict(OmegaConf.to_container(merged))
 
 

@@ -317,6 +317,17 @@ def test_another_optimizer_is_not_trained_with(folder: Path, tmp_path: Path, mon
         fit(folder, tmp_path, "max_steps=1")
 
 
+def test_a_broken_file_and_a_missing_trainer_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sft.yaml").write_text("a: [1,\n b")
+    assert integration.main(["train", str(tmp_path / "sft.yaml")]) == 1
+    assert "sft.yaml is no YAML: while parsing" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert integration.main(["train", str(tmp_path / "sft.yaml")]) == 1
+    assert "LLaMA-Factory is not installed here: pip install llamafactory" in capsys.readouterr().err
+
+
 def test_another_trainer_is_noticed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamafactory.train.tuner.run_sft", lambda *_: None)
     with pytest.raises(RuntimeError, match="has trained, and not with CustomSeq2SeqTrainer"):
