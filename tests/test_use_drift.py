@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -154,7 +155,8 @@ def test_a_trainer_that_steps_another_optimizer_is_stopped(arguments: Callable[.
 
     def another(*args: Any) -> Any:
         ours = create(*args)
-        ours.step = torch.optim.SGD(trainer.model.parameters(), lr=1e-3).step
+        theirs = torch.optim.SGD(trainer.model.parameters(), lr=1e-3)
+        ours.step = MethodType(lambda self, *args: theirs.step(*args), ours)
         return ours
 
     trainer.create_optimizer = another

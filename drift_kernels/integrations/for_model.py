@@ -58,8 +58,10 @@ def _has_lora(model: nn.Module) -> bool:
     return lora is not None and any(isinstance(module, lora.LoraLayer) for module in model.modules())
 
 
+_TAKEN = {*inspect.signature(FusedDriftAdamW.__init__).parameters, *inspect.signature(drift_optimizer).parameters}
+
+
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises TypeError for a keyword that `drift_optimizer` would not take: now, not when the optimizer is made."""
-    known = [*inspect.signature(FusedDriftAdamW.__init__).parameters, *inspect.signature(drift_optimizer).parameters]
-    if unknown := sorted(set(options) - set(known)):
+    if unknown := sorted(set(options) - _TAKEN):
         raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}; FusedDriftAdamW has no such")
