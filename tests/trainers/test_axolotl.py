@@ -58,7 +58,7 @@ class Plain(BasePlugin):
     """FusedDriftAdamW without a prior, which `drift:` refuses."""
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
-        use_drift(trainer)
+        use_drift(trainer, prior=None)
 
 
 class Replacing(BasePlugin):

@@ -136,7 +136,7 @@ def test_without_strength_it_is_the_optimizer_alone(
     few = (f"max_steps={FEW}", "logging_steps=5")
     model, seen = fit(folder, tmp_path / "zero", "drift.alpha=0", *few)
     assert seen.log[-1]["prior/biased"] == 0
-    monkeypatch.setattr(integration, "use_drift", lambda trainer, **_: use_drift(trainer))
+    monkeypatch.setattr(integration, "use_drift", lambda trainer, **_: use_drift(trainer, prior=None))
     without, _ = fit(folder, tmp_path / "without", *few)
     assert tiny.same(model, without)
     monkeypatch.undo()
