@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from drift_kernels import FusedDriftAdamW
+from drift_kernels import FusedDriftAdamW, PriorError
 from drift_kernels.integrations import (
     check_in_use,
     drift_optimizer,
@@ -261,3 +261,14 @@ def test_what_is_in_use_is_said(caplog: pytest.LogCaptureFixture) -> None:
         assert f"{len(prior)} parameters with a delta, alpha=0.5, prior_scaling='adaptive_cosine'" in caplog.text
         check_in_use(FusedDriftAdamW(tiny.base_model().parameters()))
         assert "FusedDriftAdamW has no prior: this is plain fine-tuning" in caplog.text
+        check_in_use(drift_optimizer(tiny.base_model(), prior=prior, alpha=0.0))
+        assert "alpha is 0 where the training begins" in caplog.text
+
+
+def test_what_was_frozen_after_the_optimizer_was_made_is_noticed() -> None:
+    model, prior = tiny.base_model(), tiny.expert_prior()
+    optimizer = drift_optimizer(model, prior=prior)
+    for name in prior:
+        model.get_parameter(name).requires_grad_(False)
+    with pytest.raises(PriorError, match="all 20 are frozen"):
+        check_in_use(optimizer)

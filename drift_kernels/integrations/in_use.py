@@ -8,7 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..engine.reach import all_frozen
 from ..optimizer import FusedDriftAdamW
+from ..state.param_groups import named_params
 
 logger = logging.getLogger("drift_kernels")
 
@@ -31,7 +33,7 @@ def unwrap_optimizer(optimizer: Any) -> FusedDriftAdamW:
 
 def check_in_use(optimizer: Any, trainer_clips: float | None = None) -> FusedDriftAdamW:
     """To be called where the training begins, with the optimizer as the trainer has it then. Says in the log what the
-    prior acts on; warns if there is none, and if both the trainer and the optimizer clip.
+    prior acts on; warns if there is none, if alpha is 0, and if both the trainer and the optimizer clip.
 
     Args:
         optimizer: a FusedDriftAdamW, or a trainer's wrapper of one.
@@ -52,10 +54,16 @@ def check_in_use(optimizer: Any, trainer_clips: float | None = None) -> FusedDri
             trainer_clips,
             drift.max_grad_norm,
         )
+    group = drift.param_groups[0]
     if drift.prior is None:
         logger.warning("FusedDriftAdamW has no prior: this is plain fine-tuning")
-    elif first:
-        group = drift.param_groups[0]
+        return drift
+    trained = {name for name, param in named_params(drift.param_groups) if param.requires_grad}
+    if trained.isdisjoint(covered):
+        raise all_frozen(covered)
+    if not any(float(group["alpha"]) for group in drift.param_groups):
+        logger.warning("alpha is 0 where the training begins: until it is another, this is plain fine-tuning")
+    if first:
         logger.info(
             "training begins with FusedDriftAdamW (backend %s): %d parameters with a delta, alpha=%g, prior_scaling=%r",
             drift.backend,
