@@ -37,6 +37,14 @@ STEPS = 8  # of runs that are compared bit for bit
 SHORT = {"max_steps": STEPS, "save_steps": STEPS // 2, "logging_steps": 1}
 LORA = {"tuner_type": "lora", "target_modules": "all-linear", "lora_rank": 8, "learning_rate": 5e-3}
 
+# swift leaves its process group to the end of the interpreter, in which gloo's threads sometimes abort the process.
+AT_EXIT = """
+import atexit
+import torch.distributed as dist
+
+atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+"""
+
 
 class Watch(TrainerCallback):
     """Keeps the optimizer."""
@@ -67,6 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     swift_sft.quiet()
     folder = tmp_path_factory.mktemp("files")
     swift_sft.write_files(folder)
+    with (folder / "plugin.py").open("a") as file:
+        file.write(AT_EXIT)
     return folder
 
 
