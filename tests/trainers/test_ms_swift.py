@@ -38,12 +38,8 @@ SHORT = {"max_steps": STEPS, "save_steps": STEPS // 2, "logging_steps": 1}
 LORA = {"tuner_type": "lora", "target_modules": "all-linear", "lora_rank": 8, "learning_rate": 5e-3}
 
 # swift leaves its process group to the end of the interpreter, in which gloo's threads sometimes abort the process.
-AT_EXIT = """
-import atexit
-import torch.distributed as dist
-
-atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
-"""
+AT_EXIT = "\nimport atexit\nfrom torch.distributed import destroy_process_group, is_initialized\n"
+AT_EXIT += "atexit.register(lambda: is_initialized() and destroy_process_group())\n"
 
 
 class Watch(TrainerCallback):
@@ -75,8 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     swift_sft.quiet()
     folder = tmp_path_factory.mktemp("files")
     swift_sft.write_files(folder)
-    with (folder / "plugin.py").open("a") as file:
-        file.write(AT_EXIT)
+    (folder / "plugin.py").write_text((folder / "plugin.py").read_text() + AT_EXIT)
     return folder
 
 
