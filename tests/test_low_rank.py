@@ -193,10 +193,10 @@ def test_steps_are_those_with_the_expanded_deltas(dtype: torch.dtype, scaling: s
         results.append([param.detach() for param in params.values()])
     if scaling == "absolute":  # which does not look at norms: these are of the factors, unrounded
         assert all(map(torch.equal, *results))
-    # By the way that a tensor went: where a bias cancels a gradient, Adam makes much of a rounding of one element.
-    for one, other, start in zip(*results, weights.values(), strict=True):
-        way = (one - start).float().norm()
-        assert (one - other).float().norm() <= (1e-4 if dtype == F32 else 0.05) * way
+    # Where a bias cancels a gradient, Adam makes much of a rounding: in bfloat16 of one element or two.
+    for one, other in zip(*results, strict=True):
+        rtol, atol = (1e-5, 1e-7) if dtype == F32 else (2**-7, 1e-5)
+        assert int((~torch.isclose(one, other, rtol=rtol, atol=atol)).sum()) <= (0 if dtype == F32 else 2)
 
 
 @both_dtypes
