@@ -64,4 +64,4 @@ $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	touch $@
 
 clean:
-	rm -rf build $(VENV) .venv-* drift_kernels/*.so *.egg-info
+	rm -rf build $(VENV) $(TRAINER:%=.venv-%) drift_kernels/*.so *.egg-info
