@@ -30,8 +30,8 @@ from drift_kernels import FusedDriftAdamW, build_prior
 from drift_kernels.integrations.transformers import use_drift
 
 from . import tiny
-from .digit_sums.data import GRID, IMAGE, IMAGE_SIZE, MERGE_SIZE, PATCH_SIZE, DigitImages, ImagesByDigit, patches
-from .digit_sums.models import VISION
+from .digit_sums.data import IMAGE, IMAGE_SIZE, DigitImages, ImagesByDigit
+from .digit_sums.qwen2_5_vl import GRID, MERGE_SIZE, PATCH_SIZE, VISION, patches
 from .transformers_trainer import arguments, figures
 from .trl_dpo import ADAPTERS_LR, LORA, LR, OPTIONS, STEPS
 from .trl_sft import quiet

@@ -18,7 +18,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from drift_kernels.integrations import unwrap_optimizer
 from examples import tiny, trl_vision
-from examples.digit_sums.data import DigitImages, patches
+from examples.digit_sums.data import DigitImages
+from examples.digit_sums.qwen2_5_vl import patches
 from examples.trl_sft import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

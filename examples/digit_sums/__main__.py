@@ -1,64 +1,83 @@
-"""Run the experiment: print the table, write results.json, loss.png and trade_off.png."""
+"""Run experiments: print their tables, write a JSON file and figures for each."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import peft
+import transformers
 from rich.console import Console
 
+import drift_kernels
+from benchmarks.rows import row_metadata
+
 from . import figures, report
-from .parallel import run_seeds
-from .settings import ARMS, Settings
+from .analysis import answer
+from .experiments import DEMO, EXPERIMENTS
+from .parallel import Pool, quiet
+from .settings import Settings
 
-SHORT, FULL = 2, 5  # seeds
+DEMO_SEEDS, SEEDS = 2, 10
 
 
-def main() -> None:
-    arguments = parse_arguments("python -m examples.digit_sums", __doc__, Path("runs/digit_sums"))
-    console, settings = Console(), Settings()
-    arms = [arm for arm in ARMS if arm.in_short or arguments.seeds > SHORT]
+def main(command: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(command)
+    console = Console()
+    quiet()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    versions = {module.__name__: module.__version__ for module in (drift_kernels, transformers, peft)}
+    try:
+        pool = Pool(Settings(), arguments.out, row_metadata() | versions, console)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     started = time.monotonic()
-    records = run_seeds(range(arguments.seeds), settings, arms, arguments.out, console)
-    seconds = time.monotonic() - started
-
-    summary = report.summarize(records, arms)
-    console.print(report.table(summary, arms, arguments.seeds))
-    console.print(
-        "Held-out sums: of digit pairs that no image example added. Seen sums: of the fine-tuning's pairs.\n"
-        "Reading: both digits are named right, whatever follows. "
-        f"The text expert adds {report.percent(summary['expert'])} % of its text sums right.",
-        highlight=False,
-    )
-    files = [arguments.out / name for name in ("results.json", "loss.png", "trade_off.png")]
-    report.write_json(files[0], settings, arms, records, summary, seconds)
-    figures.draw_loss(files[1], records, arms)
-    figures.draw_trade_off(files[2], records, arms)
-    console.print(f"{seconds / 60:.1f} minutes. Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    try:
+        for name in arguments.experiment:
+            run_experiment(name, arguments.seeds, arguments.out, pool, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted. What is done stays; the same command goes on from there.", highlight=False)
+        return 130
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes.", highlight=False)
+    return 0
 
 
-def parse_arguments(command: str, what: str | None, out: Path) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=command, description=what)
-    seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument(
-        "--short",
-        dest="seeds",
-        action="store_const",
-        const=SHORT,
-        help=f"{SHORT} seeds and fewer arms: a few minutes (the default)",
+def run_experiment(name: str, seeds: int | None, out: Path, pool: Pool, console: Console) -> None:
+    experiment, default = (DEMO, DEMO_SEEDS) if name == "demo" else (EXPERIMENTS[name], SEEDS)
+    result = answer(name, experiment, range(seeds or default), pool)
+    result["command"] = f"python -m examples.digit_sums --experiment {name}{f' --seeds {seeds}' if seeds else ''}"
+    console.print(report.table(result, experiment.scores))
+    written = [report.write_json(out, result), *figures.draw(out, result, experiment)]
+    console.print(f"Written: {', '.join(map(str, written))}\n", highlight=False, soft_wrap=True)
+
+
+def parse_arguments(command: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.digit_sums", description=__doc__)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--experiment",
+        nargs="+",
+        choices=("demo", *EXPERIMENTS),
+        default=["demo"],
+        metavar="NAME",
+        help=f"of demo (the default: {DEMO_SEEDS} seeds, two minutes), {', '.join(EXPERIMENTS)}",
     )
-    seeds.add_argument("--full", dest="seeds", action="store_const", const=FULL, help=f"{FULL} seeds")
-    seeds.add_argument(
-        "--seeds",
-        type=positive,
-        metavar="N",
-        help=f"that many seeds, from 0 on; up to {SHORT} with the arms of --short",
+    what.add_argument("--all", dest="experiment", action="store_const", const=list(EXPERIMENTS), help="but the demo")
+    parser.add_argument(
+        "--seeds", type=positive, metavar="N", help=f"from 0 on (default: {SEEDS}, and {DEMO_SEEDS} of the demo)"
     )
-    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="where to write (default: %(default)s)")
-    parser.set_defaults(seeds=SHORT)
-    return parser.parse_args()
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/digit_sums"),
+        metavar="DIR",
+        help="where to write; what is done there is not done again (default: %(default)s)",
+    )
+    return parser.parse_args(command)
 
 
 def positive(text: str) -> int:
@@ -69,4 +88,4 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,23 +1,27 @@
-"""Digits to read, sums to do: the images, the texts about them, and the batches that Qwen2 and Qwen2.5-VL take.
+"""Digits to read, sums to do: the images, the texts about them, and batches of them.
 
-Every example asks about two digits. They are given as text ("37,") or as two images; the answer is their reading
-("3+7") or a chain that ends in their sum ("3+7=10").
+Most examples ask about two digits. They are given as text ("37,") or as two images; the answer is their reading
+("3+7") or a chain that ends in their sum ("3+7=10"). Others show one image, and ask for its digit ("7").
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+
+if TYPE_CHECKING:
+    from .families import Family
 
 Pair = tuple[int, int]
+Digits = tuple[int, ...]  # a pair, or one alone
 ImagesByDigit = list[list[Tensor]]
 
 PAD, EOS, VISION_START, IMAGE, VISION_END = "<pad>", "<eos>", "<vision_start>", "<image>", "<vision_end>"
@@ -25,38 +29,34 @@ TOKENS = (PAD, EOS, VISION_START, IMAGE, VISION_END, *",+=0123456789")
 TOKEN_ID = {token: index for index, token in enumerate(TOKENS)}
 LONGEST_ANSWER = len([*"9+9=18", EOS])
 
-IMAGE_SIZE, PATCH_SIZE, MERGE_SIZE = 8, 4, 2  # pixels, pixels, patches that become one token
-GRID = IMAGE_SIZE // PATCH_SIZE
-IMAGE_PROMPT = (VISION_START, *[IMAGE] * (GRID // MERGE_SIZE) ** 2, VISION_END)
+IMAGE_SIZE = 8  # pixels
 
 ALL_PAIRS: tuple[Pair, ...] = tuple(itertools.product(range(10), repeat=2))
-
-# transformers 5 finds the images of a prompt by token types, transformers 4 by the vision tokens; it rejects the types.
-_TAKES_TOKEN_TYPES = "mm_token_type_ids" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
+SUMS = range(19)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question and its answer. `images` is empty for a text question, else two float32 [8, 8], in -1..1."""
+    """A question and its answer. `images` is empty for a text question, else a float32 [8, 8], in -1..1, for each
+    digit."""
 
-    pair: Pair
+    digits: Digits
     answer: str
     images: tuple[Tensor, ...] = field(default=(), repr=False)
 
-    @property
-    def prompt(self) -> list[str]:
-        shown = [IMAGE_PROMPT] * len(self.images) or map(str, self.pair)
+    def prompt(self, image_prompt: Sequence[str]) -> list[str]:
+        shown = [image_prompt] * len(self.images) or map(str, self.digits)
         return [*itertools.chain.from_iterable(shown), ","]
 
 
-def reading(pair: Pair) -> str:
-    """What is seen: "3+7"."""
-    return f"{pair[0]}+{pair[1]}"
+def reading(digits: Digits) -> str:
+    """What is seen: "3+7", or "7" of one image."""
+    return "+".join(map(str, digits))
 
 
-def chain(pair: Pair) -> str:
+def chain(digits: Digits) -> str:
     """First what is seen, then the result: "3+7=10"."""
-    return f"{reading(pair)}={sum(pair)}"
+    return f"{reading(digits)}={sum(digits)}"
 
 
 class DigitImages:
@@ -85,27 +85,64 @@ def split_pairs(rng: random.Random) -> tuple[list[Pair], list[Pair]]:
     return sorted(seen), sorted(set(ALL_PAIRS) - seen)
 
 
-def text_examples(answer: Callable[[Pair], str]) -> list[Example]:
+def text_examples(answer: Callable[[Digits], str]) -> list[Example]:
     """All 100 pairs, given as text; `answer` is `reading` or `chain`."""
     return [Example(pair, answer(pair)) for pair in ALL_PAIRS]
 
 
 def image_examples(
-    pairs: Sequence[Pair], images: ImagesByDigit, count: int, answer: Callable[[Pair], str], rng: random.Random
+    asked: Sequence[Digits], images: ImagesByDigit, count: int, answer: Callable[[Digits], str], rng: random.Random
 ) -> list[Example]:
-    """`count` examples that go round the pairs evenly, each with images drawn at random."""
-    shown = itertools.islice(itertools.cycle(pairs), count)
-    return [Example(pair, answer(pair), tuple(rng.choice(images[digit]) for digit in pair)) for pair in shown]
+    """`count` examples that go round `asked` evenly, each with images drawn at random."""
+    shown = itertools.islice(itertools.cycle(asked), count)
+    return [Example(digits, answer(digits), tuple(rng.choice(images[digit]) for digit in digits)) for digits in shown]
 
 
-def collate(examples: Sequence[Example], with_answers: bool = True) -> dict[str, Tensor]:
+def with_wrong_sums(examples: Sequence[Example], share: float, rng: random.Random) -> list[Example]:
+    """The same examples; `share` of them, drawn at random, end in another sum than theirs."""
+    wrong = set(rng.sample(range(len(examples)), round(share * len(examples))))
+    return [_with_wrong_sum(example, rng) if i in wrong else example for i, example in enumerate(examples)]
+
+
+def _with_wrong_sum(example: Example, rng: random.Random) -> Example:
+    other = rng.choice([number for number in SUMS if number != sum(example.digits)])
+    return replace(example, answer=f"{reading(example.digits)}={other}")
+
+
+@dataclass(frozen=True)
+class SeedData:
+    """All examples of a seed. Which pairs are held out, which images are set aside and what is drawn follow from it."""
+
+    readings: list[Example]  # the reader's training
+    tuning_sums: list[Example]
+    seen_sums: list[Example]
+    held_out_sums: list[Example]
+    single_digits: list[Example]
+
+    @classmethod
+    @functools.lru_cache(maxsize=2)
+    def of(cls, seed: int, reader: int, tuning: int, test: int, test_images: int) -> SeedData:
+        """`reader`, `tuning` and `test` are numbers of examples."""
+        images, rng = DigitImages(seed, test_images), random.Random(seed)
+        seen, held_out = split_pairs(rng)
+        singles = [(digit,) for digit in range(10)]
+        return cls(
+            readings=image_examples(ALL_PAIRS, images.train, reader, reading, rng)
+            + image_examples(singles, images.train, reader // 4, reading, rng),
+            tuning_sums=image_examples(seen, images.train, tuning, chain, rng),
+            seen_sums=image_examples(seen, images.test, test, chain, rng),
+            held_out_sums=image_examples(held_out, images.test, test, chain, rng),
+            single_digits=image_examples(singles, images.test, test, reading, rng),
+        )
+
+
+def collate(examples: Sequence[Example], family: Family, with_answers: bool = True) -> dict[str, Tensor]:
     """A batch for `model(**batch)`, or `with_answers=False` the prompts alone, for `model.generate(**batch)`.
 
     Returns int64 `input_ids` and `attention_mask` [examples, length], padded on the right, and `labels` for the
-    answers; with images also float32 `pixel_values` [patches, pixels of a patch] and int64 `image_grid_thw`
-    [images, 3].
+    answers; with images also what the family takes of them.
     """
-    prompts = [encode(example.prompt) for example in examples]
+    prompts = [encode(example.prompt(family.IMAGE_PROMPT)) for example in examples]
     answers = [encode([*example.answer, EOS]) if with_answers else [] for example in examples]
     rows = list(zip(prompts, answers, strict=True))
     batch = {
@@ -116,10 +153,7 @@ def collate(examples: Sequence[Example], with_answers: bool = True) -> dict[str,
         batch["labels"] = _pad([[-100] * len(prompt) + answer for prompt, answer in rows], -100)
     images = [image for example in examples for image in example.images]
     if images:
-        batch["pixel_values"] = patches(torch.stack(images))
-        batch["image_grid_thw"] = torch.tensor([[1, GRID, GRID]] * len(images))
-        if _TAKES_TOKEN_TYPES:
-            batch["mm_token_type_ids"] = (batch["input_ids"] == TOKEN_ID[IMAGE]).int()
+        batch |= family.image_inputs(torch.stack(images), batch["input_ids"])
     return batch
 
 
@@ -130,13 +164,6 @@ def encode(tokens: Iterable[str]) -> list[int]:
 def decode(ids: Iterable[int]) -> str:
     """The text before the first end token."""
     return "".join(itertools.takewhile(lambda token: token != EOS, (TOKENS[i] for i in ids)))
-
-
-def patches(images: Tensor) -> Tensor:
-    """Cut images [n, 8, 8] into the rows that Qwen2.5-VL's vision tower takes: patches that it merges lie together."""
-    groups = GRID // MERGE_SIZE
-    grid = images.reshape(-1, groups, MERGE_SIZE, PATCH_SIZE, groups, MERGE_SIZE, PATCH_SIZE)
-    return grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, PATCH_SIZE * PATCH_SIZE)
 
 
 def _pad(rows: list[list[int]], value: int) -> Tensor:

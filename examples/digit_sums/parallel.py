@@ -1,12 +1,16 @@
-"""Seeds side by side: a process and a progress bar each."""
+"""Runs side by side, a process for each core, and a bar that shows how far they are."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import signal
+import time
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -14,58 +18,131 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .experiment import SeedRun
-from .settings import Arm, Settings
+from .cells import Cell, Cells
+from .checkpoints import Checkpoints
+from .run import Runner, stage_of
+from .settings import Run, Settings, World
 
 
-def run_seeds(
-    seeds: Sequence[int], settings: Settings, arms: Sequence[Arm], out: Path, console: Console
-) -> list[dict[str, Any]]:
-    """The records of all seeds, in order. Checkpoints and priors stay in `out`/seed-N."""
-    columns = (
-        TextColumn("{task.fields[seed]}"),
+class Pool:
+    """Makes runs, or takes them from those that are done.
+
+    Args:
+        settings: of all runs.
+        root: of the checkpoints and the results.
+        made_by: commit and versions, which are kept with each result.
+        console: where the bar is drawn.
+    """
+
+    def __init__(self, settings: Settings, root: Path, made_by: Mapping[str, Any], console: Console) -> None:
+        self.settings, self.root, self.made_by, self.console = settings, root, made_by, console
+        self.cells = Cells(root, settings)
+
+    def cells_of(self, runs: Iterable[Run], what: str) -> dict[Run, Cell]:
+        """Of each run. The models that the runs need are made first; `what` names the runs in the bar."""
+        runs = list(dict.fromkeys(runs))
+        missing = [run for run in runs if self.cells.get(run) is None]
+        if missing:
+            self._make_models(missing)
+            jobs = [(_make_run, (run, self.settings, self.root, self.made_by)) for run in missing]
+            steps = sum(stage_of(run.arm, self.settings).steps for run in missing)
+            self._work(f"{what}: {len(missing)} runs", jobs, steps)
+        return {run: _there(self.cells.get(run)) for run in runs}
+
+    def expert_scores(self, seeds: Iterable[int], world: World) -> list[float]:
+        """Of experts that are there."""
+        made = [Checkpoints(seed, self.settings, world, self.root, _ignore) for seed in seeds]
+        return [checkpoints.expert_score() for checkpoints in made]
+
+    def _make_models(self, runs: Sequence[Run]) -> None:
+        """One job for a seed of a family, whose experts share their base."""
+        worlds: dict[tuple[int, str], list[World]] = {}
+        missing: dict[Path, int] = {}
+        for run in runs:
+            world = World(run.world.family, run.world.expert_steps)
+            steps = Checkpoints(run.seed, self.settings, world, self.root, _ignore).missing()
+            if steps and world not in (known := worlds.setdefault((run.seed, world.family), [])):
+                known.append(world)
+            missing |= steps
+        if worlds:
+            jobs = [(_make_models, (seed, found, self.settings, self.root)) for (seed, _), found in worlds.items()]
+            self._work(f"models of {len(jobs)} seeds", jobs, sum(missing.values()))
+
+    def _work(self, what: str, jobs: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], steps: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        with (
+            spawn.Manager() as manager,
+            _pool(min(len(jobs), os.cpu_count() or 1), spawn) as pool,
+            Progress(*_columns(), console=self.console) as progress,
+        ):
+            done_steps = manager.Queue()
+            bar = progress.add_task(what, total=steps, now="")
+            running: set[Future[None]] = {pool.submit(job, done_steps, *arguments) for job, arguments in jobs}
+            while running:
+                done, running = wait(running, timeout=0.2)
+                while not done_steps.empty():
+                    progress.update(bar, advance=1, now=done_steps.get())
+                for future in done:
+                    future.result()
+            progress.update(bar, completed=steps, now="")
+
+
+@contextmanager
+def _pool(workers: int, context: Any) -> Iterator[ProcessPoolExecutor]:
+    """A pool that drops what it has not begun when an error or Ctrl-C ends the block."""
+    pool = ProcessPoolExecutor(workers, context, prepare_process)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _columns() -> tuple[Any, ...]:
+    return (
+        TextColumn("{task.description}"),
         BarColumn(),
-        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps,"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.fields[now]}"),
     )
-    spawn = multiprocessing.get_context("spawn")
-    workers = min(len(seeds), os.cpu_count() or 1)
-    with (
-        spawn.Manager() as manager,
-        ProcessPoolExecutor(workers, spawn, prepare_process) as pool,
-        Progress(*columns, console=console) as progress,
-    ):
-        steps = manager.Queue()
-        total = settings.total_steps(arms)
-        bars = {seed: progress.add_task("waiting", total=total, start=False, seed=f"seed {seed}") for seed in seeds}
-        futures = [pool.submit(_run_seed, seed, settings, arms, out / f"seed-{seed}", steps) for seed in seeds]
-        running = set(futures)
-        while running:
-            done, running = wait(running, timeout=0.2)
-            while not steps.empty():
-                seed, description = steps.get()
-                progress.start_task(bars[seed])
-                progress.update(bars[seed], advance=1, description=description)
-            if any(future.exception() for future in done):
-                pool.shutdown(cancel_futures=True)
-                break
-        for seed in seeds:
-            progress.update(bars[seed], description="")
-        return [future.result() for future in futures]
 
 
 def prepare_process() -> None:
-    """One thread, so that results do not depend on the machine's core count; and no chatter from transformers."""
+    """One thread, so that results do not depend on the machine's core count; and no chatter. Ctrl-C is the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
+
+
+def quiet() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("drift_kernels").setLevel(logging.WARNING)  # not what each prior is bound to
     warnings.simplefilter("ignore", FutureWarning)  # of how PEFT calls transformers
 
 
-def _run_seed(seed: int, settings: Settings, arms: Sequence[Arm], folder: Path, steps: Queue[Any]) -> dict[str, Any]:
-    return SeedRun(seed, settings, folder, lambda name: steps.put((seed, name))).run(arms)
+def _make_models(steps: Queue[str], seed: int, worlds: list[World], settings: Settings, root: Path) -> None:
+    for world in worlds:
+        made = Checkpoints(seed, settings, world, root, lambda what: steps.put(f"seed {seed}: {what}"))
+        made.reader()
+        made.expert_score()
+
+
+def _make_run(steps: Queue[str], run: Run, settings: Settings, root: Path, made_by: Mapping[str, Any]) -> None:
+    started = time.monotonic()
+    record = Runner(run, settings, root, lambda what: steps.put(f"seed {run.seed}: {what}")).record()
+    Cells(root, settings).put(run, {**record, "seconds": round(time.monotonic() - started, 2), "made_by": made_by})
+
+
+def _there(cell: Cell | None) -> Cell:
+    assert cell is not None
+    return cell
+
+
+def _ignore(what: str) -> None:
+    pass

@@ -1,4 +1,4 @@
-"""The prior's two uses outside the optimizer: building it with the command line tool, and merging."""
+"""The prior's uses outside the optimizer: building it with the command line tool, and merging."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import io
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drift_kernels import Prior, cli
+from drift_kernels.prior.summary import group_deltas
 
 
 def drift_prior(*arguments: object) -> None:
@@ -22,9 +23,26 @@ def drift_prior(*arguments: object) -> None:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, task_vector: Path, weight: float) -> None:
-    """Task arithmetic, in place: add `weight` times the task vector, a prior on disk, to the parameters it matches."""
-    vector = Prior.open(task_vector)
+def add(model: nn.Module, vector: Path, weight: float) -> None:
+    """Task arithmetic, in place: add `weight` times a vector, a prior on disk, to the parameters it matches."""
+    stored = Prior.open(vector)
     params = dict(model.named_parameters())
-    for name, delta_name in vector.match(params.items(), strict=True).matched.items():
-        params[name].add_(vector.load(delta_name), alpha=weight)
+    for name, delta_name in stored.match(params.items(), strict=True).matched.items():
+        params[name].add_(stored.load(delta_name), alpha=weight)
+
+
+def random_direction(prior: Path, seed: int) -> dict[str, Tensor]:
+    """Deltas that point anywhere, each as long as the prior's."""
+    generator, stored = torch.Generator().manual_seed(seed), Prior.open(prior)
+    deltas = {}
+    for name in stored.names:
+        delta = stored.load(name)
+        noise = torch.randn(delta.shape, generator=generator)
+        deltas[name] = noise * (delta.norm() / noise.norm() if noise.any() else 0.0)
+    return deltas
+
+
+def kept_energy(low_rank: Path) -> float:
+    """The part of a prior's energy, the sum of its squares, that its low-rank form keeps."""
+    (group,) = group_deltas(Prior.open(low_rank), lambda name: True).values()
+    return 1.0 if group.kept_energy is None else group.kept_energy

@@ -1,85 +1,94 @@
-"""What came out, over the seeds: the table and the JSON file."""
+"""Results as tables, in the terminal and in Markdown, and as JSON files."""
 
 from __future__ import annotations
 
 import json
-import platform
-import statistics
+import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich.table import Table
 
-import drift_kernels
+from .analysis import SCORES, Result
 
-from .settings import Arm, Settings
-
-Record = dict[str, Any]  # of one seed, from SeedRun.run
-Spread = dict[str, float | None]
-
-SCORES = {"held_out_sums": "held-out sums", "seen_sums": "seen sums", "reading": "reading"}
+Estimate = dict[str, Any]  # mean, low and high, of shares
 
 
-def spread(values: list[float]) -> Spread:
-    """Mean and sample standard deviation, which is None for a single value."""
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+def percent(value: Estimate) -> str:
+    """As "43.8 [41.2, 46.1]", or "43.8" of one seed."""
+    mean = f"{100 * value['mean']:.1f}"
+    return mean if value["low"] is None else f"{mean} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
-def percent(value: Spread) -> str:
-    """As "43.8", or "43.8 ± 2.1" over several seeds."""
-    mean, std = value["mean"], value["std"]
-    return f"{100 * mean:.1f}" if std is None else f"{100 * mean:.1f} ± {100 * std:4.1f}"
+def points(value: Estimate) -> str:
+    """A difference, as "+12.4 [+5.0, +20.1]"."""
+    mean = f"{100 * value['mean']:+.1f}"
+    return mean if value["low"] is None else f"{mean} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
-def summarize(records: Sequence[Record], arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
-    """The spread over the seeds of the expert's text sums, and of each arm's scores."""
-    scores = {
-        arm.name: {score: spread([record["arms"][arm.name]["scores"][score] for record in records]) for score in SCORES}
-        for arm in arms
-    }
-    return {"expert": spread([record["expert"] for record in records]), "arms": scores}
+def setting(entry: dict[str, Any]) -> str:
+    """What was chosen for an entry, in words."""
+    arm = entry["arm"]
+    words = []
+    if arm["merge"]:
+        words.append(f"weight {arm['merge']:g}")
+    if arm["vector"] == "ties":
+        words.append(f"density {arm['density']:g}")
+    if arm["scaling"]:
+        words.append(f"alpha {arm['alpha']:g}")
+    if arm["lr"]:
+        words.append(f"lr {arm['lr']:g}")
+    return ", ".join(words)
 
 
-def table(summary: dict[str, dict[str, Any]], arms: Sequence[Arm], n_seeds: int) -> Table:
-    """Each arm's scores in percent, the best mean of each column in bold."""
-    over = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "one seed"
-    result = Table(title=f"Right answers about unseen images, % ({over})", title_justify="left")
-    result.add_column("arm", no_wrap=True)
-    result.add_column("alpha", justify="right")
-    for heading in SCORES.values():
-        result.add_column(heading, justify="right")
-    scores = summary["arms"]
-    best = {score: max(scores[arm.name][score]["mean"] for arm in arms) for score in SCORES}
-    for arm in arms:
-        cells = [
-            f"[bold]{percent(value)}[/]" if value["mean"] == best[score] else percent(value)
-            for score, value in scores[arm.name].items()
+def rows(result: Result, scores: Sequence[str]) -> list[list[str]]:
+    """A heading, and a row for each entry: its name, its setting, its scores, and its held-out sums against the
+    references."""
+    references = list(dict.fromkeys(line for entry in result["entries"] for line in entry["against"]))
+    main = scores[0]
+    heading = [
+        "",
+        "setting",
+        *(SCORES[score] for score in scores),
+        *(f"{SCORES[main]} - those of {line}" for line in references),
+    ]
+    body = [
+        [
+            entry["name"],
+            setting(entry),
+            *(percent(entry["scores"][score]) for score in scores),
+            *(points(entry["against"][line][main]) if line in entry["against"] else "" for line in references),
         ]
-        result.add_row(arm.name, f"{arm.alpha:g}" if arm.scaling else "", *cells)
-    return result
+        for entry in result["entries"]
+    ]
+    return [heading, *body]
 
 
-def write_json(
-    path: Path,
-    settings: Settings,
-    arms: Sequence[Arm],
-    records: Sequence[Record],
-    summary: dict[str, dict[str, Any]],
-    seconds: float | None = None,
-) -> None:
-    """Everything that the table and the figures are made of, and what produced it."""
-    modules = (drift_kernels, torch, transformers)
-    versions = {module.__name__: module.__version__ for module in modules} | {"python": platform.python_version()}
-    content = {
-        "versions": versions,
-        "seconds": None if seconds is None else round(seconds, 1),
-        "settings": asdict(settings),
-        "arms": [asdict(arm) for arm in arms],
-        "summary": summary,
-        "seeds": records,
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def table(result: Result, scores: Sequence[str]) -> Table:
+    """For the terminal."""
+    heading, *body = rows(result, scores)
+    made = Table(title=f"{result['question']} %, means of {len(result['seeds'])} seeds [95 %]", title_justify="left")
+    for i, text in enumerate(heading):
+        made.add_column(text, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in body:
+        made.add_row(*row)
+    return made
+
+
+def markdown(result: Result, scores: Sequence[str]) -> str:
+    """For a page."""
+    heading, *body = rows(result, scores)
+    lines = [heading, ["---"] * len(heading), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def write_json(out: Path, result: Result) -> Path:
+    """Lists of numbers stand on a line of their own."""
+    text = json.dumps(result, indent=1)
+    text = re.sub(
+        r"\[\s*([-\d.eE+,\s]+?)\s*\]", lambda found: f"[{', '.join(found[1].replace(',', ' ').split())}]", text
+    )
+    path = out / f"{result['experiment']}.json"
+    path.write_text(text + "\n")
+    return path

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import (
     PreTrainedModel,
@@ -17,7 +19,10 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from .data import LONGEST_ANSWER, Example, collate, decode
+from drift_kernels import FusedDriftAdamW
+
+from .data import LONGEST_ANSWER, Example, collate, decode, reading
+from .families import Family
 from .settings import Stage
 
 LossCurve = list[tuple[int, float]]  # (step, mean loss of the steps since the last one)
@@ -39,6 +44,7 @@ class AfterStep(TrainerCallback):
 def fit(
     model: PreTrainedModel,
     examples: list[Example],
+    family: Family,
     optimizer: Optimizer,
     stage: Stage,
     after_step: Sequence[Callable[[], object]],
@@ -46,12 +52,13 @@ def fit(
     seed: int,
     folder: Path,
 ) -> LossCurve:
-    """Train in place. The seed alone decides the order of the examples."""
+    """Train in place. The seed alone decides the order of the examples; `folder` is the Trainer's, which leaves it
+    empty."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=stage.steps,
         per_device_train_batch_size=stage.batch_size,
-        max_grad_norm=0,  # the optimizer clips the gradient itself, after the prior has acted on it
+        max_grad_norm=0,  # the optimizer clips
         seed=seed,
         logging_steps=LOG_EVERY,
         log_level="error",
@@ -65,7 +72,7 @@ def fit(
     trainer = Trainer(
         model=model,
         args=arguments,
-        data_collator=collate,
+        data_collator=functools.partial(collate, family=family),
         train_dataset=examples,
         optimizers=(optimizer, schedule),
         callbacks=[AfterStep(*after_step)],
@@ -76,12 +83,34 @@ def fit(
 
 
 @torch.inference_mode()
-def answers(model: PreTrainedModel, examples: list[Example], batch_size: int = 250) -> list[str]:
+def answers(model: PreTrainedModel, examples: list[Example], family: Family, batch_size: int = 250) -> list[str]:
     """What the model answers, greedily, to prompts of one length."""
     model.eval()
     said = []
     for start in range(0, len(examples), batch_size):
-        prompts = collate(examples[start : start + batch_size], with_answers=False)
+        prompts = collate(examples[start : start + batch_size], family, with_answers=False)
         tokens = model.generate(**prompts, max_new_tokens=LONGEST_ANSWER, do_sample=False)
         said += [decode(row) for row in tokens[:, prompts["input_ids"].shape[1] :].tolist()]
     return said
+
+
+def share_right(said: list[str], examples: list[Example]) -> float:
+    """The share of answers that are right to the last character."""
+    return sum(text == example.answer for text, example in zip(said, examples, strict=True)) / len(examples)
+
+
+def share_read(said: list[str], examples: list[Example]) -> float:
+    """The share of answers whose part before the "=" names the digits."""
+    read = [text.partition("=")[0] for text in said]
+    return sum(text == reading(example.digits) for text, example in zip(read, examples, strict=True)) / len(examples)
+
+
+def adamw(model: nn.Module, stage: Stage, **drift: Any) -> FusedDriftAdamW:
+    """The optimizer of every stage. It clips the gradient itself, after the prior has acted on it."""
+    return FusedDriftAdamW(
+        [(name, param) for name, param in model.named_parameters() if param.requires_grad],
+        lr=stage.lr,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        **drift,
+    )

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
-from .data import EOS, IMAGE, MERGE_SIZE, PAD, PATCH_SIZE, TOKEN_ID, TOKENS, VISION_END, VISION_START
+from .data import EOS, IMAGE, IMAGE_SIZE, PAD, TOKEN_ID, TOKENS, VISION_END, VISION_START
+
+MODEL = Qwen2_5_VLForConditionalGeneration
+
+PATCH_SIZE, MERGE_SIZE = 4, 2  # pixels, patches that become one token
+GRID = IMAGE_SIZE // PATCH_SIZE
+IMAGE_PROMPT = (VISION_START, *[IMAGE] * (GRID // MERGE_SIZE) ** 2, VISION_END)
 
 HIDDEN, LAYERS, HEADS = 96, 4, 4
 ROPE_THETA = 10_000.0
@@ -40,6 +48,9 @@ VISION = {
     "out_hidden_size": HIDDEN,
 }
 
+# transformers 5 finds the images of a prompt by token types, transformers 4 by the vision tokens; it rejects the types.
+_TAKES_TOKEN_TYPES = "mm_token_type_ids" in inspect.signature(MODEL.forward).parameters
+
 
 def text_model(seed: int) -> Qwen2ForCausalLM:
     """A fresh text model."""
@@ -62,14 +73,22 @@ def multimodal_model(base: Qwen2ForCausalLM, seed: int) -> Qwen2_5_VLForConditio
         vision_end_token_id=TOKEN_ID[VISION_END],
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = MODEL(config)
     model.model.language_model.load_state_dict(base.model.state_dict())
     model.lm_head.load_state_dict(base.lm_head.state_dict())
     return model
 
 
-def random_adapters(model: Qwen2_5_VLForConditionalGeneration, rank: int, seed: int) -> PeftModel:
-    """The model with LoRA adapters on the language model's attention and MLP projections, as PEFT begins them."""
-    torch.manual_seed(seed)
-    projections = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=projections))
+def image_inputs(images: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+    """float32 `pixel_values` [patches, pixels of a patch] and int64 `image_grid_thw` [images, 3]."""
+    inputs = {"pixel_values": patches(images), "image_grid_thw": torch.tensor([[1, GRID, GRID]] * len(images))}
+    if _TAKES_TOKEN_TYPES:
+        inputs["mm_token_type_ids"] = (input_ids == TOKEN_ID[IMAGE]).int()
+    return inputs
+
+
+def patches(images: Tensor) -> Tensor:
+    """Cut images [n, 8, 8] into the rows that Qwen2.5-VL's vision tower takes: patches that it merges lie together."""
+    groups = GRID // MERGE_SIZE
+    grid = images.reshape(-1, groups, MERGE_SIZE, PATCH_SIZE, groups, MERGE_SIZE, PATCH_SIZE)
+    return grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, PATCH_SIZE * PATCH_SIZE)

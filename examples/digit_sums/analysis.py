@@ -1,0 +1,178 @@
+"""From runs to an answer: settings chosen, means with their intervals, differences seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy
+from scipy import stats
+
+from .cells import Cell
+from .experiments import Entry, Experiment
+from .parallel import Pool
+from .settings import TUNING_SEEDS, Arm, Run
+
+SCORES = {
+    "held_out_sums": "held-out sums",
+    "seen_sums": "seen sums",
+    "reading": "reading",
+    "single_digits": "single digits",
+    "single_answers": "single answers",
+}
+CHOSEN_BY = "held_out_sums"
+RESAMPLES, CONFIDENCE = 10_000, 0.95
+FEWEST = 5  # seeds that an interval is made of
+
+Result = dict[str, Any]  # what the JSON file of an experiment holds
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was tried on the tuning seeds, and what was taken: the highest mean of held-out sums, and of two that are
+    alike the first."""
+
+    tried: tuple[tuple[Arm, dict[str, list[float]]], ...]  # scores by name, one for each tuning seed
+
+    @property
+    def best(self) -> int:
+        means = [sum(scores[CHOSEN_BY]) for _, scores in self.tried]
+        return means.index(max(means))
+
+
+def choose(entries: Sequence[Entry], pool: Pool, name: str) -> dict[Entry, Choice]:
+    """For the entries that have several candidates."""
+    open_ones = [entry for entry in entries if len(entry.candidates) > 1]
+    wanted = {(entry, arm): _runs(TUNING_SEEDS, entry.tuned_in, arm) for entry in open_ones for arm in entry.candidates}
+    cells = pool.cells_of([run for runs in wanted.values() for run in runs], f"{name}, choice of settings")
+    return {
+        entry: Choice(
+            tuple((arm, _scores([cells[run] for run in wanted[entry, arm]])) for arm in entry.candidates),
+        )
+        for entry in open_ones
+    }
+
+
+def answer(name: str, experiment: Experiment, seeds: Sequence[int], pool: Pool) -> Result:
+    """Choose settings, run all entries on the seeds, and sum them up."""
+    choices = choose(experiment.entries, pool, name)
+    arms = {}
+    for entry in experiment.entries:
+        arm = entry.candidates[0]
+        if entry in choices:
+            arm = choices[entry].tried[choices[entry].best][0]
+        arms[entry] = replace(arm, **dict(entry.then))
+    runs = {entry: _runs(seeds, entry.world, arm) for entry, arm in arms.items()}
+    cells = pool.cells_of([run for several in runs.values() for run in several], name)
+    of_entry = {entry: [cells[run] for run in several] for entry, several in runs.items()}
+    scores = {entry: _scores(several) for entry, several in of_entry.items()}
+    return {
+        "experiment": name,
+        "question": experiment.question,
+        "seeds": list(seeds),
+        "tuning_seeds": list(TUNING_SEEDS),
+        "chosen_by": CHOSEN_BY,
+        "interval": f"{CONFIDENCE:.0%}, bootstrap over seeds (BCa, {RESAMPLES} resamples)",
+        "experts": {str(steps): mean_and_interval(found) for steps, found in _experts(experiment, seeds, pool).items()},
+        "entries": [
+            {
+                "name": entry.name,
+                "line": entry.line,
+                "x": entry.x,
+                "world": asdict(entry.world),
+                "arm": asdict(arms[entry]),
+                "tried": _tried(choices.get(entry)),
+                "scores": {
+                    score: {**mean_and_interval(values), "seeds": values} for score, values in scores[entry].items()
+                },
+                "against": _differences(entry, scores, experiment.references),
+                "kept_energy": _mean_of([cell.get("kept_energy") for cell in of_entry[entry]]),
+                "loss": mean_loss(of_entry[entry]),
+            }
+            for entry in experiment.entries
+        ],
+        "core_seconds": round(sum(cell["seconds"] for cell in cells.values())),
+        "made_by": _distinct([cell["made_by"] for cell in cells.values()]),
+    }
+
+
+def mean_and_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and its bootstrap interval (Efron, 1987: bias-corrected and accelerated), None of too few values."""
+    mean = float(numpy.mean(values))
+    if len(values) < FEWEST:
+        return {"mean": mean, "low": None, "high": None}
+    if len(set(values)) == 1:
+        return {"mean": mean, "low": mean, "high": mean}
+    found = stats.bootstrap(
+        (values,),
+        numpy.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="BCa",
+        rng=numpy.random.default_rng(0),
+    ).confidence_interval
+    return {"mean": mean, "low": float(found.low), "high": float(found.high)}
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of the points that no other point is at least as good as in both and better in one."""
+    return [
+        name
+        for name, (x, y) in points.items()
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())
+    ]
+
+
+def mean_loss(cells: Sequence[Cell]) -> list[tuple[int, float]]:
+    """The loss curve, averaged over the seeds."""
+    curves = [cell["loss"] for cell in cells]
+    return [
+        (points[0][0], round(float(numpy.mean([loss for _, loss in points])), 4))
+        for points in zip(*curves, strict=True)
+    ]
+
+
+def _runs(seeds: Sequence[int], world: Any, arm: Arm) -> list[Run]:
+    return [Run(seed, world, arm) for seed in seeds]
+
+
+def _scores(cells: Sequence[Cell]) -> dict[str, list[float]]:
+    return {score: [cell["scores"][score] for cell in cells] for score in SCORES}
+
+
+def _differences(
+    entry: Entry, scores: Mapping[Entry, dict[str, list[float]]], references: Sequence[str]
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """By reference and score: entry - reference, paired by seed. A reference at the same x comes before one without."""
+    found = {}
+    for line in references:
+        same = [other for other in scores if other.line == line and other.x in (entry.x, None)]
+        same.sort(key=lambda other: other.x is None)
+        if same and same[0] != entry:
+            reference = scores[same[0]]
+            found[line] = {
+                score: mean_and_interval([a - b for a, b in zip(values, reference[score], strict=True)])
+                for score, values in scores[entry].items()
+            }
+    return found
+
+
+def _tried(choice: Choice | None) -> list[dict[str, Any]]:
+    return [] if choice is None else [{"arm": asdict(arm), "scores": scores} for arm, scores in choice.tried]
+
+
+def _experts(experiment: Experiment, seeds: Sequence[int], pool: Pool) -> dict[int, list[float]]:
+    """How many text sums the experts get right, by the steps of their training."""
+    worlds = {entry.world.expert_steps or pool.settings.expert.steps: entry.world for entry in experiment.entries}
+    return {steps: pool.expert_scores(seeds, world) for steps, world in worlds.items()}
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(numpy.mean(known)) if known else None
+
+
+def _distinct(made_by: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of one commit and machine once."""
+    return list({(str(row["commit"]), row["dirty"], row["device"], row["torch"]): row for row in made_by}.values())

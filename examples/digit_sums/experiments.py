@@ -1,0 +1,295 @@
+"""The questions, and the arms that answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from .settings import RANK, Arm, Settings, World
+
+Candidates = tuple[Arm, ...]  # the best of several is found on the tuning seeds; one is taken as it is
+
+
+CLEAN = World()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a line of a table, or a point of a figure, stands for: an arm in a world.
+
+    Args:
+        line: the arm's name; the points of one line have it in common.
+        candidates: the arm, or those that its settings are chosen among.
+        world: where it is reported. The choice is made where the data are clean and the expert is a good one.
+        x: the point's place on the line, where there is one.
+        then: fields that are set after the choice.
+    """
+
+    line: str
+    candidates: Candidates
+    world: World = CLEAN
+    x: float | None = None
+    then: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.line if self.x is None else f"{self.line}, {self.x:g}"
+
+    @property
+    def tuned_in(self) -> World:
+        return World(self.world.family)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question, and what answers it.
+
+    Args:
+        references: the lines that each entry is compared with, seed by seed, at the same x where they have one.
+        figures: dots: scores by entry; lines: scores over x; front: held-out sums over readings.
+        scores: what dots and lines show.
+        x_label: of lines.
+    """
+
+    question: str
+    entries: tuple[Entry, ...]
+    references: tuple[str, ...] = ("SFT",)
+    figures: tuple[Literal["dots", "lines", "front", "loss"], ...] = ("dots",)
+    scores: tuple[str, ...] = ("held_out_sums", "reading")
+    x_label: str = ""
+
+
+def sweep(arm: Arm, **values: Sequence[float]) -> Candidates:
+    """The arm with every combination of the values of some of its fields."""
+    arms: Candidates = (arm,)
+    for field, several in values.items():
+        arms = tuple(replace(each, **{field: value}) for each in arms for value in several)
+    return arms
+
+
+def fixed(arms: Candidates, **values: float) -> Candidates:
+    """The one that has these values, though it need not be among the candidates."""
+    return (replace(arms[0], **values),)
+
+
+GRADNORM, ADAPTIVE = Arm(scaling="gradnorm"), Arm(scaling="adaptive_cosine")
+ABSOLUTE, DECOUPLED = Arm(scaling="absolute"), Arm(scaling="decoupled")
+
+
+def annealed(arm: Arm) -> Arm:
+    return replace(arm, anneal=0.5)
+
+
+def anchored(arm: Arm) -> Arm:
+    return replace(arm, anchor=True)
+
+
+ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+RANKS = (4, 8, 16, 32)  # of priors; the matrices have 96 to 192 rows and columns
+RATES = (5e-4, 2.5e-4, 1e-3)  # of rivals; with a prior the settings' own is taken
+WEIGHTS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+FORMS: dict[str, Candidates] = {
+    "no fine-tuning": (Arm(tuned=False),),
+    "task arithmetic": sweep(Arm(tuned=False), merge=(0.25, *WEIGHTS)),
+    "TIES": sweep(Arm(tuned=False, vector="ties"), density=(0.2, 0.5, 0.8), merge=(0.5, 1.0, 1.5, 2.0)),
+    "SFT": sweep(Arm(), lr=(*RATES, 2e-3)),
+    "merge, then SFT": sweep(Arm(), merge=(1.0, 0.5, 1.5, 2.0), lr=RATES),
+    "TIES, then SFT": sweep(Arm(vector="ties"), density=(0.2, 0.5, 0.8), merge=(1.0, 1.5, 2.0)),
+    "expert's weights, then SFT": sweep(Arm(vector="way"), merge=(0.25, 0.5, 0.75, 1.0), lr=RATES[:2]),
+    "absolute": sweep(ABSOLUTE, alpha=(0.001, 0.003, 0.01, 0.03, 0.1)),
+    "gradnorm": sweep(GRADNORM, alpha=ALPHAS),
+    "adaptive_cosine": sweep(ADAPTIVE, alpha=ALPHAS),
+    "decoupled": sweep(DECOUPLED, alpha=(10.0, 20.0, 40.0, 80.0)),
+    "gradnorm, annealed": sweep(annealed(GRADNORM), alpha=(1.0, 2.0, 4.0, 8.0)),
+    "adaptive_cosine, annealed": sweep(annealed(ADAPTIVE), alpha=(1.0, 2.0, 4.0, 8.0)),
+    "decoupled, annealed": sweep(annealed(DECOUPLED), alpha=(30.0, 60.0, 120.0)),
+    "gradnorm, anchor": sweep(anchored(GRADNORM), alpha=(1.5, 3.0, 6.0, 12.0)),
+    "adaptive_cosine, anchor": sweep(anchored(ADAPTIVE), alpha=(4.0, 8.0, 16.0, 32.0)),
+    "decoupled, anchor": sweep(anchored(DECOUPLED), alpha=(40.0, 80.0, 160.0, 320.0)),
+}
+
+LORA, ALONG = Arm(rank=RANK), Arm(rank=RANK, along=True)
+ADAPTERS: dict[str, Candidates] = {
+    "LoRA: SFT": sweep(LORA, lr=(5e-3, 2.5e-3, 1e-2)),
+    "LoRA: merge, then SFT": sweep(LORA, merge=(1.0, 0.5, 1.5), lr=(5e-3, 2.5e-3)),
+    "LoRA: gradnorm": sweep(replace(LORA, scaling="gradnorm"), alpha=(0.03, 0.1, 0.3, 1.0)),
+    "LoRA: gradnorm, anchor": sweep(anchored(replace(LORA, scaling="gradnorm")), alpha=(0.5, 1.0, 2.0, 4.0)),
+    "LoRA along prior: SFT": (ALONG,),
+    "LoRA along prior: decoupled, annealed": sweep(
+        annealed(replace(ALONG, scaling="decoupled")), alpha=(2.0, 4.0, 8.0)
+    ),
+    "LoRA along prior: gradnorm, anchor": sweep(
+        anchored(replace(ALONG, scaling="gradnorm")), alpha=(0.5, 1.0, 2.0, 4.0)
+    ),
+    "LoRA along prior: adaptive_cosine, anchor": sweep(
+        anchored(replace(ALONG, scaling="adaptive_cosine")), alpha=(2.0, 4.0, 8.0)
+    ),
+}
+
+
+def entries(*names: str, world: World = CLEAN, x: float | None = None) -> tuple[Entry, ...]:
+    """Those of FORMS."""
+    return tuple(Entry(name, FORMS[name], world, x) for name in names)
+
+
+def over_alpha(name: str, field: str, values: Sequence[float]) -> tuple[Entry, ...]:
+    """A form at given values of a field."""
+    return tuple(Entry(name, fixed(FORMS[name], **{field: value}), x=value) for value in values)
+
+
+def of_modules() -> tuple[Entry, ...]:
+    forms = {"gradnorm": sweep(GRADNORM, alpha=ALPHAS[1:]), "adaptive_cosine": sweep(ADAPTIVE, alpha=ALPHAS[1:])}
+    forms["adaptive_cosine, anchor"] = FORMS["adaptive_cosine, anchor"]
+    made = [
+        Entry(f"{name}: {modules}", tuple(replace(arm, modules=modules) for arm in arms))
+        for name, arms in forms.items()
+        for modules in ("attn", "mlp")
+    ]
+    both = [Entry(f"{name}: both", FORMS[name]) for name in ("absolute", *forms, "decoupled")]
+    return (*entries("SFT"), *made, *both)
+
+
+def of_ranks() -> tuple[Entry, ...]:
+    full, lora = "adaptive_cosine, anchor", "LoRA along prior: gradnorm, anchor"
+    lines = {full: FORMS[full], lora: ADAPTERS[lora]}
+    whole = [Entry(f"{line}, whole", arms) for line, arms in lines.items()]
+    low = [Entry(line, arms, x=rank, then=(("prior_rank", rank),)) for line, arms in lines.items() for rank in RANKS]
+    return (*whole, *low)
+
+
+def of_noise() -> tuple[Entry, ...]:
+    lines = ("SFT", "merge, then SFT", "adaptive_cosine", "adaptive_cosine, annealed", "adaptive_cosine, anchor")
+    shares = (0.0, 0.25, 0.5)
+    return tuple(Entry(line, FORMS[line], World(noise=share), 100 * share) for line in lines for share in shares)
+
+
+def of_experts() -> tuple[Entry, ...]:
+    lines = ("merge, then SFT", "adaptive_cosine", "adaptive_cosine, anchor")
+    made = [
+        Entry(line, FORMS[line], World(expert_steps=steps), x=steps or Settings().expert.steps)
+        for line in lines
+        for steps in (60, 100, 200, None)
+    ]
+    random = [Entry(f"{line}, random direction", FORMS[line], then=(("random", True),)) for line in lines[1:]]
+    return (*entries("SFT"), *random, *made)
+
+
+CONSTANT = Entry("constant", FORMS["adaptive_cosine"])
+MAIN = Experiment(
+    "Does a text expert's prior bring its reasoning to a model that sees, and more of it than merging does?",
+    entries(*FORMS),
+    references=("SFT", "merge, then SFT"),
+    figures=("dots", "front"),
+    scores=("held_out_sums", "seen_sums", "reading"),
+)
+EXPERIMENTS: dict[str, Experiment] = {
+    "main": MAIN,
+    "scalings": Experiment(
+        "Which scaling, and on which modules?",
+        of_modules(),
+        references=("SFT", "adaptive_cosine: both"),
+        figures=("dots", "loss"),
+    ),
+    "noise": Experiment(
+        "What do wrong sums in the fine-tuning's data do?",
+        of_noise(),
+        figures=("lines",),
+        references=("SFT", "merge, then SFT"),
+        x_label="wrong sums in the fine-tuning, %",
+    ),
+    "perception": Experiment(
+        "Is what the model could see before kept?",
+        MAIN.entries,
+        references=("no fine-tuning", "SFT"),
+        scores=("reading", "single_digits", "single_answers"),
+    ),
+    "expert": Experiment(
+        "How good must the expert be, and is it the direction that helps?",
+        of_experts(),
+        figures=("lines", "dots"),
+        references=("SFT", "merge, then SFT"),
+        x_label="steps of the expert's training",
+    ),
+    "family": Experiment(
+        "Does it hold for another family, LLaVA around Llama?",
+        entries(
+            "no fine-tuning",
+            "task arithmetic",
+            "SFT",
+            "merge, then SFT",
+            "gradnorm",
+            "adaptive_cosine",
+            "adaptive_cosine, annealed",
+            "gradnorm, anchor",
+            "adaptive_cosine, anchor",
+            "decoupled, anchor",
+            world=World("llava"),
+        ),
+        references=("SFT", "merge, then SFT"),
+        figures=("dots", "front"),
+        scores=("held_out_sums", "seen_sums", "reading"),
+    ),
+    "alpha": Experiment(
+        "How much pull?",
+        (
+            *entries("SFT"),
+            *over_alpha("merge, then SFT", "merge", WEIGHTS),
+            *over_alpha("adaptive_cosine", "alpha", ALPHAS),
+            *over_alpha("adaptive_cosine, annealed", "alpha", (1.0, 2.0, 4.0, 8.0)),
+            *over_alpha("adaptive_cosine, anchor", "alpha", (2.0, 4.0, 8.0, 16.0, 32.0)),
+        ),
+        figures=("lines", "front"),
+        x_label="alpha, or the weight of the merge (log scale)",
+    ),
+    "schedules": Experiment(
+        "When should the pull end?",
+        (
+            *entries("SFT"),
+            CONSTANT,
+            Entry("falls to 0 at the end", sweep(replace(ADAPTIVE, anneal=1.0), alpha=ALPHAS[1:])),
+            Entry("falls to 0 at 1/2", FORMS["adaptive_cosine, annealed"]),
+            Entry("falls to 0 at 1/4", sweep(replace(ADAPTIVE, anneal=0.25), alpha=(2.0, 4.0, 8.0, 16.0))),
+            Entry("anchor", FORMS["adaptive_cosine, anchor"]),
+        ),
+        references=("SFT", "constant"),
+    ),
+    "adapters": Experiment(
+        "Does it hold for LoRA?",
+        (*(Entry(name, arms) for name, arms in ADAPTERS.items()), *entries("adaptive_cosine, anchor")),
+        references=("LoRA: SFT", "LoRA: merge, then SFT"),
+        figures=("dots", "front"),
+        scores=("held_out_sums", "seen_sums", "reading"),
+    ),
+    "ranks": Experiment(
+        "How much of the prior is needed?",
+        of_ranks(),
+        references=(),
+        figures=("lines",),
+        x_label="rank of the prior's deltas (log scale)",
+    ),
+}
+
+
+def chosen(name: str, **values: float) -> Entry:
+    """A form with the settings that `main` has chosen for it, which tests/test_evidence.py compares."""
+    return Entry(name, fixed(FORMS[name], **values))
+
+
+DEMO = Experiment(
+    "Does a text expert's prior bring its reasoning to a model that sees?",
+    (
+        *entries("no fine-tuning"),
+        chosen("task arithmetic", merge=1.0),
+        chosen("SFT", lr=5e-4),
+        chosen("merge, then SFT", merge=1.0),
+        chosen("gradnorm, annealed", alpha=2.0),
+        chosen("adaptive_cosine", alpha=1.0),
+        chosen("adaptive_cosine, anchor", alpha=8.0),
+        chosen("decoupled, anchor", alpha=80.0),
+        Entry("LoRA along prior: gradnorm, anchor", fixed(ADAPTERS["LoRA along prior: gradnorm, anchor"], alpha=1.0)),
+    ),
+    figures=("front", "loss"),
+    scores=("held_out_sums", "seen_sums", "reading"),
+)

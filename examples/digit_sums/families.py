@@ -1,0 +1,29 @@
+"""The families of models: a text model, and a multimodal one around it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import llava, qwen2_5_vl
+
+
+class Family(Protocol):
+    """A module that makes the models of a family."""
+
+    MODEL: type[PreTrainedModel]  # the multimodal class
+    IMAGE_PROMPT: tuple[str, ...]  # the tokens that stand for an image
+
+    def text_model(self, seed: int) -> PreTrainedModel:
+        """A fresh text model."""
+
+    def multimodal_model(self, base: PreTrainedModel, seed: int) -> PreTrainedModel:
+        """`base` as the language model behind a fresh vision tower."""
+
+    def image_inputs(self, images: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        """What the model takes beside tokens, for images [n, 8, 8] in the order of a batch."""
+
+
+FAMILIES: dict[str, Family] = {"qwen2_5_vl": qwen2_5_vl, "llava": llava}
