@@ -14,7 +14,7 @@ SOURCES = $(shell git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh')
 .PHONY: demo test test-trainers simulate gpu lint format clean
 
 demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real digit images
-	$(BIN)/python -m examples.digit_sums --short
+	$(BIN)/python -m examples.digit_sums
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile

@@ -1,4 +1,4 @@
-"""examples/digit_sums: its data, its batches, and the whole of it at a size that proves nothing but that it runs."""
+"""examples/digit_sums: its data, its models, and single runs at a size that proves nothing but that they run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
-from drift_kernels import Prior
+from drift_kernels import Prior, PriorMismatchError
 from drift_kernels.integrations.peft import lora_prior
 from drift_kernels.prior.names import canonical_name
 
 pytest.importorskip("sklearn")
 pytest.importorskip("peft")
 
-from examples.digit_sums import data, figures, ranks, report
-from examples.digit_sums.experiment import SeedRun, share_read, share_right
-from examples.digit_sums.models import multimodal_model, text_model
-from examples.digit_sums.parallel import prepare_process
-from examples.digit_sums.priors import drift_prior, merge
-from examples.digit_sums.settings import ARMS, Arm, Settings, Stage
+from examples.digit_sums import data, llava, qwen2_5_vl
+from examples.digit_sums.checkpoints import Checkpoints
+from examples.digit_sums.families import FAMILIES
+from examples.digit_sums.parallel import quiet
+from examples.digit_sums.priors import add, drift_prior, random_direction
+from examples.digit_sums.run import Runner, stage_of
+from examples.digit_sums.settings import Arm, Run, Settings, Stage, World
+from examples.digit_sums.train import share_read, share_right
 
 TINY = Settings(
     base=Stage(3, 1e-3),
@@ -35,28 +37,43 @@ TINY = Settings(
     tuning_examples=32,
     test_examples=20,
 )
-TINY_ARMS = (
-    Arm("merge", tuned=False, merge=1.0),
-    Arm("SFT"),
-    Arm("SFT again"),
-    Arm("gradnorm, annealed", scaling="gradnorm", alpha=1.0, anneal=0.5),
-    Arm("decoupled", scaling="decoupled", alpha=10.0),
-    Arm("LoRA: SFT", rank=4),
-    Arm("LoRA: decoupled", rank=4, scaling="decoupled", alpha=10.0),
-    Arm("LoRA along the prior: decoupled", rank=4, scaling="decoupled", alpha=10.0, along=True),
-    Arm("gradnorm, rank 8", scaling="gradnorm", alpha=1.0, anneal=0.5, prior_rank=8),
-)
+CLEAN = World()
+ARMS = {
+    "merge": Arm(tuned=False, merge=1.0),
+    "SFT": Arm(),
+    "SFT at another rate": Arm(lr=2e-3),
+    "gradnorm, annealed": Arm(scaling="gradnorm", alpha=1.0, anneal=0.5),
+    "gradnorm": Arm(scaling="gradnorm", alpha=1.0),
+    "gradnorm, anchor": Arm(scaling="gradnorm", alpha=1.0, anchor=True),
+    "attention": Arm(scaling="gradnorm", alpha=1.0, modules="attn"),
+    "random": Arm(scaling="gradnorm", alpha=1.0, random=True),
+    "rank 8": Arm(scaling="gradnorm", alpha=1.0, prior_rank=8),
+    "LoRA: SFT": Arm(rank=4),
+    "LoRA: decoupled": Arm(rank=4, scaling="decoupled", alpha=10.0),
+    "LoRA along the prior": Arm(rank=4, scaling="decoupled", alpha=10.0, along=True),
+}
+
+
+def runner(root: Path, arm: Arm, world: World = CLEAN, steps: list[str] | None = None) -> Runner:
+    return Runner(Run(0, world, arm), TINY, root, lambda what: steps.append(what) if steps is not None else None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    quiet()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory):
-    threads = torch.get_num_threads()
-    prepare_process()
-    steps: list[str] = []
-    run = SeedRun(0, TINY, tmp_path_factory.mktemp("seed-0"), steps.append)
-    record = run.run(TINY_ARMS)
-    yield run, record, steps
-    torch.set_num_threads(threads)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("digit_sums")
+
+
+@pytest.fixture(scope="module")
+def records(root: Path):
+    return {name: runner(root, arm).record() for name, arm in ARMS.items()}
 
 
 def test_pairs_are_halved_with_their_mirrors():
@@ -75,8 +92,36 @@ def test_test_images_are_unseen():
     assert all(image.shape == (8, 8) and -1 <= image.min() < image.max() <= 1 for image in images.test[4])
 
 
+def test_what_is_tested_was_not_trained_on():
+    found = data.SeedData.of(5, 200, 60, 60, 500)
+    assert found is data.SeedData.of(5, 200, 60, 60, 500)
+    assert [len(part) for part in (found.readings, found.tuning_sums, found.single_digits)] == [250, 60, 60]
+    assert {example.digits for example in found.tuning_sums} == {example.digits for example in found.seen_sums}
+    assert not {example.digits for example in found.held_out_sums} & {example.digits for example in found.tuning_sums}
+    trained, tested = (
+        {id(image) for part in parts for example in part for image in example.images}
+        for parts in (
+            (found.readings, found.tuning_sums),
+            (found.seen_sums, found.held_out_sums, found.single_digits),
+        )
+    )
+    assert not trained & tested
+
+
+def test_wrong_sums_are_wrong_and_nothing_else_changes():
+    sums = data.SeedData.of(5, 200, 60, 60, 500).tuning_sums
+    noisy = data.with_wrong_sums(sums, 0.3, random.Random(1))
+    changed = [(a, b) for a, b in zip(sums, noisy, strict=True) if a != b]
+    assert len(changed) == 18
+    for right, wrong in changed:
+        assert wrong.answer.partition("=")[0] == right.answer.partition("=")[0]
+        assert int(wrong.answer.partition("=")[2]) in set(data.SUMS) - {sum(right.digits)}
+        assert (wrong.digits, wrong.images) == (right.digits, right.images)
+    assert data.with_wrong_sums(sums, 0.0, random.Random(1)) == sums
+
+
 def test_text_batch():
-    batch = data.collate([data.Example((3, 7), "3+7=10"), data.Example((3, 4), "3+4=7")])
+    batch = data.collate([data.Example((3, 7), "3+7=10"), data.Example((3, 4), "3+4=7")], qwen2_5_vl)
     first, second = batch["input_ids"].tolist()
     assert data.decode(first) == "37,3+7=10"
     assert second == [*data.encode("34,3+4=7"), data.TOKEN_ID[data.EOS], data.TOKEN_ID[data.PAD]]
@@ -84,14 +129,17 @@ def test_text_batch():
     assert batch["attention_mask"].tolist()[1] == [1] * 9 + [0]
 
 
-def test_image_batch_and_prompts():
-    images = data.DigitImages(seed=0, n_test=500)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_image_batch_and_prompts(name: str):
+    family, images = FAMILIES[name], data.DigitImages(seed=0, n_test=500)
     examples = data.image_examples([(3, 7), (9, 9)], images.train, 3, data.chain, random.Random(0))
-    assert [example.answer for example in examples] == ["3+7=10", "9+9=18", "3+7=10"]
-    batch = data.collate(examples)
-    assert (batch["input_ids"] == data.TOKEN_ID[data.IMAGE]).sum() == len(batch["image_grid_thw"]) == 6
-    assert len(batch["pixel_values"]) == batch["image_grid_thw"].prod(1).sum()
-    prompts = data.collate(examples, with_answers=False)
+    examples += data.image_examples([(4,)], images.train, 1, data.reading, random.Random(0))
+    assert [example.answer for example in examples] == ["3+7=10", "9+9=18", "3+7=10", "4"]
+    batch = data.collate(examples, family)
+    tokens = family.IMAGE_PROMPT.count(data.IMAGE)
+    assert (batch["input_ids"] == data.TOKEN_ID[data.IMAGE]).sum() == 7 * tokens
+    assert batch["pixel_values"].numel() == 7 * 64
+    prompts = data.collate(examples[:3], family, with_answers=False)
     assert "labels" not in prompts
     assert prompts["input_ids"].shape[1] == batch["input_ids"].shape[1] - data.LONGEST_ANSWER
 
@@ -99,21 +147,25 @@ def test_image_batch_and_prompts():
 def test_patches_are_the_quarters_of_an_image():
     image = torch.rand(8, 8)
     quarters = [image[:4, :4], image[:4, 4:], image[4:, :4], image[4:, 4:]]
-    assert torch.equal(data.patches(image[None]), torch.stack([quarter.flatten() for quarter in quarters]))
+    assert torch.equal(qwen2_5_vl.patches(image[None]), torch.stack([quarter.flatten() for quarter in quarters]))
 
 
-def test_reader_starts_as_the_base_and_sees_the_images():
-    base = text_model(seed=0)
-    reader = multimodal_model(base, seed=1).eval()
-    text = data.collate([data.Example((3, 7), "3+7")])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reader_starts_as_the_base_and_sees_the_images(name: str):
+    family = FAMILIES[name]
+    base = family.text_model(seed=0)
+    reader = family.multimodal_model(base, seed=1).eval()
+    text = data.collate([data.Example((3, 7), "3+7")], family)
     torch.testing.assert_close(reader(**text).logits, base(**text).logits, rtol=1e-4, atol=1e-5)
 
     images = data.DigitImages(seed=0, n_test=500)
     one, other = data.image_examples([(3, 7), (3, 8)], images.train, 2, data.reading, random.Random(0))
     changed = replace(one, images=(one.images[0], other.images[1]))
-    a, b = (reader(**data.collate([example])).logits[0] for example in (one, changed))
-    second_image = one.prompt.index(data.VISION_END) + 2
-    assert torch.equal(a[:second_image], b[:second_image])
+    a, b = (reader(**data.collate([example], family)).logits[0] for example in (one, changed))
+    prompt = one.prompt(family.IMAGE_PROMPT)
+    second_image = max(i for i, token in enumerate(prompt) if token == data.IMAGE)
+    first_of_it = second_image - family.IMAGE_PROMPT.count(data.IMAGE) + 1
+    assert torch.equal(a[:first_of_it], b[:first_of_it])
     assert not torch.allclose(a[second_image], b[second_image])
 
 
@@ -125,58 +177,123 @@ def test_scores():
     assert share_right(["3+7=10", "1+3=3"], examples) == share_read(["3+7=10", "1+3=3"], examples) == 0.5
 
 
-def test_prior_of_the_run_binds_completely(tiny_run):
-    run, _, _ = tiny_run
-    reader = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.folder / "reader")
-    coverage = Prior.open(run.folder / "prior").match(reader.named_parameters(), strict=True)
-    assert len(coverage.matched) > 4 * 7  # the biases of q, k and v are matched too
-    assert all("language_model.layers" in name for name in coverage.matched)
+def test_a_single_digit_is_scored_with_and_without_what_follows(root: Path, monkeypatch: pytest.MonkeyPatch):
+    one = runner(root, Arm())
+    said = {1: [f"{example.digits[0]}+1" for example in one.data.single_digits]}
+    said[1][0] = one.data.single_digits[0].answer
+    monkeypatch.setattr(
+        "examples.digit_sums.run.answers",
+        lambda model, examples, family: said.get(len(examples[0].digits), [""] * len(examples)),
+    )
+    scores = one.scores(None)
+    assert scores == {
+        "held_out_sums": 0,
+        "seen_sums": 0,
+        "reading": 0,
+        "single_digits": 1,
+        "single_answers": 1 / TINY.test_examples,
+    }
 
 
-def test_a_prior_of_low_rank_says_what_it_keeps(tiny_run):
-    run, record, _ = tiny_run
-    whole, low = (Prior.open(run.folder / name) for name in ("prior", "prior_8"))
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("modules", ["default", "attn", "mlp"])
+def test_priors_bind_completely(root: Path, name: str, modules: str):
+    made = runner(root, Arm(), World(name)).checkpoints
+    reader = made.family.MODEL.from_pretrained(made.reader())
+    coverage = Prior.open(made.prior(modules)).match(reader.named_parameters(), strict=True)
+    biases = 3 if name == "qwen2_5_vl" else 0
+    assert len(coverage.matched) == 4 * {"default": 7 + biases, "attn": 4 + biases, "mlp": 3}[modules]
+    assert all("language_model.layers" in matched for matched in coverage.matched)
+
+
+def test_a_prior_of_low_rank_says_what_it_keeps(root: Path, records):
+    made = runner(root, Arm()).checkpoints
+    whole, low = Prior.open(made.prior()), Prior.open(made.prior(rank=8))
     kept = sum(
         float((torch.linalg.svdvals(whole.load(n).double())[:8] ** 2).sum()) for n in whole.names if n[-1] == "t"
     )
     kept += sum(float((whole.load(name).double() ** 2).sum()) for name in whole.names if name.endswith("bias"))
     energy = sum(whole.info(name).delta_norm ** 2 for name in whole.names)
-    assert record["kept_energy"] == {8: pytest.approx(kept / energy, rel=1e-2)}
+    assert records["rank 8"]["kept_energy"] == pytest.approx(kept / energy, rel=1e-2)
+    assert "kept_energy" not in records["gradnorm"]
     assert low.names == whole.names
 
 
-def test_merge_adds_the_task_vector(tiny_run):
-    run, _, _ = tiny_run
-    reader = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.folder / "reader")
-    before = reader.model.language_model.layers[2].mlp.up_proj.weight.detach().clone()
-    merge(reader, run.folder / "task_vector", 0.5)
+def test_merges_add_what_they_say(root: Path):
+    """Against the checkpoints themselves; TIES of all there is, in which no signs differ, is the mean of the two."""
+    made = runner(root, Arm()).checkpoints
     expert, base = (
-        Qwen2ForCausalLM.from_pretrained(run.folder / name).model.layers[2].mlp.up_proj.weight
-        for name in ("expert", "base")
+        Qwen2ForCausalLM.from_pretrained(path).model.layers[2].mlp.up_proj.weight.detach()
+        for path in (made.expert(), made.base())
     )
-    added = reader.model.language_model.layers[2].mlp.up_proj.weight - before
-    torch.testing.assert_close(added, 0.5 * (expert - base), rtol=1e-2, atol=1e-6)  # the vector is stored in bf16
+    start = made.family.MODEL.from_pretrained(made.reader()).model.language_model.layers[2].mlp.up_proj.weight.detach()
+
+    def merged(**how: object) -> torch.Tensor:
+        one = runner(root, Arm(tuned=False, **how))
+        model = made.family.MODEL.from_pretrained(made.reader())
+        one.merge(model)
+        return model.model.language_model.layers[2].mlp.up_proj.weight.detach()
+
+    torch.testing.assert_close(merged(merge=0.5), start + 0.5 * (expert - base), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(merged(merge=1.0, vector="way"), expert, rtol=1e-5, atol=3e-5)  # stored in bf16
+    vectors = torch.stack([expert - base, start - base])
+    agreed = (vectors.sign() == vectors.sum(0).sign()) & (vectors != 0)
+    ties = (vectors * agreed).sum(0) / agreed.sum(0).clamp(min=1)
+    torch.testing.assert_close(merged(merge=1.5, vector="ties"), base + 1.5 * ties, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(merged(merge=1.5, vector="ties", density=0.2), merged(merge=1.5, vector="ties"))
+    assert torch.equal(merged(), start)
 
 
-def test_arms_share_start_and_order(tiny_run):
-    _, record, steps = tiny_run
-    losses = {name: arm["loss"] for name, arm in record["arms"].items()}
+def test_a_random_direction_has_the_norms_of_the_prior(root: Path):
+    prior = runner(root, Arm()).checkpoints.prior()
+    deltas, stored = random_direction(prior, seed=3), Prior.open(prior)
+    assert deltas.keys() == set(stored.names)
+    for name, delta in deltas.items():
+        truth = stored.load(name)
+        assert float(delta.norm()) == pytest.approx(float(truth.norm()), rel=1e-5)
+        if truth.numel() > 1000:
+            assert abs(float(torch.cosine_similarity(delta.flatten(), truth.flatten(), dim=0))) < 0.1
+
+
+def test_arms_share_start_and_order_and_differ_otherwise(root: Path, records):
+    losses = {name: record["loss"] for name, record in records.items()}
     assert losses["merge"] == []
-    assert losses["SFT"] == losses["SFT again"]
-    assert losses["SFT"] != losses["gradnorm, annealed"] != losses["decoupled"] != losses["SFT"]
-    assert losses["gradnorm, rank 8"] != losses["gradnorm, annealed"]
-    assert steps.count("decoupled") == TINY.tuning.steps
-    assert steps.count("LoRA: SFT") == TINY.adapters.steps
-    assert len(steps) == TINY.total_steps(TINY_ARMS)
-    of_adapters = [curve for name, curve in losses.items() if "LoRA" in name]
-    assert len({str(curve) for curve in of_adapters}) == len(of_adapters) == 3
+    assert runner(root, ARMS["SFT"]).record() == records["SFT"]
+    assert len({str(curve) for curve in losses.values()}) == len(losses)
+    assert all(set(record["scores"].values()) <= {n / 40 for n in range(41)} for record in records.values())
 
 
-def test_adapters_end_in_the_language_model_alone(tiny_run):
-    run, _, _ = tiny_run
-    reader = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.folder / "reader")
+def test_the_world_reaches_the_run(root: Path, records):
+    sft, prior = ARMS["SFT"], ARMS["gradnorm"]
+    assert runner(root, sft, World(noise=0.5)).record()["loss"] != records["SFT"]["loss"]
+    assert runner(root, prior, World(expert_steps=1)).record()["loss"] != records["gradnorm"]["loss"]
+    assert runner(root, sft, World(expert_steps=1)).record() == records["SFT"]  # which has nothing of the expert
+    assert runner(root, prior, World("llava")).record()["loss"] != records["gradnorm"]["loss"]
+
+
+def test_steps_are_reported_and_foreseen(tmp_path: Path):
+    steps: list[str] = []
+    one = runner(tmp_path, ARMS["SFT"], steps=steps)
+    assert sum(one.checkpoints.missing().values()) == 9
+    one.record()
+    assert {what: steps.count(what) for what in steps} == {"base": 3, "reader": 3, "fine-tuning": 10}
+    assert stage_of(ARMS["SFT"], TINY).steps == 10
+    assert stage_of(ARMS["LoRA: SFT"], TINY).steps == 20
+    assert stage_of(ARMS["merge"], TINY).steps == 0
+    assert stage_of(ARMS["SFT at another rate"], TINY).lr == 2e-3
+    assert one.checkpoints.missing() == {
+        one.checkpoints.folder / "expert_3": 3,
+        one.checkpoints.folder / "expert_3_score.json": 0,
+    }
+    one.checkpoints.expert_score()
+    assert one.checkpoints.missing() == {}
+
+
+def test_adapters_end_in_the_language_model_alone(root: Path):
+    one = runner(root, ARMS["LoRA along the prior"])
+    reader = one.family.MODEL.from_pretrained(one.checkpoints.reader())
     before = {name: param.detach().clone() for name, param in reader.named_parameters()}
-    run._tune(reader, Arm("LoRA", rank=4, scaling="decoupled", alpha=10.0, along=True))
+    one.tune(reader)
     assert reader.state_dict().keys() == before.keys()
     changed = {name for name, param in reader.named_parameters() if not torch.equal(param, before[name])}
     assert changed == {name for name in before if "language_model.layers" in name and name.endswith("_proj.weight")}
@@ -187,11 +304,10 @@ def test_adapters_end_in_the_language_model_alone(tiny_run):
     assert torch.linalg.matrix_rank(drift.detach().double(), rtol=1e-4) == 4
 
 
-def test_adapters_begin_along_the_prior(tiny_run):
-    run, _, _ = tiny_run
-    reader = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.folder / "reader")
-    model = run._with_adapters(reader, run.folder / "prior", Arm("LoRA", rank=4, along=True))
-    prior = lora_prior(model, run.folder / "prior")
+def test_adapters_begin_along_the_prior(root: Path):
+    one = runner(root, ARMS["LoRA along the prior"])
+    model = one.with_adapters(one.family.MODEL.from_pretrained(one.checkpoints.reader()))
+    prior = lora_prior(model, one.prior())
     assert len(prior.adapters) == 4 * 7
     for adapter in prior.adapters:
         a, b = adapter.params()
@@ -203,30 +319,35 @@ def test_adapters_begin_along_the_prior(tiny_run):
         assert not b.any()
 
 
-def test_report(tiny_run, tmp_path: Path):
-    _, record, _ = tiny_run
-    records = [record, record]
-    summary = report.summarize(records, TINY_ARMS)
-    assert summary["arms"]["SFT"]["reading"] == {"mean": record["arms"]["SFT"]["scores"]["reading"], "std": 0}
-    assert report.table(summary, TINY_ARMS, 2).row_count == len(TINY_ARMS)
-    report.write_json(tmp_path / "results.json", TINY, TINY_ARMS, records, summary, 1.5)
-    assert json.loads((tmp_path / "results.json").read_text())["seeds"][0]["seed"] == 0
-    figures.draw_loss(tmp_path / "loss.png", records, TINY_ARMS)
-    figures.draw_trade_off(tmp_path / "trade_off.png", records, TINY_ARMS)
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("loss.png", "trade_off.png"))
+def test_what_is_made_is_made_once_and_whole(tmp_path: Path):
+    made = Checkpoints(0, TINY, CLEAN, tmp_path, lambda what: None)
+
+    def stopped(out: Path) -> None:
+        out.mkdir()
+        (out / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made._once("thing", stopped)
+    assert list(made.folder.iterdir()) == []
+
+    def overtaken(out: Path) -> None:
+        (made.folder / "thing").mkdir()
+        (made.folder / "thing" / "of another process").touch()
+        out.mkdir()
+
+    assert made._once("thing", overtaken) == made.folder / "thing"
+    assert [path.name for path in (made.folder / "thing").iterdir()] == ["of another process"]
+    assert made._once("thing", stopped) == made.folder / "thing"
+    assert [path.name for path in made.folder.iterdir()] == ["thing"]
 
 
-def test_table_by_rank():
-    arms = [ranks.ranked(arm, rank) for arm in ARMS if arm.name in ranks.NAMES for rank in ranks.RANKS]
-    assert len({arm.name for arm in arms}) == len(arms) == len(ranks.NAMES) * len(ranks.RANKS)
-    assert {arm.prior_rank for arm in arms} == set(ranks.RANKS)
-    score = {"held_out_sums": 0.5, "seen_sums": 0.9, "reading": 0.8}
-    record = {"kept_energy": {4: 0.6, 8: 0.8, 16: 0.9, 32: 0.98}, "expert": 1.0}
-    record["arms"] = {arm.name: {"scores": score} for arm in arms}
-    table = ranks.table([record], report.summarize([record], arms)["arms"])
-    rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    assert rows[0] == ("4", "60.0", "50.0", "80.0", "50.0", "80.0")
-    assert rows[-1][:2] == ("full", "100.0")
+def test_expert_score_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = Checkpoints(0, TINY, CLEAN, tmp_path, lambda what: None)
+    score = made.expert_score()
+    assert json.loads((made.folder / "expert_3_score.json").read_text()) == score
+    monkeypatch.setattr("examples.digit_sums.checkpoints.answers", lambda *arguments: pytest.fail("asked again"))
+    assert made.expert_score() == score
 
 
 def test_drift_prior_failure_says_why(tmp_path: Path):
@@ -234,11 +355,7 @@ def test_drift_prior_failure_says_why(tmp_path: Path):
         drift_prior("inspect", tmp_path)
 
 
-def test_arm_names_are_unique():
-    assert len({arm.name for arm in ARMS}) == len(ARMS)
-
-
-def test_the_short_run_has_one_arm_with_adapters():
-    short = [arm for arm in ARMS if arm.in_short]
-    assert [arm.along for arm in short if arm.rank is not None] == [True]
-    assert sum(arm.tuned for arm in short) == 7
+def test_add_refuses_a_vector_that_does_not_fit(root: Path):
+    made = runner(root, Arm()).checkpoints
+    with pytest.raises(PriorMismatchError, match="bias"):  # Llama has none
+        add(llava.text_model(0), made.task_vector(), 1.0)

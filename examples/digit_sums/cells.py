@@ -28,7 +28,7 @@ class Cells:
         found, mine = root / "settings.json", json.dumps(asdict(settings), indent=1) + "\n"
         if found.exists() and found.read_text() != mine:
             raise ValueError(
-                f"expected results of the settings of settings.py under {root}, found others: give another --out"
+                f"expected results of these settings under {root}, found those of others: give another --out"
             )
         _write(found, mine)
 
