@@ -86,8 +86,9 @@ def anchored(arm: Arm) -> Arm:
 
 
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
-RANKS = (4, 8, 16, 32)  # of priors; the matrices have 96 to 192 rows and columns
-RATES = (5e-4, 2.5e-4, 1e-3)  # of rivals; with a prior the settings' own is taken
+RANKS = (4, 8, 16)  # of priors; the matrices have 96 to 192 rows and columns
+RATES = (5e-4, 2.5e-4, 1e-4, 1e-3)  # of rivals; with a prior the settings' own is taken
+LORA_RATES = (5e-3, 2.5e-3, 1e-3)
 WEIGHTS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 FORMS: dict[str, Candidates] = {
@@ -96,9 +97,12 @@ FORMS: dict[str, Candidates] = {
     "TIES": sweep(Arm(tuned=False, vector="ties"), density=(0.2, 0.5, 0.8), merge=(0.5, 1.0, 1.5, 2.0)),
     "SFT": sweep(Arm(), lr=(*RATES, 2e-3)),
     "merge, then SFT": sweep(Arm(), merge=(1.0, 0.5, 1.5, 2.0), lr=RATES),
-    "TIES, then SFT": sweep(Arm(vector="ties"), density=(0.2, 0.5, 0.8), merge=(1.0, 1.5, 2.0)),
-    "expert's weights, then SFT": sweep(Arm(vector="way"), merge=(0.25, 0.5, 0.75, 1.0), lr=RATES[:2]),
-    "absolute": sweep(ABSOLUTE, alpha=(0.001, 0.003, 0.01, 0.03, 0.1)),
+    "TIES, then SFT": (
+        *sweep(Arm(vector="ties"), density=(0.2, 0.5, 0.8), merge=(1.0, 1.5, 2.0)),
+        *sweep(Arm(vector="ties", density=0.5), merge=(1.0, 1.5, 2.0), lr=RATES[1:3]),
+    ),
+    "expert's weights, then SFT": sweep(Arm(vector="way"), merge=(1.0, 0.5, 0.75, 1.25), lr=RATES[:3]),
+    "absolute": sweep(ABSOLUTE, alpha=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
     "gradnorm": sweep(GRADNORM, alpha=ALPHAS),
     "adaptive_cosine": sweep(ADAPTIVE, alpha=ALPHAS),
     "decoupled": sweep(DECOUPLED, alpha=(10.0, 20.0, 40.0, 80.0)),
@@ -112,8 +116,9 @@ FORMS: dict[str, Candidates] = {
 
 LORA, ALONG = Arm(rank=RANK), Arm(rank=RANK, along=True)
 ADAPTERS: dict[str, Candidates] = {
-    "LoRA: SFT": sweep(LORA, lr=(5e-3, 2.5e-3, 1e-2)),
-    "LoRA: merge, then SFT": sweep(LORA, merge=(1.0, 0.5, 1.5), lr=(5e-3, 2.5e-3)),
+    "LoRA: SFT": sweep(LORA, lr=(*LORA_RATES, 1e-2)),
+    "LoRA: merge, then SFT": sweep(LORA, merge=(1.0, 0.5, 1.5), lr=LORA_RATES),
+    "LoRA: expert's weights, then SFT": sweep(replace(LORA, vector="way"), merge=(1.0, 0.75), lr=LORA_RATES),
     "LoRA: gradnorm": sweep(replace(LORA, scaling="gradnorm"), alpha=(0.03, 0.1, 0.3, 1.0)),
     "LoRA: gradnorm, anchor": sweep(anchored(replace(LORA, scaling="gradnorm")), alpha=(0.5, 1.0, 2.0, 4.0)),
     "LoRA along prior: SFT": (ALONG,),
@@ -122,9 +127,6 @@ ADAPTERS: dict[str, Candidates] = {
     ),
     "LoRA along prior: gradnorm, anchor": sweep(
         anchored(replace(ALONG, scaling="gradnorm")), alpha=(0.5, 1.0, 2.0, 4.0)
-    ),
-    "LoRA along prior: adaptive_cosine, anchor": sweep(
-        anchored(replace(ALONG, scaling="adaptive_cosine")), alpha=(2.0, 4.0, 8.0)
     ),
 }
 
@@ -160,7 +162,8 @@ def of_ranks() -> tuple[Entry, ...]:
 
 
 def of_noise() -> tuple[Entry, ...]:
-    lines = ("SFT", "merge, then SFT", "adaptive_cosine", "adaptive_cosine, annealed", "adaptive_cosine, anchor")
+    rivals = ("SFT", "merge, then SFT", "expert's weights, then SFT")
+    lines = (*rivals, "adaptive_cosine", "adaptive_cosine, annealed", "adaptive_cosine, anchor")
     shares = (0.0, 0.25, 0.5)
     return tuple(Entry(line, FORMS[line], World(noise=share), 100 * share) for line in lines for share in shares)
 
@@ -180,7 +183,7 @@ CONSTANT = Entry("constant", FORMS["adaptive_cosine"])
 MAIN = Experiment(
     "Does a text expert's prior bring its reasoning to a model that sees, and more of it than merging does?",
     entries(*FORMS),
-    references=("SFT", "merge, then SFT"),
+    references=("SFT", "merge, then SFT", "expert's weights, then SFT"),
     figures=("dots", "front"),
     scores=("held_out_sums", "seen_sums", "reading"),
 )
@@ -196,7 +199,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "What do wrong sums in the fine-tuning's data do?",
         of_noise(),
         figures=("lines",),
-        references=("SFT", "merge, then SFT"),
+        references=("SFT", "merge, then SFT", "expert's weights, then SFT"),
         x_label="wrong sums in the fine-tuning, %",
     ),
     "perception": Experiment(
@@ -219,15 +222,14 @@ EXPERIMENTS: dict[str, Experiment] = {
             "task arithmetic",
             "SFT",
             "merge, then SFT",
-            "gradnorm",
+            "expert's weights, then SFT",
             "adaptive_cosine",
             "adaptive_cosine, annealed",
-            "gradnorm, anchor",
             "adaptive_cosine, anchor",
             "decoupled, anchor",
             world=World("llava"),
         ),
-        references=("SFT", "merge, then SFT"),
+        references=("SFT", "merge, then SFT", "expert's weights, then SFT"),
         figures=("dots", "front"),
         scores=("held_out_sums", "seen_sums", "reading"),
     ),
@@ -235,7 +237,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "How much pull?",
         (
             *entries("SFT"),
-            *over_alpha("merge, then SFT", "merge", WEIGHTS),
+            *over_alpha("merge, then SFT", "merge", (0.5, 1.0, 1.5, 2.0)),
             *over_alpha("adaptive_cosine", "alpha", ALPHAS),
             *over_alpha("adaptive_cosine, annealed", "alpha", (1.0, 2.0, 4.0, 8.0)),
             *over_alpha("adaptive_cosine, anchor", "alpha", (2.0, 4.0, 8.0, 16.0, 32.0)),
@@ -258,7 +260,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "adapters": Experiment(
         "Does it hold for LoRA?",
         (*(Entry(name, arms) for name, arms in ADAPTERS.items()), *entries("adaptive_cosine, anchor")),
-        references=("LoRA: SFT", "LoRA: merge, then SFT"),
+        references=("LoRA: SFT", "LoRA: merge, then SFT", "LoRA: expert's weights, then SFT"),
         figures=("dots", "front"),
         scores=("held_out_sums", "seen_sums", "reading"),
     ),
