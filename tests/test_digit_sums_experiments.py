@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy
+import psutil
 import pytest
 from rich.console import Console
 from scipy import stats
@@ -26,6 +31,7 @@ from examples.digit_sums.experiments import ADAPTERS, DEMO, EXPERIMENTS, FORMS, 
 from examples.digit_sums.parallel import Pool
 from examples.digit_sums.settings import TUNING_SEEDS, Arm, Run, Settings, World
 
+ROOT = Path(__file__).parent.parent
 MADE_BY = {"commit": "abc", "dirty": False, "device": "a CPU", "torch": "2"}
 CLEAN = World()
 
@@ -237,17 +243,6 @@ def test_an_error_in_a_process_is_raised_and_nothing_is_kept(tmp_path: Path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_the_command_ends_well_when_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    def stop(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "run_experiment", stop)
-    assert command.main(["--out", str(tmp_path)]) == 130
-    assert "the same command goes on from there" in capsys.readouterr().out
-
-
 def test_the_command_refuses_a_folder_of_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Cells(tmp_path, TINY)
     assert command.main(["--experiment", "main", "--out", str(tmp_path)]) == 2
@@ -271,6 +266,31 @@ def test_an_experiment_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["seeds"] == list(range(10))
     assert (tmp_path / "small-dots.png").exists()
     assert "Does it? %, means of 10 seeds [95 %]" in console.export_text()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_command_that_is_stopped_leaves_no_process_behind(signum: signal.Signals, tmp_path: Path):
+    run = [sys.executable, "-m", "examples.digit_sums", "--out", str(tmp_path)]
+    with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        parent = psutil.Process(process.pid)
+        until(lambda: any(tmp_path.glob("qwen2_5_vl-seed-0/.base*")), "a worker has begun")
+        workers = parent.children(recursive=True)
+        process.send_signal(signum)
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == (130 if signum == signal.SIGINT else -signum)
+    assert len(workers) >= 2
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    assert ("the same command goes on from there" in printed) == (signum == signal.SIGINT)
+    assert list(tmp_path.glob("runs/*")) == []
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"after a minute it is not so that {what}")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ SCORES = {
     "single_digits": "single digits",
     "single_answers": "single answers",
 }
-CHOSEN_BY = "held_out_sums"
+CHOSEN_BY = ("held_out_sums", "seen_sums")
 RESAMPLES, CONFIDENCE = 10_000, 0.95
 FEWEST = 5  # seeds that an interval is made of
 
@@ -30,15 +30,15 @@ Result = dict[str, Any]  # what the JSON file of an experiment holds
 
 @dataclass(frozen=True)
 class Choice:
-    """What was tried on the tuning seeds, and what was taken: the highest mean of held-out sums, and of two that are
-    alike the first."""
+    """What was tried on the tuning seeds, and what was taken: what got most sums right, held-out and seen ones, and of
+    two that are alike the first."""
 
     tried: tuple[tuple[Arm, dict[str, list[float]]], ...]  # scores by name, one for each tuning seed
 
     @property
     def best(self) -> int:
-        means = [sum(scores[CHOSEN_BY]) for _, scores in self.tried]
-        return means.index(max(means))
+        right = [sum(sum(scores[score]) for score in CHOSEN_BY) for _, scores in self.tried]
+        return right.index(max(right))
 
 
 def choose(entries: Sequence[Entry], pool: Pool, name: str) -> dict[Entry, Choice]:
@@ -72,7 +72,7 @@ def answer(name: str, experiment: Experiment, seeds: Sequence[int], pool: Pool) 
         "question": experiment.question,
         "seeds": list(seeds),
         "tuning_seeds": list(TUNING_SEEDS),
-        "chosen_by": CHOSEN_BY,
+        "chosen_by": list(CHOSEN_BY),
         "interval": f"{CONFIDENCE:.0%}, bootstrap over seeds (BCa, {RESAMPLES} resamples)",
         "experts": {str(steps): mean_and_interval(found) for steps, found in _experts(experiment, seeds, pool).items()},
         "entries": [

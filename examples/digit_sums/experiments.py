@@ -77,6 +77,11 @@ GRADNORM, ADAPTIVE = Arm(scaling="gradnorm"), Arm(scaling="adaptive_cosine")
 ABSOLUTE, DECOUPLED = Arm(scaling="absolute"), Arm(scaling="decoupled")
 
 
+def pulled(arm: Arm, alphas: Sequence[float], slowly: Sequence[float]) -> Candidates:
+    """The arm with these alphas, and with others at half of the settings' learning rate."""
+    return (*sweep(arm, alpha=alphas), *sweep(arm, lr=(RATES[1],), alpha=slowly))
+
+
 def annealed(arm: Arm) -> Arm:
     return replace(arm, anneal=0.5)
 
@@ -87,7 +92,7 @@ def anchored(arm: Arm) -> Arm:
 
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 RANKS = (4, 8, 16)  # of priors; the matrices have 96 to 192 rows and columns
-RATES = (5e-4, 2.5e-4, 1e-4, 1e-3)  # of rivals; with a prior the settings' own is taken
+RATES = (5e-4, 2.5e-4, 1e-4, 1e-3)
 LORA_RATES = (5e-3, 2.5e-3, 1e-3)
 WEIGHTS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
@@ -102,16 +107,16 @@ FORMS: dict[str, Candidates] = {
         *sweep(Arm(vector="ties", density=0.5), merge=(1.0, 1.5, 2.0), lr=RATES[1:3]),
     ),
     "expert's weights, then SFT": sweep(Arm(vector="way"), merge=(1.0, 0.5, 0.75, 1.25), lr=RATES[:3]),
-    "absolute": sweep(ABSOLUTE, alpha=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
-    "gradnorm": sweep(GRADNORM, alpha=ALPHAS),
-    "adaptive_cosine": sweep(ADAPTIVE, alpha=ALPHAS),
-    "decoupled": sweep(DECOUPLED, alpha=(10.0, 20.0, 40.0, 80.0)),
-    "gradnorm, annealed": sweep(annealed(GRADNORM), alpha=(1.0, 2.0, 4.0, 8.0)),
-    "adaptive_cosine, annealed": sweep(annealed(ADAPTIVE), alpha=(1.0, 2.0, 4.0, 8.0)),
-    "decoupled, annealed": sweep(annealed(DECOUPLED), alpha=(30.0, 60.0, 120.0)),
-    "gradnorm, anchor": sweep(anchored(GRADNORM), alpha=(1.5, 3.0, 6.0, 12.0)),
-    "adaptive_cosine, anchor": sweep(anchored(ADAPTIVE), alpha=(4.0, 8.0, 16.0, 32.0)),
-    "decoupled, anchor": sweep(anchored(DECOUPLED), alpha=(40.0, 80.0, 160.0, 320.0)),
+    "absolute": pulled(ABSOLUTE, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), slowly=(0.1, 0.3)),
+    "gradnorm": pulled(GRADNORM, ALPHAS[1:], slowly=(0.5, 1.0, 2.0)),
+    "adaptive_cosine": pulled(ADAPTIVE, ALPHAS[1:], slowly=(1.0, 2.0, 4.0)),
+    "decoupled": pulled(DECOUPLED, (10.0, 20.0, 40.0, 80.0), slowly=(40.0, 80.0)),
+    "gradnorm, annealed": pulled(annealed(GRADNORM), (1.0, 2.0, 4.0, 8.0), slowly=(2.0, 4.0, 8.0)),
+    "adaptive_cosine, annealed": pulled(annealed(ADAPTIVE), (1.0, 2.0, 4.0, 8.0), slowly=(2.0, 4.0, 8.0)),
+    "decoupled, annealed": pulled(annealed(DECOUPLED), (30.0, 60.0, 120.0), slowly=(60.0, 120.0)),
+    "gradnorm, anchor": pulled(anchored(GRADNORM), (1.5, 3.0, 6.0, 12.0), slowly=(3.0, 6.0)),
+    "adaptive_cosine, anchor": pulled(anchored(ADAPTIVE), (4.0, 8.0, 16.0, 32.0), slowly=(8.0, 16.0)),
+    "decoupled, anchor": pulled(anchored(DECOUPLED), (40.0, 80.0, 160.0, 320.0, 640.0, 1280.0), slowly=(320.0, 640.0)),
 }
 
 LORA, ALONG = Arm(rank=RANK), Arm(rank=RANK, along=True)
@@ -142,8 +147,7 @@ def over_alpha(name: str, field: str, values: Sequence[float]) -> tuple[Entry, .
 
 
 def of_modules() -> tuple[Entry, ...]:
-    forms = {"gradnorm": sweep(GRADNORM, alpha=ALPHAS[1:]), "adaptive_cosine": sweep(ADAPTIVE, alpha=ALPHAS[1:])}
-    forms["adaptive_cosine, anchor"] = FORMS["adaptive_cosine, anchor"]
+    forms = {name: FORMS[name] for name in ("gradnorm", "adaptive_cosine", "adaptive_cosine, anchor")}
     made = [
         Entry(f"{name}: {modules}", tuple(replace(arm, modules=modules) for arm in arms))
         for name, arms in forms.items()

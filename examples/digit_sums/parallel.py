@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,14 +73,14 @@ class Pool:
 
     def _work(self, what: str, jobs: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], steps: int) -> None:
         spawn = multiprocessing.get_context("spawn")
+        done_steps = spawn.Queue()
+        workers = min(len(jobs), os.cpu_count() or 1)
         with (
-            spawn.Manager() as manager,
-            _pool(min(len(jobs), os.cpu_count() or 1), spawn) as pool,
+            _closing(ProcessPoolExecutor(workers, spawn, prepare_process, (done_steps,))) as pool,
             Progress(*_columns(), console=self.console) as progress,
         ):
-            done_steps = manager.Queue()
             bar = progress.add_task(what, total=steps, now="")
-            running: set[Future[None]] = {pool.submit(job, done_steps, *arguments) for job, arguments in jobs}
+            running: set[Future[None]] = {pool.submit(job, *arguments) for job, arguments in jobs}
             while running:
                 done, running = wait(running, timeout=0.2)
                 while not done_steps.empty():
@@ -90,11 +91,14 @@ class Pool:
 
 
 @contextmanager
-def _pool(workers: int, context: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool that drops what it has not begun when an error or Ctrl-C ends the block."""
-    pool = ProcessPoolExecutor(workers, context, prepare_process)
+def _closing(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
+    """An error or Ctrl-C in the block ends the workers where they are: what they write is there whole, or not at all."""
     try:
         yield pool
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -112,13 +116,31 @@ def _columns() -> tuple[Any, ...]:
     )
 
 
-def prepare_process() -> None:
-    """One thread, so that results do not depend on the machine's core count; and no chatter. Ctrl-C is the parent's."""
+def prepare_process(done_steps: Queue[str]) -> None:
+    """Of a worker. Ctrl-C is its parent's to handle; when the parent is gone, however it went, the worker goes too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    done_steps.cancel_join_thread()  # nobody may be there to read the last ones
     quiet()
+    _done_steps.append(done_steps)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+_done_steps: list[Queue[str]] = []  # of this worker: one
+
+
+def _step_of(seed: int) -> Callable[[str], None]:
+    return lambda what: _done_steps[0].put(f"seed {seed}: {what}")
 
 
 def quiet() -> None:
+    """One thread, so that results do not depend on the machine's core count; and no chatter."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -126,16 +148,16 @@ def quiet() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of how PEFT calls transformers
 
 
-def _make_models(steps: Queue[str], seed: int, worlds: list[World], settings: Settings, root: Path) -> None:
+def _make_models(seed: int, worlds: list[World], settings: Settings, root: Path) -> None:
     for world in worlds:
-        made = Checkpoints(seed, settings, world, root, lambda what: steps.put(f"seed {seed}: {what}"))
+        made = Checkpoints(seed, settings, world, root, _step_of(seed))
         made.reader()
         made.expert_score()
 
 
-def _make_run(steps: Queue[str], run: Run, settings: Settings, root: Path, made_by: Mapping[str, Any]) -> None:
+def _make_run(run: Run, settings: Settings, root: Path, made_by: Mapping[str, Any]) -> None:
     started = time.monotonic()
-    record = Runner(run, settings, root, lambda what: steps.put(f"seed {run.seed}: {what}")).record()
+    record = Runner(run, settings, root, _step_of(run.seed)).record()
     Cells(root, settings).put(run, {**record, "seconds": round(time.monotonic() - started, 2), "made_by": made_by})
 
 
