@@ -92,7 +92,7 @@ class Pool:
 
 @contextmanager
 def _closing(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """An error or Ctrl-C in the block ends the workers where they are: what they write is there whole, or not at all."""
+    """An error or Ctrl-C in the block ends the workers where they are; what they write is there whole or not at all."""
     try:
         yield pool
     except BaseException:
