@@ -21,7 +21,7 @@ SCORES = {
     "single_digits": "single digits",
     "single_answers": "single answers",
 }
-CHOSEN_BY = ("held_out_sums", "seen_sums")
+CHOSEN_BY = ("held_out_sums", "seen_sums", "reading")
 RESAMPLES, CONFIDENCE = 10_000, 0.95
 FEWEST = 5  # seeds that an interval is made of
 
@@ -30,8 +30,8 @@ Result = dict[str, Any]  # what the JSON file of an experiment holds
 
 @dataclass(frozen=True)
 class Choice:
-    """What was tried on the tuning seeds, and what was taken: what got most sums right, held-out and seen ones, and of
-    two that are alike the first."""
+    """What was tried on the tuning seeds, and what was taken: the highest mean of held-out sums, seen sums and readings,
+    and of two that are alike the first."""
 
     tried: tuple[tuple[Arm, dict[str, list[float]]], ...]  # scores by name, one for each tuning seed
 

@@ -77,9 +77,14 @@ GRADNORM, ADAPTIVE = Arm(scaling="gradnorm"), Arm(scaling="adaptive_cosine")
 ABSOLUTE, DECOUPLED = Arm(scaling="absolute"), Arm(scaling="decoupled")
 
 
-def pulled(arm: Arm, alphas: Sequence[float], slowly: Sequence[float]) -> Candidates:
-    """The arm with these alphas, and with others at half of the settings' learning rate."""
-    return (*sweep(arm, alpha=alphas), *sweep(arm, lr=(RATES[1],), alpha=slowly))
+def pulled(arm: Arm, alphas: Sequence[float], *slower: Sequence[float]) -> Candidates:
+    """The arm with these alphas at the settings' learning rate, and with others at the next lower ones of RATES."""
+    return (*sweep(arm, alpha=alphas), *slow(arm, slower))
+
+
+def slow(arm: Arm, alphas: Sequence[Sequence[float]]) -> Candidates:
+    rates = zip(RATES[1:], alphas, strict=False)
+    return tuple(each for rate, several in rates for each in sweep(arm, lr=(rate,), alpha=several))
 
 
 def annealed(arm: Arm) -> Arm:
@@ -92,7 +97,7 @@ def anchored(arm: Arm) -> Arm:
 
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 RANKS = (4, 8, 16)  # of priors; the matrices have 96 to 192 rows and columns
-RATES = (5e-4, 2.5e-4, 1e-4, 1e-3)
+RATES = (5e-4, 2.5e-4, 1e-4, 5e-5)
 LORA_RATES = (5e-3, 2.5e-3, 1e-3)
 WEIGHTS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
@@ -100,23 +105,23 @@ FORMS: dict[str, Candidates] = {
     "no fine-tuning": (Arm(tuned=False),),
     "task arithmetic": sweep(Arm(tuned=False), merge=(0.25, *WEIGHTS)),
     "TIES": sweep(Arm(tuned=False, vector="ties"), density=(0.2, 0.5, 0.8), merge=(0.5, 1.0, 1.5, 2.0)),
-    "SFT": sweep(Arm(), lr=(*RATES, 2e-3)),
-    "merge, then SFT": sweep(Arm(), merge=(1.0, 0.5, 1.5, 2.0), lr=RATES),
+    "SFT": sweep(Arm(), lr=(*RATES[:3], 1e-3, 2e-3)),
+    "merge, then SFT": sweep(Arm(), merge=(1.0, 0.5, 1.5, 2.0), lr=(*RATES[:3], 1e-3)),
     "TIES, then SFT": (
         *sweep(Arm(vector="ties"), density=(0.2, 0.5, 0.8), merge=(1.0, 1.5, 2.0)),
-        *sweep(Arm(vector="ties", density=0.5), merge=(1.0, 1.5, 2.0), lr=RATES[1:3]),
+        *sweep(Arm(vector="ties", density=0.5), merge=(1.0, 1.5, 2.0), lr=RATES[1:]),
     ),
-    "expert's weights, then SFT": sweep(Arm(vector="way"), merge=(1.0, 0.5, 0.75, 1.25), lr=RATES[:3]),
-    "absolute": pulled(ABSOLUTE, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), slowly=(0.1, 0.3)),
-    "gradnorm": pulled(GRADNORM, ALPHAS[1:], slowly=(0.5, 1.0, 2.0)),
-    "adaptive_cosine": pulled(ADAPTIVE, ALPHAS[1:], slowly=(1.0, 2.0, 4.0)),
-    "decoupled": pulled(DECOUPLED, (10.0, 20.0, 40.0, 80.0), slowly=(40.0, 80.0)),
-    "gradnorm, annealed": pulled(annealed(GRADNORM), (1.0, 2.0, 4.0, 8.0), slowly=(2.0, 4.0, 8.0)),
-    "adaptive_cosine, annealed": pulled(annealed(ADAPTIVE), (1.0, 2.0, 4.0, 8.0), slowly=(2.0, 4.0, 8.0)),
-    "decoupled, annealed": pulled(annealed(DECOUPLED), (30.0, 60.0, 120.0), slowly=(60.0, 120.0)),
-    "gradnorm, anchor": pulled(anchored(GRADNORM), (1.5, 3.0, 6.0, 12.0), slowly=(3.0, 6.0)),
-    "adaptive_cosine, anchor": pulled(anchored(ADAPTIVE), (4.0, 8.0, 16.0, 32.0), slowly=(8.0, 16.0)),
-    "decoupled, anchor": pulled(anchored(DECOUPLED), (40.0, 80.0, 160.0, 320.0, 640.0, 1280.0), slowly=(320.0, 640.0)),
+    "expert's weights, then SFT": sweep(Arm(vector="way"), merge=(1.0, 0.5, 0.75, 1.25), lr=RATES),
+    "absolute": pulled(ABSOLUTE, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (0.1, 0.3)),
+    "gradnorm": pulled(GRADNORM, ALPHAS[1:], (0.5, 1.0, 2.0), (1.0, 2.0, 4.0)),
+    "adaptive_cosine": pulled(ADAPTIVE, ALPHAS[1:], (1.0, 2.0, 4.0), (2.0, 4.0, 8.0)),
+    "decoupled": pulled(DECOUPLED, (10.0, 20.0, 40.0, 80.0), (40.0, 80.0), (80.0, 160.0)),
+    "gradnorm, annealed": pulled(annealed(GRADNORM), (1.0, 2.0, 4.0, 8.0), (2.0, 4.0, 8.0), (4.0, 8.0)),
+    "adaptive_cosine, annealed": pulled(annealed(ADAPTIVE), (1.0, 2.0, 4.0, 8.0), (2.0, 4.0, 8.0), (4.0, 8.0)),
+    "decoupled, annealed": pulled(annealed(DECOUPLED), (30.0, 60.0, 120.0), (60.0, 120.0, 240.0), (240.0, 480.0)),
+    "gradnorm, anchor": pulled(anchored(GRADNORM), (1.5, 3.0, 6.0, 12.0), (3.0, 6.0)),
+    "adaptive_cosine, anchor": pulled(anchored(ADAPTIVE), (4.0, 8.0, 16.0, 32.0), (8.0, 16.0)),
+    "decoupled, anchor": pulled(anchored(DECOUPLED), (40.0, 80.0, 160.0, 320.0, 640.0, 1280.0), (320.0, 640.0)),
 }
 
 LORA, ALONG = Arm(rank=RANK), Arm(rank=RANK, along=True)
