@@ -30,8 +30,8 @@ Result = dict[str, Any]  # what the JSON file of an experiment holds
 
 @dataclass(frozen=True)
 class Choice:
-    """What was tried on the tuning seeds, and what was taken: the highest mean of held-out sums, seen sums and readings,
-    and of two that are alike the first."""
+    """What was tried on the tuning seeds, and what was taken: the highest mean of held-out sums, seen sums and
+    readings, and of two that are alike the first."""
 
     tried: tuple[tuple[Arm, dict[str, list[float]]], ...]  # scores by name, one for each tuning seed
 
