@@ -27,8 +27,9 @@ def points(value: Estimate) -> str:
     return mean if value["low"] is None else f"{mean} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
-def setting(entry: dict[str, Any]) -> str:
-    """What was chosen for an entry, in words."""
+def setting(entry: dict[str, Any], experts: dict[str, Estimate]) -> str:
+    """What was chosen for an entry, in words; what its prior keeps; and how good its expert is, where there are
+    several."""
     arm = entry["arm"]
     words = []
     if arm["merge"]:
@@ -39,6 +40,11 @@ def setting(entry: dict[str, Any]) -> str:
         words.append(f"alpha {arm['alpha']:g}")
     if arm["lr"]:
         words.append(f"lr {arm['lr']:g}")
+    if entry["kept_energy"]:
+        words.append(f"{100 * entry['kept_energy']:.0f} % of the energy")
+    if len(experts) > 1 and (arm["merge"] or arm["scaling"]):
+        steps = entry["world"]["expert_steps"] or max(map(int, experts))
+        words.append(f"expert {100 * experts[str(steps)]['mean']:.0f} % right")
     return ", ".join(words)
 
 
@@ -56,7 +62,7 @@ def rows(result: Result, scores: Sequence[str]) -> list[list[str]]:
     body = [
         [
             entry["name"],
-            setting(entry),
+            setting(entry, result["experts"]),
             *(percent(entry["scores"][score]) for score in scores),
             *(points(entry["against"][line][main]) if line in entry["against"] else "" for line in references),
         ]
