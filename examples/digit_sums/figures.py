@@ -102,16 +102,13 @@ def _front(result: Result, experiment: Experiment) -> Figure:
 
 
 def _loss(result: Result, experiment: Experiment) -> Figure:
-    """The training loss of each fine-tuned entry."""
+    """The training loss of each fine-tuned entry; thick where there is an anchor."""
     figure, (axes,) = _figure(experiment, height=3.6, width=8, panels=1)
     _look(axes, "step", "loss of the fine-tuning (log scale)")
-    tuned = [entry for entry in result["entries"] if entry["loss"]]
-    dashes = {entry["name"]: _dash(entry) for entry in tuned}
-    for entry in tuned:
+    for entry in (entry for entry in result["entries"] if entry["loss"]):
         steps, losses = zip(*entry["loss"], strict=True)
-        axes.plot(
-            steps, losses, color=_colour(entry), linestyle=dashes[entry["name"]], linewidth=1.2, label=_label(entry)
-        )
+        look = {"color": _colour(entry), "linestyle": _dash(entry), "linewidth": 2.4 if entry["arm"]["anchor"] else 1.1}
+        axes.plot(steps, losses, **look, label=_label(entry))
     axes.set_yscale("log")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
