@@ -65,8 +65,8 @@ def best(matrix: Tensor, rank: int) -> float:
 @pytest.mark.parametrize("rank", [1, 16, 19])
 @pytest.mark.parametrize("kind", MATRICES)
 def test_factors_keep_what_the_best_ones_keep(kind: str, rank: int) -> None:
-    """To 1 % for random matrices, whose singular values lie closest together, to 0.2 % for others; and what they keep
-    and their cosine are said as they are, against the expanded delta in float64."""
+    """To 0.5 % for random matrices, whose singular values lie closest together, to 0.01 % for others, of which rounding
+    is 0.002 %; and what they keep and their cosine are said as they are, against the expanded delta in float64."""
     matrix = MATRICES[kind]()
     delta, fit = factorise(rows_of(matrix), matrix.shape[1], rank, norm(matrix), kind)
     assert (delta.shape, delta.rank, delta.dtype) == (matrix.shape, rank, BF16)
@@ -74,8 +74,10 @@ def test_factors_keep_what_the_best_ones_keep(kind: str, rank: int) -> None:
     kept = 1 - float((exact - stored).square().sum() / exact.square().sum())
     assert fit.kept_energy == pytest.approx(kept, abs=1e-6)
     assert fit.cosine == pytest.approx(float(exact @ stored / exact.norm() / stored.norm()), abs=1e-6)
-    loss = 0.01 if "random" in kind or "difference" in kind else 0.002
+    loss = 5e-3 if "random" in kind or "difference" in kind else 1e-4
     assert best(matrix, rank) * (1 - loss) < kept < best(matrix, rank) + 1e-6
+    _, before_rounding = top_right_singular_vectors(matrix, rank, kind)
+    assert kept > before_rounding * (1 - 2e-5)
 
 
 @pytest.mark.parametrize("kind", DEGENERATE)

@@ -22,7 +22,7 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
 def sqrt(x: Tensor) -> Tensor:
     """The correctly rounded float32 root of float32 `x`.
 
-    (`torch.sqrt` on the CPU is an ulp off for a fifth of its inputs; the float64 root, rounded once more, is exact.)
+    (`torch.sqrt` on the CPU is an ulp off for some of its inputs; the float64 root, rounded once more, is exact.)
     """
     return x.double().sqrt().float()
 

@@ -24,8 +24,8 @@ _LONGEST = 220  # characters of a message in the table
 
 _HEAD = """# Model families
 
-Made by `python -m tests.families`, which takes two or three minutes on one core; do not edit. With names of families it
-runs these alone, and prints all that they are told.
+Made by `python -m tests.families`; do not edit. With names of families it runs these alone, and prints all that they
+are told.
 
 For each multimodal family of transformers, and each text-only one, with transformers' own classes at tiny size and
 random weights: a base and an expert of the same language model are saved, `build_prior` makes the prior of modules attn
