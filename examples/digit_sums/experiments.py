@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -78,13 +79,10 @@ ABSOLUTE, DECOUPLED = Arm(scaling="absolute"), Arm(scaling="decoupled")
 
 
 def pulled(arm: Arm, alphas: Sequence[float], *slower: Sequence[float]) -> Candidates:
-    """The arm with these alphas at the settings' learning rate, and with others at the next lower ones of RATES."""
-    return (*sweep(arm, alpha=alphas), *slow(arm, slower))
-
-
-def slow(arm: Arm, alphas: Sequence[Sequence[float]]) -> Candidates:
-    rates = zip(RATES[1:], alphas, strict=False)
-    return tuple(each for rate, several in rates for each in sweep(arm, lr=(rate,), alpha=several))
+    """The arm with these alphas at the settings' learning rate, and with others at the next lower ones."""
+    rates = (RATES if arm.rank is None else LORA_RATES)[1:]
+    at_rates = (sweep(arm, lr=(rate,), alpha=several) for rate, several in zip(rates, slower, strict=False))
+    return (*sweep(arm, alpha=alphas), *itertools.chain.from_iterable(at_rates))
 
 
 def annealed(arm: Arm) -> Arm:
@@ -129,14 +127,14 @@ ADAPTERS: dict[str, Candidates] = {
     "LoRA: SFT": sweep(LORA, lr=(*LORA_RATES, 1e-2)),
     "LoRA: merge, then SFT": sweep(LORA, merge=(1.0, 0.5, 1.5), lr=LORA_RATES),
     "LoRA: expert's weights, then SFT": sweep(replace(LORA, vector="way"), merge=(1.0, 0.75), lr=LORA_RATES),
-    "LoRA: gradnorm": sweep(replace(LORA, scaling="gradnorm"), alpha=(0.03, 0.1, 0.3, 1.0)),
-    "LoRA: gradnorm, anchor": sweep(anchored(replace(LORA, scaling="gradnorm")), alpha=(0.5, 1.0, 2.0, 4.0)),
-    "LoRA along prior: SFT": (ALONG,),
-    "LoRA along prior: decoupled, annealed": sweep(
-        annealed(replace(ALONG, scaling="decoupled")), alpha=(2.0, 4.0, 8.0)
+    "LoRA: gradnorm": pulled(replace(LORA, scaling="gradnorm"), (0.03, 0.1, 0.3, 1.0), (0.1, 0.3)),
+    "LoRA: gradnorm, anchor": pulled(anchored(replace(LORA, scaling="gradnorm")), (0.5, 1.0, 2.0, 4.0), (1.0, 2.0)),
+    "LoRA along prior: SFT": sweep(ALONG, lr=LORA_RATES),
+    "LoRA along prior: decoupled, annealed": pulled(
+        annealed(replace(ALONG, scaling="decoupled")), (2.0, 4.0, 8.0), (4.0, 8.0)
     ),
-    "LoRA along prior: gradnorm, anchor": sweep(
-        anchored(replace(ALONG, scaling="gradnorm")), alpha=(0.5, 1.0, 2.0, 4.0)
+    "LoRA along prior: gradnorm, anchor": pulled(
+        anchored(replace(ALONG, scaling="gradnorm")), (0.5, 1.0, 2.0, 4.0), (1.0, 2.0)
     ),
 }
 
@@ -294,11 +292,12 @@ DEMO = Experiment(
         *entries("no fine-tuning"),
         chosen("task arithmetic", merge=1.0),
         chosen("SFT", lr=5e-4),
-        chosen("merge, then SFT", merge=1.0),
+        chosen("merge, then SFT", merge=1.5, lr=2.5e-4),
+        chosen("expert's weights, then SFT", merge=1.0, lr=1e-4),
         chosen("gradnorm, annealed", alpha=2.0),
-        chosen("adaptive_cosine", alpha=1.0),
+        chosen("adaptive_cosine", alpha=2.0, lr=2.5e-4),
         chosen("adaptive_cosine, anchor", alpha=8.0),
-        chosen("decoupled, anchor", alpha=80.0),
+        chosen("decoupled, anchor", alpha=640.0),
         Entry("LoRA along prior: gradnorm, anchor", fixed(ADAPTERS["LoRA along prior: gradnorm, anchor"], alpha=1.0)),
     ),
     figures=("front", "loss"),
