@@ -89,6 +89,11 @@ def annealed(arm: Arm) -> Arm:
     return replace(arm, anneal=0.5)
 
 
+def falling(part: float, *alphas: Sequence[float]) -> Candidates:
+    """adaptive_cosine, whose alpha falls over a part of the fine-tuning."""
+    return pulled(replace(ADAPTIVE, anneal=part), *alphas)
+
+
 def anchored(arm: Arm) -> Arm:
     return replace(arm, anchor=True)
 
@@ -257,9 +262,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             *entries("SFT"),
             CONSTANT,
-            Entry("falls to 0 at the end", sweep(replace(ADAPTIVE, anneal=1.0), alpha=ALPHAS[1:])),
+            Entry("falls to 0 at the end", falling(1.0, (0.5, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0), (2.0, 4.0, 8.0))),
             Entry("falls to 0 at 1/2", FORMS["adaptive_cosine, annealed"]),
-            Entry("falls to 0 at 1/4", sweep(replace(ADAPTIVE, anneal=0.25), alpha=(2.0, 4.0, 8.0, 16.0))),
+            Entry("falls to 0 at 1/4", falling(0.25, (2.0, 4.0, 8.0, 16.0, 32.0), (4.0, 8.0, 16.0), (8.0, 16.0))),
             Entry("anchor", FORMS["adaptive_cosine, anchor"]),
         ),
         references=("SFT", "constant"),
