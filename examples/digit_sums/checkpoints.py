@@ -93,10 +93,15 @@ class Checkpoints:
 
         return json.loads(self._once(self._expert_score_file.name, make).read_text())
 
-    def prior(self, modules: str = "default", rank: int | None = None) -> Path:
-        """The prior of DRIFT: expert - reader."""
-        low_rank = () if rank is None else ("--rank", rank)
-        return self._build(f"prior_{modules}_{rank or 'whole'}", self.expert(), None, "--modules", modules, *low_rank)
+    def prior(self, modules: str = "default", rank: int | None = None, biases: bool = True) -> Path:
+        """The prior of DRIFT: expert - reader. Adapters have no biases to pull."""
+        options = ["--modules", modules]
+        if rank is not None:
+            options += ["--rank", str(rank)]
+        if not biases:
+            options.append("--no-bias")
+        name = f"prior_{modules}_{rank or 'whole'}{'' if biases else '_no_bias'}"
+        return self._build(name, self.expert(), None, *options)
 
     def task_vector(self) -> Path:
         """The expert's, of merging: expert - base."""

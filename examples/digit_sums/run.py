@@ -91,7 +91,7 @@ class Runner:
         return loss
 
     def prior(self) -> Path:
-        return self.checkpoints.prior(self.arm.modules, self.arm.prior_rank)
+        return self.checkpoints.prior(self.arm.modules, self.arm.prior_rank, biases=self.arm.rank is None)
 
     def sums(self) -> list[Example]:
         """The fine-tuning's examples."""
