@@ -19,9 +19,7 @@ from . import figures, report
 from .analysis import answer
 from .experiments import DEMO, EXPERIMENTS
 from .parallel import Pool, quiet
-from .settings import Settings
-
-DEMO_SEEDS, SEEDS = 2, 10
+from .settings import TUNING_SEEDS, Settings
 
 
 def main(command: Sequence[str] | None = None) -> int:
@@ -46,10 +44,10 @@ def main(command: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_experiment(name: str, seeds: int | None, out: Path, pool: Pool, console: Console) -> None:
-    experiment, default = (DEMO, DEMO_SEEDS) if name == "demo" else (EXPERIMENTS[name], SEEDS)
-    result = answer(name, experiment, range(seeds or default), pool)
-    result["command"] = f"python -m examples.digit_sums --experiment {name}{f' --seeds {seeds}' if seeds else ''}"
+def run_experiment(name: str, n_seeds: int | None, out: Path, pool: Pool, console: Console) -> None:
+    experiment = DEMO if name == "demo" else EXPERIMENTS[name]
+    result = answer(name, experiment, range(n_seeds or experiment.seeds), pool)
+    result["command"] = f"python -m examples.digit_sums --experiment {name}{f' --seeds {n_seeds}' if n_seeds else ''}"
     console.print(report.table(result, experiment.scores))
     written = [report.write_json(out, result), *figures.draw(out, result, experiment)]
     console.print(f"Written: {', '.join(map(str, written))}\n", highlight=False, soft_wrap=True)
@@ -64,11 +62,13 @@ def parse_arguments(command: Sequence[str] | None) -> argparse.Namespace:
         choices=("demo", *EXPERIMENTS),
         default=["demo"],
         metavar="NAME",
-        help=f"of demo (the default: {DEMO_SEEDS} seeds, two minutes), {', '.join(EXPERIMENTS)}",
+        help=f"of demo (the default: {DEMO.seeds} seeds, two minutes), {', '.join(EXPERIMENTS)}",
     )
-    what.add_argument("--all", dest="experiment", action="store_const", const=list(EXPERIMENTS), help="but the demo")
+    what.add_argument(
+        "--all", dest="experiment", action="store_const", const=list(EXPERIMENTS), help="all of them but the demo"
+    )
     parser.add_argument(
-        "--seeds", type=positive, metavar="N", help=f"from 0 on (default: {SEEDS}, and {DEMO_SEEDS} of the demo)"
+        "--seeds", type=seeds, metavar="N", help="that many, from 0 on (default: 10 or 20, and 2 of the demo)"
     )
     parser.add_argument(
         "--out",
@@ -80,10 +80,10 @@ def parse_arguments(command: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(command)
 
 
-def positive(text: str) -> int:
+def seeds(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if not 1 <= value <= min(TUNING_SEEDS):
+        raise argparse.ArgumentTypeError(f"must be from 1 to {min(TUNING_SEEDS)}, got {value}")
     return value
 
 

@@ -51,6 +51,7 @@ class Experiment:
         figures: dots: scores by entry; lines: scores over x; front: held-out sums over readings.
         scores: what dots and lines show.
         x_label: of lines.
+        seeds: on which it is reported, from 0 on.
     """
 
     question: str
@@ -59,6 +60,7 @@ class Experiment:
     figures: tuple[Literal["dots", "lines", "front", "loss"], ...] = ("dots",)
     scores: tuple[str, ...] = ("held_out_sums", "reading")
     x_label: str = ""
+    seeds: int = 10
 
 
 def sweep(arm: Arm, **values: Sequence[float]) -> Candidates:
@@ -82,6 +84,7 @@ def pulled(arm: Arm, alphas: Sequence[float], *slower: Sequence[float]) -> Candi
     """The arm with these alphas at the settings' learning rate, and with others at the next lower ones."""
     rates = (RATES if arm.rank is None else LORA_RATES)[1:]
     at_rates = (sweep(arm, lr=(rate,), alpha=several) for rate, several in zip(rates, slower, strict=False))
+    assert len(slower) <= len(rates)
     return (*sweep(arm, alpha=alphas), *itertools.chain.from_iterable(at_rates))
 
 
@@ -101,7 +104,7 @@ def anchored(arm: Arm) -> Arm:
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 RANKS = (4, 8, 16)  # of priors; the matrices have 96 to 192 rows and columns
 RATES = (5e-4, 2.5e-4, 1e-4, 5e-5)
-LORA_RATES = (5e-3, 2.5e-3, 1e-3)
+LORA_RATES = (5e-3, 2.5e-3, 1e-3, 5e-4, 2.5e-4)
 WEIGHTS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 FORMS: dict[str, Candidates] = {
@@ -109,7 +112,7 @@ FORMS: dict[str, Candidates] = {
     "task arithmetic": sweep(Arm(tuned=False), merge=(0.25, *WEIGHTS)),
     "TIES": sweep(Arm(tuned=False, vector="ties"), density=(0.2, 0.5, 0.8), merge=(0.5, 1.0, 1.5, 2.0)),
     "SFT": sweep(Arm(), lr=(*RATES[:3], 1e-3, 2e-3)),
-    "merge, then SFT": sweep(Arm(), merge=(1.0, 0.5, 1.5, 2.0), lr=(*RATES[:3], 1e-3)),
+    "merge, then SFT": sweep(Arm(), merge=(1.0, 0.5, 1.5, 2.0, 3.0), lr=(*RATES[:3], 1e-3)),
     "TIES, then SFT": (
         *sweep(Arm(vector="ties"), density=(0.2, 0.5, 0.8), merge=(1.0, 1.5, 2.0)),
         *sweep(Arm(vector="ties", density=0.5), merge=(1.0, 1.5, 2.0), lr=RATES[1:]),
@@ -129,17 +132,19 @@ FORMS: dict[str, Candidates] = {
 
 LORA, ALONG = Arm(rank=RANK), Arm(rank=RANK, along=True)
 ADAPTERS: dict[str, Candidates] = {
-    "LoRA: SFT": sweep(LORA, lr=(*LORA_RATES, 1e-2)),
+    "LoRA: SFT": sweep(LORA, lr=(*LORA_RATES[:4], 1e-2)),
     "LoRA: merge, then SFT": sweep(LORA, merge=(1.0, 0.5, 1.5), lr=LORA_RATES),
     "LoRA: expert's weights, then SFT": sweep(replace(LORA, vector="way"), merge=(1.0, 0.75), lr=LORA_RATES),
-    "LoRA: gradnorm": pulled(replace(LORA, scaling="gradnorm"), (0.03, 0.1, 0.3, 1.0), (0.1, 0.3)),
-    "LoRA: gradnorm, anchor": pulled(anchored(replace(LORA, scaling="gradnorm")), (0.5, 1.0, 2.0, 4.0), (1.0, 2.0)),
-    "LoRA along prior: SFT": sweep(ALONG, lr=LORA_RATES),
+    "LoRA: gradnorm": pulled(replace(LORA, scaling="gradnorm"), (0.03, 0.1, 0.3, 1.0), (0.1, 0.3, 1.0), (0.3, 1.0)),
+    "LoRA: gradnorm, anchor": pulled(
+        anchored(replace(LORA, scaling="gradnorm")), (0.5, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0), (2.0, 4.0, 8.0)
+    ),
+    "LoRA along prior: SFT": sweep(ALONG, lr=LORA_RATES[:4]),
     "LoRA along prior: decoupled, annealed": pulled(
-        annealed(replace(ALONG, scaling="decoupled")), (2.0, 4.0, 8.0), (4.0, 8.0)
+        annealed(replace(ALONG, scaling="decoupled")), (2.0, 4.0, 8.0), (4.0, 8.0, 16.0), (8.0, 16.0)
     ),
     "LoRA along prior: gradnorm, anchor": pulled(
-        anchored(replace(ALONG, scaling="gradnorm")), (0.5, 1.0, 2.0, 4.0), (1.0, 2.0)
+        anchored(replace(ALONG, scaling="gradnorm")), (0.5, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0), (2.0, 4.0, 8.0)
     ),
 }
 
@@ -155,12 +160,13 @@ def over_alpha(name: str, field: str, values: Sequence[float]) -> tuple[Entry, .
 
 
 def of_modules() -> tuple[Entry, ...]:
+    """Half of the modules may take other alphas than both."""
     forms = {name: FORMS[name] for name in ("gradnorm", "adaptive_cosine", "adaptive_cosine, anchor")}
-    made = [
-        Entry(f"{name}: {modules}", tuple(replace(arm, modules=modules) for arm in arms))
-        for name, arms in forms.items()
-        for modules in ("attn", "mlp")
-    ]
+    made = []
+    for name, arms in forms.items():
+        for modules, more in (("attn", (0.25, 2.0)), ("mlp", (64.0, 128.0) if arms[0].anchor else (8.0, 16.0))):
+            wider = dict.fromkeys((*arms, *sweep(arms[0], alpha=more)))
+            made.append(Entry(f"{name}: {modules}", tuple(replace(arm, modules=modules) for arm in wider)))
     both = [Entry(f"{name}: both", FORMS[name]) for name in ("absolute", *forms, "decoupled")]
     return (*entries("SFT"), *made, *both)
 
@@ -198,6 +204,7 @@ MAIN = Experiment(
     references=("SFT", "merge, then SFT", "expert's weights, then SFT"),
     figures=("dots", "front"),
     scores=("held_out_sums", "seen_sums", "reading"),
+    seeds=20,
 )
 EXPERIMENTS: dict[str, Experiment] = {
     "main": MAIN,
@@ -219,6 +226,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         MAIN.entries,
         references=("no fine-tuning", "SFT"),
         scores=("reading", "single_digits", "single_answers"),
+        seeds=MAIN.seeds,
     ),
     "expert": Experiment(
         "How good must the expert be, and is it the direction that helps?",
@@ -307,4 +315,5 @@ DEMO = Experiment(
     ),
     figures=("front", "loss"),
     scores=("held_out_sums", "seen_sums", "reading"),
+    seeds=2,
 )
