@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,40 @@ def test_arms_share_start_and_order_and_differ_otherwise(root: Path, records):
     assert runner(root, ARMS["SFT"]).record() == records["SFT"]
     assert len({str(curve) for curve in losses.values()}) == len(losses)
     assert all(set(record["scores"].values()) <= {n / 40 for n in range(41)} for record in records.values())
+
+
+def test_arms_see_the_same_batches(root: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+
+    def noted(examples: Sequence[data.Example], *arguments: object, **options: object) -> dict[str, torch.Tensor]:
+        seen.append(hash(tuple((example.answer, *map(id, example.images)) for example in examples)))
+        return data.collate(examples, *arguments, **options)
+
+    monkeypatch.setattr("examples.digit_sums.train.collate", noted)
+    batches = {}
+    for name in ("SFT", "gradnorm, anchor", "merge, then SFT"):
+        one = runner(root, ARMS.get(name, Arm(merge=1.0)))
+        seen.clear()
+        one.tune(one.family.MODEL.from_pretrained(one.checkpoints.reader()))
+        batches[name] = list(seen)
+    assert len(batches["SFT"]) >= TINY.tuning.steps
+    assert len(set(batches["SFT"])) > 1
+    assert batches["SFT"] == batches["gradnorm, anchor"] == batches["merge, then SFT"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alpha": 1.0}, "expected a scaling"),
+        ({"anchor": True}, "expected a scaling"),
+        ({"along": True}, "expected a rank"),
+        ({"density": 0.5}, "expected the vector to be ties"),
+        ({"scaling": "gradnorm", "alpha": 1.0, "random": True, "rank": 4}, "expected no rank"),
+    ],
+)
+def test_arms_that_mean_nothing_are_refused(fields: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        Arm(**fields)
 
 
 def test_the_world_reaches_the_run(root: Path, records):

@@ -27,9 +27,10 @@ def results() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_results_are_of_the_experiment_as_it_is(name: str, results: dict[str, Any]) -> None:
-    """What was tried is what is tried, on ten seeds that nothing was chosen on, with the code of a commit."""
+    """What was tried is what is tried, on other seeds than it was chosen on, with the code of a commit."""
     result, experiment = results[name], EXPERIMENTS[name]
-    assert len(result["seeds"]) >= 10
+    assert result["seeds"] == list(range(experiment.seeds))
+    assert experiment.seeds >= 10
     assert result["tuning_seeds"] == list(TUNING_SEEDS)
     assert not set(result["seeds"]) & set(TUNING_SEEDS)
     assert all(re.fullmatch("[0-9a-f]{40}", made["commit"]) and not made["dirty"] for made in result["made_by"])
@@ -60,7 +61,7 @@ def test_means_and_differences_follow_from_the_seeds(name: str, results: dict[st
             reference = by_name.get(placed) or by_name[line]
             for score, found in differences.items():
                 pairs = zip(entry["scores"][score]["seeds"], reference["scores"][score]["seeds"], strict=True)
-                assert found["mean"] == pytest.approx(sum(a - b for a, b in pairs) / len(results[name]["seeds"]))
+                assert found == pytest.approx(mean_and_interval([a - b for a, b in pairs]))
 
 
 def test_tables_are_the_results(results: dict[str, Any]) -> None:
@@ -71,19 +72,31 @@ def test_tables_are_the_results(results: dict[str, Any]) -> None:
 
 
 def test_numbers_in_sentences_are_the_results(results: dict[str, Any]) -> None:
-    known = {
-        form(estimate)
-        for result in results.values()
-        for entry in result["entries"]
-        for form, estimates in (
-            (report.percent, list(entry["scores"].values())),
-            (report.points, [found for scores in entry["against"].values() for found in scores.values()]),
+    """On the page of evidence those of the experiment that its section is about."""
+    known = {name: estimates(result) for name, result in results.items()}
+    cited = []
+    for section in EVIDENCE.split("\n## "):
+        numbers = ESTIMATE.findall(section)
+        names = re.findall(r"digit_sums --experiment (\w+)", section)
+        allowed = set().union(*(known[name] for name in names or known))
+        assert set(numbers) - allowed == set(), section.splitlines()[0]
+        cited += numbers
+    assert len(cited) > 100
+    for path in pages.pages():
+        assert set(ESTIMATE.findall(path.read_text().split("## Speed")[0])) - set().union(*known.values()) == set(), (
+            path
         )
-        for estimate in estimates
-    }
-    cited = {number for path in pages.pages() for number in ESTIMATE.findall(path.read_text())}
-    assert len(cited) > 50
-    assert cited - known == set()
+
+
+def estimates(result: dict[str, Any]) -> set[str]:
+    """As they are written."""
+    scores = {report.percent(found) for entry in result["entries"] for found in entry["scores"].values()}
+    differences = [by_score for entry in result["entries"] for by_score in entry["against"].values()]
+    return scores | {report.points(found) for by_score in differences for found in by_score.values()}
+
+
+def test_nothing_is_left_to_be_filled() -> None:
+    assert [path.name for path in pages.pages() if "@@" in path.read_text()] == []
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

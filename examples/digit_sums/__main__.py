@@ -49,6 +49,9 @@ def run_experiment(name: str, n_seeds: int | None, out: Path, pool: Pool, consol
     result = answer(name, experiment, range(n_seeds or experiment.seeds), pool)
     result["command"] = f"python -m examples.digit_sums --experiment {name}{f' --seeds {n_seeds}' if n_seeds else ''}"
     console.print(report.table(result, experiment.scores))
+    if len(result["made_by"]) > 1:
+        commits = ", ".join(str(made["commit"]) for made in result["made_by"])
+        console.print(f"Its runs are of several commits, versions or machines: {commits}.", highlight=False)
     written = [report.write_json(out, result), *figures.draw(out, result, experiment)]
     console.print(f"Written: {', '.join(map(str, written))}\n", highlight=False, soft_wrap=True)
 

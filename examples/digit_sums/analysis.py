@@ -12,7 +12,8 @@ from scipy import stats
 from .cells import Cell
 from .experiments import Entry, Experiment
 from .parallel import Pool
-from .settings import TUNING_SEEDS, Arm, Run
+from .run import stage_of
+from .settings import TUNING_SEEDS, Arm, Run, World
 
 SCORES = {
     "held_out_sums": "held-out sums",
@@ -41,22 +42,23 @@ class Choice:
         return right.index(max(right))
 
 
-def choose(entries: Sequence[Entry], pool: Pool, name: str) -> dict[Entry, Choice]:
-    """For the entries that have several candidates."""
+def choose(entries: Sequence[Entry], pool: Pool, name: str) -> tuple[dict[Entry, Choice], dict[Run, Cell]]:
+    """For the entries that have several candidates; and the runs that the choices rest on."""
     open_ones = [entry for entry in entries if len(entry.candidates) > 1]
     wanted = {(entry, arm): _runs(TUNING_SEEDS, entry.tuned_in, arm) for entry in open_ones for arm in entry.candidates}
     cells = pool.cells_of([run for runs in wanted.values() for run in runs], f"{name}, choice of settings")
-    return {
+    choices = {
         entry: Choice(
             tuple((arm, _scores([cells[run] for run in wanted[entry, arm]])) for arm in entry.candidates),
         )
         for entry in open_ones
     }
+    return choices, cells
 
 
 def answer(name: str, experiment: Experiment, seeds: Sequence[int], pool: Pool) -> Result:
     """Choose settings, run all entries on the seeds, and sum them up."""
-    choices = choose(experiment.entries, pool, name)
+    choices, tuning_cells = choose(experiment.entries, pool, name)
     arms = {}
     for entry in experiment.entries:
         arm = entry.candidates[0]
@@ -74,7 +76,6 @@ def answer(name: str, experiment: Experiment, seeds: Sequence[int], pool: Pool) 
         "tuning_seeds": list(TUNING_SEEDS),
         "chosen_by": list(CHOSEN_BY),
         "interval": f"{CONFIDENCE:.0%}, bootstrap over seeds (BCa, {RESAMPLES} resamples)",
-        "experts": {str(steps): mean_and_interval(found) for steps, found in _experts(experiment, seeds, pool).items()},
         "entries": [
             {
                 "name": entry.name,
@@ -82,6 +83,8 @@ def answer(name: str, experiment: Experiment, seeds: Sequence[int], pool: Pool) 
                 "x": entry.x,
                 "world": asdict(entry.world),
                 "arm": asdict(arms[entry]),
+                "lr": stage_of(arms[entry], pool.settings).lr if arms[entry].tuned else None,
+                "expert": float(numpy.mean(pool.expert_scores(seeds, entry.world))),
                 "tried": _tried(choices.get(entry)),
                 "scores": {
                     score: {**mean_and_interval(values), "seeds": values} for score, values in scores[entry].items()
@@ -92,8 +95,8 @@ def answer(name: str, experiment: Experiment, seeds: Sequence[int], pool: Pool) 
             }
             for entry in experiment.entries
         ],
-        "core_seconds": round(sum(cell["seconds"] for cell in cells.values())),
-        "made_by": _distinct([cell["made_by"] for cell in cells.values()]),
+        "run_seconds": round(sum(cell["seconds"] for cell in (tuning_cells | cells).values())),
+        "made_by": _distinct([cell["made_by"] for cell in (tuning_cells | cells).values()]),
     }
 
 
@@ -133,7 +136,7 @@ def mean_loss(cells: Sequence[Cell]) -> list[tuple[int, float]]:
     ]
 
 
-def _runs(seeds: Sequence[int], world: Any, arm: Arm) -> list[Run]:
+def _runs(seeds: Sequence[int], world: World, arm: Arm) -> list[Run]:
     return [Run(seed, world, arm) for seed in seeds]
 
 
@@ -162,17 +165,11 @@ def _tried(choice: Choice | None) -> list[dict[str, Any]]:
     return [] if choice is None else [{"arm": asdict(arm), "scores": scores} for arm, scores in choice.tried]
 
 
-def _experts(experiment: Experiment, seeds: Sequence[int], pool: Pool) -> dict[int, list[float]]:
-    """How many text sums the experts get right, by the steps of their training."""
-    worlds = {entry.world.expert_steps or pool.settings.expert.steps: entry.world for entry in experiment.entries}
-    return {steps: pool.expert_scores(seeds, world) for steps, world in worlds.items()}
-
-
 def _mean_of(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(numpy.mean(known)) if known else None
 
 
 def _distinct(made_by: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of one commit and machine once."""
-    return list({(str(row["commit"]), row["dirty"], row["device"], row["torch"]): row for row in made_by}.values())
+    """Each commit, with its versions and machine, once."""
+    return list({str({**row, "date": None, "load": None}): row for row in made_by}.values())

@@ -30,7 +30,8 @@ class Cells:
             raise ValueError(
                 f"expected results of these settings under {root}, found those of others: give another --out"
             )
-        _write(found, mine)
+        if not found.exists():
+            _write(found, mine)
 
     def get(self, run: Run) -> Cell | None:
         path = self._path(run)

@@ -231,7 +231,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "expert": Experiment(
         "How good must the expert be, and is it the direction that helps?",
         of_experts(),
-        figures=("lines", "dots"),
+        figures=("lines",),
         references=("SFT", "merge, then SFT"),
         x_label="steps of the expert's training",
     ),

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .cells import Cell, Cells
 from .checkpoints import Checkpoints
 from .run import Runner, stage_of
-from .settings import Run, Settings, World
+from .settings import Arm, Run, Settings, World
 
 
 class Pool:
@@ -53,7 +53,9 @@ class Pool:
         return {run: _there(self.cells.get(run)) for run in runs}
 
     def expert_scores(self, seeds: Iterable[int], world: World) -> list[float]:
-        """Of experts that are there."""
+        """How many text sums the experts get right."""
+        seeds = list(seeds)
+        self._make_models([Run(seed, world, Arm()) for seed in seeds])
         made = [Checkpoints(seed, self.settings, world, self.root, _ignore) for seed in seeds]
         return [checkpoints.expert_score() for checkpoints in made]
 

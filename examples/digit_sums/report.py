@@ -27,9 +27,8 @@ def points(value: Estimate) -> str:
     return mean if value["low"] is None else f"{mean} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
-def setting(entry: dict[str, Any], experts: dict[str, Estimate]) -> str:
-    """What was chosen for an entry, in words; what its prior keeps; and how good its expert is, where there are
-    several."""
+def setting(entry: dict[str, Any], name_expert: bool) -> str:
+    """What was chosen for an entry, in words; what its prior keeps; and how good its expert is."""
     arm = entry["arm"]
     words = []
     if arm["merge"]:
@@ -38,13 +37,12 @@ def setting(entry: dict[str, Any], experts: dict[str, Estimate]) -> str:
         words.append(f"density {arm['density']:g}")
     if arm["scaling"]:
         words.append(f"alpha {arm['alpha']:g}")
-    if arm["lr"]:
-        words.append(f"lr {arm['lr']:g}")
+    if entry["lr"]:
+        words.append(f"lr {entry['lr']:g}")
     if entry["kept_energy"]:
         words.append(f"{100 * entry['kept_energy']:.0f} % of the energy")
-    if len(experts) > 1 and (arm["merge"] or arm["scaling"]):
-        steps = entry["world"]["expert_steps"] or max(map(int, experts))
-        words.append(f"expert {100 * experts[str(steps)]['mean']:.0f} % right")
+    if name_expert and (arm["merge"] or arm["scaling"]):
+        words.append(f"expert {100 * entry['expert']:.0f} % right")
     return ", ".join(words)
 
 
@@ -62,7 +60,7 @@ def rows(result: Result, scores: Sequence[str]) -> list[list[str]]:
     body = [
         [
             entry["name"],
-            setting(entry, result["experts"]),
+            setting(entry, name_expert=len({entry["expert"] for entry in result["entries"]}) > 1),
             *(percent(entry["scores"][score]) for score in scores),
             *(points(entry["against"][line][main]) if line in entry["against"] else "" for line in references),
         ]

@@ -67,6 +67,16 @@ class Arm:
     along: bool = False  # the adapters begin along the prior
     prior_rank: int | None = None  # of the prior's deltas; None: they are whole
 
+    def __post_init__(self) -> None:
+        if self.scaling is None and (self.alpha or self.anneal or self.anchor or self.random):
+            raise ValueError("alpha, anneal, anchor and random are of a prior: expected a scaling too")
+        if self.rank is None and self.along:
+            raise ValueError("along is of adapters: expected a rank too")
+        if self.rank is not None and self.random:
+            raise ValueError("random is of whole weights: expected no rank")
+        if self.vector != "ties" and self.density != 1.0:
+            raise ValueError("density is of TIES: expected the vector to be ties")
+
 
 @dataclass(frozen=True)
 class Run:
