@@ -224,7 +224,7 @@ def test_cells_keep_runs_apart(tmp_path: Path):
         assert cells.get(run) is None
         cells.put(run, {"scores": i})
     assert [Cells(tmp_path, TINY).get(run)["scores"] for run in runs] == list(range(8))
-    assert len(list((tmp_path / "runs").iterdir())) == 8
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 8
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path):
@@ -242,7 +242,7 @@ def test_a_pool_runs_what_is_missing_in_processes(tmp_path: Path):
     first = pool.cells_of(runs[:3], "some")
     assert [cell["made_by"] for cell in first.values()] == [MADE_BY] * 3
     assert pool.expert_scores((0, 1), CLEAN) == [0.0, 0.0]
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
     again = Pool(TINY, tmp_path, {**MADE_BY, "commit": "def"}, Console(quiet=True)).cells_of(runs, "all")
     assert {run: again[run] for run in runs[:3]} == first
     assert again[runs[3]]["made_by"]["commit"] == "def"
@@ -253,7 +253,7 @@ def test_an_error_in_a_process_is_raised_and_nothing_is_kept(tmp_path: Path):
     pool = Pool(TINY, tmp_path, MADE_BY, Console(quiet=True))
     with pytest.raises(ValueError, match="no such scaling"):
         pool.cells_of([Run(0, CLEAN, Arm(scaling="no such scaling", alpha=1.0))], "wrong")
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert list((tmp_path / "runs").glob("*.json")) == []
 
 
 def test_the_command_refuses_a_folder_of_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -295,7 +295,7 @@ def test_a_command_that_is_stopped_leaves_no_process_behind(signum: signal.Signa
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
     assert ("the same command goes on from there" in printed) == (signum == signal.SIGINT)
-    assert list(tmp_path.glob("runs/*")) == []
+    assert list(tmp_path.glob("runs/*.json")) == []
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

@@ -25,7 +25,7 @@ class Cells:
     def __init__(self, root: Path, settings: Settings) -> None:
         self.folder = root / "runs"
         self.folder.mkdir(parents=True, exist_ok=True)
-        found, mine = root / "settings.json", json.dumps(asdict(settings), indent=1) + "\n"
+        found, mine = self.folder / "settings", json.dumps(asdict(settings), indent=1) + "\n"
         if found.exists() and found.read_text() != mine:
             raise ValueError(
                 f"expected results of these settings under {root}, found those of others: give another --out"
