@@ -311,7 +311,10 @@ DEMO = Experiment(
         chosen("adaptive_cosine", alpha=2.0, lr=2.5e-4),
         chosen("adaptive_cosine, anchor", alpha=8.0),
         chosen("decoupled, anchor", alpha=640.0),
-        Entry("LoRA along prior: gradnorm, anchor", fixed(ADAPTERS["LoRA along prior: gradnorm, anchor"], alpha=1.0)),
+        Entry(
+            "LoRA along prior: gradnorm, anchor",
+            fixed(ADAPTERS["LoRA along prior: gradnorm, anchor"], alpha=2.0, lr=2.5e-3),
+        ),
     ),
     figures=("front", "loss"),
     scores=("held_out_sums", "seen_sums", "reading"),
