@@ -167,8 +167,8 @@ def test_tables(result: dict[str, Any]):
         "setting",
         "held-out sums",
         "reading",
-        "held-out sums - those of SFT",
-        "held-out sums - those of noisy",
+        "held-out sums, against SFT",
+        "held-out sums, against noisy",
     ]
     rows = {row[0]: row for row in body}
     assert rows["pull"][1] == "alpha 2, lr 0.0005"

@@ -36,6 +36,7 @@ def test_results_are_of_the_experiment_as_it_is(name: str, results: dict[str, An
     assert all(re.fullmatch("[0-9a-f]{40}", made["commit"]) and not made["dirty"] for made in result["made_by"])
     assert result["command"] == f"python -m examples.digit_sums --experiment {name}"
     assert result["question"] == experiment.question
+    assert result["references"] == list(experiment.references)
     assert [entry["name"] for entry in result["entries"]] == [entry.name for entry in experiment.entries]
     for found, entry in zip(result["entries"], experiment.entries, strict=True):
         assert found["world"] == asdict(entry.world)

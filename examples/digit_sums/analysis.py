@@ -72,6 +72,7 @@ def answer(name: str, experiment: Experiment, seeds: Sequence[int], pool: Pool) 
     return {
         "experiment": name,
         "question": experiment.question,
+        "references": list(experiment.references),
         "seeds": list(seeds),
         "tuning_seeds": list(TUNING_SEEDS),
         "chosen_by": list(CHOSEN_BY),

@@ -49,13 +49,13 @@ def setting(entry: dict[str, Any], name_expert: bool) -> str:
 def rows(result: Result, scores: Sequence[str]) -> list[list[str]]:
     """A heading, and a row for each entry: its name, its setting, its scores, and its held-out sums against the
     references."""
-    references = list(dict.fromkeys(line for entry in result["entries"] for line in entry["against"]))
+    references = [line for line in result["references"] if any(line in entry["against"] for entry in result["entries"])]
     main = scores[0]
     heading = [
         "",
         "setting",
         *(SCORES[score] for score in scores),
-        *(f"{SCORES[main]} - those of {line}" for line in references),
+        *(f"{SCORES[main]}, against {line}" for line in references),
     ]
     body = [
         [
