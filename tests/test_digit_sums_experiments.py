@@ -171,8 +171,8 @@ def test_tables(result: dict[str, Any]):
         "held-out sums, against noisy",
     ]
     rows = {row[0]: row for row in body}
-    assert rows["pull"][1] == "alpha 2, lr 0.0005"
-    assert rows["noisy merge, 0.1"][1] == "weight 1, lr 0.0005"
+    assert rows["pull"][1] == "alpha 2, lr 5e-4"
+    assert rows["noisy merge, 0.1"][1] == "weight 1, lr 5e-4"
     assert rows["noisy merge, 0.1"][3] == "25.0 [25.0, 25.0]"
     assert rows["noisy merge, 0.1"][5] == "+10.0 [+10.0, +10.0]"
     assert rows["SFT"][4:] == ["", ""]

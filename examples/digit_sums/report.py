@@ -27,6 +27,12 @@ def points(value: Estimate) -> str:
     return mean if value["low"] is None else f"{mean} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
+def rate(value: float) -> str:
+    """As "2.5e-4" or "5e-3"."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 def setting(entry: dict[str, Any], name_expert: bool) -> str:
     """What was chosen for an entry, in words; what its prior keeps; and how good its expert is."""
     arm = entry["arm"]
@@ -38,7 +44,7 @@ def setting(entry: dict[str, Any], name_expert: bool) -> str:
     if arm["scaling"]:
         words.append(f"alpha {arm['alpha']:g}")
     if entry["lr"]:
-        words.append(f"lr {entry['lr']:g}")
+        words.append(f"lr {rate(entry['lr'])}")
     if entry["kept_energy"]:
         words.append(f"{100 * entry['kept_energy']:.0f} % of the energy")
     if name_expert and (arm["merge"] or arm["scaling"]):
