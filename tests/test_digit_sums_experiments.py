@@ -278,7 +278,9 @@ def test_an_experiment_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["command"] == "python -m examples.digit_sums --experiment small"
     assert found["seeds"] == list(range(10))
     assert (tmp_path / "small-dots.png").exists()
-    assert "Does it? %, means of 10 seeds [95 %]" in console.export_text()
+    printed = console.export_text()
+    assert "Does it? %, means of 10 seeds [95 %]" in printed
+    assert "held-out sums: of digit pairs that no image example added" in printed
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])

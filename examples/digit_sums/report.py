@@ -14,6 +14,14 @@ from .analysis import SCORES, Result
 
 Estimate = dict[str, Any]  # mean, low and high, of shares
 
+MEANINGS = {
+    "held_out_sums": "of digit pairs that no image example added",
+    "seen_sums": "of the fine-tuning's digit pairs, on new images",
+    "reading": "both digits are named right, whatever follows",
+    "single_digits": "of one image, the answer begins with its digit",
+    "single_answers": "of one image, the answer is its digit and no more",
+}
+
 
 def percent(value: Estimate) -> str:
     """As "43.8 [41.2, 46.1]", or "43.8" of one seed."""
@@ -76,13 +84,19 @@ def rows(result: Result, scores: Sequence[str]) -> list[list[str]]:
 
 
 def table(result: Result, scores: Sequence[str]) -> Table:
-    """For the terminal."""
-    heading, *body = rows(result, scores)
-    made = Table(title=f"{result['question']} %, means of {len(result['seeds'])} seeds [95 %]", title_justify="left")
-    for i, text in enumerate(heading):
-        made.add_column(text, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for row in body:
-        made.add_row(*row)
+    """For the terminal: the scores alone, and what they are."""
+    interval = " [95 %]" if result["entries"][0]["scores"][scores[0]]["low"] is not None else ""
+    made = Table(
+        title=f"{result['question']} %, means of {len(result['seeds'])} seeds{interval}",
+        caption="\n".join(f"{SCORES[score]}: {MEANINGS[score]}" for score in scores),
+        title_justify="left",
+        caption_justify="left",
+    )
+    made.add_column("", overflow="fold")
+    for score in scores:
+        made.add_column(SCORES[score], justify="right")
+    for entry in result["entries"]:
+        made.add_row(entry["name"], *(percent(entry["scores"][score]) for score in scores))
     return made
 
 
