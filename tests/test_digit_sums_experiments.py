@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -243,7 +244,9 @@ def test_a_pool_runs_what_is_missing_in_processes(tmp_path: Path):
     assert [cell["made_by"] for cell in first.values()] == [MADE_BY] * 3
     assert pool.expert_scores((0, 1), CLEAN) == [0.0, 0.0]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
-    again = Pool(TINY, tmp_path, {**MADE_BY, "commit": "def"}, Console(quiet=True)).cells_of(runs, "all")
+    console = Console(file=io.StringIO())
+    again = Pool(TINY, tmp_path, {**MADE_BY, "commit": "def"}, console).cells_of(runs, "all")
+    assert "all: 3 of 4 runs are there already" in console.file.getvalue()
     assert {run: again[run] for run in runs[:3]} == first
     assert again[runs[3]]["made_by"]["commit"] == "def"
     assert {path: path.stat().st_mtime_ns for path in times} == times

@@ -45,6 +45,9 @@ class Pool:
         """Of each run. The models that the runs need are made first; `what` names the runs in the bar."""
         runs = list(dict.fromkeys(runs))
         missing = [run for run in runs if self.cells.get(run) is None]
+        if len(missing) < len(runs):
+            there = f"{what}: {len(runs) - len(missing)} of {len(runs)} runs are there already"
+            self.console.print(there, highlight=False, soft_wrap=True)
         if missing:
             self._make_models(missing)
             jobs = [(_make_run, (run, self.settings, self.root, self.made_by)) for run in missing]
