@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("sklearn")
 
 from examples.digit_sums import data, qwen2_5_vl
-from examples.digit_sums.families import FAMILIES
+from examples.digit_sums.families import FAMILIES, with_language_model
 
 
 def test_pairs_are_halved_with_their_mirrors():
@@ -92,7 +92,7 @@ def test_patches_are_the_quarters_of_an_image():
 def test_reader_starts_as_the_base_and_sees_the_images(name: str):
     family = FAMILIES[name]
     base = family.text_model(seed=0)
-    reader = family.multimodal_model(base, seed=1).eval()
+    reader = with_language_model(family, base, seed=1).eval()
     text = data.collate([data.Example((3, 7), "3+7")], family)
     torch.testing.assert_close(reader(**text).logits, base(**text).logits, rtol=1e-4, atol=1e-5)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from .data import Example, SeedData, chain, reading, text_examples
-from .families import FAMILIES
+from .families import FAMILIES, with_language_model
 from .priors import drift_prior
 from .settings import Settings, Stage, World
 from .train import adamw, answers, fit, share_right
@@ -77,7 +77,7 @@ class Checkpoints:
         """The base behind a vision tower: a multimodal model that reads."""
 
         def make(out: Path) -> None:
-            model = self.family.multimodal_model(self._load_base(), self.seed)
+            model = with_language_model(self.family, self._load_base(), self.seed)
             self._fit("reader", model, self.settings.reader, self.data().readings)
             model.save_pretrained(out)
 
@@ -88,7 +88,7 @@ class Checkpoints:
 
         def make(out: Path) -> None:
             sums = text_examples(chain)
-            expert = type(self.family.text_model(self.seed)).from_pretrained(self.expert())
+            expert = self.family.TEXT_MODEL.from_pretrained(self.expert())
             out.write_text(json.dumps(share_right(answers(expert, sums, self.family), sums)))
 
         return json.loads(self._once(self._expert_score_file.name, make).read_text())
@@ -101,15 +101,15 @@ class Checkpoints:
         if not biases:
             options.append("--no-bias")
         name = f"prior_{modules}_{rank or 'whole'}{'' if biases else '_no_bias'}"
-        return self._build(name, self.expert(), None, *options)
+        return self._build(name, self.expert(), *options)
 
     def task_vector(self) -> Path:
         """The expert's, of merging: expert - base."""
-        return self._build("task_vector", self.expert(), self.base(), "--dtype", "fp32")
+        return self._build("task_vector", self.expert(), "--reference", self.base(), "--dtype", "fp32")
 
     def own_vector(self) -> Path:
         """The reader's task vector: reader - base."""
-        return self._build("own_vector", self.reader(), self.base(), "--dtype", "fp32")
+        return self._build("own_vector", self.reader(), "--reference", self.base(), "--dtype", "fp32")
 
     def ties_vector(self, density: float) -> Path:
         """The two task vectors merged by TIES, keeping `density` of each."""
@@ -125,16 +125,14 @@ class Checkpoints:
             f"adapters_{rank}_{prior.name}", lambda out: drift_prior("init-lora", prior, *options, "--out", out)
         )
 
-    def _build(self, name: str, expert: Path, reference: Path | None, *options: object) -> Path:
-        models = ["--expert", expert, "--base", self.reader()]
-        if reference is not None:
-            models += ["--reference", reference]
+    def _build(self, name: str, expert: Path, *options: object) -> Path:
+        models = ("--expert", expert, "--base", self.reader())
         return self._once(
             f"{name}_{self.expert_steps}", lambda out: drift_prior("build", *models, *options, "--out", out)
         )
 
     def _load_base(self) -> PreTrainedModel:
-        return type(self.family.text_model(self.seed)).from_pretrained(self.base())
+        return self.family.TEXT_MODEL.from_pretrained(self.base())
 
     def _fit(self, name: str, model: PreTrainedModel, stage: Stage, examples: list[Example]) -> None:
         with tempfile.TemporaryDirectory() as folder:

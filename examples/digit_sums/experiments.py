@@ -149,9 +149,9 @@ ADAPTERS: dict[str, Candidates] = {
 }
 
 
-def entries(*names: str, world: World = CLEAN, x: float | None = None) -> tuple[Entry, ...]:
+def entries(*names: str, world: World = CLEAN) -> tuple[Entry, ...]:
     """Those of FORMS."""
-    return tuple(Entry(name, FORMS[name], world, x) for name in names)
+    return tuple(Entry(name, FORMS[name], world) for name in names)
 
 
 def over_alpha(name: str, field: str, values: Sequence[float]) -> tuple[Entry, ...]:

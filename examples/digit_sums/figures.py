@@ -47,7 +47,7 @@ def _dots(result: Result, experiment: Experiment) -> Figure:
             seeds = [100 * value for value in entry["scores"][score]["seeds"]]
             axes.scatter(seeds, [row] * len(seeds), s=7, color=_colour(entry), alpha=0.35, linewidths=0)
             _point(axes, entry, x=entry["scores"][score], y=row)
-        axes.set_yticks(range(len(entries)), [_label(entry) for entry in entries])
+        axes.set_yticks(range(len(entries)), [entry["name"] for entry in entries])
     return figure
 
 
@@ -59,15 +59,15 @@ def _lines(result: Result, experiment: Experiment) -> Figure:
         _look(axes, experiment.x_label, f"{SCORES[score]}, %")
         for line in lines:
             entries = [entry for entry in result["entries"] if entry["line"] == line]
-            first, label = entries[0], line
+            first = entries[0]
             if first["x"] is None:
                 mean = 100 * first["scores"][score]["mean"]
-                axes.axhline(mean, color=_colour(first), linestyle=_dash(first), linewidth=1, alpha=0.8, label=label)
+                axes.axhline(mean, color=_colour(first), linestyle=_dash(first), linewidth=1, alpha=0.8, label=line)
                 continue
             entries.sort(key=lambda entry: entry["x"])
             xs, means = [entry["x"] for entry in entries], [100 * entry["scores"][score]["mean"] for entry in entries]
             axes.plot(
-                xs, means, color=_colour(first), linestyle=_dash(first), linewidth=1.2, label=label, **_marker(first)
+                xs, means, color=_colour(first), linestyle=_dash(first), linewidth=1.2, label=line, **_marker(first)
             )
             _band(axes, xs, [entry["scores"][score] for entry in entries], _colour(first))
         if "log" in experiment.x_label:
@@ -92,7 +92,7 @@ def _front(result: Result, experiment: Experiment) -> Figure:
         _look(axes, "reading, %", "held-out sums, %")
         axes.plot([100 * x for x, _ in best], [100 * y for _, y in best], color="#bbbbbb", linewidth=1.2, zorder=1)
         for entry in result["entries"]:
-            _point(axes, entry, x=entry["scores"]["reading"], y=entry["scores"]["held_out_sums"], label=_label(entry))
+            _point(axes, entry, x=entry["scores"]["reading"], y=entry["scores"]["held_out_sums"], label=entry["name"])
     everything.set_title("all", loc="left")
     closer.set_title("closer", loc="left")
     middle = float(numpy.median([x for x, _ in places.values()]))
@@ -108,7 +108,7 @@ def _loss(result: Result, experiment: Experiment) -> Figure:
     for entry in (entry for entry in result["entries"] if entry["loss"]):
         steps, losses = zip(*entry["loss"], strict=True)
         look = {"color": _colour(entry), "linestyle": _dash(entry), "linewidth": 2.4 if entry["arm"]["anchor"] else 1.1}
-        axes.plot(steps, losses, **look, label=_label(entry))
+        axes.plot(steps, losses, **look, label=entry["name"])
     axes.set_yscale("log")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
@@ -158,10 +158,6 @@ def _band(axes: Axes, xs: Sequence[float], values: Sequence[dict[str, Any]], col
     if values[0]["low"] is not None:
         low, high = ([100 * value[end] for value in values] for end in ("low", "high"))
         axes.fill_between(xs, low, high, color=colour, alpha=0.13, linewidth=0)
-
-
-def _label(entry: Drawn) -> str:
-    return str(entry["name"])
 
 
 def _colour(entry: Drawn) -> str:

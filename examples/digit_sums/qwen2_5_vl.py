@@ -8,32 +8,15 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
-from .data import EOS, IMAGE, IMAGE_SIZE, PAD, TOKEN_ID, TOKENS, VISION_END, VISION_START
+from .data import EOS, IMAGE, IMAGE_SIZE, PAD, TOKEN_ID, VISION_END, VISION_START
+from .language import HEADS, HIDDEN, LANGUAGE, ROPE_THETA
 
-MODEL = Qwen2_5_VLForConditionalGeneration
+TEXT_MODEL, MODEL = Qwen2ForCausalLM, Qwen2_5_VLForConditionalGeneration
 
 PATCH_SIZE, MERGE_SIZE = 4, 2  # pixels, patches that become one token
 GRID = IMAGE_SIZE // PATCH_SIZE
 IMAGE_PROMPT = (VISION_START, *[IMAGE] * (GRID // MERGE_SIZE) ** 2, VISION_END)
 
-HIDDEN, LAYERS, HEADS = 96, 4, 4
-ROPE_THETA = 10_000.0
-
-LANGUAGE = {
-    "vocab_size": len(TOKENS),
-    "hidden_size": HIDDEN,
-    "intermediate_size": 2 * HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": HEADS // 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,  # the two classes have different defaults
-    "rope_theta": ROPE_THETA,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": TOKEN_ID[EOS],
-    "pad_token_id": TOKEN_ID[PAD],
-}
 VISION = {
     "depth": 1,
     "fullatt_block_indexes": [0],
@@ -55,11 +38,11 @@ _TAKES_TOKEN_TYPES = "mm_token_type_ids" in inspect.signature(MODEL.forward).par
 def text_model(seed: int) -> Qwen2ForCausalLM:
     """A fresh text model."""
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**LANGUAGE))
+    return TEXT_MODEL(Qwen2Config(**LANGUAGE))
 
 
-def multimodal_model(base: Qwen2ForCausalLM, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """`base` as the language model behind a fresh vision tower."""
+def multimodal_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
+    """A fresh multimodal model."""
     thirds = [HIDDEN // HEADS // 6] * 3  # time, height and width share the rotary frequencies of a head
     rope = {"type": "mrope", "mrope_section": thirds, "rope_theta": ROPE_THETA}
     config = Qwen2_5_VLConfig(
@@ -73,10 +56,7 @@ def multimodal_model(base: Qwen2ForCausalLM, seed: int) -> Qwen2_5_VLForConditio
         vision_end_token_id=TOKEN_ID[VISION_END],
     )
     torch.manual_seed(seed)
-    model = MODEL(config)
-    model.model.language_model.load_state_dict(base.model.state_dict())
-    model.lm_head.load_state_dict(base.lm_head.state_dict())
-    return model
+    return MODEL(config)
 
 
 def image_inputs(images: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
