@@ -41,7 +41,7 @@ EXPERT, BASE = "DeepSeek-R1-Distill-Qwen-7B", "Qwen2.5-VL-7B-Instruct"
 # Each block, by words that no other has.
 BLOCKS = {
     "a better AdamW": "lr=1e-5, weight_decay=0.01",
-    "bfloat16": "# unbiased, no memory more",
+    "bfloat16": "# unbiased, no extra memory",
     "with a prior": "linear_anneal(total_steps // 2)",
     "in the backward pass": "optimizer.attach_to_backward()",
     "any optimizer": "bias.apply_()",
