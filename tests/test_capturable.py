@@ -62,12 +62,9 @@ def test_tensors_are_followed_and_never_read_by_the_host(
                 ours.step()
         numbers.step()
         (group,), (of_numbers,) = ours.param_groups, numbers.param_groups
-        for key, value in {"lr": 1e-2 / (step + 2), "alpha": 0.5 * step}.items():
-            of_numbers[key] = value
-            if key in tensors:
-                group[key].fill_(value)
-            else:
-                group[key] = value
+        for key in tensors:
+            of_numbers[key] = {"lr": 1e-2 / (step + 2), "alpha": 0.5 * step}[key]
+            group[key].fill_(of_numbers[key])
     for name, p in params.items():
         assert torch.equal(p, others[name]), name
         assert ours.state[p]["step"].device.type == DEVICE.type

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from drift_kernels import FusedDriftAdamW, GradientBias
+from drift_kernels import FusedDriftAdamW, GradientBias, attach_prior
 from drift_kernels.formats.philox import WHOLE
 from drift_kernels.kernels.scalings import SCALINGS
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
@@ -220,6 +221,32 @@ def test_a_gradient_that_is_a_partial_sum_is_summed(placement: Placement, tmp_pa
         assert torch.equal(found[0], param)
         assert torch.equal(found[1], grad)
         assert math.isclose(found[2], norm, rel_tol=1e-6)
+
+
+def refused() -> None:
+    """What would act on gradients before they are reduced; and a parameter that is a partial sum."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shard = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match="is for a single process"):
+        FusedDriftAdamW([shard]).attach_to_backward()
+    with pytest.raises(TypeError, match="w is a DTensor, for which there are no hooks: use GradientBias"):
+        attach_prior(nn.ParameterDict({"w": shard}), {"w": torch.ones(4, 3)})
+    plain = FusedDriftAdamW([nn.Parameter(torch.zeros(3))])
+    if mesh.size() == 1:
+        plain.attach_to_backward()
+    else:
+        with pytest.raises(ValueError, match="is for a single process"):
+            plain.attach_to_backward()
+    partial = nn.Parameter(DTensor.from_local(torch.zeros(4, 3), mesh, [Partial()]))
+    partial.grad = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"a partial sum .* cannot be updated"):
+        FusedDriftAdamW([partial]).step()
+    assert not partial.to_local().any()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_shards_cannot_have_is_refused(world: int, tmp_path: Path) -> None:
+    ranks.run(refused, world, tmp_path)
 
 
 def fsdp1() -> str:
