@@ -135,8 +135,8 @@ def test_a_state_belongs_to_the_prior_that_it_went_on_under(seed: int) -> None:
 def test_a_first_step_only_asks_for_states_at_lr_zero_on_gradients_of_zeros(
     lrs: tuple[Any, Any], largest: float, only_asks: bool
 ) -> None:
-    """So does torch.distributed.checkpoint: the prior leaves no trace. A warm-up begins at lr 0 too, with gradients. Once
-    there are states, such a step counts."""
+    """As torch.distributed.checkpoint takes one: the prior leaves no trace. A warm-up begins at lr 0 too, on gradients.
+    Once there are states, such a step counts."""
     net = model()
     deltas = {name: torch.ones_like(p) for name, p in net.named_parameters()}
     named = list(net.named_parameters())
