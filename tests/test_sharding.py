@@ -18,11 +18,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from drift_kernels import FusedDriftAdamW, GradientBias
+from drift_kernels.formats.blocks import BLOCK
 from drift_kernels.formats.philox import WHOLE
 from drift_kernels.kernels.scalings import SCALINGS
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
 from drift_kernels.sharding import Shard as Part
-from drift_kernels.sharding import place_of
+from drift_kernels.sharding import keeps_blocks, place_of, wrap
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
@@ -158,6 +159,43 @@ def test_all_scalings_and_clipping_are_those_of_one_process(world: int, tmp_path
             for name, param in params.items():
                 error = (param - expected[case][name]).abs().max() / expected[case][name].abs().max()
                 assert error <= 1e-6, (label, case, name, error)
+
+
+PLACEMENTS = {
+    "rows": (Shard(0), Replicate()),
+    "columns": (Replicate(), Shard(1)),
+    "rows and columns": (Shard(0), Shard(1)),
+    "twice by columns": (Shard(1), Shard(1)),
+    "replicated": (Replicate(), Replicate()),
+}
+COLUMNS = (96, 128, 256, 384, 512, 640, 768, 1024)
+
+
+def layouts() -> dict[tuple[str, int], tuple[bool, slice]]:
+    """Whether this rank takes rows to be of whole blocks, and which columns it holds."""
+    mesh, found = init_device_mesh("cpu", (2, 2)), {}
+    for label, placements in PLACEMENTS.items():
+        for columns in COLUMNS:
+            tensor = distribute_tensor(torch.randn(6, columns), mesh, placements)
+            found[label, columns] = keeps_blocks(tensor, BLOCK), Part.of(tensor).box[1]
+            for like, shape in ((tensor, None), (tensor, (6, 2 * columns)), (tensor[None], None)):
+                values = torch.randn(like.shape if shape is None else shape)
+                own = distribute_tensor(values, mesh, like.placements).to_local()
+                wrapped = wrap(own, like, shape)
+                assert (wrapped.shape, wrapped.stride()) == (values.shape, values.stride())
+                assert torch.equal(wrapped.to_local(), own)
+    return found
+
+
+def test_blocks_are_kept_where_every_rank_holds_whole_ones_and_wrapping_keeps_shapes_and_strides(
+    tmp_path: Path,
+) -> None:
+    found = ranks.run(layouts, 4, tmp_path)
+    for key, (kept, _) in found[0].items():
+        held = [of_rank[key][1] for of_rank in found]
+        whole_blocks = all(part.start % BLOCK == part.stop % BLOCK == 0 for part in held)
+        assert [of_rank[key][0] for of_rank in found] == 4 * [kept]
+        assert kept == whole_blocks, (key, held)
 
 
 # Gradients, checks, failures
