@@ -73,7 +73,7 @@ def test_options_are_combined(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert chosen("--modes", "fp32 states, master", "int8 states") == ["fp32 states, master", "int8 states"]
     assert capsys.readouterr().err == ""
-    with refusing(capsys, "--modes goes without"):
+    with refusing(capsys, "--modes cannot be combined with"):
         chosen("--modes", "int8 states", "--master", "no")
 
 
@@ -82,15 +82,15 @@ def test_what_does_not_exist_is_left_out_with_a_line(capsys: pytest.CaptureFixtu
     assert chosen("--dtype", "float32", *everything) == ["fp32 states"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("Left out: fp32 states, int8 prior; fp32 states, fp8 prior; fp32 states, master;")
-    assert line.endswith(": stochastic rounding, masters and small priors are for bfloat16 parameters")
+    assert line.endswith(": stochastic rounding, master weights and small priors need bfloat16 parameters")
     assert len(chosen("--states", *modes.STATES, *everything)) == len(EVERY_BF16) == 36 - 6
     assert "Left out: fp32 states, stochastic, master; " in capsys.readouterr().err
     assert chosen("--dtype", "float16", "--states", "float32", "int8") == ["fp32 states"]
     gpu = ["--device", "cuda", "--prior-device", "same", "cpu", "--prior-dtype", "int8"]
     assert chosen("--states", "bfloat16", *gpu) == ["bf16 states, int8 prior", "bf16 states, int8 host prior"]
     assert chosen("--states", "bfloat16", *gpu[2:]) == ["bf16 states, int8 prior"]
-    assert "int8 host prior: a prior on the host is for a GPU" in capsys.readouterr().err
-    with refusing(capsys, "no mode is left for float16 parameters. int8 states: int8 states are for"):
+    assert "int8 host prior: a prior on the host needs a GPU" in capsys.readouterr().err
+    with refusing(capsys, "no mode is left for float16 parameters. int8 states: int8 states need"):
         chosen("--dtype", "float16", "--states", "int8")
 
 
