@@ -258,7 +258,7 @@ def test_quantised_bases_and_adapters_are_refused(family: Family) -> None:
 def test_what_is_in_the_way(family: Family) -> None:
     prior, base, out = family.prior("a"), family.folder / "base", family.folder / "out"
     for target in (base, family.folder):
-        with pytest.raises(PriorError, match=r"would take the place of .*base, which it is made of"):
+        with pytest.raises(PriorError, match=r"would replace .*base, which it is made from"):
             apply_prior(prior, base, target, overwrite=True)
     link = family.folder / "link"
     link.symlink_to(base)

@@ -178,7 +178,7 @@ def test_failures_print_one_line_and_return_1(
     ("option", "value", "words"),
     [
         ("--layers", "3-1", "layers must be numbers and ranges"),
-        ("--modules", "attention", "modules must be among"),
+        ("--modules", "attention", "modules must be any of"),
         ("--modules", "re:(", "not a regular expression"),
         ("--dtype", "fp4", "invalid choice"),
         ("--name-map", "trunk", "expected PREFIX=CANONICAL"),

@@ -302,7 +302,7 @@ def test_alpha_of_a_joined_delta_is_that_of_its_first_part_and_zero_where_a_part
     assert alphas({"re:layers.0.": 0.2, "mlp": 1.0}) == [0.2, 1.0]
     assert alphas({"re:layers.0.*experts.0": 0.2, "mlp": 1.0}) == [0.2, 1.0]
     assert alphas({"re:layers.0.*experts.1": 0.0, "mlp": 1.0}) == [None, 1.0]
-    with pytest.raises(PriorMismatchError, match="patterns leave all 2 matching deltas alone"):
+    with pytest.raises(PriorMismatchError, match="patterns of alpha match none of the 2 matching deltas"):
         alphas({"re:experts.1": 1.0})
 
 

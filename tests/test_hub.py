@@ -125,7 +125,10 @@ def test_repositories_without_a_checkpoint(hub: LoopbackHub, names: list[str], w
 def test_what_cannot_be_fetched(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "org/gone"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "org/gone: no such folder, and not fetched from the Hub (RepositoryNotFoundError: 404 Client Error" in line
+    assert (
+        "org/gone: no such folder, and cannot be fetched from the Hub (RepositoryNotFoundError: 404 Client Error"
+        in line
+    )
     with pytest.raises(PriorFormatError, match=r"a/b/c: no such folder$"):
         Prior.open("a/b/c")
 

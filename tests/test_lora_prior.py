@@ -289,7 +289,7 @@ def test_misuse_is_refused() -> None:
     model = adapted_model()
     with pytest.raises(ValueError, match="refresh must be at least 1 step, got 0"):
         lora_prior(model, prior, refresh=0)
-    with pytest.raises(TypeError, match=r"refresh must be a number of steps, got 1\.5"):
+    with pytest.raises(TypeError, match=r"refresh must be an integer number of steps, got 1\.5"):
         lora_prior(model, prior, refresh=1.5)  # type: ignore[arg-type]
     with pytest.raises(PriorMismatchError, match=r"use drift_kernels\.integrations\.peft\.lora_prior"):
         FusedDriftAdamW(named_groups(model), prior=prior)
@@ -315,7 +315,7 @@ def test_another_model_than_that_of_the_prior_is_noticed() -> None:
     optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(other, deltas()))
     loss_of(model, 0).backward()
     before = gradients(model)
-    with pytest.raises(PriorError, match="not the one that the model of its lora_prior has now"):
+    with pytest.raises(PriorError, match="not the current one of the model that lora_prior was called for"):
         optimizer.step()
     assert all(torch.equal(grad, before[name]) for name, grad in gradients(model).items())
     with pytest.raises(TypeError, match="call lora_prior again"):

@@ -283,7 +283,9 @@ def test_other_pairs_are_an_error_that_names_the_parameter(dtype: torch.dtype, o
     param = nn.Parameter(torch.ones(3, dtype=dtype))
     optimizer = FusedDriftAdamW([("w", param)])
     set_grad(param, torch.ones(3, dtype=of_grad))
-    with pytest.raises(TypeError, match=rf"gradient of parameter w, which is {dtype}, has dtype {of_grad}; expected"):
+    with pytest.raises(
+        TypeError, match=rf"gradient of parameter w has dtype {of_grad}; expected .* for a {dtype} parameter"
+    ):
         optimizer.step()
     assert not optimizer.state
 

@@ -177,7 +177,10 @@ def test_what_is_not_a_prior_does_not_open(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 4}, "version 4 is of a newer drift_kernels, and this one reads 1 to 3: upgrade"),
+        (
+            {"version": 4},
+            "version 4 was written by a newer drift_kernels, but this one supports versions 1 to 3: upgrade",
+        ),
         ({"version": 0}, "expected format 'drift_prior', version 1 to 3; found .* version 0"),
         ({"version": "2"}, "expected format 'drift_prior', version 1 to 3; found .* version '2'"),
         ({"format": "other"}, "found format 'other'"),
@@ -185,7 +188,7 @@ def test_what_is_not_a_prior_does_not_open(folder: Path, tmp_path: Path) -> None
         ({"dtype": "float32"}, "is recorded as torch.float32"),
         ({"tensors": {}}, "disagree about"),
         ({"tensors": {UP: {"shape": [1]}}}, "delta_norm"),
-        ({"sources": None}, "lacks or garbles"),
+        ({"sources": None}, "missing or invalid"),
     ],
 )
 def test_a_record_that_does_not_hold_is_noticed(folder: Path, changes: dict[str, object], words: str) -> None:
