@@ -45,15 +45,15 @@ def fails(folder: Path, expert: str = "expert") -> str:
     [
         (
             {"model.safetensors": POINTER},
-            r"model\.safetensors \(135 bytes\): .* a pointer of Git LFS: run `git lfs pull`",
+            r"model\.safetensors \(135 bytes\): .* a Git LFS pointer: run `git lfs pull`",
         ),
-        ({"model.safetensors.index.json": POINTER}, r"index\.json: cannot be read as JSON: a pointer of Git LFS"),
-        ({"config.json": POINTER}, r"config\.json: cannot be read as JSON: a pointer of Git LFS"),
+        ({"model.safetensors.index.json": POINTER}, r"index\.json: cannot be read as JSON: a Git LFS pointer"),
+        ({"config.json": POINTER}, r"config\.json: cannot be read as JSON: a Git LFS pointer"),
         ({"model.safetensors": "<!DOCTYPE html><html>" + "x" * 99}, "a web page: download the file again"),
         ({"model.safetensors": "GGUF" + "x" * 99}, "not a safetensors file but a GGUF file"),
         (
             {"adapter_model.safetensors": "", "adapter_config.json": "{}"},
-            r"a PEFT \(LoRA\) adapter .*give BASE",
+            r"a PEFT \(LoRA\) adapter .*pass BASE",
         ),
         ({"adapter_config.json": "{}", "adapter_model.bin": ""}, r"a PEFT \(LoRA\) adapter .*merge_and_unload"),
         ({"model-Q4_K_M.gguf": "GGUF"}, r"found GGUF files \(model-Q4_K_M\.gguf\): use the safetensors checkpoint"),
@@ -78,7 +78,7 @@ def test_what_lies_in_a_folder(folder: Path, files: dict[str, str], words: str) 
     ("content", "words"),
     [
         (b"GGUF" + bytes(99), "expected a folder, found a GGUF file: use the safetensors checkpoint"),
-        (POINTER.encode(), "expected a folder, found a pointer of Git LFS"),
+        (POINTER.encode(), "expected a folder, found a Git LFS pointer"),
         (b"{}", "expected a folder, found a file: pass its folder"),
     ],
 )
@@ -100,9 +100,9 @@ def test_links_to_nothing(folder: Path) -> None:
     shard = folder / "sharded" / "model-00002-of-00003.safetensors"
     shard.unlink()
     shard.symlink_to("../../blobs/gone")
-    assert f"{shard}: a link to ../../blobs/gone, which is not there" in fails(folder, "sharded")
+    assert f"{shard}: a link to ../../blobs/gone, which does not exist" in fails(folder, "sharded")
     (folder / "all").symlink_to("gone")
-    assert "all: a link to gone, which is not there" in fails(folder, "all")
+    assert "all: a link to gone, which does not exist" in fails(folder, "all")
 
 
 @pytest.mark.parametrize("stale", ["of other shards", "broken"])
@@ -156,7 +156,7 @@ def refusing(number: int, mark: str) -> Callable[[Path], FileIO]:
         (errno.EACCES, "no permission to read it"),
         (errno.EPERM, "no permission to read it"),
         (errno.EMFILE, r"too many files are open: raise the limit \(ulimit -n\)"),
-        (errno.ENOENT, "is not there, or not any more"),
+        (errno.ENOENT, "does not exist, or not any more"),
         (errno.ESTALE, "cannot be read: Stale file handle"),
     ],
 )

@@ -279,7 +279,7 @@ def test_other_models_and_incomplete_experts_are_not_bound() -> None:
     coverage = Prior.from_mapping(gates).coverage([(f"model.{stem}gate_up_proj", fused)])
     assert not coverage.matched
     assert coverage.prior_only == sorted(gates)
-    assert "the prior lacks some of what they are made of" in coverage.summary()
+    assert "the prior lacks some of the deltas to fuse" in coverage.summary()
     # What has its own name is not taken for another's.
     live = [
         (f"model.layers.0.{m}.up_proj.weight", nn.Parameter(torch.zeros(4, 3))) for m in ("mlp", "block_sparse_moe")

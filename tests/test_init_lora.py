@@ -128,7 +128,7 @@ def test_the_command(base: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixt
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in two)  # the same each time
     assert main([*command, str(tmp_path / "one")]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "one"), "--overwrite"]) == 0
     assert main([*command, str(tmp_path / "base"), "--overwrite"]) == 1
     assert (tmp_path / "base" / "model.safetensors").exists()
@@ -145,7 +145,9 @@ def test_errors_leave_nothing(base: nn.Module, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError, match=r"cannot create a transformers model from its config\.json"):
         init_lora(prior, tmp_path / "prior", out)
     other = {name: torch.randn(3, 5) for name in Prior.open(prior).names if "q_proj.weight" in name}
-    with pytest.raises(PriorMismatchError, match=r"q_proj.weight has shape \[32, 32\], the prior's .* \[3, 5\]"):
+    with pytest.raises(
+        PriorMismatchError, match=r"q_proj.weight has shape \[32, 32\], but the prior's .* has shape \[3, 5\]"
+    ):
         init_lora(other, folder, out)
 
     def broken(*arguments: object) -> None:

@@ -164,7 +164,7 @@ def test_nan_in_a_matrix_is_noticed(tmp_path: Path) -> None:
         weights = text_weights(prefix="")
         weights[UP][3, 4] = float("nan")
         write_checkpoint(tmp_path / role, weights)
-    with pytest.raises(PriorError, match=f"{UP} holds NaN or Inf"):
+    with pytest.raises(PriorError, match=f"{UP} contains NaN or Inf"):
         build(tmp_path)
     assert not list(tmp_path.glob("prior*"))
 
@@ -236,7 +236,7 @@ def test_the_norm_of_shards_is_that_of_their_factors(exact: dict[str, Tensor], t
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rank": RANK + 1}, rf"{UP}.left is recorded as torch.bfloat16 \[.*, 7\], stored as"),
+        ({"rank": RANK + 1}, rf"{UP}.left is recorded as torch.bfloat16 \[.*, 7\], but stored as"),
         ({"rank": "6"}, "missing or invalid: rank '6' for a delta"),
         ({"rank": 0}, "missing or invalid: rank 0"),
         ({"shape": [5]}, r"missing or invalid: rank 6 for a delta of shape \[5\]"),
@@ -279,7 +279,7 @@ def test_the_command_and_what_it_shows(
     squares = {n: (info.exact_norm or info.delta_norm) ** 2 for n, info in infos.items()}
     total = sum(squares[n] * (1 if info.kept_energy is None else info.kept_energy) for n, info in infos.items())
     total /= sum(squares.values())
-    assert f"of all deltas {total:.2%}" in printed
+    assert f"over all deltas {total:.2%}" in printed
     assert main(["inspect", str(tmp_path / "prior"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["rank"], found["kept_energy"]) == (RANK, pytest.approx(total))

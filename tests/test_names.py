@@ -180,7 +180,7 @@ def test_selection_by_module_layer_and_regular_expression() -> None:
             parse_layers(wrong)
     with pytest.raises(ValueError, match=r"modules must be any of .* got 'attention'"):
         select_names(names, ["attention"])
-    with pytest.raises(ValueError, match="not a regular expression"):
+    with pytest.raises(ValueError, match="not a valid regular expression"):
         select_names(names, ["re:("])
 
 

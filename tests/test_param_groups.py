@@ -327,5 +327,5 @@ def test_a_parameter_given_twice_cannot_step_in_the_backward_pass() -> None:
     param = nn.Parameter(torch.ones(3))
     with pytest.warns(UserWarning, match="duplicate parameters"):
         optimizer = FusedDriftAdamW([param, param])
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="passed twice"):
         optimizer.attach_to_backward()

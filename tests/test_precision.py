@@ -143,7 +143,7 @@ def test_refreshed_masters_are_the_parameters_as_written() -> None:
         p.mul_(0.5)
     optimizer.refresh_masters()
     assert torch.equal(optimizer.master_weight(p), p.float())
-    with pytest.raises(KeyError, match="not one of this optimizer's"):
+    with pytest.raises(KeyError, match="does not belong to this optimizer"):
         optimizer.master_weight(nn.Parameter(torch.zeros(2)))
     with pytest.raises(ValueError, match="without master_weights=True"):
         FusedDriftAdamW([nn.Parameter(torch.zeros(2))]).master_weight(p)

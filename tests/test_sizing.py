@@ -279,7 +279,11 @@ def test_what_has_no_adapters_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (None, [], "config.json has no architecture"),
         ({"architectures": ["NovelForCausalLM"]}, [], "has no NovelForCausalLM"),
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES}, ["--modules", "re:x"], "is of re:x"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES},
+            ["--modules", "re:x"],
+            "has no Linear in re:x",
+        ),
     ],
 )
 def test_a_model_that_is_none(

@@ -184,7 +184,7 @@ def test_the_authors_patterns_find_what_they_find() -> None:
     [
         ({"re:self_atn": 1.0}, ValueError, "'re:self_atn' matches none of the prior's 6 deltas"),
         ({"attention": 1.0}, ValueError, "alpha by pattern: modules must be any of .* got 'attention'"),
-        ({"re:(": 1.0}, ValueError, "not a regular expression"),
+        ({"re:(": 1.0}, ValueError, "not a valid regular expression"),
         ({"attn": math.nan}, ValueError, "alpha must be finite, got alpha=nan for 'attn'"),
         ({"attn": "1"}, TypeError, "must map patterns to numbers, got 'attn': '1'"),
         ({3: 1.0}, TypeError, "must map patterns to numbers, got 3"),

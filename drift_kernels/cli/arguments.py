@@ -24,15 +24,15 @@ EXIT_STATUS = (
 )
 CHECKPOINT = (
     "a checkpoint folder; a Hub id (org/name or org/name@revision), from which only the required parts are downloaded; "
-    "or BASE+ADAPTER, each of them a folder or a Hub id, to merge a PEFT LoRA adapter. FP8 weights with scales are "
-    "supported"
+    "or BASE+ADAPTER (each a folder or a Hub id), where ADAPTER is a PEFT LoRA adapter to merge. FP8 weights with "
+    "scales are supported"
 )
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 PRIOR = "a prior folder or a Hub id"
 
 
 def add_command(commands: Commands, name: str, what: str, run: Run) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=what, description=f"{name}: {what}", epilog=EXIT_STATUS)
+    parser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", epilog=EXIT_STATUS)
     parser.set_defaults(run=run, misuse=parser.error)
     return parser
 

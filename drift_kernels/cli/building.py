@@ -16,10 +16,13 @@ def add(commands: Commands) -> None:
     build = add_command(commands, "build", "make a prior from checkpoints: expert - base, or expert - reference", _run)
     build.add_argument("--expert", required=True, metavar="CHECKPOINT", help=f"the fine-tuned model: {CHECKPOINT}")
     build.add_argument(
-        "--base", required=True, metavar="CHECKPOINT", help="the model that training starts from; as for --expert"
+        "--base",
+        required=True,
+        metavar="CHECKPOINT",
+        help="the model that training starts from (same forms as --expert)",
     )
     build.add_argument(
-        "--reference", metavar="CHECKPOINT", help="subtract this model instead of the base; as for --expert"
+        "--reference", metavar="CHECKPOINT", help="subtract this model instead of the base (same forms as --expert)"
     )
     build.add_argument("--out", required=True, metavar="DIR", help="folder to write the prior to")
     build.add_argument("--overwrite", action="store_true", help="replace an existing prior")

@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     check.add_argument(
         "--model", metavar="CHECKPOINT", help=f"compare with the names and shapes of this model: {CHECKPOINT}"
     )
-    check.add_argument("--verify", action="store_true", help="read the whole prior and compare its checksums")
+    check.add_argument("--verify", action="store_true", help="read the whole prior and verify its checksums")
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
