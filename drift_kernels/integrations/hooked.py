@@ -41,8 +41,8 @@ def use_hooks(
     """
     if unfit := sorted(set(options) - set(_OPTIONS)):
         raise ValueError(
-            f"under DeepSpeed the prior acts through hooks, which do not support {', '.join(unfit)}: leave them out, or "
-            "train without DeepSpeed (DDP, FSDP2)"
+            f"under DeepSpeed the prior acts through hooks, which do not support {', '.join(unfit)}: leave them out, "
+            "or train without DeepSpeed (DDP, FSDP2)"
         )
     stage = trainer.args.deepspeed_plugin.zero_stage
     if stage == 3:

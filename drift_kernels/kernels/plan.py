@@ -51,7 +51,7 @@ class Plan:
         grads: the gradients of this step, contiguous and in the dtype that is read; empty after `release`.
         dtypes: the dtypes of the launch.
         master: whether parameters have a residual.
-        at_random: whether bfloat16 states and parameters, except master weights, are rounded stochastically.
+        at_random: whether bfloat16 states, and bfloat16 parameters without a master weight, are rounded stochastically.
         numel: the total number of elements of all parameters.
         has_empty: whether a parameter has no elements.
         nbytes: the total number of bytes of each operand.

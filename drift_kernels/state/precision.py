@@ -53,7 +53,7 @@ class Precision:
 
     Attributes:
         state_dtype: dtype of exp_avg and exp_avg_sq: float32, bfloat16, or int8 for codes (formats/blocks.py).
-        stochastic: whether bfloat16 states and parameters (except those with a master weight) are rounded
+        stochastic: whether bfloat16 states, and bfloat16 parameters without a master weight, are rounded
             stochastically.
         master_weights: whether bfloat16 parameters have a residual, with which they make a float32.
     """
@@ -155,7 +155,7 @@ class Precision:
 
 
 def has_begun(state: Mapping[str, Any]) -> bool:
-    """Whether it holds a state of this package, and is not empty or limited to what a user keeps in it."""
+    """Whether it holds a state of this package, rather than nothing or only what a user stores in it."""
     return not OWN.isdisjoint(state)
 
 
