@@ -182,4 +182,4 @@ def test_without_transformers_check_answers_for_the_disk(tmp_path: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     folder = write_checkpoint(tmp_path / "model", text_weights(), config={"architectures": ["LlamaForCausalLM"]})
     with open_checkpoint(folder) as checkpoint:
-        assert "since transformers is not installed" in live_parameters(checkpoint)[1]
+        assert "because transformers is not installed" in live_parameters(checkpoint)[1]
