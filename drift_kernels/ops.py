@@ -23,15 +23,15 @@ CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 def _uniform(name: str, tensors: list[Tensor], shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
     """The tensors, if they have these shapes, one dtype and one device, and are contiguous."""
     if not shapes:
-        raise ValueError(f"{name} must be of one tensor at least, got none")
+        raise ValueError(f"{name} must have at least one tensor, got none")
     found = [tuple(t.shape) for t in tensors]
     if found != shapes:
-        raise ValueError(f"{name} must be of the shapes {shapes}, got {found}")
+        raise ValueError(f"{name} must have shapes {shapes}, got {found}")
     for t in tensors:
         if t.dtype != tensors[0].dtype or t.device != device or not t.is_contiguous():
             raise ValueError(
-                f"{name} must be contiguous, of one dtype and on {device}, got {t.dtype} on {t.device} with strides "
-                f"{t.stride()}"
+                f"{name} must be contiguous, of the same dtype and on {device}, got {t.dtype} on {t.device} with "
+                f"strides {t.stride()}"
             )
     return tensors
 
@@ -50,7 +50,7 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
     _uniform(name, values, [tuple(t.shape) for t in like], device)
     if values[0].dtype not in CODES:
         if scales:
-            raise ValueError(f"{name} must have {n} tensors where they are {values[0].dtype}, got {len(tensors)}")
+            raise ValueError(f"{name} must have {n} tensors if they are {values[0].dtype}, got {len(tensors)}")
         return [(value, None) for value in values]
     # Of the shape that FusedDriftAdamW's states have, or flat.
     shapes = [scale_shape(tuple(t.shape)) for t in like]
@@ -103,7 +103,7 @@ def update(
         _expect("residuals", residuals[0].dtype, (torch.int16,))
         _expect("params that have residuals", params[0].dtype, (torch.bfloat16,))
     if random_keys and len(random_keys) != n:
-        raise ValueError(f"random_keys must be {n} or none, got {len(random_keys)}")
+        raise ValueError(f"random_keys must have {n} entries or none, got {len(random_keys)}")
     halves = _uniform("residuals", residuals, shapes, device) if residuals else [None] * n
     keys: list[int] | list[None] = random_keys or [None] * n
     moments, variances = (

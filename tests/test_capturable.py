@@ -131,7 +131,7 @@ def test_schedulers_fill_tensors_in_place() -> None:
 def test_a_tensor_must_be_where_its_parameters_are() -> None:
     params, _, _ = make()
     elsewhere = torch.tensor(1e-3, device="meta")
-    with pytest.raises(ValueError, match=r"lr must be a number, or a tensor where its parameters are.*on meta"):
+    with pytest.raises(ValueError, match=r"lr must be a number, or a tensor on the device of its parameters.*on meta"):
         FusedDriftAdamW(params.items(), lr=elsewhere, capturable=True)
 
 
@@ -144,8 +144,8 @@ def capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"capturable": False, "backend": "reference"}, r"only with capturable=True \(group 0\)"),
-        ({"capturable": True, "backend": "cpu"}, r"cannot hold a step of drift_kernels\.kernels\.cpu"),
+        ({"capturable": False, "backend": "reference"}, r"requires capturable=True \(group 0\)"),
+        ({"capturable": True, "backend": "cpu"}, r"cannot capture a step of drift_kernels\.kernels\.cpu"),
     ],
 )
 def test_what_cannot_be_captured(options: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_what_cannot_be_captured(options: dict[str, object], words: str, monkeyp
     set_grads(params)
     before = {name: p.detach().clone() for name, p in params.items()}
     capture_nothing(monkeypatch)
-    with pytest.raises(RuntimeError, match="must run before it is captured"):
+    with pytest.raises(RuntimeError, match="run a step before capturing one"):
         ours.step()
     monkeypatch.undo()
     assert all(torch.equal(params[name], p) for name, p in before.items())
@@ -177,7 +177,7 @@ def test_a_captured_number_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog:
     ours.step()
     messages = [record.getMessage() for record in caplog.records if "captured" in record.getMessage()]
     assert messages == [
-        "every replay of the captured step keeps lr=0.25: to change it, pass a tensor (group 0)",
+        "every replay of the captured step uses lr=0.25; pass a tensor to change it (group 0)",
     ]
 
 

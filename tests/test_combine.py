@@ -165,7 +165,7 @@ def test_one_prior_alone_and_the_same_twice(family: Family, caplog: pytest.LogCa
     twice = combine_priors([prior, prior], family.folder / "twice", weights=[0.5, 0.5], dtype=torch.float32)
     assert all(torch.equal(twice.load(name), prior.load(name)) for name in prior.names)
     assert caplog.messages == ["prior 1 and prior 2 are the same"]
-    with pytest.raises(PriorError, match="cancel each other: all deltas of their combination are zero"):
+    with pytest.raises(PriorError, match="cancel out: all deltas of their combination are zero"):
         combine_priors([prior, prior], family.folder / "none", weights=[1, -1])
     assert not list(family.folder.glob("none*"))
 
@@ -176,7 +176,7 @@ def test_a_delta_that_one_prior_lacks_is_zero_there(family: Family) -> None:
     assert combined.names == priors[1].names
     assert torch.equal(combined.load(UP), 0.25 * priors[1].load(UP))
     *_, warning = combined.record["warnings"]
-    assert warning.startswith("9 of 24 deltas are not in prior 1, and zero there: layers.0.mlp.down_proj.weight")
+    assert warning.startswith("9 of 24 deltas are not in prior 1, and count as zero: layers.0.mlp.down_proj.weight")
     assert combined.info(UP).param_norm == priors[1].info(UP).param_norm
     assert combined.record["modules"] == ["attn", "mlp"]
 
@@ -224,7 +224,7 @@ def test_norms_that_are_not_known_are_those_of_the_parameters(family: Family) ->
 def test_priors_that_do_not_fit(family: Family) -> None:
     prior, out = family.prior("a"), family.folder / "out"
     other = Prior.from_mapping({UP: torch.ones(3, 5)})
-    with pytest.raises(PriorError, match=rf"{UP} is \[63, 31\] in prior 1, \[3, 5\] in prior 2"):
+    with pytest.raises(PriorError, match=rf"{UP} has shape \[63, 31\] in prior 1, \[3, 5\] in prior 2"):
         combine_priors([prior, other], out, weights=[1, 1])
     single = {
         f"layers.0.mlp.experts.{e}.{leaf}.weight": torch.ones(4, 6) for e in (0, 1) for leaf in ("gate_proj", "up_proj")
@@ -244,7 +244,7 @@ def test_priors_that_do_not_fit(family: Family) -> None:
         ({"weights": [1]}, "expected a weight for each of the 2 priors, got 1"),
         ({"weights": [0, 0]}, "all weights are zero"),
         ({"weights": [1, math.nan]}, "weights must be finite, got 1 nan"),
-        ({"weights": [1, -1], "normalize": True}, "the weights 1 -1 add up to zero"),
+        ({"weights": [1, -1], "normalize": True}, "the weights, but 1 -1 add up to zero"),
         ({"weights": [1, 1], "method": "slerp"}, "method must be one of linear, ties, dare, dare_ties, got 'slerp'"),
         ({"weights": [1, 1], "method": "dare"}, "dare needs a density"),
         ({"weights": [1, 1], "density": 0.5}, "linear keeps every element"),
@@ -276,7 +276,7 @@ def test_in_place(family: Family) -> None:
     """The output replaces one of the priors."""
     a, b = (family.prior(name).load(UP) for name in "ab")
     place = family.folder / "prior-a"
-    with pytest.raises(PriorError, match="exists already"):
+    with pytest.raises(PriorError, match="already exists"):
         combine_priors([place, family.folder / "prior-b"], place, weights=[1, 1])
     combine_priors([place, family.folder / "prior-b"], place, weights=[1, 1], overwrite=True, dtype=torch.float32)
     assert torch.equal(Prior.open(place).load(UP), a + b)

@@ -125,7 +125,7 @@ def test_frozen_parameters_get_no_hook() -> None:
     backward(model, plain)
     assert torch.equal(model.inner.weight.grad, plain.inner.weight.grad - deltas["inner.weight"])
     model.requires_grad_(False)
-    with pytest.raises(PriorMismatchError, match="no parameter that the prior covers requires gradients"):
+    with pytest.raises(PriorMismatchError, match="parameters that it covers are frozen"):
         attach_prior(model, deltas)
 
 

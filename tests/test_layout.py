@@ -48,7 +48,7 @@ def test_the_extensions_were_built_for_it(name: str) -> None:
 def test_the_kernels_on_the_host_are_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     grid._library()
     monkeypatch.setitem(LAYOUT, "chunk", CHUNK // 2)
-    with pytest.raises(AssertionError, match=f"chunk: the extension has {CHUNK}, this drift_kernels {CHUNK // 2}"):
+    with pytest.raises(AssertionError, match=f"chunk: expected {CHUNK // 2}, the extension has {CHUNK}"):
         grid._library.__wrapped__()
 
 
@@ -114,12 +114,12 @@ def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
 
 def assert_says_both(reason: str, layout: dict[str, Any] | None) -> None:
     assert "its compiled extension (/old/extension.so) was built " in reason
-    assert reason.endswith("; reinstall drift_kernels, so that it is built anew")
-    assert ("older sources, which do not say their layout" in reason) == (layout is None)
+    assert reason.endswith("; reinstall drift_kernels to rebuild it")
+    assert ("older sources, which do not export their layout" in reason) == (layout is None)
     built = layout or {}
     for part in {**LAYOUT, **built}:
         here, there = text(LAYOUT.get(part, "nothing")), text(built.get(part, "nothing"))
-        difference = f"{part}: the extension has {there}, this drift_kernels {here}"
+        difference = f"{part}: expected {here}, the extension has {there}"
         assert (difference in reason) == (here != there)
 
 
@@ -151,7 +151,7 @@ def test_an_optimizer_that_asks_for_it_raises_and_auto_goes_on(
     with caplog.at_level(logging.WARNING, "drift_kernels"):
         found = weights("auto"), weights("auto")
     (record,) = caplog.records
-    assert record.getMessage().startswith("backend 'auto' uses 'reference' on cpu: 'cpu' is unavailable: its compiled")
+    assert record.getMessage().startswith("backend='auto' falls back to 'reference' on cpu: 'cpu' is unavailable: its")
     assert_says_both(record.getMessage(), other)
     for each in found:
         assert all(map(torch.equal, each, weights("reference")))
@@ -229,11 +229,11 @@ def test_an_extension_that_was_really_built_for_another_is_refused(tmp_path: Pat
     there = " ".join((*ROW_FIELDS[:8], "extra", *ROW_FIELDS[8:]))
     assert refused == (
         f"no backend for tensors on cpu: 'cpu' is unavailable: its compiled extension ({extension}) was built for "
-        f"another layout (row: the extension has {there}, this drift_kernels {text(ROW_FIELDS)}); reinstall "
-        "drift_kernels, so that it is built anew"
+        f"a different layout (row: expected {text(ROW_FIELDS)}, the extension has {there}); reinstall "
+        "drift_kernels to rebuild it"
     )
     assert same
-    assert done.stderr.count("backend 'auto' uses 'reference'") == 1
+    assert done.stderr.count("backend='auto' falls back to 'reference'") == 1
     assert not compiled
     assert checksum == arithmetic.checksum(torch.arange(5000.0)).hex()
 

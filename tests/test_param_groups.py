@@ -291,7 +291,9 @@ def test_other_pairs_are_an_error_that_names_the_parameter(dtype: torch.dtype, o
     param = nn.Parameter(torch.ones(3, dtype=dtype))
     optimizer = FusedDriftAdamW([("w", param)])
     set_grad(param, torch.ones(3, dtype=of_grad))
-    with pytest.raises(TypeError, match=rf"gradient of parameter w, which is {dtype}, has dtype {of_grad}; expected"):
+    with pytest.raises(
+        TypeError, match=rf"gradient of parameter w has dtype {of_grad}; expected .* for a {dtype} parameter"
+    ):
         optimizer.step()
     assert not optimizer.state
 
@@ -333,5 +335,5 @@ def test_a_parameter_given_twice_cannot_step_in_the_backward_pass() -> None:
     param = nn.Parameter(torch.ones(3))
     with pytest.warns(UserWarning, match="duplicate parameters"):
         optimizer = FusedDriftAdamW([param, param])
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="passed twice"):
         optimizer.attach_to_backward()

@@ -157,7 +157,7 @@ def test_refreshed_masters_are_the_parameters_as_written() -> None:
         p.mul_(0.5)
     optimizer.refresh_masters()
     assert torch.equal(optimizer.master_weight(p), p.float())
-    with pytest.raises(KeyError, match="not one of this optimizer's"):
+    with pytest.raises(KeyError, match="does not belong to this optimizer"):
         optimizer.master_weight(nn.Parameter(torch.zeros(2)))
     with pytest.raises(ValueError, match="without master_weights=True"):
         FusedDriftAdamW([nn.Parameter(torch.zeros(2))]).master_weight(p)
@@ -272,7 +272,7 @@ def test_states_go_from_one_precision_to_another_and_to_torch() -> None:
             {"rounding": "stochastic"},
             F16,
             TypeError,
-            "rounding='stochastic' is for bfloat16 and float32 parameters, and",
+            "rounding='stochastic' supports bfloat16 and float32 parameters only",
         ),
         (
             {"master_weights": True},
@@ -280,9 +280,9 @@ def test_states_go_from_one_precision_to_another_and_to_torch() -> None:
             TypeError,
             "master_weights=True .* parameter layers.0.weight has dtype .*float16",
         ),
-        ({"state_dtype": "int8"}, F16, TypeError, "state_dtype=torch.int8 is for bfloat16 and float32 parameters"),
+        ({"state_dtype": "int8"}, F16, TypeError, "state_dtype=torch.int8 supports bfloat16 and float32 parameters"),
         ({"state_dtype": "int4"}, BF16, ValueError, "must be one of 'float32', .*'bf16', 'int8', .* got 'int4'"),
-        ({"state_dtype": torch.float16}, BF16, ValueError, "or such a torch.dtype, got torch.float16"),
+        ({"state_dtype": torch.float16}, BF16, ValueError, "or the torch.dtype of one, got torch.float16"),
         ({"state_dtype": None}, BF16, ValueError, "state_dtype must be one of .* got None"),
         ({"seed": -1}, BF16, ValueError, r"seed must be in \[0, 2\^32\), got seed=-1"),
         ({"seed": 1.5}, BF16, TypeError, "seed must be an integer"),

@@ -333,5 +333,5 @@ def test_states_go_from_plain_parameters_to_shards_and_back(tmp_path: Path) -> N
 def test_a_shard_of_several_inner_dimensions_has_no_random_bits() -> None:
     shard = Part((4, 8, 8), (slice(0, 4), slice(0, 4), slice(0, 4)), ())
     assert place_of("w", shard, needed=False) == WHOLE
-    with pytest.raises(ValueError, match=r"parameter w of shape \(4, 8, 8\) is sharded in more than one"):
+    with pytest.raises(ValueError, match=r"sharded along more than one inner dimension, got w of shape \(4, 8, 8\)"):
         place_of("w", shard, needed=True)

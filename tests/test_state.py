@@ -108,7 +108,7 @@ def test_a_state_of_another_prior_does_not_load(seed: int) -> None:
     saved = through_a_file(first.state_dict())
     optimizer({"0.weight": torch.ones(17, 9)}).load_state_dict(saved)
     for other in (optimizer({"0.weight": torch.full((17, 9), 2.0)}), optimizer(None)):
-        with pytest.raises(PriorMismatchError, match=r"under the prior"):
+        with pytest.raises(PriorMismatchError, match=r"saved with the prior"):
             other.load_state_dict(saved)
         assert not other.state
 

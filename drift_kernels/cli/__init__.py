@@ -1,4 +1,4 @@
-"""drift-prior: build priors, look at them, check that they fit, combine them, apply them, start adapters from them."""
+"""Build, inspect, check, combine and apply priors; initialise LoRA adapters from them; estimate memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _COMMANDS = (building, inspecting, checking, combining, applying, initialising, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status (`--help` lists them); usage errors exit with 2.
+    """Run a command and return its exit status (listed by `--help`). Usage errors exit with 2.
 
-    Without `argv` it takes the process's own, and the process is expected to end with it; likewise when a signal has
-    stopped it.
+    Without `argv`, the arguments are those of the process, which is expected to end afterwards; so it is after a signal
+    has stopped the command.
     """
     parser = argparse.ArgumentParser(prog="drift-prior", description=__doc__, epilog=EXIT_STATUS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stoppable(to_the_end=argv is None):
             status: int = arguments.run(arguments, errors)
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
+    except BrokenPipeError:  # the reader of the output (`| head`) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (CheckpointError, PriorError, OSError, ImportError) as error:

@@ -64,4 +64,4 @@ _TAKEN = {*inspect.signature(FusedDriftAdamW.__init__).parameters, *inspect.sign
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises TypeError for a keyword that `drift_optimizer` would not take: now, not when the optimizer is made."""
     if unknown := sorted(set(options) - _TAKEN):
-        raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}; FusedDriftAdamW has no such")
+        raise TypeError(f"FusedDriftAdamW got unexpected keyword arguments: {', '.join(unknown)}")

@@ -16,12 +16,12 @@ _reason: str | None = None
 try:
     from drift_kernels import _cpu
 except ImportError as error:
-    _reason = f"its compiled extension cannot be imported ({error}); reinstall drift_kernels with a C++17 compiler"
+    _reason = f"cannot import its compiled extension ({error}); reinstall drift_kernels with a C++17 compiler"
 
 
 def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
-        return f"it runs on CPU tensors, not on {device.type}"
+        return f"it supports CPU tensors only, not {device.type}"
     return _reason or mismatch(_cpu)
 
 
