@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..formats.blocks import BLOCK
+from ..reinstalling import reinstall_command
 from .coefficients import Coefficients
 from .filling import FILLING_FIELDS, GROUP_FIELDS, MAX_GROUPS
 from .plan import CHUNK, ROW_FIELDS
@@ -20,8 +21,8 @@ LAYOUT: dict[str, tuple[str, ...] | int] = {
 }
 
 
-def mismatch(extension: object) -> str | None:
-    """Why nothing of `extension`, a compiled module of this package, may be called; None if it has this layout.
+def mismatch(extension: object, backend: str) -> str | None:
+    """Why nothing of `extension`, the compiled module of `backend`, may be called; None if it has this layout.
 
     One of another commit imports like any other. Its kernels would take one column of a table for another.
     """
@@ -37,8 +38,8 @@ def mismatch(extension: object) -> str | None:
     where = getattr(extension, "__file__", None) or "in memory"
     said = "for another layout" if built else "from older sources, which do not say their layout"
     return (
-        f"its compiled extension ({where}) was built {said} ({differences}); reinstall drift_kernels, so that it is "
-        "built anew"
+        f"its compiled extension ({where}) was built {said} ({differences}); build it anew by: "
+        f"{reinstall_command(backend)}"
     )
 
 

@@ -21,7 +21,7 @@ try:
 except ImportError:  # installed without a compiler; kernels/cpu.py keeps the reason
     _compiled = False
 else:  # these two functions know no layout; but with another one they are of other sources, and may be others too
-    _compiled = mismatch(_cpu) is None
+    _compiled = mismatch(_cpu, "cpu") is None
 
 _COMPILED_WEIGHTS = (torch.bfloat16, torch.float16, torch.float32)
 _CHECKSUM_ROW = 1024  # words
