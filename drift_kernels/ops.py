@@ -61,7 +61,13 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
     return list(zip(values, scales, strict=True))
 
 
-@torch.library.custom_op("drift_kernels::update", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "residuals"))
+# Schemas are written out: to infer them, torch 2.6 takes no `list[Tensor]`.
+@torch.library.custom_op(
+    "drift_kernels::update",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "residuals"),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] deltas, "
+    "Tensor(d!)[] residuals, SymInt[] random_keys, Tensor coefficients) -> ()",
+)
 def update(
     params: list[Tensor],
     grads: list[Tensor],
@@ -121,7 +127,9 @@ def update(
     backends.resolve("auto", device).update(plan, coefficients, with_delta=True)
 
 
-@torch.library.custom_op("drift_kernels::grad_stats", mutates_args=())
+@torch.library.custom_op(
+    "drift_kernels::grad_stats", mutates_args=(), schema="(Tensor[] grads, Tensor[] deltas) -> Tensor"
+)
 def grad_stats(grads: list[Tensor], deltas: list[Tensor]) -> Tensor:
     """float64 [n, 2]: sum(g*g) and sum(g*delta) of each of n gradients; the latter is 0 without deltas.
 

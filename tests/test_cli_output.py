@@ -158,7 +158,7 @@ def test_without_matplotlib(
     assert main(["inspect", str(folder / "prior"), "--plot", str(plot), *json_]) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert line.startswith("drift-prior: plotting a prior requires matplotlib: pip install matplotlib")
+    assert line.startswith("drift-prior: plotting a prior requires matplotlib: pip install 'drift_kernels[plot]' (")
     assert not plot.exists()
     if json_:
         json.loads(captured.out)

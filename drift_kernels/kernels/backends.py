@@ -76,6 +76,11 @@ def check_devices(name: str, tensors: Iterable[Tensor]) -> None:
             resolve(name, device)
 
 
+def unavailable(device: torch.device) -> dict[str, str | None]:
+    """What "auto" tries on `device`, in this order: why each cannot run there, or None."""
+    return {name: load(name).unavailable(device) for name in AUTO.get(device.type, ("reference",))}
+
+
 @cache
 def resolve(name: str, device: torch.device) -> Backend:
     """Return the backend for tensors on `device`. Only "auto" falls back to another backend, and logs that once.
