@@ -23,6 +23,7 @@ extensions = [
     "sphinx_copybutton",
     "code_names",
     "commands",
+    "mathml",
     "parameter_types",
     "repository",
 ]
@@ -43,6 +44,7 @@ repository_pages = {
 # Markdown
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
+smartquotes = False
 highlight_language = "none"  # of blocks that do not say theirs: commands, formulas, output
 suppress_warnings = ["myst.header"]  # parts of the README begin with their own, lower headings
 
@@ -82,10 +84,12 @@ nitpick_ignore_regex = [
 
 # The pages
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = project
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options = {"top_of_page_buttons": []}
 copybutton_exclude = ".linenos, .gp, .go"

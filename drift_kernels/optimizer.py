@@ -33,7 +33,7 @@ from .torch_private import grad_scaler_says, not_compiled, unscales_gradients
 @unscales_gradients
 class FusedDriftAdamW(Optimizer):
     """AdamW with decoupled weight decay whose gradients a prior biases; without a prior, a fast drop-in for
-    `torch.optim.AdamW`. docs/api/optimizer.md has the formulas.
+    `torch.optim.AdamW`. The formulas of a step: `docs/api/optimizer.md`.
 
     Args:
         params: parameters or param groups, as in torch; with a prior, named ones (`model.named_parameters()`). Dense,
@@ -43,7 +43,7 @@ class FusedDriftAdamW(Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled; applied in float32, before the parameter is rounded.
-        prior: a `Prior`, a prior's folder, or a mapping from parameter names to deltas, bound by name; for LoRA
+        prior: a `Prior`, its folder or Hub id, or a mapping from parameter names to deltas; bound by name. For LoRA
             adapters, the result of `lora_prior`.
         alpha: strength of the prior; positive values pull toward the expert, 0 is plain AdamW. `AlphaScheduler` changes
             it over time. A mapping such as `{"re:self_attn": 1.0, "mlp": 0.5}` sets it by pattern: the first that fits
@@ -218,8 +218,7 @@ class FusedDriftAdamW(Optimizer):
         """Update each parameter inside the backward pass, as soon as its gradient is complete, and free the gradient.
 
         The updates are bitwise identical to those of `step()` after the backward pass; `step()` itself then changes
-        nothing. Every backward pass is a step, so gradients cannot be accumulated. docs/api/optimizer.md has the
-        details.
+        nothing. Every backward pass is a step, so gradients cannot be accumulated. Details: `docs/api/optimizer.md`.
 
         Returns:
             A handle, whose `remove()` detaches the optimizer.

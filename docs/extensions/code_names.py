@@ -60,13 +60,13 @@ def setup(app: Sphinx) -> dict[str, Any]:
     ) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         if not names:
             names.append(Names(Path(app.srcdir)))
-        code = nodes.literal(rawtext, text)
         if page := PAGE.fullmatch(text):
-            link = addnodes.pending_xref(
-                rawtext, code, refdomain="std", reftype="doc", reftarget=f"/{page[1]}", refexplicit=True, refwarn=True
-            )
-            link["refdoc"] = app.env.docname
+            if page[1] == app.env.docname:
+                return [nodes.Text("below")], []
+            link = addnodes.pending_xref(rawtext, nodes.inline("", text), refdomain="std", reftype="doc")
+            link.update_all_atts({"reftarget": f"/{page[1]}", "refexplicit": False, "refdoc": app.env.docname})
             return [link], []
+        code = nodes.literal(rawtext, text)
         target = names[0].find(text, app.env.ref_context.get("py:module"))
         if target is None:
             return [code], []

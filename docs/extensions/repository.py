@@ -2,7 +2,7 @@
 
 Pages of docs link to one another as on GitHub, and MyST resolves that. What lies outside docs becomes
 
-- a page of the site, if one includes it (`repository_pages`; of the README, the page that has the part);
+- a page of the site, if one includes it (`repository_pages`; for the README, the page that has the part);
 - a copy of the file, if it is an image or JSON;
 - else a link to the repository, if `repository_file` says where that is, or the path as plain code.
 """
@@ -74,6 +74,8 @@ class Links:
         name = str(file.relative_to(self.root))
         if name in self.pages:
             file = self.docs / self.pages[name]
+        if file.is_relative_to(self.docs) and not image and text.strip("`") in (path, file.name):
+            text = ""  # the title of the page or of its section
         if file.is_relative_to(self.docs) or file.suffix in COPIED:
             return f"{image}[{text}]({self._from(page, file)}{'#' * bool(anchor)}{anchor})"
         if self.file_url is not None:

@@ -120,10 +120,6 @@ def _drift_adamw(groups: list[dict[str, Any]], *, drift: _Drift) -> FusedDriftAd
 class DriftOptimizers(OptimizersContainer):
     """torchtitan's container of optimizers, which makes a `FusedDriftAdamW` of the param groups that name it.
 
-    Args:
-        config: the container's config.
-        model_parts: one model.
-
     Raises:
         ValueError: pipeline parallelism, or `fused_opt_states_bf16`.
     """
