@@ -35,6 +35,8 @@ repository_file = None
 
 # Files outside docs that are pages of the site, and the folders whose page they are.
 repository_pages = {
+    "CHANGELOG.md": "site/changelog.md",
+    "CONTRIBUTING.md": "site/contributing.md",
     "benchmarks": "site/benchmarks.md",
     "benchmarks/README.md": "site/benchmarks.md",
     "examples/digit_sums": "site/digit_sums.md",
