@@ -12,12 +12,21 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
 PARAM = re.compile(r"^:param (\S+):")
+HIDDEN = "\N{RATIO}"
 ATTRIBUTE = re.compile(r"^\.\. attribute:: (\w+)$")
+
+
+def hide_colon(_: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """A handler of autodoc-process-docstring, before napoleon's, which takes what stands before a colon in a property's
+    first line for its type."""
+    if what == "property" and lines:
+        lines[0] = lines[0].replace(":", HIDDEN)
 
 
 def add_types(_: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """A handler of autodoc-process-docstring, after napoleon's."""
     function = obj.__init__ if inspect.isclass(obj) else inspect.unwrap(getattr(obj, "__func__", obj))
+    lines[:] = [line.replace(HIDDEN, ":") for line in lines]
     of_parameters = dict(getattr(function, "__annotations__", {}))
     of_fields = dict(getattr(obj, "__annotations__", {})) if inspect.isclass(obj) else {}
     typed: list[str] = []
@@ -47,6 +56,7 @@ def find_type(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: 
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("autodoc-process-docstring", hide_colon, priority=400)
     app.connect("autodoc-process-docstring", add_types, priority=600)
     app.connect("missing-reference", find_type)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -71,7 +71,7 @@ class BackwardHandle:
 
     @property
     def attached(self) -> bool:
-        """Whether the backward pass updates parameters, which ends with `remove()`."""
+        """Whether the backward pass updates parameters: until `remove()`."""
         return bool(self._hooks)
 
     def remove(self) -> None:
