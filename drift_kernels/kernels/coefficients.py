@@ -72,7 +72,7 @@ class Hyperparameters(NamedTuple):
     normalize_to_param: bool
 
     def must_be_written(self, before: Hyperparameters | None) -> bool:
-        """Whether the device, which holds the values of `before`, may be out of date. Tensors may have changed in place."""
+        """Whether the device, which holds the values of `before`, may be out of date. Tensors may change in place."""
         return before is None or self._has_tensors or before._has_tensors or self != before
 
     @property
