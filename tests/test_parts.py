@@ -107,14 +107,14 @@ PLACEMENTS = {
     "twice by columns": (Shard(1), Shard(1)),
     "replicated": (Replicate(), Replicate()),
 }
-COLUMNS = (96, 128, 256, 384, 512, 640, 768, 1024)
+WIDTHS = (96, 128, 256, 384, 512, 640, 768, 1024)
 
 
 def layouts() -> dict[tuple[str, int], tuple[bool, slice]]:
     """Whether this rank takes rows to be of whole blocks, and which columns it holds."""
     mesh, found = init_device_mesh("cpu", (2, 2)), {}
     for label, placements in PLACEMENTS.items():
-        for columns in COLUMNS:
+        for columns in WIDTHS:
             tensor = distribute_tensor(torch.randn(6, columns), mesh, placements)
             found[label, columns] = keeps_blocks(tensor, BLOCK), Part.of(tensor).box[1]
             for like, shape in ((tensor, None), (tensor, (6, 2 * columns)), (tensor[None], None)):
