@@ -193,10 +193,10 @@ class OrderedSum:
             self._additions.append((added[0, :width], added[0, width : 2 * width]))
 
     def total(self) -> Tensor:
-        """[], new."""
+        """[], where the first addend was."""
         for lower, upper in self._additions:
             lower += upper
-        return self._total.clone()
+        return self._total
 
 
 class CoefficientTable:
