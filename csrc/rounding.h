@@ -93,9 +93,9 @@ DRIFT_HD float16 round_to<float16>(float x) {
 // With 16 random bits: the next bfloat16 away from zero with the probability of what is beyond the one toward it.
 DRIFT_HD stochastic_bfloat16 round_stochastically(float x, uint32_t random) {
   const uint32_t bits = float_to_bits(x);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t rounded = (magnitude < 0x7f800000u ? bits + random : bits) >> 16;
-  return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7fc0u : rounded)};
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  // Of an infinity's lower half, which is zero, nothing is carried.
+  return {static_cast<uint16_t>(nan ? 0x7fc0u : (bits + random) >> 16)};
 }
 
 // float32 as a bfloat16 and 16 more bits that say where in its neighbourhood: nothing is lost. To nearest, ties away

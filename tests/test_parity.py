@@ -15,7 +15,7 @@ from drift_kernels.formats.blocks import BLOCK
 from drift_kernels.kernels import backends, reference
 from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.operands import Operands
-from drift_kernels.kernels.plan import CHUNK
+from drift_kernels.kernels.plan import CHUNK, FIRST_CHUNK
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 begin = grid.begin
@@ -41,6 +41,14 @@ def available() -> list[str]:
 
 def test_every_backend_is_under_test() -> None:
     assert set(available()) == ({"cuda", "triton"} if DEVICE.type == "cuda" else {"cpu", "triton", GRID})
+
+
+@pytest.mark.parametrize(("numel", "chunks"), [(0, 0), (1, 1), (CHUNK - 1, 1), (CHUNK, 1), (CHUNK + 1, 2)])
+def test_a_plan_has_no_chunk_without_elements(numel: int, chunks: int) -> None:
+    plan = Problem.random([numel, 3], (BF16, BF16, F32, None)).plan()
+    assert plan.chunk_count == chunks + 1
+    assert plan.chunk_tensor.tolist() == [0] * chunks + [1]
+    assert plan.table[:, FIRST_CHUNK].tolist() == [0, chunks]
 
 
 @pytest.mark.parametrize("name", available())
