@@ -142,6 +142,21 @@ def test_a_nan_of_either_sign_makes_the_scales_of_its_block_nan(name: str, bits:
 
 
 @pytest.mark.parametrize("name", available())
+def test_moments_too_small_for_a_scale(name: str) -> None:
+    """Blocks whose scale would be subnormal, or zero, have the smallest normal one."""
+    exponents = torch.tensor([0, -100, -115, -125, -135, -145], device=DEVICE).repeat_interleave(BLOCK)
+    problem = Problem.random([len(exponents)], (BF16, F32, INT8, None))
+    for state in problem.outputs()[1:]:
+        state.zero_()
+    problem.grads[0].copy_(torch.randn(len(exponents), device=DEVICE).sign() * 2.0**exponents)
+    expected = run("reference", problem.clone(), steps=1)
+    assert_same_bits(run(name, problem, steps=1), expected)
+    scale = problem.operands[0].exp_avg_scale
+    assert scale is not None
+    assert (scale == torch.finfo(F32).tiny).tolist() == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("name", available())
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
 def test_stores_round_as_torch_casts(name: str, dtype: torch.dtype, fraction: float) -> None:
