@@ -94,9 +94,9 @@ DRIFT_HD float16 round_to<float16>(float x) {
 // toward zero, in units of the spacing.
 DRIFT_HD stochastic_bfloat16 round_stochastically(float x, uint32_t random) {
   const uint32_t bits = float_to_bits(x);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t rounded = (magnitude < 0x7f800000u ? bits + random : bits) >> 16;
-  return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7fc0u : rounded)};
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  // Of an infinity's lower half, which is zero, nothing is carried.
+  return {static_cast<uint16_t>(nan ? 0x7fc0u : (bits + random) >> 16)};
 }
 
 // Splits a float32 into the nearest bfloat16 and a 16-bit offset from it, without loss. Ties round away from zero: with

@@ -181,7 +181,6 @@ class FusedDriftAdamW(Optimizer):
         except Exception:
             del self.param_groups[index]
             raise
-        self._engine.reset()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

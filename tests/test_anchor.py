@@ -124,6 +124,7 @@ def test_its_memory_is_a_target_and_a_delta() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    """And shares no memory with what it has loaded."""
     options = {**KINDS[kind], "anchor": True, "prior_scaling": "adaptive_cosine"}
     straight, first = Run(make_model(), **options), Run(make_model(), **options)
     straight.steps(0, 6)
@@ -133,10 +134,22 @@ def test_a_run_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     again = Run(make_model(), **options)
     again.model.load_state_dict(weights)
     again.optimizer.load_state_dict(state)
+    for loaded in (t for saved in state["state"].values() for t in saved.values()):
+        loaded.zero_()
     for schedule, done in ((again.lr, first.lr), (again.alpha, first.alpha)):
         schedule.load_state_dict(done.state_dict())
     again.steps(3, 6)
     agree(again.result(), straight.result())
+
+
+def test_a_copy_goes_on_as_the_original() -> None:
+    run = Run(make_model(), anchor=True)
+    run.steps(0, 2)
+    model, optimizer = copy.deepcopy((run.model, run.optimizer))
+    for each, of_it in ((run.model, run.optimizer), (model, optimizer)):
+        loss_of_layers(each, 2).backward()
+        of_it.step()
+    agree(dict(model.named_parameters()), dict(run.model.named_parameters()))
 
 
 def sharded_and_resumed(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -110,15 +110,24 @@ def test_replaced_states_are_those_that_a_step_uses(options: dict[str, Any], kep
     assert all(bool((t == 77).all()) for t in poison)
 
 
-def test_one_replaced_step_count_is_the_one_that_counts() -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_one_step_count_of_the_users_is_the_one_that_counts(in_place: bool) -> None:
+    """The bits of an optimizer that has loaded it."""
     params, optimizer = pair()
-    param = params["layers.1.weight"]
-    before = optimizer.state[param]["step"]
-    optimizer.state[param]["step"] = torch.tensor(10.0)
+    state = optimizer.state[params["layers.1.weight"]]
+    before = state["step"]
+    if in_place:
+        before.fill_(10.0)
+    else:
+        state["step"] = torch.tensor(10.0)
+    others, loaded = copy.deepcopy((params, optimizer))
+    loaded.load_state_dict(optimizer.state_dict())
     take(params, optimizer, 2)
-    assert float(optimizer.state[param]["step"]) == 11.0
-    assert float(before) == 2.0
-    assert float(optimizer.state[params["layers.0.weight"]]["step"]) == 3.0
+    take(others, loaded, 2)
+    assert [float(state["step"]) for state in optimizer.state.values()] == [3.0, 11.0, 3.0]
+    assert in_place or float(before) == 2.0
+    for p, q in zip(params.values(), others.values(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_parameter_in_the_place_of_another_begins_anew() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from biasing import (
 from torch import Tensor, nn
 
 from drift_kernels import FusedDriftAdamW
+from drift_kernels.engine.figures import bias_figures
 from drift_kernels.kernels.scalings import SCALINGS
 
 
@@ -100,6 +103,26 @@ def test_logged_cosine_and_ratio() -> None:
         assert float(cosine) == pytest.approx(float(cosines[name]), abs=1e-6)
         assert float(ratio) == pytest.approx(0.3, rel=1e-6)
     assert ours.grad_norm is None, "the norm of all gradients takes a pass that this step did not need"
+
+
+def test_figures_of_several_batches() -> None:
+    """A parameter that is given twice has a batch for its second step, without a delta here. (One with a delta is on
+    another device: a stand-in. Figures that only one of both has would not be in the order of the names.)"""
+    p, q = (nn.Parameter(torch.randn(5, device=DEVICE)) for _ in range(2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = FusedDriftAdamW([("p", p), ("p", p), ("q", q)], prior={"q": torch.randn(5)})
+    for param in (p, q):
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert optimizer.prior_names == ["q"]
+    assert optimizer.prior_cosine is not None
+    assert optimizer.prior_cosine.shape == (1,)
+
+    of_q = next(batch for batch in optimizer._engine.batches if batch.biased)
+    without = SimpleNamespace(prior_cosine=None, prior_ratio=None)
+    stand_in: Any = SimpleNamespace(slots=of_q.slots, biased=of_q.biased, coefficients=without)
+    figures = bias_figures([of_q, stand_in])
+    assert (figures.names, figures.cosine, figures.ratio) == (["q", "q"], None, None)
 
 
 def test_positive_alpha_pulls_toward_the_expert() -> None:

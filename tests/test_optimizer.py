@@ -78,7 +78,8 @@ def test_bfloat16_is_within_an_ulp_of_torch_a_step(backend: str) -> None:
 
 
 def test_groups_keep_their_own_hyperparameters_and_tensors_their_own_steps() -> None:
-    """Groups of different everything, gradients that come and go, schedules: as one optimizer for each tensor."""
+    """Groups of different everything, gradients that come and go, schedules, betas that change in one of two groups: as
+    one optimizer for each tensor."""
     params = make_params()
     deltas = {name: torch.randn_like(p) * 0.1 for name, p in params.items() if p.numel() > 1}
     separate = copies(params)
@@ -102,6 +103,7 @@ def test_groups_keep_their_own_hyperparameters_and_tensors_their_own_steps() -> 
                 params[name].grad = separate[name].grad = None
         for index, optimizer in enumerate(alone):
             ours.param_groups[index]["lr"] = optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step + index)
+        ours.param_groups[0]["betas"] = alone[0].param_groups[0]["betas"] = (0.9, 0.999 if step < 3 else 0.9)
         ours.step()
         for optimizer in alone:
             optimizer.step()

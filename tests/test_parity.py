@@ -15,7 +15,7 @@ from drift_kernels.formats.blocks import BLOCK
 from drift_kernels.kernels import backends, reference
 from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.operands import Operands
-from drift_kernels.kernels.plan import CHUNK
+from drift_kernels.kernels.plan import CHUNK, FIRST_CHUNK
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 begin = grid.begin
@@ -41,6 +41,14 @@ def available() -> list[str]:
 
 def test_every_backend_is_under_test() -> None:
     assert set(available()) == ({"cuda", "triton"} if DEVICE.type == "cuda" else {"cpu", "triton", GRID})
+
+
+@pytest.mark.parametrize(("numel", "chunks"), [(0, 0), (1, 1), (CHUNK - 1, 1), (CHUNK, 1), (CHUNK + 1, 2)])
+def test_a_plan_has_no_chunk_without_elements(numel: int, chunks: int) -> None:
+    plan = Problem.random([numel, 3], (BF16, BF16, F32, None)).plan()
+    assert plan.chunk_count == chunks + 1
+    assert plan.chunk_tensor.tolist() == [0] * chunks + [1]
+    assert plan.table[:, FIRST_CHUNK].tolist() == [0, chunks]
 
 
 @pytest.mark.parametrize("name", available())
@@ -131,6 +139,21 @@ def test_a_nan_of_either_sign_makes_the_scales_of_its_block_nan(name: str, bits:
     for scale in (problem.operands[0].exp_avg_scale, problem.operands[0].exp_avg_sq_scale):
         assert scale is not None
         assert scale.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", available())
+def test_moments_too_small_for_a_scale(name: str) -> None:
+    """Blocks whose scale would be subnormal, or zero, have the smallest normal one."""
+    exponents = torch.tensor([0, -100, -115, -125, -135, -145], device=DEVICE).repeat_interleave(BLOCK)
+    problem = Problem.random([len(exponents)], (BF16, F32, INT8, None))
+    for state in problem.outputs()[1:]:
+        state.zero_()
+    problem.grads[0].copy_(torch.randn(len(exponents), device=DEVICE).sign() * 2.0**exponents)
+    expected = run("reference", problem.clone(), steps=1)
+    assert_same_bits(run(name, problem, steps=1), expected)
+    scale = problem.operands[0].exp_avg_scale
+    assert scale is not None
+    assert (scale == torch.finfo(F32).tiny).tolist() == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize("name", available())

@@ -189,6 +189,8 @@ def test_small_tensors_have_float32_states_and_large_ones_codes() -> None:
     assert (large["exp_avg_codes"].dtype, large["exp_avg_sq_codes"].dtype) == (torch.int8, torch.uint8)
     assert not large.keys() & {"exp_avg", "exp_avg_sq"}
     assert large["exp_avg_scale"].shape == large["exp_avg_sq_scale"].shape == (40,)
+    for n, coded in ((4095, False), (4096, True)):
+        assert ("exp_avg_codes" in optimizer.precision.new_state(torch.zeros(n))) == coded
 
 
 # The optimizer

@@ -9,10 +9,10 @@ from torch import nn
 from drift_kernels import AlphaScheduler, FusedDriftAdamW, linear_anneal
 
 
-def optimizer() -> FusedDriftAdamW:
+def optimizer(alpha: float = 2.0) -> FusedDriftAdamW:
     weights = {name: nn.Parameter(torch.randn(3)) for name in ("a", "b")}
     groups = [{"params": [("a", weights["a"])]}, {"params": [("b", weights["b"])], "alpha": 4.0}]
-    return FusedDriftAdamW(groups, prior={"a": torch.ones(3), "b": torch.ones(3)}, alpha=2.0)
+    return FusedDriftAdamW(groups, prior={"a": torch.ones(3), "b": torch.ones(3)}, alpha=alpha)
 
 
 def test_a_linear_anneal_and_one_function_per_group() -> None:
@@ -29,7 +29,7 @@ def test_it_resumes_from_its_state_dict_and_from_the_optimizers() -> None:
     schedule = AlphaScheduler(first, linear_anneal(10))
     for _ in range(3):
         schedule.step()
-    second = optimizer()
+    second = optimizer(7.0)
     resumed = AlphaScheduler(second, linear_anneal(10))
     resumed.load_state_dict(schedule.state_dict())
     assert resumed.get_last_alpha() == schedule.get_last_alpha() == pytest.approx([1.4, 2.8])
@@ -41,6 +41,7 @@ def test_it_resumes_from_its_state_dict_and_from_the_optimizers() -> None:
     for s in (schedule, resumed, again):
         s.step()
     assert schedule.get_last_alpha() == resumed.get_last_alpha() == again.get_last_alpha()
+    assert AlphaScheduler(first, linear_anneal(10)).get_last_alpha() == [2.0, 4.0], "it begins afresh"
 
 
 def test_the_optimizer_takes_the_alpha_of_the_moment() -> None:

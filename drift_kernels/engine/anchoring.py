@@ -60,7 +60,7 @@ class Anchors:
         if saved is None:
             assert delta is not None
             dtype = torch.bfloat16 if own.dtype == torch.bfloat16 else torch.float32
-            target = (own.float() + expanded(delta).to(own.device)).to(dtype).contiguous()
+            target = (own.detach().float() + expanded(delta).to(own.device)).to(dtype).contiguous()
             state[TARGET] = wrap(target, param)
         else:
             target = local(saved)

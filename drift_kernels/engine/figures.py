@@ -39,6 +39,7 @@ class BiasFigures(NamedTuple):
 
 def bias_figures(batches: list[DeviceBatch]) -> BiasFigures:
     """The figures of the parameters that have a delta."""
+    batches = [batch for batch in batches if batch.biased] or batches  # the others may not have needed statistics
     return BiasFigures(
         [batch.slots[row].name for batch in batches for row in batch.biased],
         _of_biased([(batch, batch.coefficients.prior_cosine) for batch in batches]),

@@ -37,7 +37,7 @@ def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
     """Round float32 `x` to bfloat16, up or down by 16 `random` bits, so that the mean is x. Inf stays Inf; NaN becomes
     the canonical quiet NaN."""
     bits = x.view(torch.int32).to(torch.int64) & _MASK
-    high = torch.where(x.isfinite(), bits + random, bits) >> 16
+    high = (bits + random) >> 16  # of an infinity's lower half, which is zero, nothing is carried
     return torch.where(x.isnan(), 0x7FC0, high).to(torch.int16).view(torch.bfloat16)
 
 

@@ -192,10 +192,10 @@ class OrderedSum:
             self._additions.append((added[0, :width], added[0, width : 2 * width]))
 
     def total(self) -> Tensor:
-        """Return the sum as a new tensor of shape []."""
+        """Return the sum, a tensor of shape [] in the memory of the first addend."""
         for lower, upper in self._additions:
             lower += upper
-        return self._total.clone()
+        return self._total
 
 
 class CoefficientTable:
