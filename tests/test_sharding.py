@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from drift_kernels import FusedDriftAdamW, GradientBias
 from drift_kernels.formats.blocks import BLOCK
-from drift_kernels.formats.philox import WHOLE
+from drift_kernels.formats.philox import WHOLE, Place
 from drift_kernels.kernels.scalings import SCALINGS
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
 from drift_kernels.sharding import Shard as Part
-from drift_kernels.sharding import keeps_blocks, place_of, wrap
+from drift_kernels.sharding import Reduction, keeps_blocks, place_of, wrap
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
@@ -225,6 +225,23 @@ def test_gradients_alone_are_biased_as_in_one_process(scaling: str, tmp_path: Pa
             torch.testing.assert_close(grad, expected[name], rtol=tolerance, atol=0, msg=name)
 
 
+def partial_sums() -> bool:
+    mesh = init_device_mesh("cpu", (2,))
+    param, grad = (DTensor.from_local(torch.ones(4, 3), mesh, [Partial()]) for _ in range(2))
+    param.grad = grad
+    with pytest.raises(ValueError, match=r"a tensor that is a partial sum .* cannot be updated"):
+        FusedDriftAdamW([param], lr=0.1).step()
+    rows = Part.of(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)]))
+    reduction = Reduction([rows, rows])
+    for values, found in (([0.0, 0.0], False), ([0.0, -1.0 if mesh.get_rank() == 1 else 0.0], True)):
+        assert reduction.any_of(values, torch.device("cpu")) == found
+    return bool(reduction)
+
+
+def test_a_parameter_that_is_a_partial_sum_is_refused_and_all_ranks_see_what_one_does(tmp_path: Path) -> None:
+    assert ranks.run(partial_sums, 2, tmp_path) == [True, True]
+
+
 def partial_gradient() -> Tensor:
     mesh = init_device_mesh("cpu", (2,))
     param = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()]))
@@ -327,3 +344,5 @@ def test_a_shard_of_several_inner_dimensions_has_no_random_bits() -> None:
     assert place_of("w", shard, needed=False) == WHOLE
     with pytest.raises(ValueError, match=r"parameter w of shape \(4, 8, 8\) is sharded in more than one"):
         place_of("w", shard, needed=True)
+    empty = Part((4, 1, 8), (slice(0, 4), slice(1, 1), slice(0, 4)), ())  # of a rank for which nothing is left
+    assert place_of("w", empty, needed=True) == Place(8)
