@@ -22,8 +22,8 @@ from drift_kernels.formats.blocks import BLOCK
 from drift_kernels.formats.philox import WHOLE, Place
 from drift_kernels.kernels.scalings import SCALINGS
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
-from drift_kernels.sharding import Shard as Part
 from drift_kernels.sharding import Reduction, keeps_blocks, place_of, wrap
+from drift_kernels.sharding import Shard as Part
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
