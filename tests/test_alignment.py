@@ -101,6 +101,15 @@ def test_no_alignment_is_an_error_that_says_what_was_found(tmp_path: Path) -> No
         build(tmp_path, tower("novel.vision.layers.", 40))
 
 
+def test_a_list_that_has_half_of_the_matrices_does_not_fit_and_one_that_has_more_does(tmp_path: Path) -> None:
+    expert = tower("model.layers.", 31)
+    base = [(name.replace("model.", "novel."), torch.randn_like(tensor)) for name, tensor in expert.items()]
+    half = len(base) // 2
+    with pytest.raises(PriorError, match=r"those under novel\.layers\. have other"):
+        build(tmp_path / "half", dict(base[:half]), expert)
+    assert len(build(tmp_path / "more", dict(base[: half + 1]), expert)) == half + 1
+
+
 def test_checkpoints_without_matrices_or_layers_need_no_alignment(tmp_path: Path) -> None:
     vectors = {"model.layers.0.input_layernorm.weight": torch.randn(4), "model.embed_tokens.weight": torch.randn(4, 4)}
     assert len(build(tmp_path / "vectors", vectors, tuned(vectors), modules=("norm", "embed"))) == 2

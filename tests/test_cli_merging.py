@@ -60,6 +60,10 @@ def test_combine_then_inspect_then_apply(family: Family, tmp_path: Path, capsys:
     weight = family.weights["base"][f"model.{UP}"]
     assert torch.equal(load_file(merged / "model.safetensors")[f"model.{UP}"], weight + -0.5 * expected)
 
+    family.prior("a", modules=("attn",))
+    assert apply(family, tmp_path / "attention") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'attention'}: 15 tensors are W + 1 * delta, 14 as they were\n"
+
 
 @pytest.mark.parametrize("options", [["ties", "--no-normalize"], ["dare", "--seed", "3"], ["dare_ties", "--normalize"]])
 def test_methods_and_densities(family: Family, tmp_path: Path, options: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import text_weights, tuned, write_checkpoint
+from rich.table import Table
 
 from drift_kernels import Prior, build_prior
 from drift_kernels.cli import main
 from drift_kernels.prior import Verification
 from drift_kernels.prior.names import module_of
 from drift_kernels.prior.summary import Group, group_deltas
+from drift_kernels.terminal import console
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,6 +196,21 @@ def test_check_of_nothing_is_a_usage_error(folder: Path, capsys: pytest.CaptureF
 
 
 def test_a_reader_that_has_seen_enough(folder: Path) -> None:
-    command = f"{sys.executable} -c 'from drift_kernels.cli import main; main()' inspect {folder / 'prior'} | true"
+    command = f"set -o pipefail; {sys.executable} -m drift_kernels.cli inspect {folder / 'prior'} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_names_are_printed_as_they_are_and_logging_is_left_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are markup to rich."""
+    handlers = list(logging.getLogger("drift_kernels").handlers)
+    assert main(["inspect", "[red]prior[/red]"]) == 1
+    assert capsys.readouterr().err == "drift-prior: [red]prior[/red]: no such folder\n"
+    assert logging.getLogger("drift_kernels").handlers == handlers
+
+
+def test_what_is_no_terminal_is_as_wide_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table()
+    table.add_row("x" * 300, "y" * 300)
+    console().print(table)
+    assert any("x" * 300 in line and "y" * 300 in line for line in capsys.readouterr().out.splitlines())

@@ -280,6 +280,9 @@ def test_other_models_and_incomplete_experts_are_not_bound() -> None:
     assert not coverage.matched
     assert coverage.prior_only == sorted(gates)
     assert "the prior lacks some of the deltas to fuse" in coverage.summary()
+    # A model of three experts, and the deltas of two, fused.
+    single = [(str(e), f"{stem}{e}.up_proj.weight", (4, 3)) for e in range(3)]
+    assert list(find_sources(single, {f"{stem}gate_up_proj": (2, 8, 3)})) == ["0", "1"]
     # What has its own name is not taken for another's.
     live = [
         (f"model.layers.0.{m}.up_proj.weight", nn.Parameter(torch.zeros(4, 3))) for m in ("mlp", "block_sparse_moe")

@@ -79,9 +79,14 @@ def test_a_stale_index_fetches_no_shards(hub: LoopbackHub, tmp_path: Path) -> No
     assert hub.fetched("org/in-1") == {"config.json", "model.safetensors", "model.safetensors.index.json"}
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("revision", ["v1.0", "refs/pr/7", COMMIT])
-def test_a_revision(hub: LoopbackHub, tmp_path: Path, revision: str) -> None:
+def test_a_revision(
+    hub: LoopbackHub, tmp_path: Path, revision: str, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of a checkpoint is of one commit, and the record tells the revision."""
+    if whole:
+        monkeypatch.setattr("drift_kernels.prior.hub.can_read_ranges", lambda: False)
     prior = build_prior(f"org/in-3@{revision}", "org/base", tmp_path / "prior")
     assert {asked.revision for asked in hub.asked} == {COMMIT}
     if revision != COMMIT:  # it is resolved once

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from drift_kernels import Prior, build_prior
-from drift_kernels.prior.names import canonical_name, layer_of, module_of, parse_layers, select_names
+from drift_kernels.prior.names import canonical_name, layer_of, module_of, parse_layers, select_names, some
 
 PROJECTION = re.compile(r"layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.(?:weight|bias)")
 
@@ -162,6 +162,10 @@ def test_a_name_map_comes_before_the_table_and_its_longest_prefix_first() -> Non
 )
 def test_modules(name: str, module: str) -> None:
     assert module_of(name) == module
+
+
+def test_messages_name_the_first_few() -> None:
+    assert [some(["a", "b", "c"], limit) for limit in (2, 3, 4)] == ["a, b and 1 more", "a, b, c", "a, b, c"]
 
 
 def test_selection_by_module_layer_and_regular_expression() -> None:

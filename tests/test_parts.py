@@ -21,8 +21,8 @@ from drift_kernels.prior import BLOCK, Prior, QuantizedDelta, quantize
 from drift_kernels.prior.files import TensorFile
 from drift_kernels.prior.norms import CHUNK, norm
 from drift_kernels.prior.stored import StoredValues
+from drift_kernels.sharding import Reduction, keeps_blocks, wrap
 from drift_kernels.sharding import Shard as Part
-from drift_kernels.sharding import keeps_blocks, wrap
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
@@ -135,6 +135,19 @@ def test_blocks_are_kept_where_every_rank_holds_whole_ones_and_wrapping_keeps_sh
         whole_blocks = all(part.start % BLOCK == part.stop % BLOCK == 0 for part in held)
         assert [of_rank[key][0] for of_rank in found] == 4 * [kept]
         assert kept == whole_blocks, (key, held)
+
+
+def reduced() -> bool:
+    mesh = init_device_mesh("cpu", (2,))
+    rows = Part.of(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)]))
+    reduction = Reduction([rows, rows])
+    for values, found in (([0.0, 0.0], False), ([0.0, -1.0 if mesh.get_rank() == 1 else 0.0], True)):
+        assert reduction.any_of(values, torch.device("cpu")) == found
+    return bool(reduction)
+
+
+def test_all_ranks_see_what_one_does(tmp_path: Path) -> None:
+    assert ranks.run(reduced, 2, tmp_path) == [True, True]
 
 
 # Memory

@@ -176,7 +176,7 @@ def damage(folder: Path, **tensors: Tensor | None) -> None:
     stored = load_file(folder / "model.safetensors")
     for part, tensor in tensors.items():
         name = Q_PROJ.removesuffix("weight") + part
-        stored.pop(name)
+        stored.pop(name, None)
         if tensor is not None:
             stored[name] = tensor
     save_file(stored, folder / "model.safetensors")
@@ -190,6 +190,7 @@ def damage(folder: Path, **tensors: Tensor | None) -> None:
         ({"weight_scale_inv": torch.ones(3, 4).mul(torch.inf)}, CheckpointError, rf"damaged: .*{Q_PROJ} contain NaN"),
         ({"weight_scale_inv": torch.ones(3, 4).mul(torch.nan)}, CheckpointError, rf"damaged: .*{Q_PROJ} contain NaN"),
         ({"weight_scale_inv": torch.ones(3, 4, dtype=torch.uint8)}, CheckpointError, r"quantised \(fp8\)"),
+        ({"weight_zero_point": torch.zeros(3, 4)}, CheckpointError, r"quantised \(fp8\)"),
         ({"weight": torch.full((33, 31), torch.nan).to(CODES)}, PriorError, rf"{Q_PROJ[6:]} contains NaN"),
     ],
 )

@@ -47,6 +47,10 @@ def test_what_is_set_is_what_the_optimizer_gets(prior: str) -> None:
     assert sorted(optimizer.covered_names) == sorted(tiny.expert_prior())
 
 
+def test_alpha_may_fall_over_the_whole_training(prior: str) -> None:
+    assert drift_settings({"prior": prior, "anneal": "1"}) == {"prior": prior, "anneal": 1.0}
+
+
 def test_a_home_folder_is_found(prior: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(Path(prior).parent))
     assert drift_settings({"prior": "~/prior"}) == {"prior": prior}

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import text_weights, tuned, write_checkpoint
+from safetensors.torch import load_file
 
-from drift_kernels import Prior, build_prior
+from drift_kernels import Prior, build_prior, combine_priors
 from drift_kernels.prior import reading
 from drift_kernels.prior.names import natural_key
 
@@ -45,6 +46,15 @@ def test_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
     name = "layers.9.mlp.up_proj.weight"
     expected = weights["expert"][f"model.{name}"] - weights["reference"][f"model.{name}"]
     assert torch.equal(Prior.open(tmp_path / "prior").load(name), expected.bfloat16())
+
+
+def test_a_shard_may_be_filled_to_the_last_byte(tmp_path: Path) -> None:
+    deltas = {f"layers.{n}.input_layernorm.weight": torch.randn(64) for n in range(3)}  # of 256 bytes
+    options = {"weights": [1], "dtype": torch.float32}
+    for room, shards in ((512, [2, 1]), (511, [1, 1, 1])):
+        combine_priors([deltas], tmp_path / "prior", max_shard_bytes=room, overwrite=True, **options)
+        files = sorted((tmp_path / "prior").glob("*.safetensors"))
+        assert [len(load_file(file)) for file in files] == shards
 
 
 @pytest.mark.parametrize("dealt", ["in order", "in turn"])

@@ -18,11 +18,11 @@ from transformers.quantizers import HfQuantizer
 
 from drift_kernels import FusedDriftAdamW, Prior
 from drift_kernels.adapters import Factors, projected
-from drift_kernels.cli import main
+from drift_kernels.cli import main, sizing
 from drift_kernels.footprint import FineTuning, table, without_adapters
 from drift_kernels.integrations import named_groups
 from drift_kernels.prior.deltas import tensors_of
-from drift_kernels.prior.in_memory import meta_model
+from drift_kernels.prior.in_memory import UnknownModelError, meta_model
 from drift_kernels.prior.low_rank import LowRankDelta
 from drift_kernels.prior.quantized import quantize
 from drift_kernels.state.precision import Precision
@@ -272,6 +272,20 @@ def test_what_has_no_adapters_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert (
         f"No adapters on {len(names)} parameters that are not in Linear layers: {names[0]}" in capsys.readouterr().out
     )
+
+
+def test_a_hub_id_may_have_a_revision(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def meta_model(source: str, revision: str | None) -> None:
+        asked.append((source, revision))
+        raise UnknownModelError("seen")
+
+    monkeypatch.setattr(sizing, "meta_model", meta_model)
+    for model in ("org/name@v1.0", "org/name"):
+        assert main(["memory", "--model", model]) == 1
+        assert f"{model}: seen" in capsys.readouterr().err
+    assert asked == [("org/name", "v1.0"), ("org/name", None)]
 
 
 @pytest.mark.parametrize(

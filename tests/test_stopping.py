@@ -14,6 +14,7 @@ import pytest
 from checkpoints import text_weights, tuned, write_checkpoint
 
 from drift_kernels import Prior, apply_prior, build_prior
+from drift_kernels.terminal import stoppable
 
 ROOT = Path(__file__).parents[1]
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -164,6 +165,21 @@ def test_what_was_ignored_stays_ignored(folder: Path) -> None:
     assert build.process.poll() is None
     build.send("SIGINT")
     assert build.end()[0] == 130
+
+
+@pytest.mark.parametrize("to_the_end", [False, True])
+def test_what_a_signal_does_afterwards(to_the_end: bool) -> None:
+    """At its end a process leaves signals to the system: Python would print a traceback from its own clearing up."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        with stoppable(to_the_end=to_the_end):
+            assert not {*map(signal.getsignal, numbers)} & {*handlers, signal.SIG_DFL}
+        assert list(map(signal.getsignal, numbers)) == (3 * [signal.SIG_DFL] if to_the_end else handlers)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_at_any_moment(folder: Path) -> None:

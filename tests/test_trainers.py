@@ -22,6 +22,7 @@ from drift_kernels.integrations import (
     step_figures,
     unwrap_optimizer,
 )
+from drift_kernels.integrations.training_run import AlphaOverTime
 from examples import accelerate_loop, lightning_module, tiny, transformers_trainer, trl_sft
 
 STEPS = 8
@@ -224,6 +225,17 @@ def test_step_figures(scaling: str, max_grad_norm: float | None) -> None:
         chosen = torch.tensor(["mlp" in name for name in optimizer.prior_names])
         assert figures["cosine/mlp"] == pytest.approx(float(optimizer.prior_cosine[chosen].mean()))
         assert figures["ratio/attn"] == pytest.approx(float(optimizer.prior_ratio[~chosen].mean()))
+    optimizer.param_groups[1]["alpha"] = -2.0
+    assert step_figures(optimizer)["prior/alpha"] == -2
+
+
+@pytest.mark.parametrize(("anneal", "total", "last"), [(0.5, 5, 3), (1, 4, 4), (0.01, 10, 1)])
+def test_alpha_reaches_zero_in_the_step_in_which_the_fraction_ends(anneal: float, total: int, last: int) -> None:
+    optimizer = FusedDriftAdamW(named_groups(tiny.base_model()), prior=tiny.expert_prior())
+    scheduler = AlphaOverTime(anneal=anneal).scheduler(optimizer, 0, total)
+    for step in range(1, last + 1):
+        scheduler.step()
+        assert optimizer.param_groups[0]["alpha"] == pytest.approx(1 - step / last)
 
 
 def test_step_figures_without_a_prior() -> None:

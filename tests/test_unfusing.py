@@ -160,6 +160,14 @@ def test_any_run_of_elements_is_read(band: int, tmp_path: Path, monkeypatch: pyt
                     assert torch.equal(flat, expected.reshape(-1)[begin:end])
 
 
+def test_a_stack_that_has_no_equal_halves_stays_as_it_is(tmp_path: Path) -> None:
+    save_file({"layers.0.mlp.experts.gate_up_proj": torch.randn(3, 5, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_ocr2_text"}))
+    with Checkpoint(tmp_path) as checkpoint:
+        wanted = [f"layers.0.mlp.experts.0.{leaf}_proj.weight" for leaf in ("gate", "up")]
+        assert unfuse(checkpoint, checkpoint.tensors, wanted) == checkpoint.tensors
+
+
 @pytest.mark.parametrize("family", ["deepseek_ocr2_text", "minimax_m3_vl_text"])
 def test_families_that_never_transpose_have_square_matrices_too(family: str, tmp_path: Path) -> None:
     stacks = {"gate_up_proj": torch.randn(3, 8, 8), "down_proj": torch.randn(3, 8, 4)}

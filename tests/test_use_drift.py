@@ -103,7 +103,8 @@ def test_use_drift_takes_no_optimizers_place(arguments: Callable[..., TrainingAr
         trainer = Trainer(**{"model": model, "args": arguments(), **options})
         with pytest.raises(ValueError, match=message):
             use_drift(trainer, prior=tiny.expert_prior())
-    trainer = in_use(arguments(), prior=tiny.expert_prior())
+    for default in ("adamw_torch", "adamw_torch_fused"):  # of transformers' versions
+        trainer = in_use(arguments(optim=default), prior=tiny.expert_prior())
     trainer.train()
     with pytest.raises(ValueError, match="already has an optimizer"):
         use_drift(trainer, prior=tiny.expert_prior())

@@ -11,8 +11,9 @@ import pytest
 import torch
 from checkpoints import text_weights, tuned, write_checkpoint
 
-from drift_kernels import build_prior
+from drift_kernels import PriorError, build_prior
 from drift_kernels.cli import main
+from drift_kernels.prior import folders
 from drift_kernels.prior.files import TensorFile
 from drift_kernels.prior.writing import TensorFileWriter
 
@@ -72,6 +73,28 @@ def test_an_interrupted_build_leaves_nothing(folder: Path) -> None:
     assert not list(folder.glob("prior*"))
 
 
+def test_names_are_brought_to_the_disk_before_and_after_the_folder_has_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []
+    monkeypatch.setattr(folders, "sync_folder", lambda path: synced.append((path.name, (folder / "prior").exists())))
+    build_prior(folder / "expert", folder / "base", folder / "prior")
+    (unfinished, before), last = synced
+    assert unfinished.startswith("prior.unfinished-")
+    assert (before, last) == (False, (folder.name, True))
+
+
+def test_what_comes_into_the_way_of_a_build_stays(folder: Path) -> None:
+    def other(done: int, total: int) -> None:
+        (folder / "prior").mkdir(exist_ok=True)
+        (folder / "prior" / "notes").write_text("mine")
+
+    with pytest.raises(PriorError, match="prior exists already"):
+        build_prior(folder / "expert", folder / "base", folder / "prior", progress=other)
+    assert [path.name for path in folder.glob("prior*")] == ["prior"]
+    assert (folder / "prior" / "notes").read_text() == "mine"
+
+
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_a_replaced_prior_is_there_before_or_after(folder: Path, renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted before the old one is set aside, between that and the new one's coming, or after it."""
@@ -107,6 +130,7 @@ def test_the_writer_appends_in_any_turn(tmp_path: Path) -> None:
         writer.append("b", values["b"][2:])
         writer.finish()
     tensors = TensorFile.inspect(tmp_path / "x.safetensors").tensors
+    assert tensors["a"].offset % 64 == 0
     assert torch.equal(tensors["a"].read(), values["a"])
     assert torch.equal(tensors["b"].read().flatten(), values["b"])
     assert tensors["c"].read().shape == (0,)
