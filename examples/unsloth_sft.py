@@ -1,5 +1,4 @@
-"""Unsloth's SFTTrainer, a subclass of TRL's: `use_drift` works the same. Import Unsloth before the modules it
-patches."""
+"""Unsloth's SFTTrainer, which is TRL's, patched: `use_drift` works the same. Import Unsloth before what it patches."""
 
 from __future__ import annotations
 

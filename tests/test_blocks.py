@@ -1,4 +1,4 @@
-"""Codes of one byte: how near they are, and what they never do."""
+"""One-byte codes: their accuracy, and their guarantees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building: right values whatever the layout, clear errors for bad checkpoints, and nothing left by a killed build."""
+"""Building: correct values for any layout, clear errors for bad checkpoints, and nothing left by a killed build."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def by_canonical_name(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("same_dtypes", [True, False])
 def test_deltas_and_norms(pair: Pair, stored: torch.dtype, same_dtypes: bool, dtype: torch.dtype) -> None:
-    """Against float32 subtraction, bit for bit; norms and cosine against float64 to 1e-6."""
+    """Deltas are bitwise identical to a float32 subtraction; norms and cosine match float64 to 1e-6."""
     pair.expert = {name: tensor.to(stored) for name, tensor in pair.expert.items()}
     if same_dtypes:
         pair.base = {name: tensor.to(stored) for name, tensor in pair.base.items()}

@@ -1,4 +1,4 @@
-"""capturable=True: what the device reads, what a CUDA graph replays, and what cannot be captured."""
+"""capturable=True: values read by the device, CUDA graph replays, and steps that cannot be captured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[Params, Params, dict[str, 
 
 
 def set_grads(*models: Params) -> None:
-    """The same fresh gradients for every model, in the memory of the ones before."""
+    """Give every model the same fresh gradients, in the memory of the previous ones."""
     for name in models[0]:
         grad = torch.randn_like(models[0][name])
         for params in models:
@@ -106,7 +106,7 @@ def test_a_tensor_must_be_where_its_parameters_are() -> None:
 
 
 def capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a graph were being captured."""
+    """Pretend that a graph is being captured."""
     for module in (engine, optimizer):
         monkeypatch.setattr(module, "capturing", lambda: True)
 
@@ -120,7 +120,7 @@ def capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_cannot_be_captured(options: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cuda":
-        pytest.skip("a stand-in for where there is no GPU")
+        pytest.skip("a substitute for machines without a GPU")
     params, _, _ = make()
     ours = FusedDriftAdamW(params.items(), **options)
     set_grads(params)
@@ -186,7 +186,7 @@ def test_replays_are_the_eager_steps(
         both(captured.step, 1)
     torch.cuda.current_stream().wait_stream(side)
     for p in params.values():
-        p.grad = torch.empty_like(p)  # addresses that no step has seen
+        p.grad = torch.empty_like(p)  # at addresses new to the optimizer
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured.step()
