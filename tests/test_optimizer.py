@@ -1,4 +1,4 @@
-"""FusedDriftAdamW against torch.optim.AdamW, and against the method as written, in float64."""
+"""FusedDriftAdamW compared with torch.optim.AdamW, and with the method's formulas in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def copies(params: dict[str, nn.Parameter], dtype: torch.dtype | None = None) ->
 
 
 def random_grads(*models: dict[str, nn.Parameter], scale: float = 1.0) -> None:
-    """The same fresh gradients for every model."""
+    """Give every model the same fresh gradients."""
     for name in models[0]:
         grad = (torch.randn(models[0][name].shape, device=DEVICE) * scale).to(models[0][name].dtype)
         for params in models:
@@ -40,8 +40,8 @@ def random_grads(*models: dict[str, nn.Parameter], scale: float = 1.0) -> None:
 
 
 def assert_close(params: dict[str, nn.Parameter], expected: dict[str, nn.Parameter], relative: float) -> None:
-    """Every element within `relative` of the tensor's largest, or of 1: all start as normal numbers, and one may end
-    near zero."""
+    """Check that every element is within `relative` of the tensor's largest, or of 1: all start as normal numbers, and
+    some may end near zero."""
     for name in params:
         a, e = params[name].detach().double(), expected[name].detach().double()
         bound = relative * max(1.0, float(e.abs().max())) if e.numel() else 0.0
@@ -87,7 +87,7 @@ def test_bfloat16_is_within_an_ulp_of_torch_a_step(backend: str) -> None:
 
 
 def bias(name: str, grad: Tensor, delta: Tensor, weight_norm: Tensor, alpha: float, scaling: str) -> Tensor:
-    """The authors' formulas, facts of the method, in the dtype of `grad`."""
+    """The authors' formulas, in the dtype of `grad`."""
     norm, delta_norm = grad.norm(), delta.norm()
     if scaling == "absolute":
         return grad - alpha * delta
@@ -107,7 +107,7 @@ def test_with_a_prior_it_is_the_method_in_float64(backend: str, scaling: str, ma
     expected = copies(params, torch.float64)
     deltas = {name: torch.randn_like(p) * 0.1 for name, p in params.items() if not name.startswith("norm")}
     start_norms = {name: p.detach().norm() for name, p in expected.items()}
-    # Where a bias all but cancels a gradient, g'/(|g'| + eps) at a small eps would show float32's rounding of g'.
+    # If a bias almost cancels a gradient, g'/(|g'| + eps) with a small eps would amplify float32's rounding of g'.
     lr, alpha, eps = 1e-2, 0.7, 1e-3
     ours = FusedDriftAdamW(
         params.items(),
@@ -163,7 +163,7 @@ def test_logged_cosine_and_ratio() -> None:
 
 
 def test_groups_keep_their_own_hyperparameters_and_tensors_their_own_steps() -> None:
-    """Groups of different everything, gradients that come and go, schedules: as one optimizer for each tensor."""
+    """Groups that differ in everything, gradients that come and go, schedules: like one optimizer per tensor."""
     params = make_params()
     deltas = {name: torch.randn_like(p) * 0.1 for name, p in params.items() if p.numel() > 1}
     separate = copies(params)
@@ -197,7 +197,7 @@ def test_groups_keep_their_own_hyperparameters_and_tensors_their_own_steps() -> 
 
 
 def test_max_grad_norm_may_be_set_between_steps() -> None:
-    """As other hyperparameters; None for no clipping from then on."""
+    """Like other hyperparameters; None turns clipping off from then on."""
     params = make_params()
     others = copies(params)
     ours = FusedDriftAdamW(params.values(), lr=1e-2, max_grad_norm=1e-3)

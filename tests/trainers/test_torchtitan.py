@@ -1,4 +1,4 @@
-"""torchtitan trains with a prior: by its own train.py, in one process and under FSDP2."""
+"""torchtitan trains with a prior: with its own train.py, in one process and under FSDP2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("torchtitan")
 
 # isort: off
-from examples import torchtitan_llama3 as example  # before the rest of torchtitan: it brings the CPU
+from examples import torchtitan_llama3 as example  # before the rest of torchtitan: it adds CPU support
 
 # isort: on
 import torchtitan.models.llama3.config_registry
@@ -65,7 +65,7 @@ def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[FusedDriftAdamW]:
 
 @pytest.fixture
 def fine_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., nn.Module]:
-    """What train.py makes of a config, with arguments of its command line."""
+    """Train with a config and command line arguments of train.py; return the model."""
 
     def run(config: Config, *arguments: str, steps: int = STEPS, into: str = "run") -> nn.Module:
         monkeypatch.setattr(example, "plain", config)
@@ -79,7 +79,7 @@ def with_prior(**settings: Any) -> Config:
 
 
 def pull(model: nn.Module) -> float:
-    """The cosine of the way that a model has gone and the delta, over all parameters that it has."""
+    """The cosine of a model's change and the delta, over all parameters in the delta."""
     base, expert = tiny.base_and_expert(example.new_llama)
 
     def way(to: nn.Module) -> Tensor:
@@ -153,7 +153,7 @@ def test_what_the_documentation_shows(
     assert sorted(optimizers[0].prior_names) == BIASED
 
 
-# What is refused
+# Rejected settings
 
 
 def test_settings_that_are_wrong() -> None:
