@@ -103,8 +103,7 @@ def test_it_was_built_for_what_people_have_and_for_what_will_come(
 def test_every_combination_of_dtypes_has_a_kernel(by_arch: dict[str, Kernels]) -> None:
     for arch, kernels in by_arch.items():
         kinds = Counter(name.partition("<")[0] for name in kernels)
-        # By parameter, types of (gradients, states, deltas): float; float16; bfloat16 to nearest and stochastic;
-        # masters.
+        # Types of (gradients, states, deltas) for float; float16; bfloat16 to nearest and stochastic; masters.
         updates = 1 * 3 * 3 + 2 * 2 * 3 + 2 * (2 * 3 * 5) + 2 * 4 * 5
         assert kinds == {"update": updates, "sum": 2 * 5 + 3, "bias": 2 * 4 + 2, "fill": 2}, arch
 

@@ -27,8 +27,7 @@ def results() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_results_are_of_the_experiment_as_it_is(name: str, results: dict[str, Any]) -> None:
-    """The committed results tried what the code tries, on other seeds than the tuning seeds, with the code of a
-    commit."""
+    """They tried what the code tries, on other seeds than the tuning seeds, with the code of a commit."""
     result, experiment = results[name], EXPERIMENTS[name]
     assert result["seeds"] == list(range(experiment.seeds))
     assert experiment.seeds >= 10

@@ -51,8 +51,7 @@ from drift_kernels.prior.quantized import quantize
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_it_is_the_method(backend: str, scaling: str, dtype: torch.dtype) -> None:
-    """Compared with float64: within 2e-6 of the largest element in float32, plus half an ulp of it in narrower
-    dtypes."""
+    """Within 2e-6 of the largest element of float64 results; in narrower dtypes, plus half an ulp of that element."""
     params, deltas = make_params(dtype), make_deltas()
     bias = GradientBias(params.items(), deltas, alpha=0.7, prior_scaling=scaling, backend=backend)
     half_ulp = 0.0 if dtype == F32 else torch.finfo(dtype).eps / 2

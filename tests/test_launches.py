@@ -138,8 +138,7 @@ def test_a_step_without_the_kernel_is_many(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_pinned_memory_is_kept_for_the_streams_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two streams in three steps. The allocator is notified when the last owner releases the memory, never in a
-    capture."""
+    """Two streams, three steps. The allocator is notified when the last owner lets go, never during a capture."""
     current = iter(["one", "two", "one"])
     recorded: list[tuple[float, object]] = []
 

@@ -26,8 +26,7 @@ from drift_kernels.sharding import place_of
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
-# Rows of whole blocks, of partial blocks, of an odd number of elements; fewer rows than ranks; fewer elements than
-# ranks.
+# Rows of whole blocks, of partial ones, of an odd number of elements; fewer rows, or fewer elements, than ranks.
 SHAPES = {
     "layers.0.mlp.up_proj.weight": (33, 256),
     "layers.0.mlp.down_proj.weight": (64, 136),

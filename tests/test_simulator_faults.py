@@ -1,5 +1,4 @@
-"""The simulator of the cuda backend's PTX: the faults that it finds, and its instructions' results, in small
-programs."""
+"""The PTX simulator: the faults that it finds, and the results of its instructions, in small programs."""
 
 from __future__ import annotations
 

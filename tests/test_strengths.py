@@ -1,5 +1,4 @@
-"""alpha by pattern: bitwise identical to param groups with these alphas, wherever alpha is given, and with
-schedules."""
+"""alpha by pattern: bitwise identical to param groups with these alphas, at every entry point, with schedules."""
 
 from __future__ import annotations
 

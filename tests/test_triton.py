@@ -69,8 +69,7 @@ def opcodes(kernels: Kernels, kernel: str, key: str = "sass") -> Iterator[tuple[
 
 
 def test_an_update_moves_16_bytes_at_a_time_or_one_element(kernels: Kernels) -> None:
-    """Eight elements per thread on the aligned path, in as few accesses as their bytes allow; two on the general
-    path."""
+    """Eight elements per thread on the aligned path, in as few accesses as possible; two on the general path."""
     for name, (param, grad, state, delta), sass in opcodes(kernels, "_update_chunk"):
         residual = [2] if "master" in name else []
         read, written = [param, grad, state, state, delta, *residual], [param, state, state, *residual]

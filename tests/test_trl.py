@@ -83,8 +83,7 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(build: Build, adapters: boo
 
 @pytest.mark.parametrize(("example", "options"), [(trl_dpo, {}), (trl_grpo, {"beta": 0.1})], ids=["dpo", "grpo"])
 def test_the_reference_stays(example: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    """TRL's reference is a second copy of the base; with adapters, it is the model without them, with frozen
-    weights."""
+    """TRL's reference is a copy of the base; with adapters, it is the model without them, which is frozen."""
     trainer = example.build(tiny.expert_prior(), tmp_path, steps=FEW, **options)
     trainer.train()
     assert tiny.same(trainer.ref_model, tiny.base_model())

@@ -261,8 +261,7 @@ def test_the_command_in_two_processes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_deepspeed_in_two_processes(folder: Path, tmp_path: Path) -> None:
-    """ZeRO 2: hooks, and swift's own AdamW. With "absolute", it does not matter that each rank biases its own
-    gradients."""
+    """ZeRO 2: hooks, and swift's own AdamW. With "absolute", each rank may bias its own gradients."""
     pytest.importorskip("deepspeed")
     settings, changes = {"prior_scaling": "absolute", "alpha": 0.05}, {**SHORT, "max_grad_norm": 0}
     one = train(configuration(folder, tmp_path / "one", settings, **changes))
