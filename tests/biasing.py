@@ -68,6 +68,15 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], expected[name]), name
 
 
+def assert_close(params: Params, expected: Params, relative: float) -> None:
+    """Every element within `relative` of the tensor's largest, or of 1: all start as normal numbers, and one may end
+    near zero."""
+    for name in params:
+        a, e = params[name].detach().double(), expected[name].detach().double()
+        bound = relative * max(1.0, float(e.abs().max())) if e.numel() else 0.0
+        assert (a - e).abs().le(bound).all(), f"{name}: off by {(a - e).abs().max():.3g}, bound {bound:.3g}"
+
+
 def watched_loads(monkeypatch: pytest.MonkeyPatch) -> dict[Prior, list[str]]:
     """Record the names of the deltas loaded from now on."""
     loaded: dict[Prior, list[str]] = defaultdict(list)

@@ -49,7 +49,7 @@ def begin() -> None:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY.path()))
     library.layout.restype = ctypes.c_char_p
-    reason = mismatch(SimpleNamespace(LAYOUT=ast.literal_eval(library.layout().decode())))
+    reason = mismatch(SimpleNamespace(LAYOUT=ast.literal_eval(library.layout().decode())), "cpu")
     assert reason is None, reason
     return library
 

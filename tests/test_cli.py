@@ -128,7 +128,7 @@ def test_overwrite_regex_reference_and_name_map(folder: Path, capsys: pytest.Cap
     assert build(folder) == 0
     capsys.readouterr()
     assert build(folder) == 1
-    assert "exists already" in one_line(capsys.readouterr().err)
+    assert "already exists" in one_line(capsys.readouterr().err)
     write_checkpoint(folder / "reference", text_weights())
     modules = r"norms,re:(q|v)_proj\.\w{4,6}$"
     options = ["--overwrite", "--modules", modules, "--reference", str(folder / "reference")]
@@ -178,8 +178,8 @@ def test_failures_print_one_line_and_return_1(
     ("option", "value", "words"),
     [
         ("--layers", "3-1", "layers must be numbers and ranges"),
-        ("--modules", "attention", "modules must be among"),
-        ("--modules", "re:(", "not a regular expression"),
+        ("--modules", "attention", "modules must be any of"),
+        ("--modules", "re:(", "not a valid regular expression"),
         ("--dtype", "fp4", "invalid choice"),
         ("--name-map", "trunk", "expected PREFIX=CANONICAL"),
     ],

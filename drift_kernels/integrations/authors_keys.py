@@ -1,4 +1,4 @@
-"""The keys that the authors' fork of LLaMA-Factory reads, `delta_prior_...`, as settings of this package."""
+"""The keys of the authors' fork of LLaMA-Factory, `delta_prior_...`, as settings of this package."""
 
 from __future__ import annotations
 
@@ -34,8 +34,20 @@ _MADE_OF = "made_of.json"  # in the folder of a prior that was built for a run
 
 @dataclass(frozen=True)
 class AuthorsSettings:
-    """What the keys say, checked, with the fork's defaults. `prior` finds or builds the prior, `options` says how
-    FusedDriftAdamW is to use it."""
+    """The fork's keys, checked, with the fork's defaults.
+
+    Attributes:
+        path: the folder of a prior (`delta_prior_path`), or None.
+        expert: the checkpoint of the expert; the prior is expert - base, or expert - reference.
+        reference: the checkpoint that is subtracted, or None for the base.
+        patterns: modules and the factor of alpha of each; None: the default ones.
+        alpha: strength of the prior.
+        scaling: "absolute", "gradnorm" or "adaptive_cosine".
+        include_bias: whether biases are used.
+        only_layers: the layers that are used; None: all.
+        skip_first: number of first layers that are not used.
+        normalize: whether deltas are rescaled to norm(W), with "absolute".
+    """
 
     path: str | None  # of a prior
     expert: str | None  # or what one is built of: expert - base, or expert - reference
@@ -50,27 +62,36 @@ class AuthorsSettings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> AuthorsSettings:
-        """Raises ValueError for an unknown key, a value that means nothing, and no prior or two; FileNotFoundError and
-        CheckpointError for a folder that is not there."""
+        """Return the settings of these keys.
+
+        Args:
+            given: the keys of a configuration file that begin with `delta_prior`.
+
+        Raises:
+            ValueError: an unknown key, an invalid value, no prior, or two.
+            FileNotFoundError, CheckpointError: a folder does not exist, or is not a checkpoint.
+        """
         if unknown := sorted(set(given) - set(KEYS)):
-            raise ValueError(f"unknown keys: {', '.join(unknown)}; known are {', '.join(KEYS)}")
+            raise ValueError(f"unknown keys: {', '.join(unknown)}; expected keys among {', '.join(KEYS)}")
         values = {key: value for key, value in given.items() if value is not None}
         path, first, second = (values.get(key) for key in ("delta_prior_path", *KEYS[1:3]))
         if (path is None) == (first is None):
-            raise ValueError("give one of delta_prior_path, the folder of a prior, and delta_prior1_ckpt, an expert")
+            raise ValueError("set either delta_prior_path (the folder of a prior) or delta_prior1_ckpt (an expert)")
         if second is not None and first is None:
-            raise ValueError("delta_prior2_ckpt is for delta_prior2_ckpt - delta_prior1_ckpt: give that too")
+            raise ValueError(
+                "delta_prior2_ckpt is for delta_prior2_ckpt - delta_prior1_ckpt: set delta_prior1_ckpt too"
+            )
         # What is not there is said now, not when the model has been loaded.
         if path is not None and not Path(path).expanduser().is_dir():
             raise FileNotFoundError(
-                f"delta_prior_path: there is no folder {str(path)!r}: `drift-prior build` makes one"
+                f"delta_prior_path: no such folder: {str(path)!r}; create it with `drift-prior build`"
             )
         for checkpoint in filter(None, (first, second)):
             if not is_hub_id(str(checkpoint)):
                 open_checkpoint(checkpoint)
         patterns, alpha = _patterns(values.get("delta_prior_merge_patterns")), values.get("delta_prior_alpha")
         if alpha is not None and patterns is not None and set(patterns.values()) != {1.0}:
-            raise ValueError("alpha is said twice: by delta_prior_alpha and by delta_prior_merge_patterns")
+            raise ValueError("alpha is set twice: by delta_prior_alpha and by delta_prior_merge_patterns")
         scaling = values.get("delta_prior_scale", "adaptive_cosine")
         if scaling not in GRADIENT_SCALINGS:
             raise ValueError(f"delta_prior_scale must be one of {', '.join(GRADIENT_SCALINGS)}, got {scaling!r}")
@@ -88,11 +109,16 @@ class AuthorsSettings:
         )
 
     def prior(self, base: str, folder: Path, may_build: bool = True) -> Path:
-        """The folder of the prior: that of `delta_prior_path`, or `folder`, where it is built if it is not there.
+        """Return the folder of the prior: that of `delta_prior_path`, or `folder`, where it is built unless it exists.
+
+        Args:
+            base: the checkpoint that is trained.
+            folder: where to build the prior.
+            may_build: False in processes that wait for another one to build it.
 
         Raises:
-            PriorError: `folder` holds another prior than is asked for, or none while `may_build` is False.
-            What `build_prior` raises.
+            PriorError: `folder` holds another prior than requested, or none while `may_build` is False. The errors of
+                `build_prior` are raised too.
         """
         if self.path is not None:
             return Path(self.path).expanduser()
@@ -100,13 +126,13 @@ class AuthorsSettings:
         if folder.exists():
             if not _same(folder / _MADE_OF, made_of):
                 raise PriorError(
-                    f"{folder} was built of other checkpoints, of other modules, or not to its end: remove it, train "
-                    "to another output_dir, or name the prior that you mean as delta_prior_path"
+                    f"{folder} was built from other checkpoints or modules, or its build was not finished: remove it, "
+                    "use another output_dir, or set delta_prior_path to the prior that you want"
                 )
-            logger.info("taking the prior that was built in %s", folder)
+            logger.info("using the existing prior in %s", folder)
             return folder
         if not may_build:
-            raise PriorError(f"the prior has not been built in {folder}: the first process says why")
+            raise PriorError(f"the prior was not built in {folder}: see the error of the first process")
         assert self.expert is not None
         logger.info("building the prior in %s", folder)
         modules = ["default"] if self.patterns is None else list(self.patterns)
@@ -115,15 +141,19 @@ class AuthorsSettings:
         return folder
 
     def options(self, prior: Prior) -> dict[str, Any]:
-        """Keywords of FusedDriftAdamW: what of the prior is used, and how.
+        """Return the arguments of `FusedDriftAdamW` for these settings.
 
-        Raises ValueError for a layer that it has not, and if nothing is left.
+        Args:
+            prior: the opened prior.
+
+        Raises:
+            ValueError: the prior lacks a requested layer or pattern, or nothing is left of it.
         """
         entries = dict.fromkeys(self._left_out(prior.names), 0.0)
         entries |= {"re:": 1.0} if self.patterns is None else self.patterns
         fitting = {entry: any(map(selector(entry), prior.names)) for entry in entries}
         if unfit := [entry for entry, fits in fitting.items() if not fits]:
-            raise ValueError(f"delta_prior_merge_patterns: the prior has nothing of {', '.join(unfit)}")
+            raise ValueError(f"delta_prior_merge_patterns: no delta of the prior matches {', '.join(unfit)}")
         alpha = {entry: self.alpha * factor for entry, factor in entries.items()}
         return {
             "prior": prior,
@@ -133,7 +163,7 @@ class AuthorsSettings:
         }
 
     def _left_out(self, names: Iterable[str]) -> list[str]:
-        """Patterns of what is in the prior and not asked for. What is in no layer (embedding, head) is in all."""
+        """Patterns of what is in the prior and was not requested. What is in no layer (embedding, head) always is."""
         layers = {layer for name in names if (layer := layer_of(name)) is not None}
         wanted = layers if self.only_layers is None else self.only_layers
         if unknown := sorted(wanted - layers):
@@ -155,7 +185,7 @@ class AuthorsSettings:
 
 
 def _identity(source: str) -> dict[str, Any]:
-    """What tells a checkpoint from another without reading it."""
+    """What distinguishes a checkpoint from another, without reading it."""
     folder = Path(source).expanduser()
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     stats = {path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files}
@@ -167,7 +197,7 @@ def _same(file: Path, made_of: Mapping[str, Any]) -> bool:
 
 
 def _patterns(given: Any) -> dict[str, float] | None:
-    """Presets, `re:REGEX` or a bare REGEX; a list of them, or them with their alphas, as YAML or JSON."""
+    """Presets, `re:REGEX` or a bare REGEX; a list of them, or a mapping to their alphas, as YAML or JSON."""
     if given is None:
         return None
     if isinstance(given, str):
@@ -186,7 +216,7 @@ def _patterns(given: Any) -> dict[str, float] | None:
     for entry in alphas:
         selector(entry)  # raises ValueError for a broken one
     if not any(alphas.values()):
-        raise ValueError(f"delta_prior_merge_patterns leaves nothing: {given!r}")
+        raise ValueError(f"delta_prior_merge_patterns selects nothing: {given!r}")
     return alphas
 
 
@@ -219,5 +249,9 @@ def _number(key: str, value: Any) -> float:
 
 
 def is_ours(key: str) -> bool:
-    """Whether a key of a configuration file is one of these, or meant to be."""
+    """Return whether a key of a configuration file is one of these, or meant to be.
+
+    Args:
+        key: the key.
+    """
     return os.fspath(key).startswith(PREFIX)

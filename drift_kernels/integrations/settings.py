@@ -1,4 +1,4 @@
-"""What a trainer's configuration file says of DRIFT."""
+"""The DRIFT section of a trainer's configuration file."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ _NUMBERS = {"alpha", "max_grad_norm", "anneal"}
 
 
 def drift_settings(given: Any, where: str = "drift") -> dict[str, Any]:
-    """The settings of a configuration file, checked: `prior`, which must be there, and what else of `KEYS` was set.
+    """Return the settings of a configuration file, checked, as keywords of `use_drift`.
 
-    They are keywords of `use_drift`: those of FusedDriftAdamW that concern the prior and the precision, `anneal`
-    (DriftCallback's) and `refresh` (`lora_prior`'s). Numbers may be strings, as YAML reads `1e-3`.
+    The keys are the arguments of `FusedDriftAdamW` for the prior and the precision, and `anneal` and `refresh`. `prior`
+    is required. Numbers may be strings, since YAML reads `1e-3` as one.
 
     Args:
         given: the mapping under the file's key.
         where: that key, for messages.
 
     Raises:
-        TypeError: no mapping.
-        ValueError: an unknown key, no `prior`, or a string that should be a number.
-        FileNotFoundError: the prior's folder is not there.
+        TypeError: `given` is not a mapping.
+        ValueError: an unknown key, no `prior`, a string that should be a number, or an invalid `anneal`.
+        FileNotFoundError: the prior's folder does not exist.
     """
     if not isinstance(given, Mapping):
         raise TypeError(f"{where} must be a mapping with the keys of FusedDriftAdamW, got {given!r}")
     settings = {str(key): value for key, value in given.items() if value is not None}
     if unknown := sorted(set(settings) - set(KEYS)):
-        raise ValueError(f"{where} has unknown keys: {', '.join(unknown)}; known are {', '.join(KEYS)}")
+        raise ValueError(f"{where} has unknown keys: {', '.join(unknown)}; expected keys among {', '.join(KEYS)}")
     prior = settings.get("prior")
     if not isinstance(prior, (str, os.PathLike)) or not str(prior):
-        raise ValueError(f"{where} needs `prior`, the folder that `drift-prior build` wrote; got {prior!r}")
+        raise ValueError(f"{where} requires `prior`, the folder that `drift-prior build` wrote, got {prior!r}")
     if not Path(prior).expanduser().is_dir():
-        raise FileNotFoundError(f"{where}.prior: there is no folder {str(prior)!r}: `drift-prior build` makes one")
+        raise FileNotFoundError(f"{where}.prior: no such folder: {str(prior)!r}; create it with `drift-prior build`")
     settings["prior"] = str(Path(prior).expanduser())
     for key in _NUMBERS & settings.keys():
         value = settings[key]
@@ -60,13 +60,21 @@ def drift_settings(given: Any, where: str = "drift") -> dict[str, Any]:
 
 
 def check_anneal(anneal: float | None, alpha_lambda: object = None) -> None:
-    """Raises ValueError for a fraction of the training that is none, and beside another schedule."""
+    """Check a fraction of the training.
+
+    Args:
+        anneal: the fraction of the training's steps over which alpha falls to 0; None: constant.
+        alpha_lambda: another schedule, or None.
+
+    Raises:
+        ValueError: `anneal` is not in (0, 1], or both are given.
+    """
     if anneal is None:
         return
     if alpha_lambda is not None:
-        raise ValueError("anneal is a schedule of alpha: give it or alpha_lambda, not both")
+        raise ValueError("pass either anneal or alpha_lambda, not both: each is a schedule of alpha")
     if isinstance(anneal, bool) or not isinstance(anneal, (int, float)) or not 0 < anneal <= 1:
-        raise ValueError(f"anneal must be a fraction of the training's steps, in (0, 1], got {anneal!r}")
+        raise ValueError(f"anneal must be a fraction of the training steps, in (0, 1], got {anneal!r}")
 
 
 def _number(where: str, value: Any) -> Any:
