@@ -1,4 +1,4 @@
-"""What the record of a combined prior says, and its fingerprint."""
+"""The record of a combined prior, and its fingerprint."""
 
 from __future__ import annotations
 
