@@ -170,7 +170,7 @@ def test_a_gradient_along_its_delta_is_taken_away_whole(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_small_norm_is_clipped_as_torch_clips_it(backend: str) -> None:
-    """With a norm for which the added 1e-6 is a third of the sum: to 1e-5, measured by exp_avg, which is proportional."""
+    """A norm for which the added 1e-6 is a third of the sum: to 1e-5, measured by exp_avg, which is proportional."""
     params = make_params()
     others = copies(params)
     ours = FusedDriftAdamW(params.values(), max_grad_norm=1e-6, backend=backend)
