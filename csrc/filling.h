@@ -11,8 +11,7 @@ namespace drift {
 #define DRIFT_DECLARE(type, name) type name;
 #define DRIFT_QUOTE(type, name) #name,
 
-// A number, or a one-element tensor that is read on the device: then `name_bytes` is 4 (float32) or 8 (float64), else
-// 0.
+// A number (`name_bytes` is 0), or a one-element tensor read on the device (4 for float32, 8 for float64).
 #define DRIFT_SCALAR(FIELD, name) FIELD(double, name) FIELD(uint64_t, name##_address) FIELD(int64_t, name##_bytes)
 
 // A param group's hyperparameters for a step: the fields of coefficients.Row, and eps. The terms of a scaling are those

@@ -53,8 +53,7 @@ drift:
 
 
 def write_files(folder: Path, steps: int = tiny.STEPS) -> None:
-    """Write the input of both commands: checkpoints, a prior, a dataset; `plain.yaml`, and `sft.yaml` with the
-    prior."""
+    """Write checkpoints, a prior, a dataset, and two settings files: `plain.yaml`, and `sft.yaml` with a prior."""
     tiny.write_files(folder)
     texts = [tiny.text(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)]
     rows = [{"instruction": prompt, "input": "", "output": f"{answer.strip()} {tiny.EOS}"} for prompt, answer in texts]

@@ -153,8 +153,7 @@ def base_and_expert(make: Callable[[], Any] = new_model) -> tuple[Any, Any]:
 
 
 def biased(name: str) -> bool:
-    """Whether the prior covers a parameter: the attention and MLP projections, the only ones that the expert
-    changed."""
+    """Whether the prior covers a parameter: only the attention and MLP projections, which the expert changed."""
     return "_proj." in name
 
 

@@ -148,8 +148,7 @@ def write_files() -> None:
 
 
 def train(config: str, folder: str, *arguments: str) -> None:
-    """Run `python -m torchtitan.train --module examples.torchtitan_llama3 --config CONFIG ...` in this process
-    alone."""
+    """Run `python -m torchtitan.train --module examples.torchtitan_llama3 --config CONFIG ...` in this process."""
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     command = ["--module", "examples.torchtitan_llama3", "--config", config, "--dump_folder", folder]
     with patch.dict(os.environ, one), patch.object(sys, "argv", ["train.py", *command, *arguments]):

@@ -1,4 +1,4 @@
-"""The code blocks of the README and of docs, for the tests that run them."""
+"""The code blocks of the README and the docs, for the tests that run them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _fenced(text: str) -> list[tuple[str, str]]:
 
 
 def blocks() -> list[str]:
-    """Those of all pages that are not shell commands."""
+    """The code blocks of all pages, without shell commands."""
     return [block for page in PAGES for language, block in _fenced(page.read_text()) if language != "bash"]
 
 

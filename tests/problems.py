@@ -77,8 +77,7 @@ class Problem:
         master: bool = False,
         stochastic: bool = False,
     ) -> Problem:
-        """A random problem. `dtypes`: of param, grad, states and delta; int8 states and int8 or float8 deltas are
-        codes."""
+        """`dtypes`: of param, grad, states and delta; int8 states and int8 or float8 deltas are codes."""
         param, grad, state, delta = dtypes
 
         def normal(n: int, dtype: torch.dtype, scale: float) -> Tensor:

@@ -205,7 +205,7 @@ def test_over_fp8(tmp_path: Path) -> None:
     torch.testing.assert_close(found, stored[name].float() * 0.02 + change, rtol=1e-6, atol=1e-6)
 
 
-# What is refused, and what is damaged
+# Rejected and damaged input
 
 
 def edited(folder: Path, config: dict[str, Any], weights: dict[str, Tensor | None]) -> None:
@@ -272,7 +272,7 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
         open_checkpoint(f"{tmp_path}/base+{tmp_path}/adapter")
 
 
-# What was typed
+# Input as typed
 
 
 def test_a_plus_in_the_names_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,7 @@ def gradients(checkpoints: Any, tmp_path: Path, **keys: Any) -> dict[str, Tensor
 
 
 def check(found: dict[str, Tensor], delta: dict[str, Tensor], alphas: dict[str, float], normalize: Any = None) -> None:
-    """Check that each gradient is -alpha*delta in bfloat16; `alphas` has the alpha of the pattern that a name
-    matches."""
+    """Check that each gradient is -alpha*delta in bfloat16, with the alpha of the pattern that its name matches."""
     assert set(found) == set(delta)
     for name, grad in found.items():
         module = re.sub(r"\.(weight|bias)$", "", f".{name}")

@@ -31,8 +31,7 @@ HOOK_SCALINGS = peers.SCALINGS["hook"]
 
 
 def problem_at_zero() -> Problem:
-    """A problem with zero parameters, so that float32 shows every digit of an update, and gradients that get
-    clipped."""
+    """Zero parameters, so that float32 shows every digit of an update, and gradients that get clipped."""
     seed = int(torch.randint(2**31, ()))
     problem = Problem.random(SMALL, ["attn", "mlp"], torch.float32, CPU, seed)
     return replace(
@@ -203,8 +202,7 @@ def test_streams_visit_every_buffer_of_a_step_and_leave_its_values(
     BACKEND != "cpu" or sys.platform != "linux" or platform.machine() != "x86_64", reason="x86-64 Linux"
 )
 def test_counted_instructions_are_those_of_the_kernels_alone() -> None:
-    """The interpreter's, whose number varies from run to run, are not counted: twice the work is exactly twice as
-    many."""
+    """The interpreter's, whose number varies, are not counted: twice the work is exactly twice as many."""
     from benchmarks.step import instructions
 
     totals = torch.zeros(64, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)

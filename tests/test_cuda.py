@@ -103,8 +103,7 @@ def test_it_was_built_for_what_people_have_and_for_what_will_come(
 def test_every_combination_of_dtypes_has_a_kernel(by_arch: dict[str, Kernels]) -> None:
     for arch, kernels in by_arch.items():
         kinds = Counter(name.partition("<")[0] for name in kernels)
-        # By parameter, types of (gradients, states, deltas): float; float16; bfloat16 to nearest and stochastic;
-        # masters.
+        # Types of (gradients, states, deltas) for float; float16; bfloat16 to nearest and stochastic; masters.
         updates = 1 * 3 * 3 + 2 * 2 * 3 + 2 * (2 * 3 * 5) + 2 * 4 * 5
         assert kinds == {"update": updates, "sum": 2 * 5 + 3, "bias": 2 * 4 + 2, "fill": 2}, arch
 
@@ -203,7 +202,7 @@ def expected_divisions(name: str) -> tuple[int, int]:
 
 
 def test_every_operation_is_rounded_by_itself(extension: Path, by_arch: dict[str, Kernels]) -> None:
-    """But for what is fused on purpose: the sums, and divisions and roots that are exact nevertheless."""
+    """Except where operations are fused on purpose: in the sums, and in divisions and roots that are exact anyway."""
     ptx = contraction.arithmetic(extension)
     by_name = dict(zip(demangled(list(ptx)), ptx.values(), strict=True))
     for kernels in by_arch.values():
@@ -216,7 +215,7 @@ def test_every_operation_is_rounded_by_itself(extension: Path, by_arch: dict[str
 
 
 def test_coefficients_are_filled_by_operations_that_every_library_rounds_alike(extension: Path) -> None:
-    """In float64 no fma, no approximation, no function of CUDA's library."""
+    """In float64: no fma, no approximation, no function of CUDA's library."""
     ptx = contraction.arithmetic(extension, "f64")
     filling = {name: counts for name, counts in ptx.items() if "fill" in name}
     assert len(filling) == 2
@@ -224,17 +223,17 @@ def test_coefficients_are_filled_by_operations_that_every_library_rounds_alike(e
         assert all(".rn.f64" in op and not op.startswith(("fma", "mad", "rsqrt")) for op in counts), name
     for name, counts in filling.items():
         assert counts["mul.rn.f64"] > 100, name
-        assert counts["sqrt.rn.f64"] >= 3, name  # a branch may be there twice
+        assert counts["sqrt.rn.f64"] >= 3, name  # a branch may be duplicated
 
 
 def test_its_cudart_is_its_own(extension: Path) -> None:
-    """No symbol of it is visible, so that none is taken for one of torch's, and none is missing."""
+    """None of its symbols is visible, so none can be confused with torch's, and none is missing."""
     symbols = subprocess.run(["nm", "-D", extension], capture_output=True, text=True, check=True).stdout
     assert "PyInit__cuda" in symbols
     assert not re.search(r"\bcuda[A-Z]\w+|libcudart", symbols)
 
 
-# The index arithmetic of the kernels, on whatever runs them
+# The index arithmetic of the kernels, on a GPU or the host
 
 runs = pytest.mark.skipif(backends.load(NAME).unavailable(DEVICE) is not None, reason="there is no C++ compiler")
 
@@ -252,7 +251,7 @@ def test_sizes_around_turns_and_chunks(dtypes: tuple[torch.dtype | None, ...]) -
 @runs
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, F32, BF16), (BF16, BF16, BF16, BF16), (F32, F32, BF16, F32)], ids=str)
 def test_views_into_flat_buffers(dtypes: tuple[torch.dtype | None, ...]) -> None:
-    """All operands off the 16-byte grid by as many elements, as in flat buffers, and then one of them by one more."""
+    """All operands misaligned by the same number of elements, as in flat buffers, then one of them by one more."""
     numel = CHUNK + 1001
     offsets = range(2 * TURN)
     problem = Problem.random([numel] * 6 * len(offsets), dtypes)
@@ -273,7 +272,7 @@ def test_views_into_flat_buffers(dtypes: tuple[torch.dtype | None, ...]) -> None
 
 @runs
 def test_more_tensors_than_one_launch_takes() -> None:
-    """Three launches: the first full, the second of empty tensors alone, the third with what is left."""
+    """Three launches: the first full, the second with empty tensors only, the third with the rest."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     numels = torch.randint(0, 40, (MAX_ROWS,), generator=generator).tolist() + [0] * MAX_ROWS + [5, 0, CHUNK + 3]
     problem = Problem.random(numels, (BF16, BF16, F32, BF16))
@@ -289,7 +288,7 @@ def test_more_tensors_than_one_launch_takes() -> None:
 
 @pytest.mark.skipif(NAME != GRID or grid.COMPILER is None, reason="the kernels run on the host")
 def test_the_end_of_a_tensor_of_more_than_2_to_the_31_elements() -> None:
-    """Of memory that is reserved, and of which only the last chunks are touched."""
+    """The memory is only reserved; the kernels touch its last chunks."""
     numel, last = 2**31 + CHUNK + 77, 2 * CHUNK + 77
     end = Problem.random([last], (BF16, BF16, BF16, BF16))
     expected = run("reference", end.clone(), steps=1)

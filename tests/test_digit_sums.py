@@ -1,4 +1,4 @@
-"""examples/digit_sums: its data, its models, and single runs at a size that proves nothing but that they run."""
+"""examples/digit_sums: its data, its models, and single runs, too small to show more than that they run."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_prior_of_low_rank_says_what_it_keeps(root: Path, records):
 
 
 def test_merges_add_what_they_say(root: Path):
-    """Against the checkpoints themselves; TIES of all there is, in which no signs differ, is the mean of the two."""
+    """Compared with the checkpoints. TIES at density 1, without sign conflicts, is the mean of the two."""
     made = runner(root, Arm()).checkpoints
     expert, base = (
         Qwen2ForCausalLM.from_pretrained(path).model.layers[2].mlp.up_proj.weight.detach()
@@ -207,7 +207,7 @@ def test_the_world_reaches_the_run(root: Path, records):
     sft, prior = ARMS["SFT"], ARMS["gradnorm"]
     assert runner(root, sft, World(noise=0.5)).record()["loss"] != records["SFT"]["loss"]
     assert runner(root, prior, World(expert_steps=1)).record()["loss"] != records["gradnorm"]["loss"]
-    assert runner(root, sft, World(expert_steps=1)).record() == records["SFT"]  # which has nothing of the expert
+    assert runner(root, sft, World(expert_steps=1)).record() == records["SFT"]  # SFT does not use the expert
     assert runner(root, prior, World("llava")).record()["loss"] != records["gradnorm"]["loss"]
 
 

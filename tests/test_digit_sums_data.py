@@ -1,4 +1,4 @@
-"""examples/digit_sums: its data and its batches, and models that begin as they should."""
+"""examples/digit_sums: its data, its batches, and the initial models."""
 
 from __future__ import annotations
 

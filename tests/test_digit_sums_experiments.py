@@ -38,7 +38,7 @@ CLEAN = World()
 
 
 class MadeUp:
-    """In place of a Pool: scores by a formula, and a note of what was asked for."""
+    """Replaces a Pool: computes scores by a formula, and records the requests."""
 
     settings = Settings()
 
@@ -126,14 +126,14 @@ def test_differences_are_paired_and_at_the_same_place(result: dict[str, Any]):
     found = by_name(result)
     merged = found["noisy merge, 0.1"]["against"]
     assert merged["noisy"]["held_out_sums"] == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1})
-    assert merged["SFT"]["held_out_sums"]["mean"] == pytest.approx(0.1 - 0.02)  # which has no place
+    assert merged["SFT"]["held_out_sums"]["mean"] == pytest.approx(0.1 - 0.02)  # it has no x
     assert found["noisy, 0.2"]["against"].keys() == {"SFT"}
     assert found["SFT"]["against"] == {}
     assert found["pull"]["against"].keys() == {"SFT"}
 
 
 def test_intervals_cover_as_often_as_they_say(seed: int, monkeypatch: pytest.MonkeyPatch):
-    """Of 200 samples of ten: BCa covers about 92 % there, and its intervals are a little shorter than Student's."""
+    """With 200 samples of ten: there BCa covers about 92 %, with intervals slightly shorter than Student's."""
     monkeypatch.setattr("examples.digit_sums.analysis.RESAMPLES", 1000)
     samples = numpy.random.default_rng(seed).normal(1.0, 2.0, (200, 10))
     found = [mean_and_interval(list(sample)) for sample in samples]
@@ -231,13 +231,13 @@ def test_cells_keep_runs_apart(tmp_path: Path):
 def test_results_of_other_settings_are_refused(tmp_path: Path):
     before = Cells(tmp_path, TINY)
     before.put(Run(0, CLEAN, Arm()), {"scores": 1})
-    with pytest.raises(ValueError, match=f"under {tmp_path}, found those of others: give another --out"):
+    with pytest.raises(ValueError, match=f"under {tmp_path} have other settings than expected: use another --out"):
         Cells(tmp_path, replace(TINY, tuning_examples=33))
     assert Cells(tmp_path, TINY).get(Run(0, CLEAN, Arm())) is not None
 
 
 def test_a_pool_runs_what_is_missing_in_processes(tmp_path: Path):
-    """Twice: what an earlier call made is taken, though everything that could make it is gone."""
+    """Called twice: the second call uses what the first made, although it could not be made again."""
     runs = [Run(seed, CLEAN, arm) for seed in (0, 1) for arm in (Arm(), Arm(scaling="gradnorm", alpha=1.0))]
     pool = Pool(TINY, tmp_path, MADE_BY, Console(quiet=True))
     first = pool.cells_of(runs[:3], "some")
@@ -262,7 +262,7 @@ def test_an_error_in_a_process_is_raised_and_nothing_is_kept(tmp_path: Path):
 def test_the_command_refuses_a_folder_of_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Cells(tmp_path, TINY)
     assert command.main(["--experiment", "main", "--out", str(tmp_path)]) == 2
-    assert "give another --out" in capsys.readouterr().err
+    assert "use another --out" in capsys.readouterr().err
 
 
 def test_the_command_line_runs_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -308,7 +308,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
         if condition():
             return
         time.sleep(0.1)
-    pytest.fail(f"after a minute it is not so that {what}")
+    pytest.fail(f"not true after a minute: {what}")
 
 
 @pytest.mark.parametrize(

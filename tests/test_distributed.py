@@ -31,7 +31,7 @@ def fsdp_run(options: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, floa
 
 @pytest.mark.parametrize("options", [{}, {"rounding": "stochastic", "state_dtype": INT8}], ids=str)
 def test_fully_shard_has_the_bits_of_one_process(options: dict[str, Any], tmp_path: Path) -> None:
-    """Every rank sees the same batch, so that the mean gradient is that of one process."""
+    """Every rank sees the same batch, so the mean gradient is that of one process."""
     alone = Run(make_model(), **options)
     alone.steps(0, STEPS)
     for params, report in ranks.run(fsdp_run, 2, tmp_path, options):
@@ -40,7 +40,7 @@ def test_fully_shard_has_the_bits_of_one_process(options: dict[str, Any], tmp_pa
 
 
 class Reader(nn.Module):
-    """A vocabulary of 21 tokens, of which a prior knows 7."""
+    """A model with a vocabulary of 21 tokens, 7 of which are in the prior."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,8 +73,8 @@ def grown_run(dtype: torch.dtype) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, INT8], ids=str)
 def test_added_tokens_and_alpha_by_pattern(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Of 21 rows on 4 ranks, one rank has some that the delta knows, and others none or all. `absolute` without
-    clipping takes no sums over ranks, and the loss is of every token, on every rank."""
+    """With 21 rows on 4 ranks, the delta covers some rows of one rank, and none or all of the others'. `absolute`
+    without clipping sums nothing over ranks, and the loss on every rank uses every token."""
     model = Reader()
     patterns = {"embed": 0.1, "re:o_proj": 0.5}
     alone = model.steps(model.prior(dtype), prior_scaling="absolute", alpha=patterns)
@@ -110,7 +110,8 @@ def tensor_parallel_run(data: int) -> dict[str, Tensor]:
 
 
 def tensor_parallel_steps(model: nn.Module) -> dict[str, Tensor]:
-    """With an eps above the gradients' rounding errors: Adam makes whole steps of those where gradients vanish."""
+    """Take steps with an eps above the gradients' rounding errors: otherwise Adam turns these into full steps where
+    gradients vanish."""
     optimizer = FusedDriftAdamW(model.named_parameters(), lr=1e-2, eps=1e-4, prior=make_prior(), max_grad_norm=1.0)
     for step in range(STEPS):
         loss_of(model, step, torch.float32).backward()
@@ -121,7 +122,7 @@ def tensor_parallel_steps(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("data", [1, 2])
 def test_tensor_parallelism_with_and_without_fully_shard(data: int, tmp_path: Path) -> None:
-    """The sums of the products over ranks differ in their order from those of one process: to 1e-5 of the norm."""
+    """Equal to 1e-5 of the norm: products are summed over ranks in another order than in one process."""
     expected = tensor_parallel_steps(make_model(torch.float32))
     for params in ranks.run(tensor_parallel_run, 2 * data, tmp_path, data):
         for name, param in expected.items():
@@ -129,7 +130,7 @@ def test_tensor_parallelism_with_and_without_fully_shard(data: int, tmp_path: Pa
 
 
 def scaled() -> tuple[dict[str, Tensor], list[float]]:
-    """Of four steps under a GradScaler, one rank's shard of a gradient is infinite in the second."""
+    """Take four steps under a GradScaler; in the second, one rank's shard of a gradient is infinite."""
     model = fsdp_model()
     optimizer = FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior=make_prior(), prior_scaling="absolute")
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)

@@ -1,4 +1,4 @@
-"""Every code block of the README and of docs, run as printed on a tiny model: its stand-ins are defined here.
+"""Every code block of the README and the docs, run as printed on a tiny model, with the names that it uses.
 
 Shell commands are in test_documented_commands.py."""
 
@@ -39,7 +39,7 @@ from examples import tiny
 EXPERT, BASE = "DeepSeek-R1-Distill-Qwen-7B", "Qwen2.5-VL-7B-Instruct"
 
 
-# Each block, by words that no other has.
+# Each block, by words that occur in no other.
 BLOCKS = {
     "a better AdamW": "lr=1e-5, weight_decay=0.01",
     "bfloat16": "# unbiased, no extra memory",
@@ -60,7 +60,7 @@ BLOCKS = {
 }
 
 
-# Blocks that run inside a trainer, by such words -> the file in tests/trainers that says them.
+# Blocks that run inside a trainer, by such words -> the file in tests/trainers that contains the words.
 TRAINERS = ROOT / "tests" / "trainers"
 IN_TRAINERS = {
     "anneal: 0.5": "test_llamafactory.py",
@@ -73,12 +73,12 @@ IN_TRAINERS = {
 
 
 def run(which: str, names: dict[str, Any]) -> None:
-    """A block with these names; what it defines is added to them."""
+    """Run a block with these names; names that it defines are added."""
     exec(block_with(BLOCKS[which]), names)
 
 
 def test_no_block_is_left_out() -> None:
-    """Each has the words of one entry; and whoever is to run it says its name, or its words."""
+    """Each block has the words of one entry, and the file that runs it contains its name or its words."""
     told = {**BLOCKS, **{words: words for words in IN_TRAINERS}}
     found = sorted(words for block in blocks() for words in told.values() if words in block)
     assert found == sorted(told.values())
@@ -107,7 +107,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def given(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the blocks take for granted, in the folder of the prior."""
+    """The names that the blocks assume, in the folder of the prior."""
     monkeypatch.chdir(checkpoints)
     batch = tiny.together([tiny.encoded(pair) for pair in tiny.training_pairs(8)])
     return {
@@ -195,18 +195,18 @@ def test_adapters(given: dict[str, Any]) -> None:
     run("adapters in short", given)
     given["optimizer"].step()
     assert len(given["optimizer"].prior_names) == 2 * adapted
-    assert all(map(torch.equal, plain.parameters(), given["model"].unload().parameters()))  # the base stays
+    assert all(map(torch.equal, plain.parameters(), given["model"].unload().parameters()))  # the base is unchanged
 
 
 def in_trainer(given: dict[str, Any], which: str, config: type, **options: Any) -> None:
-    """A block whose Trainer trains for two steps."""
+    """Run a block whose Trainer trains for two steps."""
     given["args"] = config(
         "out", use_cpu=True, max_steps=2, logging_steps=1, report_to="none", save_strategy="no", bf16=False, **options
     )
     run(which, given)
     trainer = given["trainer"]
     check_biased(unwrap_optimizer(trainer.optimizer))
-    assert unwrap_optimizer(trainer.optimizer).max_grad_norm == 1.0  # the arguments'
+    assert unwrap_optimizer(trainer.optimizer).max_grad_norm == 1.0  # from the arguments
     assert [trainer.state.log_history[step]["prior/alpha"] for step in (0, 1)] == [0, 0]  # half of the steps is one
     assert "prior/cosine/attn" in trainer.state.log_history[0]
 
@@ -232,7 +232,7 @@ def test_accelerate(given: dict[str, Any]) -> None:
     accelerator.backward(given["model"](**given["loader"][0]).loss)
     given["optimizer"].step()
     check_biased(unwrap_optimizer(given["optimizer"]))
-    assert logged == [{}]  # there had been no step
+    assert logged == [{}]  # before the first step
     assert "prior/cosine/mlp" in step_figures(given["optimizer"])
 
 
@@ -285,7 +285,7 @@ def test_merging(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def several_processes(folder: Path) -> list[list[Tensor]]:
-    """Parameters after two steps: in one go, and with a checkpoint between them."""
+    """Parameters after two steps: uninterrupted, and with a checkpoint in between."""
     os.chdir(folder)
     tools = {f.__name__: f for f in (FusedDriftAdamW, fully_shard, get_state_dict, set_state_dict)}
     batch = tiny.together([tiny.encoded(pair) for pair in tiny.training_pairs(8)])

@@ -1,4 +1,4 @@
-"""Every shell command of the README, of docs and of CONTRIBUTING.md: run, or compared with what its program accepts."""
+"""Every shell command of the README, the docs and CONTRIBUTING.md: run, or compared with its program's options."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent == DOCS], ids=lambda page: page.stem)
 def test_drift_prior_commands_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the page: one goes on with what another wrote, whose name it may use again."""
+    """In the order of the page: a command may read, or replace, what an earlier one wrote."""
     monkeypatch.chdir(folder)
     for command in commands_in(page, "drift-prior"):
         words = shlex.split(command)[1:]
@@ -66,7 +66,7 @@ def test_drift_prior_commands_run(page: Path, folder: Path, monkeypatch: pytest.
 
 
 def options_of(module: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What `python -m MODULE --help` prints."""
+    """The output of `python -m MODULE --help`."""
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     monkeypatch.setenv("COLUMNS", "200")
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as exit_info:
@@ -108,7 +108,7 @@ def test_make_targets() -> None:
 
 
 def test_drift_prior_options_in_sentences(capsys: pytest.CaptureFixture[str]) -> None:
-    """Options that sentences name beside a subcommand."""
+    """Options that the text mentions with a subcommand."""
     named: dict[str, set[str]] = {}
     for page in PAGES:
         for found in re.finditer(r"`drift-prior ([a-z-]+)([^`]*)`", page.read_text()):

@@ -1,4 +1,4 @@
-"""What torch.optim.AdamW takes, this takes: keywords, and numbers of other packages. Names and types of arguments."""
+"""Accepts what torch.optim.AdamW accepts: keywords, and numbers of other packages. Names and types of arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Optimizers = type[torch.optim.Optimizer]
 
 
 class Config(Sequence[float]):
-    """As OmegaConf's ListConfig: a sequence that is neither a tuple nor a list."""
+    """Like OmegaConf's ListConfig: a sequence that is neither a tuple nor a list."""
 
     def __init__(self, *values: float) -> None:
         self._values = values
@@ -117,7 +117,7 @@ def test_keywords_go_both_ways_in_state_dicts(options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_numbers_of_any_package(options: dict[str, Any]) -> None:
-    """The bits of Python's numbers."""
+    """Bitwise identical to Python's numbers."""
     clips = {"max_grad_norm": float("inf")} if "max_grad_norm" in options else {}
     assert torch.equal(trained(FusedDriftAdamW, **options), trained(FusedDriftAdamW, lr=2**-7, **clips))
 

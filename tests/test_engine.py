@@ -1,4 +1,4 @@
-"""What the engine keeps from step to step, and what it does not: parameters, states and gradients belong to others."""
+"""What the engine keeps from step to step, and what it does not: it owns no parameters, states or gradients."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def remove_the_last(optimizer: FusedDriftAdamW, params: Params) -> None:
 
 
 def watched(optimizer: FusedDriftAdamW, params: Params) -> list[weakref.ref[Tensor]]:
-    """The last parameter and its states, but the step, which is a view."""
+    """The last parameter and its states, except the step, which is a view."""
     param = list(params.values())[-1]
     return [weakref.ref(t) for t in (param, *optimizer.state[param].values())]
 
@@ -73,7 +73,7 @@ def watched(optimizer: FusedDriftAdamW, params: Params) -> list[weakref.ref[Tens
 def test_states_and_parameters_are_freed_when_their_owner_lets_go(
     change: Callable[[FusedDriftAdamW, Params], None], options: dict[str, Any]
 ) -> None:
-    """At once, without a step and without a collection of cycles, as `torch.optim.AdamW` frees them."""
+    """At once, without a step or garbage collection, as with `torch.optim.AdamW`."""
     params, optimizer = pair(**options)
     param, *states = watched(optimizer, params)
     gc.disable()
@@ -90,7 +90,7 @@ def test_states_and_parameters_are_freed_when_their_owner_lets_go(
 @pytest.mark.parametrize("kept", [True, False], ids=["the old are kept", "the old are freed"])
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_replaced_states_are_those_that_a_step_uses(options: dict[str, Any], kept: bool) -> None:
-    """Bit for bit, whether or not others lie where the old ones were."""
+    """Bitwise, whether or not other tensors now use the old ones' memory."""
     params, optimizer = pair(**options)
     same, untouched = copy.deepcopy((params, optimizer))
     old = [value for state in optimizer.state.values() for value in state.values()]
@@ -131,7 +131,7 @@ def test_one_step_count_of_the_users_is_the_one_that_counts(in_place: bool) -> N
 
 
 def test_a_parameter_in_the_place_of_another_begins_anew() -> None:
-    """Though it has its memory, and the other still lives."""
+    """Although it has the other's memory, and the other still exists."""
     params, optimizer = pair()
     old = params["layers.1.weight"]
     new = params["layers.1.weight"] = nn.Parameter(old.data)
@@ -142,7 +142,7 @@ def test_a_parameter_in_the_place_of_another_begins_anew() -> None:
 
 
 def test_a_module_may_swap_its_parameters() -> None:
-    """As `torch.__future__.set_swap_module_params_on_conversion` has it."""
+    """With `torch.__future__.set_swap_module_params_on_conversion`."""
     param, other = nn.Parameter(torch.ones(100)), nn.Parameter(torch.full((100,), 2.0))
     optimizer = FusedDriftAdamW([param], lr=0.0, weight_decay=0.0)
     take({"": param}, optimizer, 0)
@@ -236,7 +236,7 @@ def test_bias_gradients_lets_go_of_a_prior_and_of_its_deltas() -> None:
 
 
 def test_two_priors_on_one_model_are_both_kept_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is loaded once, however often they take turns."""
+    """Each is loaded once, however often they alternate."""
     params, priors = make_params(), [Prior.from_mapping(make_deltas()) for _ in range(2)]
     loaded = watched_loads(monkeypatch)
     for _ in range(3):
@@ -272,4 +272,4 @@ def test_an_id_that_another_tensor_has_taken_is_not_the_tensor() -> None:
         if id(another) == taken:
             assert not seen.are([another])
             return
-    pytest.fail("no id was taken again in 1000 tries")
+    pytest.fail("no id was reused in 1000 tries")

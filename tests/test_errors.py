@@ -1,4 +1,4 @@
-"""Bad input: a named error that says what was expected and found, before anything has changed."""
+"""Bad input: a specific error that names what was expected and found, before anything has changed."""
 
 from __future__ import annotations
 

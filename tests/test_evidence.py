@@ -1,4 +1,4 @@
-"""docs/evidence.md and what else cites examples/digit_sums: every number is one of the committed results."""
+"""docs/evidence.md and other pages that cite examples/digit_sums: every number is one of the committed results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def results() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_results_are_of_the_experiment_as_it_is(name: str, results: dict[str, Any]) -> None:
-    """What was tried is what is tried, on other seeds than it was chosen on, with the code of a commit."""
+    """They tried what the code tries, on other seeds than the tuning seeds, with the code of a commit."""
     result, experiment = results[name], EXPERIMENTS[name]
     assert result["seeds"] == list(range(experiment.seeds))
     assert experiment.seeds >= 10
@@ -73,7 +73,7 @@ def test_tables_are_the_results(results: dict[str, Any]) -> None:
 
 
 def test_numbers_in_sentences_are_the_results(results: dict[str, Any]) -> None:
-    """On the page of evidence those of the experiment that its section is about."""
+    """In docs/evidence.md, the results of the section's experiment."""
     known = {name: estimates(result) for name, result in results.items()}
     cited = []
     for section in EVIDENCE.split("\n## "):
@@ -90,7 +90,7 @@ def test_numbers_in_sentences_are_the_results(results: dict[str, Any]) -> None:
 
 
 def estimates(result: dict[str, Any]) -> set[str]:
-    """As they are written."""
+    """The estimates as formatted in the text."""
     scores = {report.percent(found) for entry in result["entries"] for found in entry["scores"].values()}
     differences = [by_score for entry in result["entries"] for by_score in entry["against"].values()]
     return scores | {report.points(found) for by_score in differences for found in by_score.values()}

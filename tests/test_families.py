@@ -1,4 +1,4 @@
-"""A few families of every kind: all that they share moves toward the expert, and nothing else moves.
+"""A few families of every kind: all shared parameters move toward the expert, and nothing else moves.
 
 `python -m tests.families` does the same for every family of transformers (docs/families.md).
 """
@@ -24,7 +24,7 @@ FULL = [
     "paligemma",
     "idefics3",
     "smolvlm",
-    "mllama",  # cross-attention layers shift the numbers of the others
+    "mllama",  # cross-attention layers shift the other layers' numbers
     "mistral3",
     "llama4",  # experts fused everywhere
     "qwen3_omni_moe",  # a talker beside the thinker

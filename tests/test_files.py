@@ -1,4 +1,4 @@
-"""Checkpoint files: what is damaged, incomplete or foreign is named, and checksums show every small change."""
+"""Checkpoint files: errors name damaged, incomplete or foreign files, and checksums detect every small change."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_checksum_shows_every_small_change(numel: int) -> None:
     assert checksum(values.clone()) in seen
     for _ in range(min(numel, 20)):
         changed = values.clone()
-        changed[torch.randint(numel, (1,))] *= -1  # a sign bit alone, at times the highest of its 64-bit word
+        changed[torch.randint(numel, (1,))] *= -1  # only a sign bit, sometimes the highest of its 64-bit word
         two = changed.clone()
         two[torch.randint(numel, (1,))] += 1000
         assert checksum(changed) not in seen
@@ -130,7 +130,7 @@ def test_checksum_shows_swapped_rows_and_columns() -> None:
 def test_the_compiled_pass_and_torch_agree(
     weight: torch.dtype, stored: torch.dtype, numel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same deltas and checksums to the bit, inner products to float64's accuracy, for values far apart."""
+    """Bitwise identical deltas and checksums, and inner products to float64 accuracy, for values far apart."""
     expert, base, origin = (torch.randn(numel) * 10 ** torch.empty(numel).uniform_(-6, 4) for _ in range(3))
     expert, base, origin = (tensor.to(weight) for tensor in (expert, base, origin))
     results = []

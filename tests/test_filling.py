@@ -1,6 +1,6 @@
-"""Coefficients that a kernel fills, against coefficients.py, bit for bit.
+"""Coefficients filled by a kernel: bitwise identical to coefficients.py.
 
-The kernel runs on the host (grid.py), in a backend that is as the cuda backend is.
+The kernel runs on the host (grid.py), in a backend like the cuda backend.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def kernels_on_the_host() -> Iterator[None]:
 def test_it_is_coefficients_py_bit_for_bit(
     scaling: str, max_grad_norm: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hyperparameters that change, alpha by pattern, gradients that are zero, infinite or not there; and a mode that is
-    nothing but another line of scalings.py."""
+    """With changing hyperparameters, alpha by pattern, gradients that are zero, infinite or missing; and a mode that is
+    just another line of scalings.py."""
     monkeypatch.setitem(SCALINGS, "any", Scaling(*(random_between(-1, 1) for _ in Scaling._fields)))
     pair = Pair(
         both := models(),
@@ -108,7 +108,7 @@ def test_tensors_are_read_by_the_kernel(dtype: torch.dtype, monkeypatch: pytest.
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_under_a_grad_scaler(scaling: str, max_grad_norm: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scales that are no power of two, in float32 and as numbers; steps that are not taken, the first among them."""
+    """Scales that are not powers of two, in float32 and as numbers; skipped steps, including the first."""
     both = models()
     pair = Pair(both, random_groups, prior=deltas_of(both[0]), prior_scaling=scaling, max_grad_norm=max_grad_norm)
     for skipped in (1.0, 0.0, 0.0, math.nan, 0.0):
@@ -123,7 +123,7 @@ def test_under_a_grad_scaler(scaling: str, max_grad_norm: float | None, monkeypa
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_several_plans_of_which_some_need_no_sums(max_grad_norm: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not measured any more is zero: the scaling of one plan's group changes."""
+    """When the scaling of one plan's group changes, values that are no longer measured become zero."""
     first, second = models()
     for params in (first, second):
         params["layers.1.weight"].data = params["layers.1.weight"].data.to(BF16)
@@ -145,7 +145,7 @@ def test_several_plans_of_which_some_need_no_sums(max_grad_norm: float | None, m
 
 
 def test_both_ways_in_turn_are_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An optimizer that goes over from one to the other at any step, while hyperparameters change back and forth."""
+    """An optimizer may switch between them at any step, while hyperparameters change back and forth."""
     both = models()
     pair = Pair(both, random_groups, prior=deltas_of(both[0]), max_grad_norm=0.5)
     original, turns = DeviceBatch.can_fill, [True, False, False, True, True, False, True]
@@ -153,13 +153,13 @@ def test_both_ways_in_turn_are_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(DeviceBatch, "can_fill", lambda self, groups, turn=turn: turn and original(self, groups))
         for optimizer in pair.optimizers:
             for group in optimizer.param_groups:
-                # What coefficients.py wrote in step 2 holds again in step 5; the kernel wrote something else between.
+                # The values that coefficients.py wrote in step 2 return in step 5; the kernel wrote others in between.
                 group["betas"] = (0.8, 0.999) if step in (3, 4) else (0.9, 0.99)
         pair.step(monkeypatch)
 
 
 def test_counts_on_the_host_have_a_copy_that_follows_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where the kernel counts too: until a user, or coefficients.py, writes other counts."""
+    """As on a GPU, where the kernel counts too, until a user or coefficients.py writes other counts."""
     monkeypatch.setattr(Filling, "_is_elsewhere", staticmethod(lambda table: True))
     both = models()
     pair = Pair(both, random_groups, prior=deltas_of(both[0]))
@@ -187,7 +187,7 @@ def test_all_reduced_between_the_first_launch_and_the_second(monkeypatch: pytest
     for _ in range(3):
         before = grid.launched().value
         pair.step(monkeypatch)
-        # Of two plans: sums of each, one launch for coefficients (or none), an update of each.
+        # Two plans: sums for each, one launch for coefficients (or none), an update for each.
         assert launches == [before + 2, before + 5 + 2]
         launches.clear()
 

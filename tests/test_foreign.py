@@ -1,4 +1,4 @@
-"""What stands in the place of a checkpoint is named, with what to do; and only what is damaged is called so."""
+"""Anything found instead of a checkpoint is named, with advice; and only damaged files are called damaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Q_PROJ = "layers.1.self_attn.q_proj.weight"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A base, and what was tuned from it."""
+    """A base, and a model tuned from it."""
     weights = text_weights()
     write_checkpoint(tmp_path / "base", weights)
     write_checkpoint(tmp_path / "tuned", tuned(weights))
@@ -90,7 +90,7 @@ def test_a_file_in_place_of_a_folder(folder: Path, content: bytes, words: str) -
 
 
 def test_links_to_nothing(folder: Path) -> None:
-    """As the Hub's cache leaves them when blobs were deleted or never arrived."""
+    """As in the Hub's cache if blobs were deleted or never downloaded."""
     (folder / "single").mkdir()
     (folder / "single" / "model.safetensors").symlink_to("../../blobs/gone")
     assert "found links to files that do not exist (model.safetensors): download the model again" in fails(
@@ -109,7 +109,7 @@ def test_links_to_nothing(folder: Path) -> None:
 def test_of_a_single_file_and_an_index_transformers_and_we_read_the_first(
     tmp_path: Path, stale: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A smaller model was saved where a sharded one had been, by something that did not clear up."""
+    """A smaller model was saved over a sharded one without removing the old files."""
     first, second = (randomised(hf.Qwen2ForCausalLM(hf.Qwen2Config(**TEXT))) for _ in range(2))
     first.save_pretrained(tmp_path / "expert", max_shard_size="50KB")
     index = tmp_path / "expert" / "model.safetensors.index.json"
@@ -138,7 +138,7 @@ def test_an_index_of_the_single_file_is_not_stale(folder: Path, caplog: pytest.L
     assert not caplog.records
 
 
-# What the system refuses
+# System errors
 
 
 def refusing(number: int, mark: str) -> Callable[[Path], FileIO]:

@@ -120,7 +120,7 @@ def _quiet() -> None:
 
 
 def two_models(family: str, folder: Path) -> tuple[nn.Module, nn.Module]:
-    """The expert and the base as they are loaded from what save_pretrained wrote."""
+    """The expert and the base, loaded from the files of save_pretrained."""
     kind, config = getattr(hf, MODELS[family][0]), MODELS[family][1]
     for role in ("expert", "base"):
         randomised(kind(config())).save_pretrained(folder / role)
@@ -167,7 +167,7 @@ def test_every_projection_is_bound_to_the_difference_of_the_live_models(family: 
 @pytest.mark.parametrize("experts", [1, 4])
 @pytest.mark.parametrize("box", [(slice(0, 1), slice(0, 32), slice(0, 96)), (slice(0, 1), slice(3, 9), slice(40, 60))])
 def test_single_experts_fill_transposed_ones(experts: int, box: tuple[slice, ...]) -> None:
-    """transformers 4.57 holds Qwen3-VL-MoE's so."""
+    """The layout of Qwen3-VL-MoE in transformers 4.57."""
     stem = "layers.0.mlp.experts."
     parts = {f"{stem}{e}.{p}_proj.weight": torch.randn(48, 32) for e in range(experts) for p in ("gate", "up")}
     parts |= {f"{stem}{e}.down_proj.weight": torch.randn(32, 48) for e in range(experts)}
@@ -185,7 +185,7 @@ def test_single_experts_fill_transposed_ones(experts: int, box: tuple[slice, ...
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 def test_small_priors_of_single_experts(dtype: torch.dtype, tmp_path: Path) -> None:
-    """The delta is what the parts hold, expanded: joined as codes beside bfloat16 where their blocks fit together."""
+    """The delta is that of the expanded parts: joined as codes for bfloat16 if their blocks fit together."""
     _, base = two_models("mixtral", tmp_path)
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", dtype=dtype)
     sources = prior.coverage(base.named_parameters()).sources
@@ -196,7 +196,7 @@ def test_small_priors_of_single_experts(dtype: torch.dtype, tmp_path: Path) -> N
     gates = [[prior.load(f"layers.1.block_sparse_moe.experts.{e}.{w}.weight") for w in ("w1", "w3")] for e in range(4)]
     assert torch.equal(whole, torch.stack([torch.cat(pair) for pair in gates]))
     assert prior.info(sources[name]).delta_norm == pytest.approx(whole.double().norm().item(), rel=1e-6)
-    for kind in (torch.float32, torch.bfloat16):  # codes are bound as they are beside bfloat16 alone
+    for kind in (torch.float32, torch.bfloat16):  # codes are bound unexpanded only for bfloat16
         (delta,) = bind(prior, [(name, base.get_parameter(name).to(kind), None)])
         held = delta.delta if delta.delta_scale is None else QuantizedDelta(delta.delta, delta.delta_scale).expand()
         assert (delta.delta_scale is not None) == (kind == torch.bfloat16 and dtype != torch.bfloat16)
@@ -283,7 +283,7 @@ def test_other_models_and_incomplete_experts_are_not_bound() -> None:
     # A model of three experts, and the deltas of two, fused.
     single = [(str(e), f"{stem}{e}.up_proj.weight", (4, 3)) for e in range(3)]
     assert list(find_sources(single, {f"{stem}gate_up_proj": (2, 8, 3)})) == ["0", "1"]
-    # What has its own name is not taken for another's.
+    # A parameter with its own delta is not given another's.
     live = [
         (f"model.layers.0.{m}.up_proj.weight", nn.Parameter(torch.zeros(4, 3))) for m in ("mlp", "block_sparse_moe")
     ]

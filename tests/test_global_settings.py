@@ -1,4 +1,4 @@
-"""What torch is told globally changes nothing that we compute or allocate."""
+"""torch's global settings do not change what we compute or allocate."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def built(folder: Path, out: str, dtype: torch.dtype) -> Prior:
 
 
 def steps(prior: Any, options: dict[str, Any], setting: Callable[[], Any], backend: str) -> dict[str, Tensor]:
-    """What three steps under a setting leave; the last is of an optimizer that has loaded the state."""
+    """The result of three steps under a setting, the last by an optimizer that has loaded the state."""
     params, grads = inputs(F32 if options is OPTIONS["float32"] else BF16)
     with setting():
         optimizer = FusedDriftAdamW(params.items(), lr=0.01, prior=prior, seed=3, backend=backend, **options)
@@ -203,7 +203,7 @@ def test_a_step_under_fake_tensors_is_an_error_and_changes_nothing() -> None:
 
 
 def test_what_is_made_and_used_inside_a_compiled_function() -> None:
-    """`torch.compile` leaves our constructors and steps alone, as torch's own."""
+    """`torch.compile` skips our constructors and steps, like torch's own."""
 
     def train(p: Tensor, deltas: dict[str, Tensor]) -> Tensor:
         optimizer = FusedDriftAdamW([("w", p)], lr=0.1, prior=deltas, prior_scaling="absolute")
@@ -242,7 +242,7 @@ FACTORIES = {
 
 
 def test_whatever_is_made_says_its_dtype_and_device() -> None:
-    """Defaults are the user's to set."""
+    """All our code sets dtype and device explicitly: users may change the defaults."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}:

@@ -1,4 +1,4 @@
-"""`make gpu`: its runner with real processes, its stages, its targets, and what it says where there is no GPU."""
+"""`make gpu`: its runner with real processes, its stages, its targets, and its message without a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.step import command, lineup, shapes
 ROOT = Path(__file__).parents[1]
 FREE = 84_000_000_000  # bytes, of a GPU of 80 GB
 
-# Seconds, for a machine with much else to do; what is stopped here would run for twice as long.
+# Seconds, for a busy machine; processes stopped here would run for twice as long.
 PATIENCE, ENDLESS = 300, 600
 
 
@@ -30,7 +30,7 @@ def python(name: str, code: str, seconds: float = PATIENCE, **options) -> Stage:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs; one that nobody has waited for does not."""
+    """Whether the process runs; a zombie does not."""
     status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
@@ -91,7 +91,7 @@ def test_each_stage_ends_in_its_own_way(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_a_stage_that_takes_too_long_ends_with_all_its_processes(tmp_path: Path) -> None:
-    """A shell and its child, which both begin at once, however much else the machine does."""
+    """A shell and its child, which both start at once, however busy the machine is."""
     slow = Stage("slow", ["sh", "-c", f"sleep {ENDLESS} & echo $! > {shlex.quote(str(tmp_path / 'pid'))}; wait"], 1)
     start = time.monotonic()
     outcomes = run_stages([slow, python("next", "print('next')")], 2 * PATIENCE, tmp_path / "log", tmp_path)

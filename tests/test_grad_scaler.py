@@ -23,7 +23,7 @@ Params = dict[str, nn.Parameter]
 
 
 def models(count: int, dtype: torch.dtype = F32, shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[Params]:
-    """As many equal models."""
+    """Make `count` equal models."""
     values = {name: torch.randn(shape, device=DEVICE).to(dtype) for name, shape in shapes.items()}
     return [{name: nn.Parameter(value.clone()) for name, value in values.items()} for _ in range(count)]
 
@@ -44,7 +44,7 @@ def set_grads(grads: dict[str, Tensor], params: Params, scale: float | Tensor = 
 
 
 def random_grads(params: Params, infinite: bool = False) -> dict[str, Tensor]:
-    """Numbers of few bits, which float16 holds scaled and unscaled."""
+    """Gradients with few bits, exact in float16 both scaled and unscaled."""
     grads = {name: torch.randint(-128, 128, p.shape, device=DEVICE) / 64.0 for name, p in params.items()}
     if infinite:
         next(iter(grads.values()))[2, 3] = math.inf
@@ -77,7 +77,7 @@ def groups_of(params: Params) -> list[dict[str, Any]]:
 def test_a_step_of_zero_changes_no_bit(
     name: str, dtypes: tuple[torch.dtype | None, ...], modes: dict[str, bool]
 ) -> None:
-    """Of its own tensor, whatever else the row and the gradient hold; the neighbours take theirs."""
+    """In its own tensor, whatever the row and the gradient contain; the neighbours take their steps."""
     problem = Problem.random([63, 1000, 17_000 if name != "triton" else 1700, 5], dtypes, **modes)
     table = coefficients(4).table
     for row in (0, 2):
@@ -131,7 +131,7 @@ def test_it_is_torch_fused_adamw_under_the_same_scaler(backend: str, clipping: b
 def test_a_scaled_step_is_the_unscaled_one_bit_for_bit(
     backend: str, scaling: str, max_grad_norm: float | None, dtype: torch.dtype
 ) -> None:
-    """Powers of two, and gradients of few bits: the sums are exact, so c and the clip coefficient agree to the bit."""
+    """With powers of two and gradients of few bits, the sums are exact, so c and the clip coefficient agree bitwise."""
     params, expected = models(2, dtype)
     common = {"prior": deltas_of(params), "prior_scaling": scaling, "alpha": 0.3, "max_grad_norm": max_grad_norm}
     common["prior"] = {name: (delta * 8).round() / 8 for name, delta in common["prior"].items()}
@@ -270,7 +270,7 @@ def test_a_whole_fp16_training_step_is_that_of_torch() -> None:
 
 
 def test_gradients_keep_their_scale_where_torchs_fused_step_unscales_them() -> None:
-    """What README says of `param.grad` after `scaler.step`."""
+    """The README's statement about `param.grad` after `scaler.step`."""
     left = []
     for optimizer_class, options in ((torch.optim.AdamW, {"fused": True}), (FusedDriftAdamW, {})):
         param = nn.Parameter(torch.ones(3, device=DEVICE))

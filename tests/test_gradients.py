@@ -51,7 +51,7 @@ from drift_kernels.prior.quantized import quantize
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_it_is_the_method(backend: str, scaling: str, dtype: torch.dtype) -> None:
-    """Against float64: 2e-6 of the largest element in float32, half an ulp of it more in narrower dtypes."""
+    """Within 2e-6 of the largest element of float64 results; in narrower dtypes, plus half an ulp of that element."""
     params, deltas = make_params(dtype), make_deltas()
     bias = GradientBias(params.items(), deltas, alpha=0.7, prior_scaling=scaling, backend=backend)
     half_ulp = 0.0 if dtype == F32 else torch.finfo(dtype).eps / 2
@@ -105,7 +105,7 @@ def test_with_torch_adamw_it_is_fused_drift_adamw(backend: str, options: dict[st
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_with_muon() -> None:
-    """`absolute` in float32 is one multiplication and one subtraction, so the trajectory has the same bits."""
+    """`absolute` in float32 is one multiplication and one subtraction, so the trajectory is bitwise identical."""
     params, deltas = make_params(), make_deltas()
     others = copies(params)
     bias = GradientBias(params.items(), deltas, alpha=0.3, prior_scaling="absolute")
@@ -152,7 +152,7 @@ def test_gradients_may_have_any_strides() -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_priors(backend: str, dtype: torch.dtype) -> None:
-    """The codes beside bfloat16 have the bits of what they stand for."""
+    """With bfloat16 gradients, codes are bitwise identical to their expanded values."""
     params = make_params(BF16)
     small = {name: quantize(delta, dtype) for name, delta in make_deltas().items() if delta.numel()}
     expected = copies(params)

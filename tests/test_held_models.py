@@ -1,5 +1,5 @@
-"""Models that a module holds, as a LightningModule does: bound by the names under its attribute, or an error that says
-what to do; with adapters, with parts of the model alone, and for parameters that were flattened."""
+"""Models held by a module, such as a LightningModule: bound by the names under its attribute, or an error with advice;
+with adapters, with only parts of the model, and for flattened parameters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stepped(optimizer: FusedDriftAdamW) -> FusedDriftAdamW:
 
 @pytest.mark.parametrize("attribute", ["model", "lm", "model.inner"])
 def test_a_held_model_is_bound_with_all_that_the_table_knows(attribute: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The head too, which does not stand beside the layers; its bits are those of the model alone."""
+    """Including the head, which is not next to the layers; bitwise identical to the model alone."""
     prior, (one, *more) = prior_with_head(), attribute.split(".")
     held, alone = tiny.base_model(), tiny.base_model()
     module = Holder(**{one: Holder(**{more[0]: held}) if more else held})
@@ -82,7 +82,7 @@ def test_two_held_models_are_an_error_that_says_what_to_do() -> None:
 
 
 def test_another_model_of_these_names_is_not_bound() -> None:
-    """One list of layers has the prior's names, in other shapes: it is not the model."""
+    """A list of layers with the prior's names but other shapes is not the model."""
     module = Holder(model=tiny.base_model())
     module.model.model.layers[0].self_attn.q_proj = nn.Linear(48, 50)
     with pytest.raises(PriorMismatchError, match="no parameter matches the prior"):
@@ -90,7 +90,7 @@ def test_another_model_of_these_names_is_not_bound() -> None:
 
 
 def flattened(optimizer: FusedDriftAdamW) -> FusedDriftAdamW:
-    """As ZeRO leaves the param groups of an optimizer that it was given."""
+    """Flatten the param groups like ZeRO."""
     for group in optimizer.param_groups:
         flat = nn.Parameter(torch.cat([param.detach().flatten() for param in group["params"]]))
         flat.grad = torch.ones_like(flat)

@@ -1,4 +1,4 @@
-"""use_hooks: a Trainer as under DeepSpeed, whose optimizer is its own. (DeepSpeed itself: tests/trainers.)"""
+"""use_hooks: a Trainer as under DeepSpeed, which has its own optimizer. (DeepSpeed itself: tests/trainers.)"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def trainer(folder: Path, stage: int | None = 2, **options: Any) -> Trainer:
 
 
 def test_hooks_bias_as_the_optimizer_would(tmp_path: Path) -> None:
-    """In one process, in float32: over these steps the parameters are the same to 1e-4 of the way."""
+    """In one process, in float32: over these steps, the parameters agree to 1e-4 of their change."""
     settings = {"prior": tiny.expert_prior(), "alpha": 0.05, "prior_scaling": "absolute", "anneal": 1.0}
     hooked, fused, plain = trainer(tmp_path), trainer(tmp_path, stage=None), trainer(tmp_path)
     hooks = use_hooks(hooked, **settings)

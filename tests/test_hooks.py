@@ -1,4 +1,4 @@
-"""The prior for any optimizer as hooks: attach_prior; and what it refuses, as GradientBias does."""
+"""The prior for any optimizer as hooks: attach_prior; and the input that it and GradientBias reject."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from drift_kernels import (
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_hooks_do_what_the_fused_form_does(scaling: str) -> None:
-    """Bit for bit, with tied weights, whose gradient is biased once and whole."""
+    """Bitwise, with tied weights, whose complete gradient is biased once."""
     hooked, plain, deltas = two_models()
     handle = attach_prior(hooked, deltas, alpha=0.5, prior_scaling=scaling)
     bias = GradientBias(plain.named_parameters(), deltas, alpha=0.5, prior_scaling=scaling)
@@ -54,7 +54,7 @@ def test_hooks_load_deltas_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hooks_under_accumulation() -> None:
-    """In each micro-batch, or paused in all but the last; a pause within a pause does not end it."""
+    """Active in each micro-batch, or paused in all but the last; a pause within a pause does not end it."""
     each, paused, deltas = two_models()
     plain = copy.deepcopy(each)
     attach_prior(each, deltas, alpha=0.5, prior_scaling="gradnorm")
@@ -130,7 +130,7 @@ def test_frozen_parameters_get_no_hook() -> None:
 
 
 def test_torch_adamw_under_hooks() -> None:
-    """As FusedDriftAdamW: the bound of the fused form, over 10 steps that feed back."""
+    """Like FusedDriftAdamW, within the bound of the fused form, over 10 steps with feedback."""
     hooked, fused, deltas = two_models()
     attach_prior(hooked, deltas, alpha=0.1, prior_scaling="absolute")
     theirs = torch.optim.AdamW(hooked.parameters(), lr=1e-3)
@@ -166,7 +166,7 @@ def test_torch_adamw_under_hooks() -> None:
     ],
 )
 def test_arguments(options: dict[str, Any], error: type[Exception], words: str) -> None:
-    """Refused by both forms, and no hook is left behind."""
+    """Both forms reject them, and leave no hook behind."""
     model, plain, deltas = two_models()
     given = {"prior": deltas, **options}
     prior = given.pop("prior")

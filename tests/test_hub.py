@@ -1,4 +1,4 @@
-"""Hub ids: what is fetched of a repository, in which revision, and what is said of one that has no checkpoint."""
+"""Hub ids: which files are fetched, in which revision, and the message for a repository without a checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def hub(loopback_hub: LoopbackHub) -> LoopbackHub:
 def test_only_what_is_read_is_fetched(
     hub: LoopbackHub, tmp_path: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole files by a Hub client that is older than 1.0."""
+    """A Hub client older than 1.0 fetches whole files."""
     if whole:
         monkeypatch.setattr("drift_kernels.prior.hub.can_read_ranges", lambda: False)
     build_prior("org/in-1", "org/in-3", tmp_path / "prior")
@@ -84,7 +84,7 @@ def test_a_stale_index_fetches_no_shards(hub: LoopbackHub, tmp_path: Path) -> No
 def test_a_revision(
     hub: LoopbackHub, tmp_path: Path, revision: str, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of a checkpoint is of one commit, and the record tells the revision."""
+    """A checkpoint is read from a single commit, and the record contains the revision."""
     if whole:
         monkeypatch.setattr("drift_kernels.prior.hub.can_read_ranges", lambda: False)
     prior = build_prior(f"org/in-3@{revision}", "org/base", tmp_path / "prior")
@@ -148,7 +148,7 @@ def test_without_the_hub_s_client(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_names_for_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No path of this machine, whatever was typed."""
+    """They contain no path of this machine, whatever the input."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     cached = Path("cache/models--org--my-model/snapshots") / COMMIT

@@ -1,4 +1,4 @@
-"""drift-prior init-lora: what PEFT makes of the folder, and A against LAPACK's singular vectors."""
+"""drift-prior init-lora: PEFT loads the folder, and A matches LAPACK's singular vectors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def output(model: nn.Module) -> Tensor:
 
 
 def loaded(base: nn.Module, folder: Path) -> PeftModel:
-    """With no word from PEFT about keys that it misses or does not know."""
+    """Load without a warning from PEFT about missing or unknown keys."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
@@ -78,8 +78,8 @@ def test_peft_loads_it_and_the_output_is_the_bases(base: nn.Module, options: dic
 
 @pytest.mark.parametrize("stored_rank", [None, 2 * RANK])
 def test_a_spans_the_leading_right_singular_vectors(base: nn.Module, stored_rank: int | None, tmp_path: Path) -> None:
-    """Of the delta as it is stored, dense or low-rank. Rows orthogonal, of norm 1/sqrt(3), in the span: to 1e-3 for
-    these spectra without gaps; the energy seen, against the formula, to 1e-5, and beyond that of a random A."""
+    """Of the stored delta, dense or low-rank. The rows are orthogonal, with norm 1/sqrt(3), in the span to 1e-3 for
+    these spectra without gaps; the energy seen matches the formula to 1e-5, and exceeds that of a random A."""
     prior = build_prior(
         tmp_path / "expert",
         tmp_path / "base",

@@ -1,4 +1,4 @@
-"""What a step is made of: launches, where the kernel of the coefficients is not asked, memory that launches read."""
+"""What a step consists of: its launches, cases without the coefficients' kernel, and the memory that launches read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def kernels_on_the_host() -> Iterator[None]:
         yield
 
 
-# Where the kernel is not asked
+# Cases without the kernel
 
 
 def test_more_groups_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_more_groups_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_norm_over_several_batches(
     max_grad_norm: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A parameter that is given twice steps twice, in batches of their own."""
+    """A parameter given twice takes two steps, in separate batches."""
     both, given = models(), fills(monkeypatch)
 
     def twice(params: Params) -> list[dict[str, Any]]:
@@ -59,9 +59,9 @@ def test_a_norm_over_several_batches(
         assert len(given) == step * expected
 
 
-# What a step is made of
+# What a step consists of
 
-# Of torch's operations, those that launch nothing.
+# torch's operations that launch nothing.
 NOTHING = {
     *("alias", "as_strided", "detach", "expand", "select", "slice", "split", "t", "unbind", "view"),
     *("empty", "empty_like", "empty_strided"),
@@ -70,7 +70,7 @@ NOTHING = {
 
 
 class Operations(TorchDispatchMode):
-    """The operations that a device would have run."""
+    """Records the operations that a device would have run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Operations(TorchDispatchMode):
 def test_a_step_is_two_or_three_launches_and_nothing_else(
     scaling: str, max_grad_norm: float | None, plans: int, expected: int, capturable: bool
 ) -> None:
-    """For one plan; of several each has its update, and its sums where it needs them. With several groups, a learning
+    """With one plan; with several, each has its own update, and sums if needed. Also with several groups, a learning
     rate that changes in every step, a GradScaler."""
     params, _ = models({name: shape for name, shape in SHAPES.items() if plans == 2 or name not in UNKNOWN})
     options = {"prior": deltas_of(params), "prior_scaling": scaling, "max_grad_norm": max_grad_norm}
@@ -116,13 +116,13 @@ def test_a_step_is_two_or_three_launches_and_nothing_else(
         before = grid.launched().value
         with Operations() as operations:
             ours.step()
-        if step > 1:  # the first makes the plans; the second, under the first scaler, anew
+        if step > 1:  # the first makes the plans; the second makes them again, under the first scaler
             assert operations.names == []
             assert grid.launched().value - before == expected
 
 
 def test_a_step_without_the_kernel_is_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The count above counts."""
+    """Checks that the count above detects launches."""
     monkeypatch.setattr(grid, "FILLS_COEFFICIENTS", False)
     params, _ = models()
     ours = FusedDriftAdamW(params.items(), prior=deltas_of(params), max_grad_norm=0.5, prior_scaling="adaptive_cosine")
@@ -138,7 +138,7 @@ def test_a_step_without_the_kernel_is_many(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_pinned_memory_is_kept_for_the_streams_that_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two streams of three steps; told to the allocator when the last owner lets go, and in no capture."""
+    """Two streams, three steps. The allocator is notified when the last owner lets go, never during a capture."""
     current = iter(["one", "two", "one"])
     recorded: list[tuple[float, object]] = []
 
@@ -179,7 +179,7 @@ def test_pinned_memory_is_kept_for_the_streams_that_read_it(monkeypatch: pytest.
 
 
 def test_what_launches_need_is_there_when_plans_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a capture, whatever the first step launches itself."""
+    """Before a capture, whatever the first step launches."""
     prepared: list[Any] = []
     monkeypatch.setattr(grid, "prepare", prepared.append)
     params, _ = models()

@@ -1,4 +1,4 @@
-"""How many layers a checkpoint has: those for multi-token prediction behind the last one do not count."""
+"""The number of layers of a checkpoint, without the layers for multi-token prediction after the last one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_their_projection_tells_them_without_a_config(tmp_path: Path, role: str)
 
 
 def test_those_of_both_are_left_out_too(tmp_path: Path) -> None:
-    """transformers loads neither, so that no delta of them would ever be bound."""
+    """transformers loads neither, so their deltas would never be bound."""
     prior = build(tmp_path, expert=(text_weights(layers=4), FURTHER), base=(text_weights(layers=4), FURTHER))
     assert layers_of(prior) == {0, 1, 2}
 
@@ -74,7 +74,7 @@ def test_those_with_a_name_of_their_own_never_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("role", ["expert", "base"])
 def test_layers_may_choose_those_in_common(tmp_path: Path, role: str) -> None:
-    """Where nothing tells what the further layer is for."""
+    """If nothing tells what the additional layer is for."""
     deeper = {role: (text_weights(layers=4), {})}
     with pytest.raises(PriorError, match=r"has [34] layers, .* has [34]; choose layers \(--layers\) from 0-2"):
         build(tmp_path, **deeper)
@@ -85,6 +85,6 @@ def test_layers_may_choose_those_in_common(tmp_path: Path, role: str) -> None:
 
 
 def test_a_config_without_further_layers_changes_nothing(tmp_path: Path) -> None:
-    """Its count of layers may be another model's."""
+    """Its layer count may belong to another model."""
     config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}
     assert layers_of(build(tmp_path, expert=(text_weights(), config))) == {0, 1, 2}

@@ -1,4 +1,4 @@
-"""The layout of rows, coefficients, chunks and blocks: one on all sides; what was built for another is refused."""
+"""The layout of rows, coefficients, chunks and blocks is the same everywhere; an extension with another is rejected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from drift_kernels.reinstalling import reinstall_command
 ROOT = Path(__file__).parents[1]
 
 
-# Every side has the same
+# The same everywhere
 
 
 @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
@@ -57,7 +57,7 @@ def test_the_kernels_on_the_host_are_held_to_it(monkeypatch: pytest.MonkeyPatch)
 def test_triton_finds_columns_by_their_names() -> None:
     def value(name: str) -> int:
         constant = getattr(of_triton, name)
-        return getattr(constant, "value", constant)  # a number where Triton is not installed
+        return getattr(constant, "value", constant)  # a number if Triton is not installed
 
     assert [value(name.upper()) for name in ROW_FIELDS] == list(range(len(ROW_FIELDS)))
     assert [value(name.upper()) for name in Coefficients._fields] == list(range(len(Coefficients._fields)))
@@ -67,7 +67,7 @@ def test_triton_finds_columns_by_their_names() -> None:
         assert value(f"{name}_STREAM") == getattr(philox, name)
 
 
-# Another is refused
+# Another layout is rejected
 
 
 def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -102,9 +102,9 @@ def text(value: Any) -> str:
 
 @pytest.fixture(params=OTHERS)
 def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The extensions of both backends, as if they had another layout. They have nothing that could be launched."""
+    """Replace the extensions of both backends by ones with another layout. They contain nothing to launch."""
     layout = OTHERS[request.param]
-    built = {"CHUNK": CHUNK} if layout is None else {"LAYOUT": layout}  # older ones said no more than that
+    built = {"CHUNK": CHUNK} if layout is None else {"LAYOUT": layout}  # older extensions export only this
     extension = SimpleNamespace(__file__="/old/extension.so", **built)
     for backend, name in ((cpu, "_cpu"), (cuda, "_cuda")):
         monkeypatch.setattr(backend, name, extension, raising=False)
@@ -126,7 +126,7 @@ def assert_says_both(reason: str, layout: dict[str, Any] | None, backend: str = 
 
 
 def weights(backend: str) -> list[torch.Tensor]:
-    """After three steps with a prior."""
+    """The weights after three steps with a prior."""
     torch.manual_seed(5)
     params = [("w", nn.Parameter(torch.randn(300, 3))), ("b", nn.Parameter(torch.randn(7)))]
     optimizer = FusedDriftAdamW(params, prior={"w": torch.randn(300, 3)}, alpha=0.1, backend=backend)
@@ -159,7 +159,7 @@ def test_an_optimizer_that_asks_for_it_raises_and_auto_goes_on(
         assert all(map(torch.equal, each, weights("reference")))
 
 
-# In a process of its own: an extension that was really built for another layout would read past the end of the rows.
+# Runs in its own process: an extension really built for another layout would read past the end of the rows.
 PROGRAM = """
 import json
 import torch
@@ -189,7 +189,7 @@ print(json.dumps([drift_kernels.__file__, refused, same, arithmetic._compiled, c
 
 
 def objects() -> list[Product]:
-    """Compiled sources in which a row has one field more: the baseline's kernels alone."""
+    """Compile sources in which a row has one more field: only the baseline's kernels."""
     flags = [
         *("-std=c++17", "-O0", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
         *(f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))),
@@ -216,8 +216,8 @@ def begin() -> None:
 
 @pytest.mark.skipif(grid.COMPILER is None, reason="there is no C++ compiler")
 def test_an_extension_that_was_really_built_for_another_is_refused(tmp_path: Path) -> None:
-    """The package beside such an extension. A build of a prior, whose functions know no layout, does without it too:
-    they are of other sources."""
+    """The package with such an extension. Building a prior does not use it either: its functions do not depend on the
+    layout, but come from other sources."""
     package = tmp_path / "drift_kernels"
     shutil.copytree(ROOT / "drift_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     extension = package / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"

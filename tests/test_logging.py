@@ -1,4 +1,4 @@
-"""Where the figures of the prior arrive: TensorBoard and wandb, from the Trainer, Lightning and Accelerate."""
+"""The prior's metrics arrive in TensorBoard and wandb, from the Trainer, Lightning and Accelerate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOUND = len(tiny.expert_prior())
 
 @pytest.fixture(autouse=True)
 def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """wandb asks nobody, and writes into the test's folder."""
+    """Keep wandb offline and make it write into the test's folder."""
     tiny.quiet()
     monkeypatch.chdir(tmp_path)
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
@@ -36,7 +36,7 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Of the one event file in a folder: by tag, step and value."""
+    """The scalars of the event file in a folder: (step, value) by tag."""
     (file,) = folder.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file))
     events.Reload()

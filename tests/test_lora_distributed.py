@@ -1,4 +1,4 @@
-"""Priors for adapters under fully_shard, in real processes, against one process."""
+"""Priors for adapters under fully_shard, in real processes, compared with one process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(model: nn.Module, optimizer: FusedDriftAdamW, begin: int, end: int) ->
 def uninterrupted_and_resumed(
     folder: Path, scaling: str, refresh: int, dora: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By torch.distributed.checkpoint."""
+    """Resume with torch.distributed.checkpoint."""
     model, optimizer = started(True, scaling, refresh, use_dora=dora)
     train(model, optimizer, 0, STOP)
     model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -61,7 +61,7 @@ def uninterrupted_and_resumed(
     [("absolute", 1, False), ("absolute", 3, False), ("adaptive_cosine", 1, False), ("decoupled", 1, True)],
 )
 def test_fully_shard(scaling: str, refresh: int, dora: bool, tmp_path: Path) -> None:
-    """The bits of one process where no coefficient follows from norms. (DoRA's forward has roundings of its own.)"""
+    """Bitwise identical to one process if no coefficient depends on norms. (DoRA's forward rounds differently.)"""
     expected = train(*started(False, scaling, refresh, use_dora=dora), 0, STEPS)
     for uninterrupted, resumed in ranks.run(
         uninterrupted_and_resumed, 2, tmp_path, tmp_path / "checkpoint", scaling, refresh, dora

@@ -1,4 +1,4 @@
-"""Priors for PEFT's adapters: what they pull, against PEFT's own forward; and what is refused."""
+"""Priors for PEFT's adapters: their pull, compared with PEFT's own forward; and rejected input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def weight_by_forward(layer: Any) -> Tensor:
-    """The weight that a PEFT layer applies, as autograd sees it: what it makes of unit vectors, or of all tokens."""
+    """The weight that a PEFT layer applies, with autograd: its output for unit vectors, or for all tokens."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Embedding):
         return layer(torch.arange(base.num_embeddings))
@@ -57,7 +57,7 @@ def oracle(model: nn.Module, prior: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_absolute_is_the_gradient_of_the_pull(variant: str) -> None:
-    """float32 deltas of factors, against PEFT's forward in float64."""
+    """Deltas of the factors in float32, compared with PEFT's forward in float64."""
     model = adapted_model(**VARIANTS[variant])
     prior = deltas()
     expected = oracle(model, prior)
@@ -137,7 +137,7 @@ def test_the_active_adapter_is_meant() -> None:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "float8", "low rank"])
 def test_deltas_are_held_as_they_are_stored(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And pull as what they stand for; factors are never multiplied out."""
+    """They pull like their expanded values; factors are never multiplied out."""
 
     def stored(delta: Tensor) -> Any:
         if kind == "low rank":
@@ -224,7 +224,7 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_backends_agree(scaling: str, backend: str) -> None:
-    """Bit for bit where no coefficient follows from sums, whose last bits are a backend's own."""
+    """Bitwise if no coefficient depends on sums, whose last bits differ between backends."""
     results = []
     for name in ("reference", backend):
         model = adapted_model(target_modules=["q_proj", "down_proj"])

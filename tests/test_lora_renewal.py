@@ -1,4 +1,4 @@
-"""Deltas of adapters that are renewed as the adapters change: when, where, and over a run that stops and goes on."""
+"""Renewing the deltas of adapters as the adapters change: when, where, and in a run that stops and resumes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_delta_over_a_frozen_a_is_made_once(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:bfloat16 states")
 def test_a_run_resumes_bit_for_bit(refresh: int, stop: int, dtype: torch.dtype, tmp_path: Any) -> None:
-    """Also in between two renewals."""
+    """Also between two renewals."""
 
     def start() -> tuple[nn.Module, FusedDriftAdamW]:
         model = adapted_model().to(dtype)
@@ -126,7 +126,7 @@ def test_hooks_bias_as_all_together() -> None:
 
 
 def test_a_state_without_deltas_has_them_renewed_at_once() -> None:
-    """Of torch.distributed.checkpoint, or of an optimizer that renewed in every step; in between two renewals too."""
+    """From torch.distributed.checkpoint, or from an optimizer that renewed in every step; also between two renewals."""
 
     def start(refresh: int) -> tuple[nn.Module, FusedDriftAdamW]:
         model = adapted_model()

@@ -1,4 +1,4 @@
-"""Priors for adapters in trainers: TRL's `peft_config`, transformers' Trainer; stopped and resumed, bit for bit."""
+"""Priors for adapters in trainers: TRL's `peft_config`, transformers' Trainer; stopped and resumed bitwise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _quiet() -> None:
 
 
 def sft_trainer(folder: Path, stop_after: int | None) -> Trainer:
-    """TRL puts the adapters in."""
+    """A trainer in which TRL adds the adapters."""
     args = SFTConfig(**arguments(folder, STEPS), bf16=False)
     texts = [tiny.text(pair) for pair in tiny.training_pairs(STEPS * tiny.BATCH_SIZE)]
     model = tiny.base_model()

@@ -1,4 +1,4 @@
-"""Deltas of low rank in memory: against the product of their factors, in a prior, and bound to parameters."""
+"""Low-rank deltas in memory: compared with the product of their factors, in a prior, and bound to parameters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def product(delta: LowRankDelta) -> Tensor:
     "shape", [(1, 1, 1), (33, 70, 5), (7, 3, 9), (5, 0, 2), (0, 4, 1), (4, 6, 0), (700, 1200, 8)], ids=str
 )
 def test_expansion_and_norm_are_those_of_the_product(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Rounded once: within half of float32's last bit. In several tiles where it is large."""
+    """Rounded once: within half an ulp of float32. In several tiles if it is large."""
     delta, exact = factors(*shape, dtype), None
     exact = product(delta)
     assert (delta.shape, delta.rank, delta.dtype, delta.device) == (exact.shape, shape[2], dtype, torch.device("cpu"))
@@ -48,7 +48,7 @@ def test_expansion_and_norm_are_those_of_the_product(shape: tuple[int, int, int]
 
 @both_dtypes
 def test_the_norm_survives_factors_that_cancel(dtype: torch.dtype) -> None:
-    """As those of two adapters, one of which is taken from the other."""
+    """As with two adapters, one subtracted from the other."""
     one = factors(300, 200, 4, dtype)
     nearly = (one.right.float() * (1 + 2**-6)).to(dtype)
     delta = LowRankDelta(torch.cat([one.left, -one.left], 1), torch.cat([one.right, nearly]))
@@ -101,7 +101,7 @@ def test_factors_that_do_not_fit(left: Tensor, right: Tensor, words: str) -> Non
         LowRankDelta(left, right)
 
 
-# What is done to every kind of delta
+# Operations on every kind of delta
 
 KINDS: dict[str, Callable[[], Delta]] = {
     "float32": lambda: torch.randn(3, 256),
@@ -177,7 +177,7 @@ def mapping() -> dict[str, LowRankDelta | Tensor]:
 @pytest.mark.parametrize("scaling", ["absolute", "adaptive_cosine"])
 @both_dtypes
 def test_steps_are_those_with_the_expanded_deltas(dtype: torch.dtype, scaling: str) -> None:
-    """Bit for bit: in bfloat16 beside bfloat16 parameters, in float32 beside others."""
+    """Bitwise: in bfloat16 for bfloat16 parameters, in float32 for others."""
     low_rank = mapping()
     full = {name: d.expand().to(dtype) if isinstance(d, LowRankDelta) else d for name, d in low_rank.items()}
     weights = {name: torch.randn(d.shape).to(dtype) for name, d in low_rank.items()}
@@ -191,9 +191,9 @@ def test_steps_are_those_with_the_expanded_deltas(dtype: torch.dtype, scaling: s
                 param.grad = torch.randn(param.shape, generator=generator).to(dtype)
             optimizer.step()
         results.append([param.detach() for param in params.values()])
-    if scaling == "absolute":  # which does not look at norms: these are of the factors, unrounded
+    if scaling == "absolute":  # does not use norms, which are those of the unrounded factors
         assert all(map(torch.equal, *results))
-    # Where a bias cancels a gradient, Adam makes much of a rounding: in bfloat16 of one element or two.
+    # If a bias cancels a gradient, Adam amplifies the rounding error: in bfloat16, for one or two elements.
     for one, other in zip(*results, strict=True):
         rtol, atol = (1e-5, 1e-7) if dtype == F32 else (2**-7, 1e-5)
         assert int((~torch.isclose(one, other, rtol=rtol, atol=atol)).sum()) <= (0 if dtype == F32 else 2)
@@ -214,8 +214,8 @@ def test_gradients_are_biased_by_the_expanded_delta(dtype: torch.dtype) -> None:
     "box", [(0, 18, 0, 70), (0, 9, 0, 70), (3, 18, 0, 70), (7, 18, 0, 70), (10, 12, 4, 8), (2, 9, 5, 70)], ids=str
 )
 def test_a_shard_is_made_of_its_part_of_the_factors(box: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Of an embedding with tokens that the delta's 7 rows do not know; and the norm is that of the factors, though a
-    rounded delta of so few elements has another."""
+    """For an embedding with more tokens than the delta's 7 rows. The norm is that of the factors, although the rounded
+    delta, with so few elements, has another norm."""
     delta, cut = factors(7, 70, 5), (slice(*box[:2]), slice(*box[2:]))
     whole = torch.zeros(18, 70)
     whole[:7] = delta.expand()

@@ -1,4 +1,4 @@
-"""drift-prior build --rank: what lies in the files, what is said of it, and that nothing else changes."""
+"""drift-prior build --rank: the content of the files, what is reported about it, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def optimum(delta: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8], ids=str)
 def test_what_is_stored(exact: dict[str, Tensor], dtype: torch.dtype, tmp_path: Path) -> None:
-    """Matrices in factors, within 1 % of the best; everything else as without a rank, bit for bit."""
+    """Matrices as factors, within 1 % of the best; everything else bitwise as without a rank."""
     prior, tensors = build(tmp_path, dtype=dtype), stored_in(tmp_path / "prior")
     whole = build(tmp_path, "whole", rank=None, dtype=dtype)
     assert prior.names == whole.names
@@ -105,8 +105,8 @@ def test_parts_are_read_in_factors(exact: dict[str, Tensor], box: tuple[int, ...
 def test_the_bits_are_the_same_each_time(
     exact: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many threads there are, and whether matrices are kept in memory or read again, in tiles that end inside
-    the pieces in which they are read."""
+    """For any number of threads, and whether matrices are kept in memory or read again, in tiles that end inside the
+    pieces that are read."""
     monkeypatch.setattr(singular, "_TILE", 1 << 9)
     monkeypatch.setattr(formed, "tile_rows", singular.tile_rows)
     expected = build(tmp_path)
@@ -124,7 +124,7 @@ def test_the_bits_are_the_same_each_time(
 
 
 def test_fingerprints_and_versions(exact: dict[str, Tensor], tmp_path: Path) -> None:
-    """Readers of version 2 read what holds no factors."""
+    """Readers of version 2 can read priors without factors."""
     prior, other = build(tmp_path), build(tmp_path, "other", rank=RANK + 1)
     whole, huge = build(tmp_path, "whole", rank=None), build(tmp_path, "huge", rank=1000)
     assert [p.record["version"] for p in (prior, other, whole, huge)] == [3, 3, 2, 2]
@@ -218,7 +218,7 @@ def test_a_damaged_factor_is_noticed_when_it_is_read(exact: dict[str, Tensor], t
 
 
 def test_the_norm_of_shards_is_that_of_their_factors(exact: dict[str, Tensor], tmp_path: Path) -> None:
-    """Not of the delta rounded to bfloat16, whose norm is another by more than what damage is told by."""
+    """Not of the delta rounded to bfloat16, whose norm differs by more than the threshold for damage."""
     binding = PriorBinding(build(tmp_path))
     shape = tuple(exact[UP].shape)
     param = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
@@ -297,7 +297,7 @@ def test_ranks_that_are_mistyped(rank: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_codes_beside_factors(exact: dict[str, Tensor], tmp_path: Path) -> None:
-    """Vectors of a prior in int8 with a rank are codes, and lie aligned."""
+    """In an int8 prior with a rank, vectors are stored as codes, and aligned."""
     prior = build(tmp_path, dtype=torch.int8, max_shard_bytes=1 << 30)
     stored, expected = prior.load_stored(BIAS), quantize(exact[BIAS], torch.int8)
     assert torch.equal(stored.codes, expected.codes)

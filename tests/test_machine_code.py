@@ -1,4 +1,4 @@
-"""benchmarks.gpu.sheet: what is read off machine code, and the model that predicts from it."""
+"""benchmarks.gpu.sheet: how it reads machine code, and the model that predicts from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.gpu.sheet.walk import Costs, walk
 
 
 def test_an_instruction_and_its_control_code() -> None:
-    """Two lines, each with half of the bits; the control code is in the upper ones."""
+    """Two lines, each with half of the bits; the control code is in the upper half."""
     code = parse(
         "        /*0040*/              @!P3 LDG.E.EF.128 R4, desc[UR12][R2.64+0x10] ;   /* 0x0000860000067ab9 */\n"
         "                                                                               /* 0x000e620000000a00 */\n"
@@ -54,7 +54,7 @@ def test_the_fast_path_of_the_wide_loop() -> None:
 
 
 def test_a_path_without_calls_may_be_longer() -> None:
-    """By as much as it likes; of two without calls it is the shorter."""
+    """By any amount; of two paths without calls, the shorter is taken."""
     longer = KERNEL.replace("FADD R20, R12, R16\n", "FADD R20, R12, R16\n" * 30)
     assert len(turn(longer).steps) == len(FAST) + 29
     without = KERNEL.replace("    CALL.REL.NOINC =division\n", "")
@@ -62,7 +62,7 @@ def test_a_path_without_calls_may_be_longer() -> None:
 
 
 def test_stores_that_some_threads_leave_out_are_made() -> None:
-    """Of scales, by one of the threads that share them."""
+    """Stores of scales, by one of the threads that share them."""
     scales = "@P3 BRA =next\n STG.E.EF desc[UR4][R6.64], R22\n next: IADD3 R2"
     found = turn(KERNEL.replace("next: IADD3 R2", scales))
     assert [step.width for step in found.streams] == [16, 16, 16, 4]
@@ -75,7 +75,7 @@ def test_one_instruction_more_is_one_more() -> None:
 
 
 def test_without_hints_streams_are_what_moves() -> None:
-    """Not keys and coefficients, whose addresses stay."""
+    """Not keys and coefficients, whose addresses do not change."""
     text = """
         head: LDG.E.128 R12, desc[UR4][R2.64]
         LDG.E.128 R16, desc[UR4][R8.64]
@@ -110,7 +110,7 @@ def test_a_kernel_without_a_wide_loop_has_no_path() -> None:
 
 
 def test_banks_of_shared_memory() -> None:
-    """Threads 4, 64 and 128 bytes apart; those that read one word; an address that cannot be followed."""
+    """Threads 4, 64 and 128 bytes apart; threads that read the same word; an address that cannot be followed."""
 
     def cycles(address: str, access: str) -> tuple[int, bool]:
         code = f"S2R R0, SR_TID.X\n LDG.E R7, desc[UR4][R8.64]\n {address}\n head: LDG.E.EF.128 R12, desc[UR4][R2.64]\n"
@@ -136,7 +136,7 @@ def plain_costs(path: Path) -> Costs:
 
 
 def test_a_warp_alone_waits_for_what_it_requested() -> None:
-    """Once for two loads side by side, twice for one after the other; then half as much is in flight."""
+    """Once for two adjacent loads, twice for two dependent ones, which have half as much in flight."""
 
     def of(*waits: int) -> Path:
         load = {"guard": "", "opcode": "LDG.E.EF.128", "operands": "R4, desc[UR4][R2.64]", "stall": 1}
@@ -156,7 +156,7 @@ def test_a_warp_alone_waits_for_what_it_requested() -> None:
 
 
 def test_queues_agree_with_what_is_known_in_closed_form() -> None:
-    """One customer; so many that a server never rests; and machines that wait for a repairman, exactly."""
+    """One customer; so many that a server is always busy; and, exactly, the machine repairman model."""
     assert rounds(1, 7.0, [Station(2.0), Station(1.0)]) == pytest.approx(1 / 10)
     assert rounds(500, 7.0, [Station(2.0), Station(4.0, servers=4)]) == pytest.approx(1 / 2)
     count, away, time = 6, 10.0, 3.0
@@ -173,7 +173,7 @@ def test_blocks_of_a_multiprocessor(registers: int, shared: int, blocks: int) ->
 
 
 def test_what_stops_a_kernel() -> None:
-    """More instructions, more registers, longer latency: never faster; and each is named where it is what stops it."""
+    """More instructions, more registers, longer latency: never faster; and each is reported when it is the limit."""
 
     def share(path: Path, registers: int = 64, ns: float = 2000) -> float:
         return predict(kernel(path, registers), H200, ns).share
@@ -237,8 +237,7 @@ def built() -> list[Kernel]:
 
 
 def test_the_wide_loop_of_every_kernel_is_found(built: list[Kernel]) -> None:
-    """Eight elements a turn for updates, sixteen for the bias, 64 bytes for sums: with bytes that are those of the
-    dtypes."""
+    """Eight elements per turn for updates, sixteen for the bias, 64 bytes for sums, with the bytes of the dtypes."""
     assert len(built) > 100
     for one in built:
         kernel, dtypes = parts(one.name) or ("", [])

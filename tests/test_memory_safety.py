@@ -1,5 +1,5 @@
-"""A tensor that is not what a plan says never reaches a kernel: where torch.optim.AdamW works, so do we; otherwise an
-error names the parameter, and nothing has changed.
+"""A tensor that does not match its plan never reaches a kernel: if torch.optim.AdamW works, so does our optimizer;
+otherwise an error names the parameter, and nothing has changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BACKENDS = ["cpu", "reference"]
 
 @pytest.fixture(params=["compiled", "by getters"], autouse=True)
 def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors are looked at through DLPack's exchange API, or by Python's getters where there is none."""
+    """Inspect tensors through DLPack's exchange API, or with Python's getters if there is none."""
     if request.param == "by getters":
         monkeypatch.setattr(describe, "_compiled", False)
     elif not describe._compiled:
@@ -82,7 +82,7 @@ def test_a_parameter_that_is_cut_in_place_changes_nothing_behind_it() -> None:
 def test_a_parameter_that_is_not_contiguous_is_stepped_as_one_that_is(
     make: str, options: dict[str, Any], backend: str
 ) -> None:
-    """Bit for bit, with a prior, and nothing beside it is written."""
+    """Bitwise, with a prior, and nothing outside of it is written."""
     dense = torch.randn(64, 8, 3, 5)
     larger = torch.full((64, 8, 3, 9), 7.0)
     data = {
@@ -132,7 +132,7 @@ def test_an_expanded_parameter_is_refused() -> None:
 
 
 class Wrapper(torch.Tensor):
-    """A tensor around another one, with no memory of its own, as those of quantisation libraries."""
+    """A tensor that wraps another one and has no memory, like those of quantisation libraries."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapper:
@@ -172,7 +172,7 @@ def test_a_parameter_without_memory_of_its_own_is_an_error(kind: str) -> None:
 
 @pytest.mark.parametrize("shape", [(99, 64), (64, 100), (200, 64)])
 def test_a_gradient_of_another_shape(shape: tuple[int, ...]) -> None:
-    """Which torch lets through by `.data`."""
+    """torch allows this through `.data`."""
     params, optimizer = stepped()
     for p in params:
         p.grad = torch.ones(SHAPE)
@@ -234,7 +234,7 @@ def test_a_state_that_does_not_fit(change: str) -> None:
 
 @pytest.mark.parametrize("what", ["param", "grad", "exp_avg", "exp_avg_sq"])
 def test_memory_that_has_been_given_back(what: str) -> None:
-    """As sharding frameworks free parameters, and offloading frees states: the tensor stays, its storage is empty."""
+    """As when sharding frees parameters, or offloading frees states: the tensor remains, its storage is empty."""
     params, optimizer = stepped()
     for p in params:
         p.grad = torch.ones(SHAPE)
@@ -285,7 +285,7 @@ def test_a_parameter_that_is_not_contiguous_is_stepped_in_the_backward_pass() ->
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
 def test_states_of_which_only_some_were_moved(key: str, which: int, backend: str) -> None:
-    """As by offloading down to a budget: the state as it is now is used, wherever it is in its launch."""
+    """As with offloading down to a budget: the current state is used, wherever it is in its launch."""
     params, optimizer = stepped(backend=backend)
     state = optimizer.state[params[which]]
     state[key].data = torch.full(SHAPE, 3.0)
@@ -302,7 +302,7 @@ def test_states_of_which_only_some_were_moved(key: str, which: int, backend: str
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strides", ["contiguous", "transposed"])
 def test_a_state_that_was_put_in_by_hand_is_used(strides: str, backend: str) -> None:
-    """As torch.optim.AdamW uses it, whatever its strides."""
+    """Like torch.optim.AdamW, whatever its strides."""
     params, optimizer = stepped(backend=backend)
     same = [nn.Parameter(p.detach().clone()) for p in params]
     theirs = torch.optim.AdamW(same, lr=0.1)

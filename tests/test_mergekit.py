@@ -1,4 +1,4 @@
-"""`combine` and `apply` against mergekit on the same checkpoints: what people who merge models get from it."""
+"""`combine` and `apply`, compared with mergekit on the same checkpoints."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from mergekit.options import MergeOptions
 CONFIG = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
 EXPERTS, WEIGHTS = "abc", (0.7, 0.3, 1.5)
-# The difference of float32 weights, its products and sums, and the last sum are rounded, here and there in another
-# order: a few units of the largest number that takes part.
+# The difference of float32 weights, its products and sums, and the last sum are rounded in different orders: the error
+# is a few units of the largest number involved.
 UNITS = 4
 
 
@@ -87,7 +87,7 @@ def ours(folder: Path, out: Path, method: str, weights: Sequence[float], **optio
 
 
 def at_the_bound(delta: Tensor, density: float) -> Tensor:
-    """Elements of which several equal the smallest magnitude that TIES keeps: we keep all of them, mergekit some."""
+    """Elements whose magnitude equals the smallest that TIES keeps: we keep all of them, mergekit some."""
     magnitudes = delta.abs()
     least = magnitudes.flatten().sort(descending=True).values[int(density * delta.numel()) - 1]
     equal = magnitudes == least
@@ -101,7 +101,7 @@ def check(
     gain: float = 1,
     densities: Sequence[float] = (),
 ) -> None:
-    """Equal to `UNITS` units of float32 of |W| + gain * the sum of |w * delta|. Prints the largest found."""
+    """Check equality to `UNITS` float32 units of |W| + gain * the sum of |w * delta|. Prints the largest error."""
     base = loaded(folder / "base")
     experts = [loaded(folder / name) for name in EXPERTS]
     assert found.keys() == expected.keys() == base.keys()
@@ -126,7 +126,7 @@ def test_task_arithmetic(folder: Path, tmp_path: Path, normalize: bool) -> None:
 
 
 def test_an_average_of_models(folder: Path, tmp_path: Path) -> None:
-    """Their `linear` is of the models themselves, and by default divided by the sum of the weights."""
+    """mergekit's `linear` averages the models themselves, and by default divides by the sum of the weights."""
     expected = theirs(folder, tmp_path / "theirs", "linear", WEIGHTS)
     check(folder, ours(folder, tmp_path, "linear", WEIGHTS, normalize=True), expected)
 
@@ -147,8 +147,8 @@ def test_dare_that_keeps_all(folder: Path, tmp_path: Path, method: str, name: st
 
 
 def test_dare_of_one(folder: Path, tmp_path: Path) -> None:
-    """Elements are dropped as often, and the others enlarged as much: here by 1/density, as the paper has it; there so
-    that the sum of magnitudes stays, which is 1/density but for chance. Within 6 standard deviations."""
+    """Elements are dropped equally often, and the others scaled equally: here by 1/density, as in the paper; in
+    mergekit so that the sum of magnitudes is kept, which is 1/density on average. Within 6 standard deviations."""
     base, expert, density = loaded(folder / "base"), loaded(folder / "a"), 0.3
     both = [
         theirs(folder, tmp_path / "theirs", "dare_linear", [1.0], [density]),
@@ -156,7 +156,7 @@ def test_dare_of_one(folder: Path, tmp_path: Path) -> None:
     ]
     for name, weight in base.items():
         delta = (expert[name] - weight).double()
-        clear = delta.abs() > 1e-3  # of smaller ones the last sum leaves too few digits
+        clear = delta.abs() > 1e-3  # the last sum leaves too few digits of smaller ones
         for which, merged in enumerate(both):
             added = (merged[name] - weight).double()
             kept = (added != 0) & clear

@@ -1,4 +1,4 @@
-"""A step with a prior against the method as written, in float64; at alpha 0; and where norms and cosines run out."""
+"""A step with a prior compared with the method's formulas in float64; at alpha 0; and at extreme norms and cosines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from drift_kernels.kernels.scalings import SCALINGS
 
 
 def bias(grad: Tensor, delta: Tensor, weight_norm: Tensor, alpha: float, scaling: str) -> Tensor:
-    """The authors' formulas, facts of the method, in the dtype of `grad`."""
+    """The authors' formulas, in the dtype of `grad`."""
     norm, delta_norm = grad.norm(), delta.norm()
     if scaling == "absolute":
         return grad - alpha * delta
@@ -50,7 +50,7 @@ def test_with_a_prior_it_is_the_method_in_float64(
     params, deltas = make_params(), make_deltas()
     expected = {name: nn.Parameter(p.detach().double()) for name, p in params.items()}
     start_norms = {name: p.detach().norm() for name, p in expected.items()}
-    # Where a bias all but cancels a gradient, g'/(|g'| + eps) at a small eps would show float32's rounding of g'.
+    # If a bias almost cancels a gradient, g'/(|g'| + eps) with a small eps would amplify float32's rounding of g'.
     lr, alpha, eps = 1e-2, 0.7, 1e-3
     ours = FusedDriftAdamW(
         params.items(),
@@ -140,7 +140,7 @@ def test_positive_alpha_pulls_toward_the_expert() -> None:
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_at_alpha_zero_no_delta_is_read(scaling: str, max_grad_norm: float | None, backend: str) -> None:
-    """Plain AdamW, bit for bit, though the deltas have become NaN; and NaN, as soon as they are read."""
+    """Bitwise plain AdamW, although the deltas have become NaN; and NaN as soon as they are read."""
     params, deltas = make_params(), make_deltas()
     plain = copies(params)
     common = {"max_grad_norm": max_grad_norm, "backend": backend}
@@ -160,7 +160,7 @@ def test_at_alpha_zero_no_delta_is_read(scaling: str, max_grad_norm: float | Non
     assert all(params[name].isnan().all() for name in SHAPES)
 
 
-# Where norms and cosines run out
+# Extreme norms and cosines
 
 
 @pytest.mark.parametrize("scaling", ["gradnorm", "adaptive_cosine"])
@@ -176,8 +176,7 @@ def test_a_zero_gradient_takes_no_bias(scaling: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_along_its_delta_is_taken_away_whole(backend: str) -> None:
-    """A cosine that rounding has taken beyond 1, and the square of a norm that it has taken below 0: in a half of such
-    pairs each, of which there are 24."""
+    """24 pairs: in half of them, rounding takes the cosine above 1; likewise the square of the norm below 0."""
     for _ in range(24):
         param, delta = nn.Parameter(torch.zeros(100, device=DEVICE)), torch.randn(100, device=DEVICE)
         optimizer = FusedDriftAdamW(
@@ -194,7 +193,7 @@ def test_a_gradient_along_its_delta_is_taken_away_whole(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_small_norm_is_clipped_as_torch_clips_it(backend: str) -> None:
-    """Where the 1e-6 that is added to a norm is a third of the sum: to 1e-5, by exp_avg, which is in proportion."""
+    """A norm for which the added 1e-6 is a third of the sum: to 1e-5, measured by exp_avg, which is proportional."""
     params = make_params()
     others = copies(params)
     ours = FusedDriftAdamW(params.values(), max_grad_norm=1e-6, backend=backend)

@@ -1,4 +1,4 @@
-"""Names: every projection of a language model is found, whoever stored or wrapped it; nothing of a vision tower is."""
+"""Names: every projection of a language model is found, however stored or wrapped, and nothing of a vision tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FusedDriftAdamW against torch.optim.AdamW, and what happens to it between steps."""
+"""FusedDriftAdamW compared with torch.optim.AdamW, and changes to it between steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def copies(params: dict[str, nn.Parameter], dtype: torch.dtype | None = None) ->
 
 
 def random_grads(*models: dict[str, nn.Parameter], scale: float = 1.0) -> None:
-    """The same fresh gradients for every model."""
+    """Give every model the same fresh gradients."""
     for name in models[0]:
         grad = (torch.randn(models[0][name].shape, device=DEVICE) * scale).to(models[0][name].dtype)
         for params in models:
@@ -78,8 +78,8 @@ def test_bfloat16_is_within_an_ulp_of_torch_a_step(backend: str) -> None:
 
 
 def test_groups_keep_their_own_hyperparameters_and_tensors_their_own_steps() -> None:
-    """Groups of different everything, gradients that come and go, schedules, betas that change in one of two groups: as
-    one optimizer for each tensor."""
+    """Groups that differ in everything, gradients that come and go, schedules, betas that change in one of two groups:
+    like one optimizer per tensor."""
     params = make_params()
     deltas = {name: torch.randn_like(p) * 0.1 for name, p in params.items() if p.numel() > 1}
     separate = copies(params)
@@ -114,7 +114,7 @@ def test_groups_keep_their_own_hyperparameters_and_tensors_their_own_steps() -> 
 
 
 def test_max_grad_norm_may_be_set_between_steps() -> None:
-    """As other hyperparameters; None for no clipping from then on."""
+    """Like other hyperparameters; None turns clipping off from then on."""
     params = make_params()
     others = copies(params)
     ours = FusedDriftAdamW(params.values(), lr=1e-2, max_grad_norm=1e-3)

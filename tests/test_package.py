@@ -1,4 +1,4 @@
-"""The package as it is installed: with and without a compiler, and what it imports."""
+"""The installed package: with and without a compiler, and its imports."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SOURCES = {".py", ".h", ".inc", ".cpp", ".cu", ".cuh"}
 
 PACKAGE = ROOT / "drift_kernels"
 
-# The floors of the package from the ground up, then those inside each folder: a module imports only from floors below
-# its own. (`_cpu` and `_cuda` are the compiled extensions.)
+# The layers of the package, lowest first, then those inside each folder: a module imports only from lower layers.
+# (`_cpu` and `_cuda` are the compiled extensions.)
 FLOORS = {
     "": [
         {"errors", "messages", "torch_private", "schedule", "deprecation", "terminal", "version", "_cpu", "_cuda"},
@@ -69,8 +69,8 @@ FLOORS = {
     ],
 }  # fmt: skip
 
-# Names of files that stand for one thing, seen from two sides: steps in the backward pass, and what they take; the
-# layout of rows and coefficients, and its names in Triton.
+# File names used twice for two sides of the same thing: steps in the backward pass, and their cost; the layout of rows
+# and coefficients, and its names in Triton.
 NAMED_TWICE = {"__init__", "__main__", "backward", "layout"}
 
 
@@ -79,7 +79,7 @@ def modules() -> dict[tuple[str, ...], Path]:
 
 
 def imports(module: tuple[str, ...], path: Path) -> set[tuple[str, ...]]:
-    """The modules of the package that a module imports, wherever in its file."""
+    """The modules of the package that a module imports, anywhere in its file."""
     found: set[tuple[str, ...]] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -146,7 +146,7 @@ def test_importing_the_package_imports_no_triton_matplotlib_or_trainer() -> None
 
 
 def build_wheel(tmp_path: Path, env: dict[str, str]) -> tuple[list[str], str]:
-    """The names in a wheel built from a copy of the sources, and what the build said."""
+    """The names in a wheel built from a copy of the sources, and the build's output."""
     source = tmp_path / "source"
     keep = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "runs", "results", "__pycache__")
     shutil.copytree(ROOT, source, ignore=keep)

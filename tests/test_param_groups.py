@@ -1,5 +1,5 @@
-"""Param groups as they come: frozen parameters of any kind, lists that are edited by hand, several dtypes together, a
-parameter given twice."""
+"""Param groups in practice: frozen parameters of any kind, lists edited by hand, several dtypes together, a parameter
+given twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOTH = [torch.optim.AdamW, FusedDriftAdamW]
 Params = dict[str, nn.Parameter]
 
 
-# Parameters that it has nothing to do with
+# Parameters that do not concern it
 
 FROZEN = {
     "uint8": torch.zeros(3, dtype=torch.uint8),
@@ -100,7 +100,7 @@ def test_a_group_edited_by_hand_steps_as_torchs_does(edit: Callable[[dict[str, A
         edit(optimizer.param_groups[0])
         params = optimizer.param_groups[0]["params"]
         for gone in optimizer.state.keys() - set(params):
-            del optimizer.state[gone]  # or torch cannot make a state_dict
+            del optimizer.state[gone]  # otherwise torch cannot make a state_dict
         for param in params:
             param.grad = torch.ones_like(param)
         optimizer.step()
@@ -128,7 +128,7 @@ def test_under_a_prior_an_edit_without_names_is_an_error(edit: Callable[..., Non
     for param in optimizer.param_groups[0]["params"]:
         param.grad = torch.ones_like(param)
     if edit in (unnamed, too_few) and stepped:
-        optimizer.load_state_dict(optimizer.state_dict())  # plans are made anew
+        optimizer.load_state_dict(optimizer.state_dict())  # makes new plans
     words = "pass model.named_parameters" if edit is unnamed else r"names for \d parameters: add .*add_param_group"
     with pytest.raises(PriorError, match=words):
         optimizer.step()
@@ -180,7 +180,7 @@ def stepped(params: Params, grads: dict[str, Tensor], prior: dict[str, Tensor], 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_float32_parameters_need_neither_random_bits_nor_masters(options: dict[str, Any], backend: str) -> None:
-    """Beside bfloat16 ones they are what they are without the options, and the bfloat16 ones what they are alone."""
+    """Beside bfloat16 parameters, they are unaffected by the options, and the bfloat16 ones unaffected by them."""
     mixed = {**make(BF16), **make(F32)}
     grads = {name: torch.randn_like(param) for name, param in mixed.items()}
     deltas = {name: torch.randn_like(param) for name, param in mixed.items()}
@@ -237,8 +237,8 @@ def set_grad(param: nn.Parameter, grad: Tensor) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_gradients_of_half_precision_for_float32_parameters(dtype: torch.dtype, backend: str) -> None:
-    """As those gradients in float32: contiguous or not, some in float32, with statistics and clipping. Bit for bit, but
-    for the reference, whose sums depend on where a tensor lies."""
+    """Like the same gradients in float32: contiguous or not, some in float32, with statistics and clipping. Bitwise,
+    except for the reference, whose sums depend on a tensor's alignment."""
     tolerance = {"rtol": 1e-6, "atol": 0.0} if backend == "reference" else {"rtol": 0.0, "atol": 0.0}
     params, wide = make(F32), make(F32)
     options = {"prior": {f"large {F32}": torch.randn(67, 129)}, "max_grad_norm": 1.0, "lr": 1e-2, "backend": backend}

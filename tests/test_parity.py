@@ -1,4 +1,4 @@
-"""Every backend against the reference: the same bits for params and states, given the same coefficients."""
+"""Every backend against the reference: bitwise identical params and states, given the same coefficients."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_update_is_the_reference_bit_for_bit(name: str, dtypes: tuple[torch.dtyp
 def test_update_without_loss_is_the_reference_bit_for_bit(
     name: str, state: torch.dtype, master: bool, stochastic: bool, grad: torch.dtype, delta: torch.dtype | None
 ) -> None:
-    """The interpreter takes as long for any size up to a block: there it gets one of them, other ones in every test."""
+    """The interpreter takes equally long for all sizes up to a block, so each test runs it with one of them."""
     interpreted = name == "triton" and DEVICE.type == "cpu"
     numels, steps = ([0, int(torch.randint(1, 64, ())), 1700], 2) if interpreted else (NUMELS, 3)
     problem = Problem.random(numels, (BF16, grad, state, delta), master, stochastic)
@@ -212,7 +212,7 @@ def test_nothing_outside_the_tensors_is_written(name: str) -> None:
 @pytest.mark.parametrize("grad", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("delta", [F32, BF16, INT8, FP8, None], ids=str)
 def test_grad_stats(name: str, grad: torch.dtype, delta: torch.dtype | None) -> None:
-    """Against float64 sums: 1e-6 of the norms' product, and the same bits when repeated into a poisoned output."""
+    """Within 1e-6 of the norms' product of float64 sums, and bitwise identical when repeated into a poisoned output."""
     if grad == F16 and delta in (INT8, FP8):
         pytest.skip("no gradient of float16 beside codes")
     numels = [0, 1, 63, 1000, CHUNK + 1] + ([1_000_003] if name in ("cpu", GRID) or DEVICE.type == "cuda" else [])

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub of which only what is needed is fetched, from a server on loopback, with its faults."""
+"""Fetching only the needed parts of checkpoints on the Hub, from a loopback server, with its faults."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def expected(hub: LoopbackHub, tmp_path: Path, modules: list[str] | None = None)
 
 
 def needed(folder: Path, modules: tuple[str, ...]) -> int:
-    """The bytes of the headers as they are asked for, and of the tensors beyond."""
+    """The bytes of the headers as requested, and of the tensors after them."""
     total = 0
     for path in folder.glob("*.safetensors"):
         tensors = TensorFile.inspect(path).tensors
@@ -166,7 +166,7 @@ def test_a_file_that_changes_between_requests(fault: str, hub: LoopbackHub, tmp_
 
 
 def test_other_bytes_behind_the_same_name(hub: LoopbackHub, tmp_path: Path) -> None:
-    """A mirror, say, that knows no commits: what is held of the old file is not mixed with the new one."""
+    """For example a mirror without commits: cached parts of the old file are not mixed with the new one."""
     build(hub, tmp_path / "prior")
     weights = tuned(text_weights(layers=6))
     save_file(weights, hub.folder / "org/expert/model.safetensors")
@@ -196,7 +196,7 @@ def test_answers_that_make_no_sense(fault: str, words: str, hub: LoopbackHub, tm
 def test_a_server_that_sends_whole_files_only(
     hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They are downloaded as the Hub's client does, and a warning says so."""
+    """The Hub's client downloads them, with a warning."""
     hub.ranges = False
     prior = build(hub, tmp_path / "prior")
     assert prior.fingerprint == expected(hub, tmp_path).fingerprint
@@ -206,7 +206,7 @@ def test_a_server_that_sends_whole_files_only(
 
 
 def test_without_a_network(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is here is enough, or an error says what is missing."""
+    """The cached parts suffice, or an error names what is missing."""
     prior = build(hub, tmp_path / "prior")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
@@ -253,7 +253,7 @@ def test_a_list_of_what_is_held_that_cannot_be_read_holds_nothing(hub: LoopbackH
 
 
 def test_nothing_is_read_that_is_not_there(hub: LoopbackHub) -> None:
-    """Nobody said before which tensors would be read, and many threads read at once."""
+    """Without announcing which tensors will be read, and with many threads reading at once."""
     weights: dict[str, Tensor] = {}
     with open_checkpoint("org/expert") as checkpoint, open_checkpoint(hub.folder / "org/expert") as local:
         weights = {name: local.read(tensor) for name, tensor in local.tensors.items()}
@@ -264,11 +264,11 @@ def test_nothing_is_read_that_is_not_there(hub: LoopbackHub) -> None:
         with ThreadPoolExecutor(8) as pool:
             assert not any(pool.map(differs, checkpoint.tensors.items()))
         for tensor in checkpoint.tensors.values():
-            assert not next(tensor.places()).path.exists()  # nor is it found where it would be read unnoticed
+            assert not next(tensor.places()).path.exists()  # the file does not exist, so it cannot be read by accident
 
 
 def test_an_adapter_on_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
-    """Of the base what is asked for, and the adapter whole."""
+    """Fetches the requested part of the base, and the whole adapter."""
     adapter = hub.folder / "org/adapter"
     adapter.mkdir()
     name = "base_model.model.model.layers.1.self_attn.q_proj"

@@ -1,4 +1,4 @@
-"""What a rank holds of a tensor and reads of a prior: the right elements, a damaged one found, no more memory."""
+"""A rank's part of a tensor and of a prior: the right elements, damage is found, and no extra memory is used."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_place_has_the_indices_of_a_part(case: tuple[tuple[int, ...], tuple[slic
 def test_a_part_of_a_delta_is_that_part_of_the_whole(
     tmp_path: Path, case: tuple[tuple[int, ...], tuple[slice, ...]], dtype: torch.dtype, seed: int
 ) -> None:
-    """In memory and of a file, of which it reads no row beyond."""
+    """In memory, and in a file, of which no further row is read."""
     shape, box = case
     delta: Tensor | QuantizedDelta = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     delta = quantize(delta, dtype) if dtype.itemsize == 1 else delta.to(dtype)
@@ -75,7 +75,7 @@ def test_a_part_of_a_delta_is_that_part_of_the_whole(
 
 
 def damaged_prior(folder: Path) -> str:
-    """Of which each rank reads a part, whose norm alone tells it nothing."""
+    """Write a damaged prior. Each rank reads a part, whose norm alone cannot show the damage."""
     param = nn.Parameter(distribute_tensor(torch.zeros(64, 8), init_device_mesh("cpu", (2,)), [Shard(0)]))
     optimizer = FusedDriftAdamW([("layers.0.mlp.up_proj.weight", param)], prior=folder)
     param.grad = torch.ones_like(param)
@@ -152,11 +152,11 @@ def test_all_ranks_see_what_one_does(tmp_path: Path) -> None:
 
 # Memory
 
-LAYERS, ROWS, COLUMNS = 2, 8192, 6144  # of bfloat16: 96 MiB a layer, against which libraries' own memory is small
+LAYERS, ROWS, COLUMNS = 2, 8192, 6144  # in bfloat16: 96 MiB per layer, much more than the libraries' own memory
 
 
 def binding_memory(folder: Path) -> float:
-    """MiB above what there was before a prior is bound, at the most."""
+    """The peak memory while binding a prior, in MiB above the memory before."""
     mesh = init_device_mesh("cpu", (2,))
     named = []
     for layer in range(LAYERS):
@@ -166,10 +166,10 @@ def binding_memory(folder: Path) -> float:
     optimizer = FusedDriftAdamW(named, prior=folder)
     binding = optimizer._engine.binding
     assert binding is not None
-    # What libraries take at their first use, code and room to work in, is not the binding's.
+    # Memory that libraries take at their first use, for code and workspace, does not count.
     norm(torch.ones(CHUNK, dtype=BF16))
     dist.all_reduce(torch.ones(1))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     bounds = binding.bind([(name, param.to_local(), Part.of(param)) for name, param in named])
     assert all(bound is not None and bound.delta.numel() == ROWS * COLUMNS // 2 for bound in bounds)

@@ -1,4 +1,4 @@
-"""Paths as they are typed: the working directory and links may change after a prior is opened."""
+"""Paths as typed: the working directory and links may change after a prior is opened."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TYPED = pytest.mark.parametrize("typed", ["prior", "./prior", "../{}/prior", "~/
 def test_a_relative_path_outlives_the_working_directory(
     folder: Path, typed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with Hydra, which changes it between the optimizer's making and its first step."""
+    """As with Hydra, which changes it between the optimizer's construction and its first step."""
     expected = build_prior("expert", "~/base", "prior", dtype=torch.float32).load(UP)
     (folder / "link").symlink_to("prior")
     typed = typed.format(folder.name)
@@ -73,7 +73,7 @@ def test_a_link_that_is_set_to_another_prior_changes_nothing(folder: Path) -> No
 
 @TYPED
 def test_records_hold_no_path_of_the_machine(folder: Path, typed: str) -> None:
-    """Whatever the sources were typed as."""
+    """However the sources were given."""
     (folder / "link").symlink_to("expert")
     typed = typed.format(folder.name).replace("prior", "expert")
     prior = build_prior(typed, folder / "base", "prior")

@@ -1,4 +1,4 @@
-"""Stochastic rounding, masters and states of one byte: what they promise, and the optimizer that holds them."""
+"""Stochastic rounding, master weights and one-byte states: their guarantees, and the optimizer that uses them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def copies(params: Params, dtype: torch.dtype = BF16) -> Params:
 
 
 def random_grads(*models: Params) -> None:
-    """The same fresh gradients, of bfloat16, for every model."""
+    """Give every model the same fresh bfloat16 gradients."""
     for name in models[0]:
         grad = torch.randn(models[0][name].shape, device=DEVICE).to(BF16)
         for params in models:
@@ -56,7 +56,7 @@ def int8_prior(params: Params) -> dict[str, Any]:
 
 
 def test_philox_gives_the_published_answers() -> None:
-    """Of Random123, for 4x32-7: counters and keys of zeros, and of ones."""
+    """Random123's known answers for 4x32-7: counters and keys of all zeros, and of all ones."""
     for word, expected in (
         (0, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
         (0xFFFFFFFF, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
@@ -118,7 +118,7 @@ def test_halves_join_to_what_was_split() -> None:
     nearest, residual = rounding.split(x)
     joined = rounding.join(nearest, residual)
     assert torch.equal(joined.isnan(), x.isnan())
-    assert torch.equal(nearest.isnan(), x.isnan()), "a NaN is no number, -0 least of all"
+    assert torch.equal(nearest.isnan(), x.isnan()), "a NaN does not become a number such as -0"
     number = ~x.isnan()
     assert torch.equal(joined[number].view(torch.int32), x[number].view(torch.int32))
     usual = x.to(BF16)
@@ -129,7 +129,7 @@ def test_halves_join_to_what_was_split() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_a_master_goes_the_way_of_a_float32_parameter(backend: str, max_grad_norm: float | None) -> None:
-    """Bit for bit, with a prior, at a learning rate whose steps bfloat16 cannot hold."""
+    """Bitwise, with a prior, at a learning rate whose steps are too small for bfloat16."""
     params = make()
     wide = copies(params, F32)
     deltas = {name: torch.randn_like(p, dtype=F32).to(BF16) for name, p in params.items()}
@@ -164,7 +164,7 @@ def test_refreshed_masters_are_the_parameters_as_written() -> None:
 
 
 def test_small_steps_survive_unless_rounded_to_nearest() -> None:
-    """Steps of a twentieth of an ulp, all in one direction."""
+    """Steps of a twentieth of an ulp, all in the same direction."""
     moved = {}
     for mode in ({}, {"rounding": "stochastic"}, {"master_weights": True}):
         param = nn.Parameter(torch.ones(10_000, device=DEVICE, dtype=BF16))
@@ -305,7 +305,7 @@ def test_states_that_lose_their_updates_are_warned_of() -> None:
 
 
 def test_a_small_prior_acts_on_parameters_of_every_dtype() -> None:
-    """As codes beside bfloat16, expanded beside the others; and from the host's memory as from the device's."""
+    """As codes for bfloat16, expanded for the others; from host memory as from device memory."""
     for dtype in (BF16, F32, torch.float16):
         params = make(dtype)
         others = copies(params, dtype)

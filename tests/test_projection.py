@@ -1,4 +1,4 @@
-"""Deltas projected onto the factors of adapters, against autograd in float64."""
+"""Deltas projected onto the factors of adapters, compared with autograd in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_delta(kind: str) -> Delta:
 
 
 def exactly(delta: Delta) -> Tensor:
-    """float64, of the very numbers that are stored."""
+    """The stored numbers in float64."""
     if isinstance(delta, LowRankDelta):
         return delta.left.double() @ delta.right.double()
     return expanded(delta).double()
@@ -83,7 +83,7 @@ def test_the_projection_is_the_gradient_of_the_pull(
 def test_factors_of_other_dtypes_are_computed_with_in_float32(kind: str, dtype: torch.dtype, bound: float) -> None:
     delta, factors = random_delta(kind), random_factors(dtype)
     grad_a, grad_b = pulled(exactly(delta), factors)
-    with torch.autocast("cpu", torch.bfloat16):  # which a step may be taken under
+    with torch.autocast("cpu", torch.bfloat16):  # a step may run under autocast
         found = projected(delta, factors)
     assert {tensor.dtype for tensor in found if tensor is not None} == {torch.float32}
     assert_close(found[0], grad_a / -ALPHA, bound)
@@ -109,7 +109,7 @@ def test_a_merge_is_finite_where_a_has_dependent_rows_or_none_and_where_the_scal
 
 
 class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that an operation makes, and whether one was read by the host."""
+    """Records the size of the largest tensor that an operation makes, and whether the host read a tensor."""
 
     numel, read = 0, False
 

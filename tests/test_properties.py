@@ -1,6 +1,6 @@
-"""The whole optimizer on random problems: the cpu backend leaves the reference backend's bits.
+"""The whole optimizer on random problems: the cpu backend is bitwise identical to the reference backend.
 
-Only for steps without gradient statistics, on which backends agree to 1e-6 and not bit for bit.
+Only for steps without gradient statistics, on which backends agree to 1e-6, not bitwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""examples/qlora.py: adapters over a base in 4 bits, with a prior, from checkpoints to what is saved."""
+"""examples/qlora.py: adapters over a 4-bit base, with a prior, from checkpoints to saved files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_is_saved_loads_over_the_whole_base_and_has_learned(folder: Path) -
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_without_an_adapter_are_no_parameters_of_the_prior(bits: int) -> None:
-    """Though the prior has deltas for them, and all parameters are given."""
+    """Although the prior has deltas for them, and all parameters are passed."""
     model = text_model()
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and "layers" in name:

@@ -1,4 +1,4 @@
-"""Deltas in eight bits, against their formulas element by element, and in a prior in memory."""
+"""8-bit deltas, compared with their formulas element by element, and in a prior in memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def quantize_by_block(delta: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, np
 )
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e30, 3e-37])
 def test_codes_scales_and_expansion_are_the_formulas(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> None:
-    """Bit for bit. At 3e-37 some scales are subnormal and become 0."""
+    """Bitwise. At 3e-37 some scales are subnormal and become 0."""
     delta = torch.randn(shape) * scale * 10 ** torch.empty(shape).uniform_(-2, 0)
     quantized = quantize(delta, dtype)
     codes, scales = quantize_by_block(delta, dtype)
@@ -85,7 +85,7 @@ numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 @settings(max_examples=300)
 @given(values=st.lists(numbers, max_size=300), dtype=st.sampled_from(DTYPES))
 def test_no_element_is_off_by_more_than_its_code_allows(values: list[float], dtype: torch.dtype) -> None:
-    """int8: half a scale. fp8: half of its last bit, or of its smallest code. To float32's rounding, for any values."""
+    """int8: half a scale. fp8: half an ulp, or half the smallest code. Up to float32 rounding, for any values."""
     delta = torch.tensor(values, dtype=torch.float32)
     quantized = quantize(delta, dtype)
     scales = quantized.scales.double().repeat_interleave(BLOCK)[: len(values)]

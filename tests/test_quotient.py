@@ -1,4 +1,4 @@
-"""The quick root and quotient of the cuda backend's kernels: exact wherever they are taken, and where that is."""
+"""The quick root and quotient of the cuda backend's kernels: where they are used, and that they are exact there."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_root_of_zero_has_its_sign(x: float) -> None:
 
 
 def test_a_quotient_is_correctly_rounded() -> None:
-    """Of random numbers with the exponents that are admitted, and of the hardest: beside powers of two, and zeros."""
+    """For random numbers with the admitted exponents, and for the hardest: next to powers of two, and zeros."""
     random = np.random.default_rng(torch.initial_seed() % 2**32)
 
     def floats(count: int, low: int, high: int) -> np.ndarray:
@@ -86,7 +86,7 @@ def bits(value: float, name: str) -> int:
 
 @pytest.mark.parametrize("name", ["float", "bfloat16"])
 def test_a_turn_is_usual_where_all_of_its_values_are(name: str) -> None:
-    """Whichever half of a word the one that is not is in; and with a neighbour that borrows or carries."""
+    """In whichever half of a word the unusual value is, and with a neighbour that borrows or carries."""
     usual = getattr(library(), f"usual_{name}")
     pair = ctypes.c_uint32 * 2
     for p, m, v in itertools.product(PARAMS, MOMENTS, SQUARES):
@@ -123,7 +123,7 @@ def test_what_is_not_usual_may_be_admissible() -> None:
 def test_values_that_quick_divisions_do_not_take(
     dtypes: tuple[torch.dtype | None, ...], master: bool, stochastic: bool, which: str | None
 ) -> None:
-    """And values that they take though they are rare; and steps that allow none."""
+    """Also rare values that they do take, and steps that allow none."""
     numels = [1, 31, 1000, 5000]
     problem = with_rare_values(Problem.random(numels, dtypes, master, stochastic))
     table = coefficients(len(numels)).table

@@ -1,4 +1,4 @@
-"""What a prior acts on: said once, and an error where it would be nothing; deltas that are no differences."""
+"""What a prior acts on: logged once, an error if it acts on nothing, and deltas that are not differences."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Model(nn.Module):
-    """A part that the prior covers, and another."""
+    """A model with a part that the prior covers, and another part."""
 
     def __init__(self, width: int = 64, tokens: int = 20) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_partly_frozen_is_said(entry: Callable[..., Any], caplog: pytest.LogCapt
 
 
 def test_what_is_frozen_later_waits_its_turn(caplog: pytest.LogCaptureFixture) -> None:
-    """Frozen after the optimizer is made, in a step with a new param group, and trained again: it says so once."""
+    """Frozen after the optimizer is made, in a step with a new param group, and trained again: logged once."""
     model = Model()
     extra = nn.Parameter(torch.ones(3, device=DEVICE))
     drift = FusedDriftAdamW(model.named_parameters(), lr=1e-2, prior={"o_proj.weight": delta(64, 64)})
@@ -136,7 +136,7 @@ def test_a_prior_of_zeros_that_was_built_before_is_refused() -> None:
 
 
 def test_adapters_alone_are_explained() -> None:
-    """What PEFT leaves to train, of a model whose frozen parameters are not given to the optimizer."""
+    """PEFT's trainable parameters, with the frozen ones not passed to the optimizer."""
     adapters = {
         f"layers.0.self_attn.q_proj.lora_{part}.default.weight": nn.Parameter(torch.ones(2, 2)) for part in "AB"
     }
@@ -147,7 +147,7 @@ def test_adapters_alone_are_explained() -> None:
         GradientBias(adapters.items(), prior)
 
 
-# What is said
+# What is logged
 
 
 @entries
@@ -170,7 +170,7 @@ def test_a_binding_is_said_once(entry: Callable[..., Any], caplog: pytest.LogCap
 def test_good_news_are_said_by_the_first_rank_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is frozen is said by every rank."""
+    """Every rank logs frozen parameters."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     model, prior = Model(), {"o_proj.weight": delta(64, 64), "adapter.weight": delta(4, 64)}
@@ -206,13 +206,13 @@ def test_it_reaches_the_terminal_whatever_logging_is_set_up(set_up: str, said: l
     assert done.stderr.splitlines() == said
 
 
-# Weights in place of differences
+# Weights instead of differences
 
 
 @entries
 @pytest.mark.parametrize("quantised", [False, True])
 def test_weights_are_not_taken_for_deltas(entry: Callable[..., Any], quantised: bool) -> None:
-    """An expert's state_dict: the same weights a little further on. Nothing has changed when it is noticed."""
+    """An expert's state_dict: almost the same weights. It is rejected before anything has changed."""
     model = Model()
     expert = {name: w.detach() + 0.05 * torch.randn_like(w) for name, w in model.named_parameters()}
     prior = {name: quantize(w, torch.int8) if quantised else w for name, w in expert.items()}
@@ -246,7 +246,7 @@ def test_differences_are_not_taken_for_weights(kind: str) -> None:
 
 
 def test_a_sampled_comparison_looks_at_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many matrices, eight at most."""
+    """At most eight of many matrices."""
     from drift_kernels.engine import lookalikes
 
     looked_at: list[str] = []
@@ -264,7 +264,7 @@ def test_a_sampled_comparison_looks_at_few(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("name", ["embed_tokens.weight", "lm_head.weight"])
 def test_added_tokens_have_no_bias(tmp_path: Path, name: str, dtype: torch.dtype, caplog: Any) -> None:
-    """The common rows are biased as those of a model without the tokens, bit for bit; also of a stored prior."""
+    """The common rows are biased bitwise as in a model without the tokens; also with a stored prior."""
     base = text_weights() | {"lm_head.weight": torch.randn(101, 31)}
     expert = {key: w + 0.01 * torch.randn_like(w) for key, w in base.items()}
     write_checkpoint(tmp_path / "base", base)
@@ -310,7 +310,7 @@ def test_other_shapes_stay_errors(name: str, shape: tuple[int, ...]) -> None:
 def test_shards_of_an_embedding_with_added_tokens(
     dtype: torch.dtype, begin: int, size: int, columns: tuple[int, int], seed: int
 ) -> None:
-    """The part that a rank holds, in every place about the end of the delta's 7 rows."""
+    """A rank's part, at every position around the end of the delta's 7 rows."""
     exact = torch.randn(7, 256, generator=torch.Generator().manual_seed(seed)) * 0.1
     stored: Tensor | QuantizedDelta = quantize(exact, dtype) if dtype == torch.int8 else exact.to(dtype)
     whole = torch.zeros(18, 256)

@@ -1,4 +1,4 @@
-"""The authors' options of what a prior holds: presets, biases that the expert does not have, no biases."""
+"""The authors' options for the content of a prior: presets, biases that the expert does not have, no biases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from drift_kernels.prior.names import PRESETS, select_names, selector
 
 BIASES = [f"layers.{n}.self_attn.q_proj.bias" for n in range(3)]
 
-# The presets as the authors' code has them: regular expressions that are searched in the names of modules.
+# The presets in the authors' code: regular expressions searched for in module names.
 THEIRS = {
     "mlp": [r"\.mlp\.(gate_proj|up_proj|down_proj)$"],
     "attn": [r"\.self_attn\.(q_proj|k_proj|v_proj|o_proj)$"],
@@ -40,7 +40,7 @@ def build(folder: Path, roles: dict[str, dict[str, Tensor]], **options: object) 
 
 @pytest.mark.parametrize("preset", THEIRS)
 def test_presets_are_the_authors(preset: str) -> None:
-    """Over the names of a Qwen2 with biases; also where the patterns themselves are asked for."""
+    """For the names of a Qwen2 with biases; also if the patterns themselves are requested."""
     names = [name.removeprefix("model.") for name in text_weights()]
     names += ["lm_head.weight", *(f"layers.{n}.post_attention_layernorm.weight" for n in range(3))]
     names += [f"layers.{n}.self_attn.{norm}.weight" for n in range(3) for norm in ("q_norm", "k_norm")]
@@ -101,7 +101,7 @@ def test_it_moves_the_bias_to_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lacking", [("expert",), ("reference",), ("expert", "reference")])
 def test_with_a_reference(tmp_path: Path, lacking: tuple[str, ...]) -> None:
-    """expert - reference, either of which may be without; where both are, there is nothing to subtract."""
+    """expert - reference, either of which may lack biases; if both do, there is nothing to subtract."""
     roles = {role: text_weights() for role in ("expert", "base", "reference")}
     zero = {name: torch.zeros(33) for name in BIASES}
     biases = {role: zero if role in lacking else {n: roles[role][f"model.{n}"] for n in BIASES} for role in roles}
@@ -116,7 +116,7 @@ def test_with_a_reference(tmp_path: Path, lacking: tuple[str, ...]) -> None:
 
 
 def test_a_bias_of_a_module_that_the_expert_does_not_have_is_left_out(tmp_path: Path) -> None:
-    """Its weight is missing too: nothing is known of what the expert computes there."""
+    """Its weight is missing too, so what the expert computes there is unknown."""
     expert = {name: tensor for name, tensor in text_weights().items() if "layers.1.self_attn.q_proj" not in name}
     prior = build(tmp_path, {"expert": expert, "base": text_weights()})
     assert "layers.1.self_attn.q_proj.bias" not in prior.names

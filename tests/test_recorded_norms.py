@@ -1,4 +1,4 @@
-"""normalize_to_param goes by the norms that a prior has recorded, of the base that it was built from."""
+"""normalize_to_param uses the norms recorded in a prior, of the base that it was built from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from drift_kernels.integrations.peft import lora_prior
 from drift_kernels.sharding import whole
 
 ALPHA = 0.5
-FACTOR = 3.0  # norm(W) of that base, in norms of the weights that are trained
+FACTOR = 3.0  # norm(W) of that base relative to the trained weights
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def biases(model: nn.Module, prior: Any, alpha: float) -> dict[str, Tensor]:
-    """What gradients of zeros become."""
+    """The gradients after biasing zeros."""
     zero_gradients(model)
     GradientBias(
         model.named_parameters(), prior, alpha=alpha, prior_scaling="absolute", normalize_to_param=True
@@ -41,7 +41,7 @@ def biases(model: nn.Module, prior: Any, alpha: float) -> dict[str, Tensor]:
 
 
 def assert_recorded(found: dict[str, Tensor], measured: dict[str, Tensor]) -> None:
-    """As with norms of the trained weights, and alpha as many times as large: to 1e-5 of the largest element."""
+    """Equal to norms of the trained weights with an alpha FACTOR times as large: to 1e-5 of the largest element."""
     assert any(bool(grad.any()) for grad in measured.values())
     for name, grad in measured.items():
         assert (found[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name

@@ -1,4 +1,4 @@
-"""Checkpoints that a build refuses, since the prior would be of what is left of them, or of nothing."""
+"""Checkpoints that a build rejects, because the prior would cover only a rest of them, or nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHT = "model.layers.1.self_attn.q_proj.weight"
 EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
 I32, U8, F8 = torch.int32, torch.uint8, torch.float8_e4m3fn
 
-# What stands for a weight, by method: what follows its module's name -> the tensor; the words of the error.
+# What replaces a weight, by method: suffix after its module's name -> the tensor; the words of the error.
 QUANTISED = {
     "gptq": ({"qweight": I32, "qzeros": I32, "scales": torch.float16, "g_idx": I32}, r"GPTQ or AWQ"),
     "awq": ({"qweight": I32, "qzeros": I32, "scales": torch.float16}, r"GPTQ or AWQ"),
@@ -54,7 +54,7 @@ def quantised(weights: dict[str, Tensor], method: str, name: str = WEIGHT) -> di
 @pytest.mark.parametrize("role", ["expert", "base", "reference"])
 @pytest.mark.parametrize("method", QUANTISED)
 def test_quantised_checkpoints_are_refused_by_name(tmp_path: Path, method: str, role: str) -> None:
-    """One weight of many is enough; its bias keeps its name, and the other weights theirs."""
+    """A single weight is enough; its bias and the other weights keep their names."""
     roles = {name: text_weights() for name in ("expert", "base", "reference")}
     roles[role] = quantised(roles[role], method)
     write(tmp_path, **roles)
@@ -90,7 +90,7 @@ def test_names_of_gguf_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_config_knows_the_method_better(tmp_path: Path, nested: bool) -> None:
-    """Also of a method whose names nobody here knows."""
+    """Even for a method whose names are unknown here."""
     base = text_weights()
     config: dict[str, object] = {"quantization_config": {"quant_method": "newest"}}
     expert = {name: tensor for name, tensor in base.items() if name != WEIGHT}

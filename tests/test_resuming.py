@@ -1,5 +1,5 @@
-"""What a saved state means to whoever loads it: codes are not taken for moments, states reach the parameter of their
-name, and what a user keeps beside them stays."""
+"""Loading saved states: codes are not mistaken for moments, states reach the parameter of their name, and additional
+user data is kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def copies(params: Params) -> Params:
 
 
 def steps(count: int, *runs: tuple[Params, torch.optim.Optimizer]) -> None:
-    """On the same gradients."""
+    """Take steps on the same gradients."""
     for _ in range(count):
         grads = {name: torch.randn(shape) for name, shape in SHAPES.items()}
         for params, optimizer in runs:
@@ -75,7 +75,7 @@ def test_torch_does_not_take_codes_for_moments() -> None:
 
 
 def test_codes_under_the_keys_of_moments_are_still_codes() -> None:
-    """As they were saved once: into codes bit for bit, and into float32 as the values that they stand for."""
+    """The old format: loaded into codes bitwise, and into float32 as the decoded values."""
     params = make()
     first = FusedDriftAdamW(params.items(), state_dtype="int8")
     steps(2, (params, first))
@@ -101,7 +101,7 @@ class Pair(nn.Module):
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize(("saved_as", "loaded_as"), [("int8", "float32"), ("float32", "int8")])
 def test_a_checkpoint_of_codes_is_none_of_moments(saved_as: str, loaded_as: str, flat: bool, tmp_path: Path) -> None:
-    """torch.distributed.checkpoint casts to what it finds; it must not find what is something else."""
+    """torch.distributed.checkpoint casts to the tensor that it finds, so it must not find one with another meaning."""
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, other = Pair(), Pair()
     first = FusedDriftAdamW(model.named_parameters(), state_dtype=saved_as)
@@ -127,7 +127,7 @@ ORDERS = [
 
 @pytest.mark.parametrize(("saved_in", "loaded_in"), list(itertools.permutations(ORDERS, 2)))
 def test_a_state_reaches_the_parameter_of_its_name(saved_in: tuple[str, ...], loaded_in: tuple[str, ...]) -> None:
-    """And the run goes on bit for bit, in whatever order and groups they are."""
+    """The run resumes bitwise, whatever the order and groups of the parameters."""
     params = make()
     first = FusedDriftAdamW(groups_of(params, *saved_in), lr=1e-2, state_dtype="int8")
     steps(2, (params, first))
@@ -228,7 +228,7 @@ def test_without_names_on_one_side_it_goes_by_position(named: str) -> None:
 
 
 def test_a_hook_of_the_user_may_rename() -> None:
-    """torch's own way: it is heard before anything is compared."""
+    """As in torch: the hook runs before anything is compared."""
     params = make()
     first = FusedDriftAdamW([(f"old.{name}", param) for name, param in params.items()])
     steps(1, (params, first))
@@ -248,7 +248,7 @@ def test_a_hook_of_the_user_may_rename() -> None:
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_checkpoint_reaches_the_parameters_of_its_names_too(flat: bool, tmp_path: Path) -> None:
-    """torch.distributed.checkpoint puts states in the order of the optimizer, and leaves names in that of the file."""
+    """torch.distributed.checkpoint loads states in the optimizer's order, but leaves the names in the file's order."""
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, other = Pair(), Pair()
     first = FusedDriftAdamW(model.named_parameters())
@@ -266,7 +266,7 @@ def test_a_checkpoint_reaches_the_parameters_of_its_names_too(flat: bool, tmp_pa
         assert_same_state(second.state[others[name]], first.state[param])
 
 
-# What users keep
+# User data
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, FusedDriftAdamW])

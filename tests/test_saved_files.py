@@ -1,4 +1,4 @@
-"""Priors and state_dicts that an earlier version wrote: they open, and runs go on from them."""
+"""Priors and state_dicts written by an earlier version: they open, and runs resume from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAVED = Path(__file__).parent / "data" / "written_by_0.1.0"
 def _writer() -> ModuleType:
     spec = importlib.util.spec_from_file_location("written_by_0_1_0", SAVED / "write.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for it
+    sys.modules[spec.name] = module  # its dataclasses look it up there
     spec.loader.exec_module(module)
     return module
 
@@ -35,7 +35,7 @@ def saved(name: str) -> dict[str, Any]:
 
 
 def fresh(name: str, backend: str = "reference") -> Any:
-    """A run that has not begun, with other hyperparameters than the saved one, which brings its own."""
+    """A new run, with other hyperparameters than the saved one, which has its own."""
     run = writer.RUNS[name]
     try:
         return writer.Training(run, backend, writer.prior_of(run, SAVED), groups=({}, {"lr": 0.5}))
@@ -44,7 +44,7 @@ def fresh(name: str, backend: str = "reference") -> Any:
 
 
 def called_as_then(key: str) -> str:
-    """The key that a state had when the files were written: codes had those of moments."""
+    """A state's key when the files were written: codes used the keys of moments."""
     return key.removesuffix("_codes")
 
 
@@ -53,7 +53,7 @@ def called_as_then(key: str) -> str:
 
 @pytest.mark.parametrize("name", writer.PRIORS)
 def test_a_prior_opens_and_is_what_it_was(name: str) -> None:
-    """Its fingerprint, what it knows of its deltas, their bits, and how it covers a model."""
+    """Its fingerprint, the information on its deltas, their bits, and its coverage of a model."""
     prior = Prior.open(SAVED / name)
     assert prior.record == json.loads((SAVED / name / "drift_prior.json").read_text())
     found = writer.described(prior, writer.PRIORS[name].shapes)
@@ -75,7 +75,7 @@ def test_every_dtype_of_priors_is_there() -> None:
 
 
 def test_the_same_checkpoints_give_the_same_priors(tmp_path: Path) -> None:
-    """Fingerprints and bits; the last digits of norms may be the machine's."""
+    """Fingerprints and bits; the last digits of norms may depend on the machine."""
     for name, found in writer.write_priors(tmp_path).items():
         for key in ("fingerprint", "deltas", "coverage"):
             assert found[key] == EXPECTED["priors"][name][key], name
@@ -87,7 +87,7 @@ def test_the_same_checkpoints_give_the_same_priors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", writer.RUNS)
 def test_a_run_goes_on_as_if_it_had_not_been_interrupted(name: str, backend: str) -> None:
-    """In the bits of the version that began it; within 1e-6 of each tensor's largest element where sums decide."""
+    """Bitwise as in the version that began it; within 1e-6 of each tensor's largest element if it depends on sums."""
     training = fresh(name, backend)
     training.load_state_dict(saved(name))
     training.steps(writer.SAVED_AFTER, writer.ALL_STEPS)
@@ -106,7 +106,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(name: str, backend: str
 
 @pytest.mark.parametrize("name", writer.RUNS)
 def test_a_run_begun_anew_is_the_same(name: str) -> None:
-    """Without the files: what went before they were saved gives the same, too."""
+    """Without the files: the steps before saving also give the same results."""
     run = writer.RUNS[name]
     training = writer.Training(run, "reference", writer.prior_of(run, SAVED))
     training.steps(0, writer.SAVED_AFTER)
@@ -119,8 +119,8 @@ def test_a_run_begun_anew_is_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", writer.RUNS)
 def test_what_was_loaded_is_saved_again(name: str) -> None:
-    """Hyperparameters, fingerprint, seed and every state, but that codes have keys of their own now; keys may come with
-    later versions, none may go."""
+    """Hyperparameters, fingerprint, seed and every state, except that codes now have their own keys. Later versions may
+    add keys, but not remove any."""
     training, before = fresh(name), saved(name)
     training.load_state_dict(before)
     after = training.state_dict()
@@ -150,7 +150,7 @@ def test_a_run_under_a_prior_loads_under_no_other(name: str) -> None:
 
 
 def test_the_runs_hold_what_can_be_saved() -> None:
-    """Scales of codes row by row and flat, residuals, a parameter without a state, tensors as hyperparameters."""
+    """Scales per row and flat, residuals, a parameter without a state, tensors as hyperparameters."""
     states = {name: saved(name)["optimizer"]["state"] for name in writer.RUNS}
     for name, shape in (("masters_int8", (32, 1)), ("int8", (35,))):
         found = {tuple(state["exp_avg_scale"].shape) for state in states[name].values() if "exp_avg_scale" in state}

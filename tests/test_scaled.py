@@ -1,4 +1,4 @@
-"""FP8 checkpoints: codes and scales become weights while they are read, whatever the scales are for."""
+"""FP8 checkpoints: codes and scales are converted to weights while they are read, whatever the scales apply to."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
 
 
 def encode(shape: tuple[int, ...], scales_shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Any codes but NaN, and scales that are no powers of two."""
+    """Random codes without NaN, and scales that are not powers of two."""
     codes = torch.randn(shape).mul(100).clamp(-448, 448).to(CODES)
     return codes, torch.rand(scales_shape).mul(0.01).add(1e-3).to(dtype)
 
 
 def expected(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Element by element."""
+    """The weights, computed element by element."""
     *_, rows, columns = codes.shape
     grid = scales.float().view(*codes.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
     by_row = grid.repeat_interleave(block[0], -2)[..., :rows, :]
@@ -40,7 +40,7 @@ def expected(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def in_fp8(weights: dict[str, Tensor], block: tuple[int, int], suffix: str = "_scale_inv") -> dict[str, Tensor]:
-    """Every projection in codes, with scales for blocks."""
+    """Every projection as codes, with scales per block."""
     stored = dict(weights)
     for name, weight in weights.items():
         if name.endswith("_proj.weight"):
@@ -107,7 +107,7 @@ def test_transformers_reads_the_same(dtype: torch.dtype, tmp_path: Path) -> None
 @pytest.mark.parametrize("role", ["expert", "base", "reference"])
 @pytest.mark.parametrize("chunk", [128, norms.CHUNK])
 def test_a_prior_of_fp8(role: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside weights in bfloat16: the delta is the float32 difference of what was stored."""
+    """With bfloat16 weights: the delta is the float32 difference of the stored values."""
     monkeypatch.setattr(stream, "CHUNK", chunk)
     plain = {name: weight.bfloat16() for name, weight in text_weights().items()}
     roles = {"expert": tuned(plain), "base": plain, "reference": tuned(plain)}
@@ -207,7 +207,7 @@ def test_what_is_damaged_is_named(
 
 
 def test_compressed_tensors_in_blocks(tmp_path: Path) -> None:
-    """The block's size stands elsewhere in its config."""
+    """The block size is elsewhere in its config."""
     group = {"weights": {"type": "float", "num_bits": 8, "strategy": "block", "block_structure": [16, 8]}}
     config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}}
     base = text_weights()
@@ -221,7 +221,7 @@ def test_compressed_tensors_in_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_weights_of_two_dtypes(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled pass takes them, widened."""
+    """The compiled pass handles them, widened."""
     if compiled and not arithmetic._compiled:
         pytest.skip("no compiled extension")
     monkeypatch.setattr(arithmetic, "_compiled", compiled)

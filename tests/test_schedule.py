@@ -45,7 +45,7 @@ def test_it_resumes_from_its_state_dict_and_from_the_optimizers() -> None:
 
 
 def test_the_optimizer_takes_the_alpha_of_the_moment() -> None:
-    """Annealed to zero, the prior is gone: the same as an optimizer that never had one, from the same state."""
+    """Annealed to zero, the prior has no effect: the same as an optimizer without one, from the same state."""
     annealed = optimizer()
     schedule = AlphaScheduler(annealed, linear_anneal(1))
     schedule.step()

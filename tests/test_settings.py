@@ -1,4 +1,4 @@
-"""drift_settings: what a trainer's configuration file may say, and what it hears of the rest."""
+"""drift_settings: what a trainer's configuration file may contain, and the errors for everything else."""
 
 from __future__ import annotations
 

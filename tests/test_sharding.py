@@ -1,4 +1,4 @@
-"""Sharded parameters (DTensors) against the same run in one process, in real processes."""
+"""Sharded parameters (DTensors) in real processes, compared with the same run in one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from drift_kernels.sharding import place_of
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
-# Rows of whole blocks, of none, of an odd number of elements; fewer rows than ranks; fewer elements than ranks.
+# Rows of whole blocks, of partial ones, of an odd number of elements; fewer rows, or fewer elements, than ranks.
 SHAPES = {
     "layers.0.mlp.up_proj.weight": (33, 256),
     "layers.0.mlp.down_proj.weight": (64, 136),
@@ -36,10 +36,10 @@ SHAPES = {
     "layers.0.self_attn.k_proj.bias": (3,),
     "layers.0.input_layernorm.weight": (66,),
 }
-CUT = "layers.0.mlp.down_proj.weight"  # whose blocks of codes a sharding may cut: it has float32 states then
+CUT = "layers.0.mlp.down_proj.weight"  # sharding may cut its blocks of codes; it then has float32 states
 SKIPS = "layers.0.self_attn.q_proj.weight"  # has no gradient in every third step
 
-# Placements of all parameters in a mesh of a shape; a vector's are those of its only dimension.
+# The mesh shape and the placements of all parameters; for a vector, those of its only dimension.
 FSDP = ((-1,), (Shard(0),))
 MESHES = {
     2: {"fsdp": FSDP, "tensor parallel": ((2,), (Shard(1),)), "replicated": ((2,), (Replicate(),))},
@@ -83,12 +83,12 @@ def sharded(tensor: Tensor, mesh: Any, placements: tuple[Placement, ...]) -> Ten
 
 @cache
 def gradients(step: int, dtype: torch.dtype, mesh: Any, placements: tuple[Placement, ...]) -> dict[str, Tensor]:
-    """They are scattered once for all runs, which takes longer than the steps on them; each step has a copy."""
+    """Scatter the gradients once for all runs, since this takes longer than the steps; each step gets a copy."""
     return {name: sharded(grad, mesh, placements) for name, grad in values(100 + step, dtype).items()}
 
 
 class Run:
-    """Steps on gradients that the seed gives, of parameters as `place` shards them."""
+    """Steps of parameters sharded by `place`, on gradients determined by the seed."""
 
     def __init__(self, mesh: Any = None, placements: tuple[Placement, ...] = (), **options: Any) -> None:
         self.mesh, self.placements = mesh, placements
@@ -146,7 +146,7 @@ def test_absolute_without_clipping_has_the_bits_of_one_process(world: int, tmp_p
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_scalings_and_clipping_are_those_of_one_process(world: int, tmp_path: Path) -> None:
-    """Sums over shards are added in another order: within 1e-6 of the largest weight after 20 steps."""
+    """Within 1e-6 of the largest weight after 20 steps: sums over shards are added in another order."""
     cases = {
         f"{scaling}, {clip}": {"dtype": torch.float32, "prior_scaling": scaling, "max_grad_norm": clip}
         for scaling in SCALINGS
@@ -180,7 +180,7 @@ def biased_on_ranks(scaling: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("scaling", ["absolute", "gradnorm"])
 def test_gradients_alone_are_biased_as_in_one_process(scaling: str, tmp_path: Path) -> None:
-    """To a unit of bfloat16's last place where c follows from sums."""
+    """Within one bfloat16 ulp if c depends on sums."""
     expected = biased(None, scaling)
     for found in ranks.run(biased_on_ranks, 2, tmp_path, scaling):
         for name, grad in found.items():
@@ -306,7 +306,7 @@ def test_a_rank_that_dies_leaves_the_others_with_an_error(tmp_path: Path, monkey
 
 
 def loaded_both_ways() -> dict[tuple[str, bool], dict[str, Tensor]]:
-    """Three steps of plain parameters and three more of shards; and the other way round."""
+    """Take three steps on plain parameters, then three on shards; and the other way round."""
     results = {}
     for case in ("stochastic", "masters"):
         for from_plain in (True, False):

@@ -34,7 +34,7 @@ print(len(prior))
 
 
 def test_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
-    """150 shards of each checkpoint and as many of the prior, with 64 files."""
+    """150 shards per checkpoint and as many of the prior, with a limit of 64 open files."""
     weights = {role: text_weights(layers=17) for role in ("expert", "base", "reference")}
     for role, tensors in weights.items():
         write_checkpoint(tmp_path / role, tensors, shards=150)
@@ -59,7 +59,7 @@ def test_a_shard_may_be_filled_to_the_last_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dealt", ["in order", "in turn"])
 def test_a_shard_is_opened_seldom(tmp_path: Path, dealt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its header, and then once where names lie in order; where they do not, once for a tensor, not for a piece."""
+    """Once for its header, then once if names are in order; otherwise once per tensor, not per piece."""
     monkeypatch.setattr("drift_kernels.prior.stream.CHUNK", 512)
     weights = text_weights(layers=12)
     order = sorted(weights, key=natural_key)

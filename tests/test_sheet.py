@@ -1,4 +1,4 @@
-"""benchmarks.gpu.sheet: entries, tables and plot, and predictions beside what was measured."""
+"""benchmarks.gpu.sheet: entries, tables and plot, and predictions beside measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def of_headlines() -> list[Kernel]:
-    """The headline kernels on every architecture, all of them made of one loop."""
+    """The headline kernels on every architecture, all with the same loop."""
     found = []
     for arch in machines.ARCHITECTURES:
         for name in HEADLINES:
@@ -45,7 +45,7 @@ def sheet() -> entries.Sheet:
 
 
 def test_a_sheet_is_kept_as_json(sheet: entries.Sheet, tmp_path: Path) -> None:
-    """A line for each kernel, so that two sheets can be compared as text."""
+    """One line per kernel, so that two sheets can be compared as text."""
     path = tmp_path / "sheet.json"
     entries.write(sheet, path)
     assert entries.read(path) == json.loads(json.dumps(sheet))
@@ -63,9 +63,9 @@ def test_an_entry_says_what_its_kernel_does(sheet: entries.Sheet) -> None:
     h200 = entry["machines"]["H200"]
     for ns in machines.LATENCIES:
         assert h200["share"][str(ns)] == round(predict(of_headlines()[len(HEADLINES) + 1], H200, ns).share, 3)
-    copy = 16 / (4.8 * machines.COPY_SHARE)  # us for a million elements of 16 bytes
+    copy = 16 / (4.8 * machines.COPY_SHARE)  # us per million elements of 16 bytes
     assert h200["us_per_million"] == pytest.approx(copy / h200["share"][str(machines.LATENCIES[-1])], abs=0.02)
-    assert h200["kb_in_flight"] == 32 * 256 * 3 / 1024  # two loads of 16 bytes, before the first is waited for
+    assert h200["kb_in_flight"] == 32 * 256 * 3 / 1024  # two loads of 16 bytes before the first wait
 
 
 def test_constants_are_all_there() -> None:
@@ -78,7 +78,7 @@ def test_constants_are_all_there() -> None:
 
 @pytest.fixture
 def steps() -> list[dict[str, Any]]:
-    """Rows that benchmarks.step has written, as if the cuda backend had run on an H200."""
+    """Rows in the format of benchmarks.step, as if the cuda backend had run on an H200."""
     rows = json.loads((RESULTS / "modes-cpu.json").read_text())
     contenders = {"cpu": "cuda"}
     return [
@@ -88,7 +88,7 @@ def steps() -> list[dict[str, Any]]:
 
 
 def write_run(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """As `make gpu` leaves it."""
+    """Write the folder in the format of `make gpu`."""
     work = folder / "work"
     work.mkdir()
     (work / "modes.json").write_text(json.dumps(rows))
@@ -96,7 +96,7 @@ def write_run(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def a_step_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """With bfloat16 states, and nothing special."""
+    """A plain step with bfloat16 states."""
     mode = {"contender": "cuda", "scaling": "absolute", "states": "bfloat16", "rounding": "nearest", "master": False}
     return next(
         row for row in steps if all(row[key] == value for key, value in {**mode, "prior_dtype": "same"}.items())
@@ -127,7 +127,7 @@ def test_machines_by_the_drivers_names() -> None:
 def test_a_step_of_two_launches_takes_the_time_of_both(
     sheet: entries.Sheet, steps: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Ours reads gradients and deltas twice, of which a step with gradnorm must read the gradients alone."""
+    """Ours reads gradients and deltas twice; a gradnorm step only needs to read the gradients twice."""
     row = a_step_of(steps)
     write_run(tmp_path, [{**row, "scaling": "gradnorm", "bytes_per_param": 18.0}])
     (one,) = measured.compare(sheet, tmp_path)
@@ -218,7 +218,7 @@ def test_the_command_prints_draws_and_compares(
     panels = {axes.get_title(loc="left").partition(",")[0]: axes for axes in figure.axes}
     assert list(panels) == ["A100", "H100", "H200", "B200"]
     points = [x for line in panels["H200"].lines if line.get_marker() == "D" for x in line.get_xdata()]
-    assert len(points) == 7  # a point for each mode that is one launch, with the prior or without
+    assert len(points) == 7  # one point per mode with a single launch, with or without the prior
     assert not [x for line in panels["B200"].lines if line.get_marker() == "D" for x in line.get_xdata()]
 
 
@@ -229,7 +229,7 @@ def test_it_says_why_there_is_no_sheet(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_the_sheet_that_is_kept_is_of_this_model() -> None:
-    """Whoever changes a constant predicts anew."""
+    """After changing a constant, make the sheet again."""
     kept = entries.read(RESULTS / "gpu-sheet.json")
     assert kept["what"] == entries.WHAT
     assert kept["constants"] == json.loads(json.dumps(machines.constants()))

@@ -1,6 +1,6 @@
-"""The cuda backend's own code, from the PTX that nvcc makes of it, against the reference: a few of its kernels.
+"""A few of the cuda backend's kernels, run from the PTX that nvcc generates, compared with the reference.
 
-All of them: `make simulate`. Kernels that were changed are noticed; test_simulator_faults.py has what else is.
+`make simulate` runs all of them. Changed kernels are detected; test_simulator_faults.py tests the other faults.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def backend() -> ModuleType:
 
 
 def placed(problem: Problem, layout: str) -> Problem:
-    """Whose tensors are aligned, or off by as many elements, or each by its own."""
+    """The problem with its tensors aligned, misaligned by the same number of elements, or each by another."""
 
     def place(t: Tensor) -> Tensor:
         offset = {"aligned": 0, "alike": 3}.get(layout, int(torch.randint(16, ())))
@@ -100,7 +100,7 @@ def read_only(problem: Problem) -> list[Tensor]:
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=combination_id)
 def test_update_is_the_reference_bit_for_bit(device: Device, combination: tuple[Dtypes, bool, bool]) -> None:
-    """In both orders of threads, whatever approximations give, and nothing else is written."""
+    """In both orders of threads, whatever the approximations return, and nothing else is written."""
     for layout, change, nudge in (
         ("aligned", with_rare_values, 1),
         ("alike", with_special_values, -1),
@@ -119,7 +119,7 @@ def test_update_is_the_reference_bit_for_bit(device: Device, combination: tuple[
 @pytest.mark.parametrize("delta", [F32, BF16, INT8, FP8, None], ids=str)
 @pytest.mark.parametrize("grad", [F32, BF16, F16], ids=str)
 def test_sums_and_bias(device: Device, backend: ModuleType, grad: torch.dtype, delta: torch.dtype | None) -> None:
-    """The sums' bits do not depend on the order of threads; the bias is the reference's, bit for bit."""
+    """The sums do not depend on the order of threads; the bias is bitwise identical to the reference."""
     if grad == F16 and delta in (INT8, FP8):
         return
     for layout in ("aligned", "each"):
@@ -144,7 +144,7 @@ def test_sums_and_bias(device: Device, backend: ModuleType, grad: torch.dtype, d
 
 
 def test_an_access_outside_of_a_tensor_is_found(device: Device, backend: ModuleType) -> None:
-    """The kernel is given one element fewer of a tensor, or none of the last chunk, than the plan says."""
+    """A tensor has one element fewer than the plan says, or lacks the last chunk."""
     problem = Problem.random([CHUNK + 333], FEW[0][0])
     plan = problem.plan()
     table = coefficients(1).table
@@ -170,7 +170,7 @@ def test_an_access_outside_of_a_tensor_is_found(device: Device, backend: ModuleT
 def test_a_driver_that_cannot_take_the_launches_is_refused(
     device: Device, backend: ModuleType, driver: int, reason: str | None
 ) -> None:
-    """Though it may load a kernel."""
+    """Even if it can load a kernel."""
     device.driver(driver)
     found = backend._cuda.unusable(0)
     assert found is None if reason is None else reason in found
@@ -180,7 +180,7 @@ def test_a_driver_that_cannot_take_the_launches_is_refused(
 def test_coefficients_are_those_of_coefficients_py(
     groups: int, device: Device, backend: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few param groups and many have kernels of their own."""
+    """There are separate kernels for few and for many param groups."""
     both = models({f"layers.{i}.weight": (3, 5 + i) for i in range(2 * groups)}, BF16)
     with on_backend("simulated"):
         pair = Pair(both, random_groups, backend, prior=deltas_of(both[0]), state_dtype=BF16, max_grad_norm=0.5)
@@ -190,7 +190,7 @@ def test_coefficients_are_those_of_coefficients_py(
     assert sum("fill" in name for name in device.launched[before:]) == 3
 
 
-# Kernels that were changed: of what, and all of its instructions of a kind. Each is noticed, by its bits or as a fault.
+# Changed kernels: which kernel, and all its instructions of one kind. Each is detected, by its bits or as a fault.
 
 MUTANTS = [
     (2, r"(mul)\.rn\.f32", r"\1.rz.f32", "differs"),
@@ -219,7 +219,7 @@ def assert_is_noticed(device: Device, which: int, layout: str, pattern: str, rep
     (name,) = set(device.launched[before:])
     source = device.sources[name]
     changed, count = re.subn(pattern, replacement, re.sub(r"[ \t]+", " ", source))
-    assert count > 0, "the kernel has no such instruction: the mutant wants another"
+    assert count > 0, "the kernel has no such instruction: choose another mutant"
     device.change(name, changed)
     try:
         with pytest.raises((AssertionError, RuntimeError), match=words):
@@ -237,7 +237,7 @@ def test_changed_instructions_are_noticed(
 
 @pytest.mark.parametrize("operation", ["div", "sqrt"])
 def test_changed_divisions_and_roots_are_noticed(device: Device, operation: str) -> None:
-    """Those of turns that are not wide."""
+    """In the turns that are not wide."""
     assert_is_noticed(device, 2, "each", rf"({operation})\.rn\.f32", r"\1.rm.f32", "differs")
 
 

@@ -1,4 +1,4 @@
-"""What the simulator of the cuda backend's PTX finds, and what its instructions give, in small programs."""
+"""The PTX simulator: the faults that it finds, and the results of its instructions, in small programs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ and.b32 %r6, %r1, 31;
 
 
 def launched(device: Device, body: str, number: int = 0, blocks: int = 1) -> tuple[Tensor, Tensor]:
-    """Runs a program of 64 threads a block, with two tensors of 64 numbers, of which the first is 0, 1, ..."""
+    """Run a program with 64 threads per block and two tensors of 64 numbers; the first is 0, 1, ..."""
     device.change("program", f"{HEAD}{DECLARED}{body}\nret;\n")
     data, other = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     device.run("program", blocks, 64, data, other, c_uint32(number))
@@ -102,7 +102,7 @@ def test_a_fault_is_named(device: Device, what: str) -> None:
 
 
 def test_what_is_ordered_is_no_race(device: Device) -> None:
-    """By a barrier of the block, one of the warp, and what the last block finds after an atomic operation."""
+    """Ordered by a barrier of the block or the warp, or by an atomic operation before the last block's reads."""
     exchanged = "st.shared.u32 [%r3], %r1; {}; ld.shared.u32 %r7, [%r5]; {}; st.shared.u32 [%r3], %r7;"
     for barrier in ("bar.sync 0", "bar.warp.sync -1"):
         launched(device, exchanged.format(barrier, barrier))
@@ -126,7 +126,7 @@ def bits(x: float) -> int:
     return int(torch.tensor(x, dtype=torch.float32).view(torch.int32))
 
 
-# %r7 from %r9, the number, of which %f1 has the bits.
+# Compute %r7 from %r9, the number; %f1 has its bits.
 VALUES: list[tuple[str, int, int]] = [
     ("prmt.b32 %r7, %r9, 0x44332211, 0x5b10;", 0x8899AABB, 0x22FFAABB & 0xFFFFFFFF),
     ("lop3.b32 %r7, %r9, 0xff00ff00, 0x0f0f0f0f, 0x6a;", 0x12345678, (0x12345678 & 0xFF00FF00) ^ 0x0F0F0F0F),

@@ -1,4 +1,4 @@
-"""Leading right singular vectors against LAPACK's, and factors against the best there are."""
+"""Leading right singular vectors compared with LAPACK's, and factors compared with the best possible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def power_law(exponent: float) -> Tensor:
 
 
 def bulk(size: float, exponent: float) -> Tensor:
-    """A power law in noise, as deltas of checkpoints in bfloat16 have it."""
+    """A power law with noise, as in deltas of bfloat16 checkpoints."""
     noise = torch.linspace(1, 0.02, 800, dtype=torch.float64) * size
     return (noise.square() + power_law(exponent)[:800].square()).sqrt()
 
@@ -44,7 +44,7 @@ MATRICES = {
     "smaller than its blocks": lambda: torch.randn(50, 60),
     "tall and thin": lambda: torch.randn(2000, 20),
 }
-# With directions that the iteration finds nothing in: where it ends early, or its blocks are rounding.
+# Matrices with directions in which the iteration finds nothing: it ends early, or its blocks are rounding errors.
 DEGENERATE = {
     "rank 3": lambda: torch.randn(300, 3) @ torch.randn(3, 400),
     "rank 3 in bfloat16": lambda: (torch.randn(300, 3) @ torch.randn(3, 400)).to(BF16).float(),
@@ -65,8 +65,8 @@ def best(matrix: Tensor, rank: int) -> float:
 @pytest.mark.parametrize("rank", [1, 16, 19])
 @pytest.mark.parametrize("kind", MATRICES)
 def test_factors_keep_what_the_best_ones_keep(kind: str, rank: int) -> None:
-    """To 0.5 % for random matrices, whose singular values lie closest together, to 0.01 % for others, of which rounding
-    is 0.002 %; and what they keep and their cosine are said as they are, against the expanded delta in float64."""
+    """To 0.5 % for random matrices, whose singular values are closest together, to 0.01 % for others, with 0.002 % due
+    to rounding. The reported energy and cosine match the expanded delta in float64."""
     matrix = MATRICES[kind]()
     delta, fit = factorise(rows_of(matrix), matrix.shape[1], rank, norm(matrix), kind)
     assert (delta.shape, delta.rank, delta.dtype) == (matrix.shape, rank, BF16)
@@ -82,7 +82,7 @@ def test_factors_keep_what_the_best_ones_keep(kind: str, rank: int) -> None:
 
 @pytest.mark.parametrize("kind", DEGENERATE)
 def test_degenerate_matrices(kind: str) -> None:
-    """What the rank holds is kept but for bfloat16's rounding, and vectors are orthonormal all the same."""
+    """Everything within the rank is kept, up to bfloat16 rounding, and the vectors are still orthonormal."""
     matrix = DEGENERATE[kind]()
     vectors, energy = top_right_singular_vectors(matrix, 16)
     torch.testing.assert_close(vectors @ vectors.t(), torch.eye(16), rtol=0, atol=2e-6)
@@ -101,7 +101,7 @@ def test_a_delta_of_zeros() -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e15])
 def test_neither_tiny_nor_huge_deltas_lose_anything(scale: float) -> None:
-    """Though the squares of their elements are beyond float32."""
+    """Although the squares of their elements are outside float32's range."""
     matrix = with_spectrum(300, 200, power_law(0.5))
     _, expected = factorise(rows_of(matrix), 200, 16, norm(matrix), "")
     scaled = matrix * scale
@@ -110,7 +110,7 @@ def test_neither_tiny_nor_huge_deltas_lose_anything(scale: float) -> None:
 
 
 def gapped() -> Tensor:
-    """16 singular values, and others far below."""
+    """A matrix with 16 singular values, and others far below."""
     return with_spectrum(300, 500, torch.cat([torch.linspace(3, 2, 16, dtype=torch.float64), power_law(0.3) * 0.3]))
 
 
@@ -125,8 +125,8 @@ def kinds(matrix: Tensor) -> Iterator[Delta]:
 
 @pytest.mark.parametrize("kind", range(5))
 def test_vectors_span_what_lapacks_do(kind: int) -> None:
-    """As projections, to 2e-5: inside the span the vectors may be turned; the energy in it to 1e-5. (A delta with a gap
-    below its 16th singular value; others have no one answer.)"""
+    """As projections, to 2e-5, since the vectors may be rotated within the span; its energy to 1e-5. (For a delta with
+    a gap below its 16th singular value; otherwise the answer is not unique.)"""
     delta = list(kinds(gapped()))[kind]
     vectors, energy = top_right_singular_vectors(delta, 16)
     assert (vectors.shape, vectors.dtype) == ((16, 500), torch.float32)
@@ -159,7 +159,7 @@ def bits(matrix: Tensor, seed: str) -> list[Tensor]:
 
 
 def test_the_bits_follow_from_matrix_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not from the number of threads, torch's or ours, nor from torch's generator."""
+    """They do not depend on the number of threads, torch's or ours, or on torch's generator."""
     monkeypatch.setattr(singular, "_TILE", 1 << 14)  # many tiles
     matrix = torch.randn(700, 300)
     expected = bits(matrix, "name")

@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning and has every public name; every public docstring is complete."""
+"""The documentation site builds without warnings and has every public name; every public docstring is complete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ sys.path.insert(0, str(DOCS / "extensions"))
 from commands import subcommands  # noqa: E402
 from repository import Links, readme_anchors, slug  # noqa: E402
 
-# Methods that override torch's: its documentation describes what these take and give.
+# Methods that override torch's, whose documentation describes their arguments and results.
 AS_IN_TORCH = {"add_param_group", "step", "state_dict", "load_state_dict"}
 
 
@@ -36,7 +36,7 @@ AS_IN_TORCH = {"add_param_group", "step", "state_dict", "load_state_dict"}
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as `make docs` does it."""
+    """The site, built like `make docs`."""
     folder = tmp_path_factory.mktemp("site")
     flags = ["-q", "-W", "--keep-going", "-n", "-b", "html", "-d", str(folder / "doctrees")]
     command = [sys.executable, "-m", "sphinx", *flags, str(DOCS), str(folder / "html")]
@@ -57,7 +57,7 @@ def test_every_public_name_has_an_entry(site: Path) -> None:
 
 
 def test_no_page_needs_the_network(site: Path) -> None:
-    """Scripts, styles and images are the site's own: only links lead elsewhere."""
+    """Scripts, styles and images are part of the site; only links lead elsewhere."""
     pages = list(site.rglob("*.html"))
     assert len(pages) > len(list(DOCS.rglob("*.md")))
     loaded = re.compile(
@@ -67,7 +67,7 @@ def test_no_page_needs_the_network(site: Path) -> None:
 
 
 def test_the_site_has_what_the_pages_show(site: Path) -> None:
-    """Every image and file that a page refers to."""
+    """Every image and file that a page refers to exists."""
     for page in site.rglob("*.html"):
         for target in re.findall(r"<(?:img|a|script|link)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"", page.read_text()):
             path = re.split(r"[?#]", target)[0]
@@ -82,7 +82,7 @@ def test_every_page_is_listed() -> None:
 
 
 def test_the_command_line_is_argparse_s(site: Path) -> None:
-    """Every option of every subcommand, with its help."""
+    """The site has every option of every subcommand, with its help."""
     page = re.sub(r"<[^>]+>", "", (site / "api" / "command_line.html").read_text())
     assert len(subcommands()) == len(cli._COMMANDS)
     for name, parser in subcommands().items():
@@ -92,7 +92,7 @@ def test_the_command_line_is_argparse_s(site: Path) -> None:
             assert action.help
 
 
-# How the links of a file in the repository become the site's
+# Converting a repository file's links to the site's
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def links(tmp_path: Path) -> Links:
     ("written", "shown"),
     [
         ("[how](docs/method.md#what)", "[how](../method.md#what)"),
-        ("[docs/method.md](docs/method.md#what)", "[](../method.md#what)"),  # the title of what it leads to
+        ("[docs/method.md](docs/method.md#what)", "[](../method.md#what)"),  # the target's title
         ("[speed](#speed-how-fast)", "[speed](../index.md#speed-how-fast)"),
         ("[runs](benchmarks)", "[runs](benchmarks.md)"),
         ("![plot](results/step.png)", "![plot](../../results/step.png)"),
@@ -150,7 +150,7 @@ def test_a_link_to_nothing_is_an_error(links: Links) -> None:
 
 
 def test_the_site_has_the_readme() -> None:
-    """All of its sections, but the list of pages, which the site's own takes the place of."""
+    """All of its sections, except the list of pages, which the site replaces."""
     headings = re.findall(r"^## (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert {slug(heading) for heading in headings} - readme_anchors(ROOT, DOCS).keys() == {"documentation"}
 
@@ -165,7 +165,7 @@ def definitions(path: Path) -> dict[str, Definition]:
 
 
 def public() -> Iterator[tuple[set[str], str, Definition]]:
-    """Names of which the site has one, the name in its module, and the source."""
+    """Yield the possible names on the site (one is used), the name in the module, and the source."""
     for name in drift_kernels.__all__:
         module = getattr(drift_kernels, name).__module__.removeprefix("drift_kernels.").replace(".", "/")
         yield {f"drift_kernels.{name}"}, name, definitions(PACKAGE / f"{module}.py")[name]
@@ -222,7 +222,7 @@ def parameters(node: ast.FunctionDef) -> set[str]:
 
 
 def own(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a function's body, without those of functions in it."""
+    """The nodes of a function's body, without nested functions."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, (*FUNCTIONS, ast.Lambda, ast.ClassDef)):
             yield child
@@ -230,7 +230,7 @@ def own(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def raised(node: ast.FunctionDef) -> set[str]:
-    """The classes of errors that its own `raise` statements name."""
+    """The error classes in its own `raise` statements."""
     found = set()
     for child in own(node):
         if isinstance(child, ast.Raise) and child.exc is not None:
@@ -241,7 +241,7 @@ def raised(node: ast.FunctionDef) -> set[str]:
 
 @pytest.mark.parametrize("name", CALLABLES)
 def test_docstring(name: str) -> None:
-    """It says in a sentence what the thing is, and has every parameter, a result if there is one, and its errors."""
+    """It has a summary sentence, every parameter, a result if there is one, and the errors."""
     node, doc = CALLABLES[name], ast.get_docstring(CALLABLES[name])
     assert doc, f"{name} has no docstring"
     assert re.search(r"[.:]$", doc.split("\n\n")[0]), doc
@@ -253,7 +253,7 @@ def test_docstring(name: str) -> None:
     assert isinstance(function, ast.FunctionDef)
     is_torchs = name.startswith("FusedDriftAdamW.") and name.partition(".")[2] in AS_IN_TORCH
     documented = set(section(doc, "Args"))
-    if is_hidden(node):  # made by a function, which documents how
+    if is_hidden(node):  # made by a function, whose docstring describes it
         assert not documented
     else:
         assert documented <= parameters(function)
@@ -267,5 +267,5 @@ def test_docstring(name: str) -> None:
 
 
 def is_hidden(node: Definition) -> bool:
-    """Whether the site shows a class without its constructor, since users do not call it."""
+    """Whether the site shows a class without its constructor, because users do not call it."""
     return f"{node.name}()\n" in "".join(path.read_text() for path in DOCS.rglob("api/*.md"))

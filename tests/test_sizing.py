@@ -1,4 +1,4 @@
-"""drift-prior memory: its table against what tiny models allocate, to the byte."""
+"""drift-prior memory: its table matches what tiny models allocate, to the byte."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PROJECTIONS = r".*\.layers\.\d+\..*_proj"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with sizes of which few are multiples of a block."""
+    """A checkpoint whose sizes are mostly not multiples of a block."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES)).bfloat16().save_pretrained(folder)
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantised(bits: int) -> dict[str, Any]:
-    """Arguments of from_pretrained."""
+    """Quantization arguments of from_pretrained."""
     if bits == 16:
         return {"dtype": torch.bfloat16}
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
@@ -72,13 +72,13 @@ def deltas(model: nn.Module, form: str) -> dict[str, Any]:
 
 
 def bytes_of(tensors: Iterable[Tensor | None]) -> int:
-    """Of what these tensors are kept in, each memory once."""
+    """The bytes of these tensors' storages, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if t is not None}
     return sum(storages.values())
 
 
 def parts(linear: Linear4bit | Linear8bitLt) -> Iterator[Tensor | None]:
-    """What bitsandbytes holds the weight of a Linear in."""
+    """The tensors in which bitsandbytes stores the weight of a Linear."""
     yield linear.weight.data
     if isinstance(linear, Linear4bit):
         state = linear.weight.quant_state
@@ -189,7 +189,7 @@ def test_an_anchor_takes_what_the_table_says(folder: Path, dtype: torch.dtype) -
 
 
 def tied() -> hf.PretrainedConfig:
-    """The head is no parameter of its own, and not where the last one is."""
+    """A model whose head is not a separate parameter, and not in the last position."""
     return hf.Qwen2Config(**{**SIZES, "tie_word_embeddings": True})
 
 
@@ -206,7 +206,7 @@ def test_what_is_quantised_is_what_transformers_quantises(family: str, tmp_path:
 
 
 class LargestOutput(TorchDispatchMode):
-    """The bytes of the largest tensor that an operation returns in memory of its own."""
+    """Records the bytes of the largest newly allocated tensor that an operation returns."""
 
     nbytes = 0
 

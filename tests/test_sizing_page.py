@@ -1,4 +1,4 @@
-"""drift-prior memory: the table of docs/priors.md is what the command says."""
+"""drift-prior memory: the table in docs/priors.md matches the command's output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from documents import ROOT
 from benchmarks.step import shapes
 from drift_kernels.cli import main
 
-# What items the columns of docs/priors.md add up.
+# The items that each column of docs/priors.md sums.
 COLUMNS = {
     "base": ("base weights", "one of them expanded", "other base weights", "buffers"),
     "adapters, gradients, states": ("adapters", "their gradients", "states"),
@@ -30,7 +30,7 @@ def gib(nbytes: int) -> str:
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen2.5-VL-7B's config.json, as far as shapes follow from it."""
+    """Qwen2.5-VL-7B's config.json, reduced to what determines shapes."""
     text, vision = shapes.MODELS["qwen2.5-vl-7b"].text, shapes.VISION
     config = hf.Qwen2_5_VLConfig(
         text_config={

@@ -1,4 +1,4 @@
-"""Priors in eight bits on disk: built against the quantised whole, opened, and damaged."""
+"""8-bit priors on disk: built (compared with quantising the whole delta), opened, and damaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(params=DTYPES, ids=str)
 def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, Tensor], torch.dtype]:
-    """A prior with a shard for every few tensors; the exact deltas by canonical name; its dtype."""
+    """A prior with a few tensors per shard; the exact deltas by canonical name; its dtype."""
     expert, base = text_weights(prefix=""), text_weights(prefix="")
     for weights in (expert, base):
         weights |= {"layers.0.mlp.gain": torch.randn(()), "layers.0.mlp.nothing": torch.randn(0, 4)}
@@ -46,7 +46,7 @@ def shard_of(folder: Path, name: str) -> Path:
 
 
 def test_built_and_opened(built: tuple[Path, dict[str, Tensor], torch.dtype]) -> None:
-    """Codes, scales and expansion bit for bit; norms and cosines to 1e-6."""
+    """Codes, scales and expansion bitwise; norms and cosines to 1e-6."""
     folder, exact, dtype = built
     prior = Prior.open(folder)
     assert set(prior.names) == set(exact)
@@ -151,7 +151,8 @@ def test_damaged_scales_are_noticed_and_named(
 def test_blocks_go_on_where_the_common_vocabulary_ends(
     rows: int, width: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Against the quantised whole. The expert's 101 rows end inside a block; the widest have several pieces each."""
+    """Compared with quantising the whole delta. The expert's 101 rows end inside a block; the widest rows have several
+    pieces each."""
     assert 101 * width % BLOCK
     expert, base = torch.randn(101, width), torch.randn(rows, width)
     for role, weight in (("expert", expert), ("base", base)):
@@ -188,8 +189,8 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_t
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @both_dtypes
 def test_memory_stays_flat(dtype: torch.dtype, tmp_path: Path) -> None:
-    """A tensor of 160 MB takes no more memory than one of 40 MB, which fills the pieces in work already; but for what
-    allocators keep, less than half of the difference of one tensor."""
+    """A tensor of 160 MB takes no more memory than one of 40 MB, which already fills the pieces in progress. The
+    allowance for the allocators is half of the difference between the tensors."""
     peaks = []  # kB
     for numel in (10_000_001, 40_000_001):
         folder = tmp_path / str(numel)

@@ -1,4 +1,4 @@
-"""state_dicts: both ways with torch.optim.AdamW, in the state's own dtype, under the right prior."""
+"""state_dicts: interchangeable with torch.optim.AdamW's, in the state's own dtype, with the right prior."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: a line, an exit status, and nothing left behind. Real processes, real signals."""
+"""Ctrl-C, SIGTERM and SIGHUP: one line, an exit status, and nothing left behind. Real processes, real signals."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Running:
-    """A command, `build` or one of the words, that says when it has come to a moment."""
+    """A command (`build`, or one given in the words) that reports when it has reached a moment."""
 
     def __init__(self, folder: Path, moment: str, *words: str) -> None:
         command = [sys.executable, "-c", COMMAND, str(folder), moment, *words]
@@ -130,7 +130,7 @@ def test_the_prior_that_was_to_be_replaced_stays(folder: Path, moment: str, name
 @pytest.mark.parametrize("moment", ["in a write", "between the renames"])
 @pytest.mark.parametrize("command", ["combine", "apply"])
 def test_combine_and_apply(folder: Path, command: str, moment: str) -> None:
-    """Nothing is left of what is stopped, and what it was to replace stays."""
+    """A stopped command leaves nothing behind, and keeps what it was to replace."""
     one = build_prior(folder / "expert", folder / "base", folder / "one")
     if moment == "between the renames":
         if command == "combine":
@@ -158,7 +158,7 @@ def test_a_second_signal_does_not_disturb_the_clearing_up(folder: Path, second: 
 
 
 def test_what_was_ignored_stays_ignored(folder: Path) -> None:
-    """nohup."""
+    """As with nohup."""
     build = Running(folder, "in a piece", "nohup")
     build.send("SIGHUP")
     time.sleep(0.2)
@@ -183,7 +183,7 @@ def test_what_a_signal_does_afterwards(to_the_end: bool) -> None:
 
 
 def test_at_any_moment(folder: Path) -> None:
-    """The prior is whole, or there is none."""
+    """The prior is complete, or there is none."""
     builds = []
     for number in range(4):
         for role in ("expert", "base"):

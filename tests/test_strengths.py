@@ -1,4 +1,4 @@
-"""alpha by pattern: the bits of param groups with these alphas, wherever alpha is given, and under schedules."""
+"""alpha by pattern: bitwise identical to param groups with these alphas, at every entry point, with schedules."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(dtype: torch.dtype = F32) -> tuple[Params, dict[str, Tensor]]:
 
 
 def groups(params: Params, alpha: float = 1.0) -> list[dict[str, Any]]:
-    """One for each parameter, with its alpha."""
+    """One group per parameter, with its alpha."""
     return [{"params": [(name, p)], "alpha": alpha * FACTORS.get(name, 0.0)} for name, p in params.items()]
 
 
@@ -52,7 +52,7 @@ def groups(params: Params, alpha: float = 1.0) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("scaling", ["absolute", "gradnorm", "adaptive_cosine", "decoupled"])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"normalize_to_param": True}], ids=str)
 def test_patterns_are_param_groups(backend: str, scaling: str, options: dict[str, Any]) -> None:
-    """Bit for bit, under a schedule of alpha; what no pattern fits is left alone."""
+    """Bitwise, with a schedule of alpha; parameters that match no pattern are not biased."""
     params, deltas = make(F32 if options else BF16)
     others = copies(params)
     common = {"lr": 1e-2, "prior": deltas, "prior_scaling": scaling, "backend": backend, **options}
@@ -72,7 +72,7 @@ def test_patterns_are_param_groups(backend: str, scaling: str, options: dict[str
 
 @pytest.mark.parametrize("scaling", ["absolute", "gradnorm", "adaptive_cosine"])
 def test_every_entry_point_takes_them(scaling: str) -> None:
-    """The bits of one bias after another, each with a number for alpha and a prior of its tensors alone."""
+    """Bitwise identical to separate biases, each with a number for alpha and a prior of only its tensors."""
     params, deltas = make()
     expected, by_function, by_hooks = copies(params), copies(params), copies(params)
     prior = Prior.from_mapping(deltas)
@@ -142,7 +142,7 @@ def test_an_alpha_on_the_device_multiplies_them() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
 def test_copies_and_state_dicts(how: str) -> None:
-    """A state_dict holds the groups' alpha; the patterns are of the optimizer, as the prior is."""
+    """A state_dict has the groups' alpha; the patterns belong to the optimizer, like the prior."""
     params, deltas = make()
     others = copies(params)
     ours = FusedDriftAdamW(params.items(), prior=deltas, alpha=PATTERNS)
@@ -171,7 +171,7 @@ def test_copies_and_state_dicts(how: str) -> None:
 
 
 def test_the_authors_patterns_find_what_they_find() -> None:
-    """Theirs are searched in modules' names, which do not end in weight or bias."""
+    """The authors' patterns are searched for in module names, which do not end in weight or bias."""
     params, deltas = make()
     theirs = {r"re:\.mlp\.(gate_proj|up_proj|down_proj)$": 0.02, r"re:\.self_attn\.(q_proj|k_proj)$": 0.5}
     bias = GradientBias(params.items(), deltas, alpha=theirs)

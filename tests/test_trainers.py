@@ -1,5 +1,5 @@
-"""Every trainer trains a tiny model with a prior, stops and resumes; a run that stopped must end bit for bit as one
-that did not. What is trained is in examples/."""
+"""Every trainer trains a tiny model with a prior, stops and resumes; an interrupted run must end bitwise identical to
+an uninterrupted one. The models are in examples/."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(
     half = train(prior, stop_after=STEPS // 2, **options)
     assert not tiny.same(half, whole)
     other_seed = {**options, "seed": 12}
-    again = train(prior, resume=True, **other_seed)  # the checkpoint has the seed, whatever the optimizer was given
+    again = train(prior, resume=True, **other_seed)  # the checkpoint's seed replaces the optimizer's
     assert tiny.same(again, whole)
     assert tiny.same(train(prior, **other_seed), whole) == (precision != "stochastic")
 
@@ -94,7 +94,7 @@ def test_the_prior_acts(train: Train, optimizers: list[FusedDriftAdamW]) -> None
 
 
 def test_schedules_run_to_their_ends(train: Train, optimizers: list[FusedDriftAdamW]) -> None:
-    """Cosine to 0 of lr and linear to 0 of alpha, one move a step."""
+    """lr decreases to 0 as a cosine, alpha linearly, with one change per step."""
     train(tiny.expert_prior(), stop_after=STEPS // 2)
     train(tiny.expert_prior(), resume=True)
     halfway, ended = optimizers
@@ -126,7 +126,7 @@ def by_hand(rows: list[dict[str, torch.Tensor]], clip: float) -> nn.Module:
 
 
 def test_lightning_clips_before_the_bias(tmp_path: Path) -> None:
-    """Against a plain loop, up to the last bits of lr, which torch's schedule computes recursively."""
+    """Compared with a plain loop, up to the last bits of lr, which torch's schedule computes recursively."""
     clipped = lightning_module.train(tiny.expert_prior(), tmp_path, steps=STEPS, clip=0.05)
     count = STEPS // lightning_module.EPOCHS * tiny.BATCH_SIZE
     plain = by_hand([tiny.encoded(pair) for pair in tiny.training_pairs(count)], clip=0.05)
@@ -195,7 +195,7 @@ def test_named_groups_look_when_they_are_taken() -> None:
 
 
 def test_groups_with_names_beside_their_parameters_bind() -> None:
-    """torchtitan's groups: tensors, their names in a list of their own, and keys of other optimizers."""
+    """torchtitan's groups: tensors, their names in a separate list, and keys of other optimizers."""
     model = tiny.base_model()
     names, params = zip(*model.named_parameters(), strict=True)
     group = {"params": list(params), "param_names": list(names), "fused": True, "foreach": False}

@@ -25,7 +25,7 @@ def _quiet() -> None:
 
 
 def trained(folder: Path, prior: tiny.Prior, state: dict[str, Tensor], sharded: bool) -> dict[str, Any]:
-    """The example in this rank: its parameters, and the figures in its log."""
+    """Train the example in this rank: its parameters, and the metrics in its log."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
 
@@ -38,7 +38,7 @@ def trained(folder: Path, prior: tiny.Prior, state: dict[str, Tensor], sharded: 
     tiny.base_model, tiny.training_pairs = lambda: model, lambda _: pairs
     tiny.BATCH_SIZE = BATCH // world
     trainer = transformers_trainer.build(prior, folder, steps=STEPS)
-    if sharded:  # Accelerate shards on GPUs alone; on a CPU it has to be told that it does
+    if sharded:  # Accelerate shards only on GPUs; on a CPU it must be made to
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",

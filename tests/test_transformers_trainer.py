@@ -51,7 +51,7 @@ FORMS: dict[str, Callable[[TrainingArguments, Any, Any], dict[str, Any]]] = {
 
 @pytest.fixture
 def reference(arguments: Callable[..., TrainingArguments]) -> Trainer:
-    """The form of an optimizer that is there before the Trainer."""
+    """The form in which the optimizer is made before the Trainer."""
     model = tiny.base_model()
     optimizer = FusedDriftAdamW(named_groups(model, 0.1), lr=1e-3, prior=tiny.expert_prior(), **OPTIONS)
     return fit(arguments(), model, optimizers=(optimizer, None))
@@ -84,7 +84,7 @@ def test_the_form_without_names_is_an_error(arguments: Callable[..., TrainingArg
 
 
 def test_hyperparameters_and_groups_are_the_trainers(arguments: Callable[..., TrainingArguments]) -> None:
-    """As of the Trainer's own AdamW."""
+    """As with the Trainer's own AdamW."""
     args = arguments(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, lr_scheduler_type="constant")
     model = tiny.base_model()
     ours = fit(args, model, optimizer_cls_and_kwargs=drift_adamw(args, model))
@@ -163,7 +163,7 @@ def test_callback_of_another_optimizer_is_an_error(arguments: Callable[..., Trai
 
 
 def test_the_trainer_clips_the_gradient_before_the_bias(arguments: Callable[..., TrainingArguments]) -> None:
-    """In a step from zero states with gradnorm, the bias is as long as the clipped gradient."""
+    """In a gradnorm step from zero states, the bias has the norm of the clipped gradient."""
     args, model = arguments(max_steps=1, max_grad_norm=0.01), tiny.base_model()
     choice = drift_adamw(args, model, prior=tiny.expert_prior(), max_grad_norm=float("inf"), **OPTIONS)
     trainer = fit(args, model, optimizer_cls_and_kwargs=choice, callbacks=[DriftCallback()])

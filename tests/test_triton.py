@@ -1,4 +1,4 @@
-"""The triton backend: its machine code, for GPUs that need not be there, and what test_parity.py leaves to it."""
+"""The triton backend: its machine code, for GPUs that need not be present, and what test_parity.py does not cover."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ AMD = ["gfx942", "gfx950"]
 BLOCK = 8 * backend.LINES  # elements of a tile
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "None": 0}
 
-# For each architecture, what tests/sass.py says of each kernel.
+# For each architecture, the output of tests/sass.py for each kernel.
 Kernels = dict[str, dict[str, Any]]
 
 
 def compiled(arch: int | str) -> Product:
-    """What `triton.jit` makes, in a process where it compiles."""
+    """The output of `triton.jit`, in a process where it compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     program = Path(__file__).with_name("sass.py")
@@ -62,14 +62,14 @@ def kernels(by_arch: dict[int, Kernels], arch: int) -> Kernels:
 
 
 def opcodes(kernels: Kernels, kernel: str, key: str = "sass") -> Iterator[tuple[str, list[int], dict[str, int]]]:
-    """For each combination of dtypes without codes: the kernel, their sizes, and how often each opcode occurs."""
+    """For each combination of dtypes without codes: the kernel, their sizes, and the count of each opcode."""
     for name, facts in kernels.items():
         if name.startswith(kernel) and "int8" not in name:
             yield name, [SIZES[dtype] for dtype in name.split()[1:] if dtype in SIZES], facts[key]
 
 
 def test_an_update_moves_16_bytes_at_a_time_or_one_element(kernels: Kernels) -> None:
-    """Eight elements a thread on the aligned path, in as few accesses as their bytes allow; two on the general one."""
+    """Eight elements per thread on the aligned path, in as few accesses as possible; two on the general path."""
     for name, (param, grad, state, delta), sass in opcodes(kernels, "_update_chunk"):
         residual = [2] if "master" in name else []
         read, written = [param, grad, state, state, delta, *residual], [param, state, state, *residual]
@@ -82,7 +82,7 @@ def test_an_update_moves_16_bytes_at_a_time_or_one_element(kernels: Kernels) -> 
 
 
 def test_grad_stats_reads_16_bytes_at_a_time_and_a_turn_ahead(kernels: Kernels) -> None:
-    """64 bytes a thread before the loop, 64 in it, or a multiple of them where the compiler unrolls the loop."""
+    """64 bytes per thread before the loop, 64 in it, or a multiple if the compiler unrolls the loop."""
     for name, sizes, sass in opcodes(kernels, "_sum_chunk"):
         wide = sass.get("LDG.E.128", 0)
         assert wide >= 2 * 64 // 16, name
@@ -99,7 +99,7 @@ def test_the_bias_moves_16_bytes_at_a_time(kernels: Kernels) -> None:
 
 
 def test_codes_move_8_bytes_at_a_time_or_one(kernels: Kernels) -> None:
-    """Eight elements a thread on the aligned path, of both states and the delta."""
+    """Eight elements per thread on the aligned path, of both states and the delta."""
     for name, facts in kernels.items():
         if "int8" in name and name.startswith("_update_chunk"):
             others = 2 + 1 + ("master" in name)
@@ -109,7 +109,7 @@ def test_codes_move_8_bytes_at_a_time_or_one(kernels: Kernels) -> None:
 
 
 def test_nothing_spills_and_six_blocks_share_a_multiprocessor(kernels: Kernels) -> None:
-    """Five of sums, which have much in flight."""
+    """Five blocks for sums, which have more in flight."""
     for name, facts in kernels.items():
         usage = facts["usage"]
         assert usage["LOCAL"] == usage["STACK"] == 0, name
@@ -118,7 +118,7 @@ def test_nothing_spills_and_six_blocks_share_a_multiprocessor(kernels: Kernels) 
 
 
 def test_bfloat16_is_rounded_by_the_device_and_its_nan_made_ours(kernels: Kernels) -> None:
-    """Ten elements a thread, on the two paths, of what is rounded to nearest; NaN is 0x7fff until the minimum."""
+    """Ten elements per thread, over both paths, for tensors rounded to nearest; NaN is 0x7fff before the minimum."""
     for name, facts in kernels.items():
         if "int8" in name or not name.startswith(("_update_chunk", "_bias_chunk")):
             continue
@@ -174,7 +174,7 @@ def wide_accesses(opcodes_of: dict[str, int], access: str) -> int:
 
 
 def test_an_update_moves_16_bytes_at_a_time_on_amd(on_amd: Kernels) -> None:
-    """Eight elements a thread, in warps of 64. Where rows are read in every turn, their loads may be as wide."""
+    """Eight elements per thread, in warps of 64. If rows are read in every turn, their loads may be as wide."""
     for name, (param, grad, state, delta), opcodes_of in opcodes(on_amd, "_update_chunk", "opcodes"):
         residual = [2] if "master" in name else []
         read, written = [param, grad, state, state, delta, *residual], [param, state, state, *residual]
@@ -192,9 +192,8 @@ def test_sums_and_biases_move_16_bytes_at_a_time_on_amd(on_amd: Kernels) -> None
 
 
 def test_every_operation_is_rounded_by_itself_on_amd(on_amd: Kernels) -> None:
-    """A division takes five fused operations, a root two, a division of integers at most two beside its reciprocal:
-    there are no others. Mixed ones convert float16 on the way, of what is added to -0 or multiplied by 1: rounded
-    once."""
+    """A division has five fused operations, a square root two, an integer division at most two besides its reciprocal;
+    there are no others. Mixed-precision ones convert float16 while adding -0 or multiplying by 1, and round once."""
     for name, facts in on_amd.items():
         count = Counter(facts["opcodes"])
         divisions, roots = count["v_div_fixup_f32"], count["v_sqrt_f32"]
@@ -210,7 +209,7 @@ def test_every_operation_is_rounded_by_itself_on_amd(on_amd: Kernels) -> None:
             assert roots >= 10, name
 
 
-# The parity tests run the kernels in Triton's interpreter where there is no GPU.
+# Without a GPU, the parity tests run the kernels in Triton's interpreter.
 runs = pytest.mark.skipif(backend.unavailable(DEVICE) is not None, reason=f"{backend.unavailable(DEVICE)}")
 
 
@@ -232,7 +231,7 @@ def test_sizes_around_blocks_and_chunks(dtypes: tuple[torch.dtype | None, ...]) 
 
 @runs
 def test_each_tensor_of_a_plan_may_start_anywhere() -> None:
-    """In every row another operand is off the 16-byte grid; in the last none is."""
+    """In every row another operand is not 16-byte aligned; in the last, all are aligned."""
     numel = BLOCK + 100
     problem = Problem.random([numel] * 6, (BF16, BF16, BF16, BF16))
     expected = run("reference", problem.clone(), steps=2)

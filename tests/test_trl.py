@@ -1,5 +1,5 @@
-"""TRL beyond SFT: preferences (DPO) and rewards (GRPO), full and with TRL's `peft_config`. What is trained is in
-examples/. The bounds leave room: docs/trainers.md has what several seeds came to."""
+"""TRL beyond SFT: preferences (DPO) and rewards (GRPO), full and with TRL's `peft_config`. The models are in examples/.
+The bounds leave a margin: docs/trainers.md has the results of several seeds."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(build: Build, adapters: boo
 
 @pytest.mark.parametrize(("example", "options"), [(trl_dpo, {}), (trl_grpo, {"beta": 0.1})], ids=["dpo", "grpo"])
 def test_the_reference_stays(example: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    """TRL's own, a second copy of the base; with adapters it is the model without them, whose weights are frozen."""
+    """TRL's reference is a copy of the base; with adapters, it is the model without them, which is frozen."""
     trainer = example.build(tiny.expert_prior(), tmp_path, steps=FEW, **options)
     trainer.train()
     assert tiny.same(trainer.ref_model, tiny.base_model())
@@ -105,7 +105,7 @@ def test_what_is_frozen_is_not_pulled(build: Build) -> None:
 
 
 def test_the_head_of_a_reward_model_is_not_pulled(tmp_path: Path) -> None:
-    """Nor does it keep the prior, which is a language model's, from the layers beneath it."""
+    """The language model's prior still binds to the layers beneath it."""
     tiny.write_files(tmp_path)
     scores = {}
     for alpha in (0.0, 2.0):
@@ -125,7 +125,7 @@ def test_the_head_of_a_reward_model_is_not_pulled(tmp_path: Path) -> None:
 
 
 def test_where_rewards_do_not_differ_only_decoupled_pulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GRPO's gradient is 0 then, and so is a bias that is measured by it."""
+    """GRPO's gradient is then 0, and so is a bias that scales with it."""
     monkeypatch.setattr(trl_grpo, "right_sum", lambda completions, **_: [0.0] * len(completions))
     trainer = trl_grpo.build(tiny.expert_prior(), tmp_path, steps=FEW)
     trainer.train()
@@ -141,7 +141,7 @@ def test_where_rewards_do_not_differ_only_decoupled_pulls(tmp_path: Path, monkey
 
 
 def labelled(count: int) -> Dataset:
-    """What KTO takes: single answers, each right or wrong."""
+    """A dataset for KTO: single answers, each right or wrong."""
     rows = [(row["prompt"], row[kind], kind == "chosen") for row in trl_dpo.preferences(count) for kind in KINDS]
     return Dataset.from_list([{"prompt": prompt, "completion": said, "label": label} for prompt, said, label in rows])
 
@@ -183,7 +183,7 @@ def test_the_documented_form_with_the_defaults_of_trl(
 
 
 def test_another_optimizer_is_an_error_before_the_first_step(build: Build) -> None:
-    """As a trainer has it that was given `optimizers`, or that makes its own."""
+    """As in a trainer that was given `optimizers`, or that makes its own."""
     trainer = build(None, steps=FEW)
     trainer.optimizer_cls_and_kwargs = None
     before = {name: param.detach().clone() for name, param in trainer.model.named_parameters()}

@@ -1,4 +1,4 @@
-"""examples/trl_seeds.py: docs/trainers.md has its table, and the table says what its JSON does."""
+"""examples/trl_seeds.py: docs/trainers.md has its table, and the table matches its JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_cell_is_mean_and_standard_deviation_in_percent() -> None:
 
 
 def test_the_prior_helps_in_each() -> None:
-    """What the page is about: by more than two standard deviations wherever the tower is frozen."""
+    """The page's claim: by more than two standard deviations wherever the tower is frozen."""
     for name, columns in FOUND["results"].items():
         if "tower" in name:
             continue

@@ -32,7 +32,7 @@ def _quiet() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VLM with its processor, a text expert, and the prior that `build_prior` made of the two."""
+    """A VLM with its processor, a text expert, and the prior that `build_prior` built from the two."""
     folder = tmp_path_factory.mktemp("vision")
     trl_vision.write_files(folder)
     return folder
@@ -43,7 +43,7 @@ def in_vlm(names: list[str]) -> list[str]:
 
 
 def test_the_processor_makes_what_the_model_was_aligned_with(files: Path) -> None:
-    """Pixels and grids as `patches`, one token for an image, labels for the answer and the end alone."""
+    """Pixels and grids as from `patches`, one token per image, labels only for the answer and the end."""
     trainer = trl_vision.build(False, files, steps=1)
     images, rng = DigitImages(0, 300).test, random.Random(7)
     drawn = [rng.choice(images[digit]) for digit in (3, 4)]
@@ -57,7 +57,7 @@ def test_the_processor_makes_what_the_model_was_aligned_with(files: Path) -> Non
 
 @ADAPTERS
 def test_a_text_expert_teaches_sums_of_images(files: Path, adapters: bool) -> None:
-    """The prior's names cross from text to VLM, whose vision tower is frozen."""
+    """The text prior's names match the VLM, whose vision tower is frozen."""
     right = {}
     for with_prior in (False, True):
         trainer = trl_vision.build(with_prior, files, adapters=adapters)
@@ -78,8 +78,8 @@ def test_a_text_expert_teaches_sums_of_images(files: Path, adapters: bool) -> No
 
 @ADAPTERS
 def test_a_vision_tower_that_is_trained_is_not_pulled(files: Path, adapters: bool) -> None:
-    """It has MLPs of the language model's names and shapes. An absolute bias, unclipped, moves in the first step the
-    parameters that it is for and no others."""
+    """It has MLPs with the language model's names and shapes. In the first step, an unclipped absolute bias moves its
+    own parameters and no others."""
     options = {"adapters": adapters, "tower": True, "steps": 1, "prior_scaling": "absolute", "anchor": False}
     after = {}
     for alpha in (0.0, 50.0):

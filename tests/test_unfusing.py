@@ -1,4 +1,4 @@
-"""Experts that the base stores fused and transposed, and the expert one by one, as Qwen3-VL-MoE and Qwen3-MoE do."""
+"""Experts stored fused and transposed in the base and one by one in the expert, as in Qwen3-VL-MoE and Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text_config(inter: int) -> dict[str, object]:
 
 
 def save_base(folder: Path, inter: int, transposed: bool = True) -> None:
-    """The file is written here, as the published checkpoint has it, transposed, or as transformers 5 saves it."""
+    """Write the file transposed, as in the published checkpoint, or as transformers 5 saves it."""
     config = hf.Qwen3VLMoeConfig(
         text_config={**text_config(inter), "rope_parameters": MROPE}, vision_config=VISION_3, tie_word_embeddings=False
     )

@@ -1,5 +1,5 @@
-"""use_drift: the short form, what it takes over, what it refuses, and what stops a trainer that takes another
-optimizer."""
+"""use_drift: the short form, the settings that it takes over, what it rejects, and how it stops a trainer that uses
+another optimizer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
 
 
 def in_use(args: TrainingArguments, *, steps: int = STEPS, callbacks: Any = None, **options: Any) -> Trainer:
-    """A Trainer that use_drift has been called for."""
+    """A Trainer set up by use_drift."""
     trainer = Trainer(
         model=tiny.base_model(),
         args=args,
@@ -48,7 +48,7 @@ def in_use(args: TrainingArguments, *, steps: int = STEPS, callbacks: Any = None
 
 
 def test_use_drift_is_the_long_form(arguments: Callable[..., TrainingArguments]) -> None:
-    """With the clipping taken over, and the figures before all other callbacks."""
+    """With the clipping taken over, and the metrics logged before all other callbacks."""
     tracker = Tracker()
     short = in_use(arguments(max_grad_norm=0.5), prior=tiny.expert_prior(), callbacks=[tracker], **OPTIONS)
     short.train()
@@ -136,7 +136,7 @@ def test_what_is_wrong_is_said_before_anything_changes(
 
 
 def test_a_trainer_that_makes_another_optimizer_is_stopped(arguments: Callable[..., TrainingArguments]) -> None:
-    """As trainers do that have a `create_optimizer` of their own."""
+    """As trainers with their own `create_optimizer` do."""
 
     class Own(Trainer):
         def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:

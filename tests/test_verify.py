@@ -1,4 +1,4 @@
-"""Prior.verify: every bit of the deltas is compared with what was recorded when they were built."""
+"""Prior.verify: compares every bit of the deltas with what was recorded when they were built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONG = "layers.0.mlp.up_proj.weight"
 
 @pytest.fixture(params=DTYPES, ids=str)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """With a delta of several chunks, one with zeros behind its common part, a scalar and an empty one."""
+    """A folder with a delta of several chunks, one with zeros after its common part, a scalar and an empty one."""
     for role, vocabulary in (("expert", 97), ("base", 101)):
         weights = text_weights(vocabulary=vocabulary)
         weights |= {f"model.{LONG}": torch.randn(CHUNK // 512 + 1, 1031)}
@@ -121,7 +121,7 @@ def test_a_prior_without_checksums_is_compared_by_its_norms(folder: Path, versio
     assert verification.intact
     assert f"{len(prior)} were checked only by norm" in verification.summary()
     flip(stored_in(folder)[LONG], 0, 0)
-    assert Prior.open(folder).verify().intact, "no norm shows so little"
+    assert Prior.open(folder).verify().intact, "the change is too small for a norm"
     tensor = stored_in(folder)["norm.weight"]
     content = tensor.path.read_bytes()
     tensor.path.write_bytes(content[: tensor.offset] + b"\x3f" * (len(content) - tensor.offset))
@@ -139,7 +139,7 @@ def test_scales_that_no_norm_shows(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_a_record_that_does_not_hold(folder: Path) -> None:
-    """The bytes are right, and would not load: the norm that is recorded is another's."""
+    """The bytes are correct but would not load: the recorded norm is wrong."""
     record = record_of(folder)
     record["tensors"]["norm.weight"]["delta_norm"] *= 2
     (folder / "drift_prior.json").write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""The disk: what cannot be brought to it at once, what does not fit, and which file it was."""
+"""Disk errors: file systems without fsync, a full disk, and the file that is named."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_other_errors_of_the_disk_name_the_file_and_leave_nothing(
 
 
 def test_an_interrupted_build_leaves_nothing(folder: Path) -> None:
-    """In a program, where Ctrl-C is an exception like others."""
+    """In a program, where Ctrl-C is an ordinary exception."""
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -97,7 +97,7 @@ def test_what_comes_into_the_way_of_a_build_stays(folder: Path) -> None:
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_a_replaced_prior_is_there_before_or_after(folder: Path, renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted before the old one is set aside, between that and the new one's coming, or after it."""
+    """Interrupted before the old one is moved away, before the new one replaces it, or afterwards."""
     old = build_prior(folder / "expert", folder / "base", folder / "prior")
     write_checkpoint(folder / "new", text_weights())
     rename, count = Path.rename, [0]

@@ -1,4 +1,4 @@
-"""A small model, its batches, its prior and its run, for tests of what is distributed."""
+"""A small model, its batches, its prior and its run, for distributed tests."""
 
 from __future__ import annotations
 

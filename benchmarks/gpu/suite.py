@@ -65,8 +65,7 @@ def size(free: int, layers: int, full_bytes: float, bytes_per_param: int) -> lis
 
 
 def runs(free: int) -> dict[str, list[str]]:
-    """The arguments of benchmarks.step for each run, by its name in the rows. Bytes per parameter:
-    lineup.kept_bytes."""
+    """The arguments of benchmarks.step by name of the run. For bytes per parameter see lineup.kept_bytes."""
     ours, everything = ["cuda"], ["fused", "foreach", "foreach_bias", "hook", "cuda", "triton"]
     narrow = ["--params", str(min(256_000_000, free // 290))]
     seven, three = ["--model", "qwen2.5-vl-7b"], ["--model", "qwen2.5-vl-3b"]

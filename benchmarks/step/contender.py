@@ -1,5 +1,4 @@
-"""Contenders: the optimizer steps that are timed. Ours are here, their rivals in `peers.py` and the modules beside
-it."""
+"""Contenders: the optimizer steps that are timed. Ours are here, their rivals in `peers.py` and modules beside it."""
 
 from __future__ import annotations
 

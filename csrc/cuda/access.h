@@ -272,8 +272,7 @@ DRIFT_HD bool aligned(const T* element) {
   return std::is_same_v<T, Nothing> || reinterpret_cast<uintptr_t>(element) % Wide<kTurn>::template kBytes<T> == 0;
 }
 
-// Wide accesses need all tensors aligned at the same one of the first kHeads elements. If there is none, the body is
-// empty.
+// Wide accesses need all tensors aligned at the same one of the first kHeads elements. Otherwise the body is empty.
 template <int kTurn, int kHeads, class... T>
 DRIFT_HD Span cut(int size, const T*... tensors) {
   for (int head = 0; head < kHeads && head < size; ++head) {

@@ -140,8 +140,7 @@ DRIFT_HD Largest larger(Largest a, Largest b) {
 }
 
 // first(thread, held) returns a thread's Largest; second(thread, held, largest) receives the largest over the
-// kScaleThreads threads that share a scale. On the device the threads of a warp run together; on the host, one after
-// another.
+// kScaleThreads threads that share a scale. On the device the threads of a warp run together; on the host, in turn.
 constexpr int kScaleThreads = kScaleBlock / kUpdateTurn;
 
 template <class Held, class First, class Second>

@@ -80,8 +80,7 @@ def _lines(result: Result, experiment: Experiment) -> Figure:
 
 
 def _front(result: Result, experiment: Experiment) -> Figure:
-    """Draw held-out sums over readings: all entries, and a close-up of the best. A line joins the Pareto-optimal
-    ones."""
+    """Draw held-out sums over readings: all entries, and a close-up of the best. A line joins the Pareto front."""
     figure, (everything, closer) = _figure(experiment, height=4.6, width=11.5, panels=2)
     places = {
         entry["name"]: (entry["scores"]["reading"]["mean"], entry["scores"]["held_out_sums"]["mean"])

@@ -31,8 +31,7 @@ VISION = {
     "out_hidden_size": HIDDEN,
 }
 
-# transformers 5 finds the images in a prompt by token types; transformers 4 by the vision tokens, and rejects the
-# types.
+# transformers 5 finds images in a prompt by token types; transformers 4 by the vision tokens, and rejects types.
 _TAKES_TOKEN_TYPES = "mm_token_type_ids" in inspect.signature(MODEL.forward).parameters
 
 

@@ -29,8 +29,8 @@ messages.
 
 For each multimodal family of transformers, and each text-only one, with transformers' own classes at tiny size and
 random weights: a base and an expert of the same language model are saved, `build_prior` builds the prior of modules
-attn and mlp, the base is loaded again, and `FusedDriftAdamW` takes one `absolute` step with zero gradients. The parameters
-that the two models share are found by the structure of the live models, not by this package's names. Then
+attn and mlp, the base is loaded again, and `FusedDriftAdamW` takes one `absolute` step with zero gradients. The
+parameters that the two models share are found by the structure of the live models, not by this package's names. Then
 
 - every shared attention and MLP matrix must have moved by lr toward the expert, element by element. Otherwise it is a
   **wrong sign** or, if it has not moved and nothing reports this, a **silent miss**. An error, a warning of the build,

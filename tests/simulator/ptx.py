@@ -43,8 +43,7 @@ class UnknownError(Exception):
 
 @dataclass
 class Instruction:
-    """An instruction. `outs` and `ins` are register numbers; a literal is ~(its index in `Entry.constants`),
-    negative."""
+    """`outs` and `ins` are register numbers; a literal has a negative one: ~(its index in `Entry.constants`)."""
 
     text: str
     operation: str

@@ -37,16 +37,16 @@ LORA = {
     "lora_r": 8,
     "lora_alpha": 16,
     "lora_target_linear": True,
-    "lora_mlp_kernel": False,  # else axolotl takes its Triton kernels, for CUDA alone
+    "lora_mlp_kernel": False,  # otherwise axolotl uses its Triton kernels, which need CUDA
     "learning_rate": 1e-2,
     "max_steps": HALF,
 }
-# With adapters a pull that ends where the expert is.
+# For adapters: a pull that ends at the expert.
 ANCHORED = {"alpha": 2.0, "prior_scaling": "gradnorm", "anchor": True, "anneal": None}
 
 
 class Witness(BasePlugin):
-    """Lets the tests see the Trainer."""
+    """Gives the tests access to the Trainer."""
 
     trainer: Trainer
 
@@ -55,14 +55,14 @@ class Witness(BasePlugin):
 
 
 class Plain(BasePlugin):
-    """FusedDriftAdamW without a prior, which `drift:` refuses."""
+    """Trains with FusedDriftAdamW without a prior, which `drift:` rejects."""
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
         use_drift(trainer, prior=None)
 
 
 class Replacing(BasePlugin):
-    """Another plugin that has its own optimizer."""
+    """Another plugin with its own optimizer."""
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
         trainer.optimizer_cls_and_kwargs = torch.optim.AdamW, {"lr": cfg.learning_rate}
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_plugins_of_other_tests() -> None:
-    """axolotl keeps plugins for the whole process."""
+    """Remove other tests' plugins, which axolotl keeps for the whole process."""
     PluginManager.get_instance().plugins.clear()
 
 
@@ -109,7 +109,7 @@ def biased(folder: Path) -> tuple[nn.Module, FusedDriftAdamW]:
 
 
 def along_delta(model: nn.Module) -> float:
-    """cos(trained - base, expert - base), over all that the prior has."""
+    """cos(trained - base, expert - base), over all parameters in the prior."""
     base, trained = (dict(m.named_parameters()) for m in (tiny.base_model(), model))
     deltas = tiny.expert_prior()
     moved, delta = (
@@ -179,7 +179,7 @@ def test_the_prior_acts_on_adapters(folder: Path, adapter: dict[str, Any]) -> No
 
 
 class TwoOnCpu(BasePlugin):
-    """axolotl takes for granted that each of several processes has a GPU, and so does Accelerate where it shards."""
+    """Works around axolotl, and Accelerate when sharding, assuming that each of several processes has a GPU."""
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         cfg.device_map = "cpu"
@@ -191,7 +191,7 @@ class TwoOnCpu(BasePlugin):
             trainer.is_fsdp_enabled = True
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
-        raise SystemExit  # what follows saves, for which a sharded model has to be on GPUs
+        raise SystemExit  # next it would save, which needs GPUs for a sharded model
 
 
 def in_a_rank(folder: Path, out: str, run: dict[str, Any]) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def test_two_processes_train_as_one(
         torch.testing.assert_close(first["params"][name], param, rtol=1e-4, atol=1e-5)
 
 
-# Never plain training in disguise
+# No silent plain training
 
 
 def has_trained(folder: Path, out: str) -> bool:
@@ -250,7 +250,7 @@ def has_trained(folder: Path, out: str) -> bool:
 
 @pytest.mark.parametrize("plugins", [None, ["drift_kernels.integrations.not_there.DriftPlugin"]])
 def test_a_plugin_that_is_not_loaded_stops_the_run(folder: Path, plugins: list[str] | None) -> None:
-    """axolotl passes over a plugin that cannot be imported, and over keys that it does not know."""
+    """axolotl ignores a plugin that cannot be imported, and unknown keys."""
     with pytest.raises(ValueError, match="drift_adamw"):
         example.train(folder, "not-loaded", **{**drift(folder), "plugins": plugins})
     assert not has_trained(folder, "not-loaded")

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1 and 2, on its CPU accelerator: attach_prior trains; FusedDriftAdamW says that it cannot."""
+"""DeepSpeed's ZeRO 1 and 2, on its CPU accelerator: attach_prior trains; FusedDriftAdamW raises an error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ours() -> tuple[nn.Module, torch.optim.Optimizer]:
 def zero(
     stage: int, make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]], micro_batches: int = 1
 ) -> dict[str, Tensor] | str:
-    """The parameters at the end, or the first step's error."""
+    """Train; return the final parameters, or the first step's error."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
@@ -42,7 +42,7 @@ def zero(
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     deepspeed.init_distributed("gloo")
-    model, optimizer = make()  # before DeepSpeed's own hooks, which take the gradients away
+    model, optimizer = make()  # before DeepSpeed's own hooks, which remove the gradients
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": micro_batches,
@@ -63,8 +63,8 @@ def zero(
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_trains_as_one_process(stage: int, tmp_path: Path) -> None:
-    """Every rank sees the same batch, so that the mean gradient is that of one process; but a flat AdamW rounds
-    otherwise: to 1e-5 of the way that a parameter went."""
+    """Every rank sees the same batch, so the mean gradient is that of one process; but a flat AdamW rounds differently:
+    to 1e-5 of each parameter's change."""
     model, optimizer = hooked()
     for step in range(STEPS):
         loss_of(model, step, torch.float32).backward()
@@ -75,7 +75,7 @@ def test_zero_trains_as_one_process(stage: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scaling", ["gradnorm", "adaptive_cosine"])
 def test_zero_2_biases_each_micro_batch_by_its_own_gradient(scaling: GradientScaling, tmp_path: Path) -> None:
-    """So that the bias of a step is the sum over its micro-batches: as in the authors' hooks."""
+    """The bias of a step is then the sum over its micro-batches, as with the authors' hooks."""
     model, optimizer = hooked(scaling)
     for step in range(STEPS):
         sums = [torch.zeros_like(param) for param in model.parameters()]

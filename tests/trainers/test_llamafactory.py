@@ -33,7 +33,7 @@ FEW = 20  # steps, where two runs are compared
 
 
 class Seen(TrainerCallback):
-    """What the Trainer had at the end."""
+    """Records the Trainer's state at the end."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         self.optimizer: FusedDriftAdamW = unwrap_optimizer(optimizer)
@@ -42,7 +42,7 @@ class Seen(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With checkpoints, a prior, a dataset, plain.yaml and sft.yaml."""
+    """A folder with checkpoints, a prior, a dataset, plain.yaml and sft.yaml."""
     tiny.quiet()
     folder = tmp_path_factory.mktemp("files")
     example.write_files(folder)
@@ -56,27 +56,27 @@ def fit(folder: Path, out: Path, *overrides: str, file: str = "sft.yaml") -> tup
 
 
 def trained(out: Path) -> nn.Module:
-    """With its adapters merged, if there are any."""
+    """The trained model, with its adapters merged, if it has any."""
     if (out / "adapter_config.json").exists():
         return PeftModel.from_pretrained(tiny.base_model(), out).merge_and_unload()
     return Qwen2ForCausalLM.from_pretrained(out)
 
 
 def way(model: nn.Module) -> dict[str, Tensor]:
-    """How far each parameter has come."""
+    """The change of each parameter."""
     base = dict(tiny.base_model().named_parameters())
     return {name: (param - base[name]).detach() for name, param in model.named_parameters()}
 
 
 def cosine(model: nn.Module) -> float:
-    """Of the way that the model has come with the expert's, where the prior is."""
+    """The cosine of the model's change and the expert's, over the parameters in the prior."""
     prior, moved = tiny.expert_prior(), way(model)
     one, other = (torch.cat([tensors[name].flatten() for name in prior]) for tensors in (moved, prior))
     return float(nn.functional.cosine_similarity(one, other, dim=0))
 
 
 def assert_close(found: nn.Module, expected: nn.Module, bound: float) -> None:
-    """To a part of the way that each parameter went."""
+    """Check closeness relative to the change of each parameter."""
     ways, params = way(expected), dict(found.named_parameters())
     for name, param in expected.named_parameters():
         assert (params[name] - param).norm() <= bound * ways[name].norm(), name
@@ -115,7 +115,7 @@ def test_freeze(folder: Path, tmp_path: Path) -> None:
 
 
 def test_lora(folder: Path, tmp_path: Path) -> None:
-    """The prior is projected onto the adapters, whose names it then has."""
+    """The prior is projected onto the adapters, and then has their names."""
     lora = ("finetuning_type=lora", "lora_rank=8", "lora_target=all", "learning_rate=0.01", "max_steps=60")
     anchored = ("drift.anchor=true", "drift.prior_scaling=gradnorm", "drift.alpha=1", "drift.anneal=null")
     model, seen = fit(folder, tmp_path / "prior", *lora, *anchored)
@@ -175,10 +175,10 @@ def test_other_stages(folder: Path, tmp_path: Path, stage: str) -> None:
 
 
 def test_a_multimodal_model_with_a_text_expert(folder: Path, tmp_path: Path) -> None:
-    """As the authors train, by their keys; on texts alone. The vision tower is frozen, which LLaMA-Factory does."""
+    """As the authors train, with their keys, on text only. LLaMA-Factory freezes the vision tower."""
     family = FAMILIES["qwen2_5_vl"]
     config = family.config()
-    for i, key in enumerate(TOKENS):  # others than those of words
+    for i, key in enumerate(TOKENS):  # not those of words
         setattr(config, key, 90 + i)
     for name, model in (("vlm", randomised(Qwen2_5_VLForConditionalGeneration(config))), ("text", family.expert())):
         model.save_pretrained(tmp_path / name)
@@ -199,7 +199,7 @@ def test_a_multimodal_model_with_a_text_expert(folder: Path, tmp_path: Path) -> 
 
 
 def in_two_processes(folder: Path, out: Path, *overrides: str, file: str = "sft.yaml") -> str:
-    """What the command says that starts them, with the global batch of one process."""
+    """Start two processes, with the same global batch as one; return the command's output."""
     env = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     env |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env |= {"PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions"}  # of DeepSpeed, kept
@@ -227,7 +227,7 @@ def test_two_processes_train_as_one_with_a_prior_that_one_of_them_builds(folder:
 
 
 def test_zero_2_trains_as_one_process_by_hooks(folder: Path, tmp_path: Path) -> None:
-    """With prior_scaling "absolute", whose bias is the same before the reduction and after it."""
+    """With prior_scaling "absolute", whose bias is the same before and after the reduction."""
     pytest.importorskip("deepspeed")
     config = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), "auto")
     config |= {"gradient_accumulation_steps": "auto", "zero_optimization": {"stage": 2}}
@@ -263,7 +263,7 @@ def test_several_machines_are_started_from_the_variables_that_llamafactory_reads
     )
 
 
-# What is refused
+# Rejected settings
 
 
 @pytest.mark.parametrize(

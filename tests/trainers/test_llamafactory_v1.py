@@ -45,7 +45,7 @@ sums:
 
 
 def render(processor: Any, messages: list[dict[str, Any]], *_: Any) -> ModelInput:
-    """The words of all messages, one after the other: the tiny tokenizer knows none of a chat."""
+    """The concatenated words of all messages: the tiny tokenizer has no chat tokens."""
     texts = [processor.encode(message["content"][0]["value"], add_special_tokens=False) for message in messages]
     weights = [message["loss_weight"] for message in messages]
     pairs = [(token, weight) for ids, weight in zip(texts, weights, strict=True) for token in ids]

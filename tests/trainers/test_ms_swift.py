@@ -1,4 +1,4 @@
-"""ms-swift: what the prior does in full fine-tuning and in LoRA, resuming, two processes, and what is refused."""
+"""ms-swift: the prior's effect in full fine-tuning and LoRA, resuming, two processes, and rejected settings."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from drift_kernels import FusedDriftAdamW, PriorError, build_prior
 from drift_kernels.integrations import named_groups, unwrap_optimizer
 from examples import swift_sft, tiny
 
-STEPS = 8  # of runs that are compared bit for bit
+STEPS = 8  # of runs that are compared bitwise
 SHORT = {"max_steps": STEPS, "save_steps": STEPS // 2, "logging_steps": 1}
 LORA = {"tuner_type": "lora", "target_modules": "all-linear", "lora_rank": 8, "learning_rate": 5e-3}
 
-# swift leaves its process group to the end of the interpreter, in which gloo's threads sometimes abort the process.
+# swift keeps its process group until the interpreter exits; gloo's threads sometimes abort the process there.
 AT_EXIT = "\nimport atexit\nfrom torch.distributed import destroy_process_group, is_initialized\n"
 AT_EXIT += "atexit.register(lambda: is_initialized() and destroy_process_group())\n"
 
@@ -56,7 +56,7 @@ class Watch(TrainerCallback):
 class Run:
     out: Path
     optimizer: Any
-    logs: list[dict[str, Any]] = field(repr=False)  # of the training alone
+    logs: list[dict[str, Any]] = field(repr=False)  # of the training only
 
     def checkpoint(self, step: int) -> Path:
         return self.out / f"checkpoint-{step}"
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configuration(folder: Path, out: Path, settings: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """Of a run with the prior; `settings` are DRIFT's, `changes` swift's, None to leave out."""
+    """The configuration of a run with the prior; `settings` are DRIFT's, `changes` swift's; None removes an entry."""
     config = swift_sft.configuration(folder, folder / "prior") | {"output_dir": str(out)}
     config["optim_args"] |= settings or {}
     return {key: value for key, value in (config | changes).items() if value is not None}
@@ -97,7 +97,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# What the prior does
+# The prior's effect
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def mean_cosine(trained: dict[str, Tensor]) -> float:
-    """Of what the training has changed, and the prior."""
+    """The mean cosine of the training's changes and the prior."""
     base = tiny.base_model().state_dict()
     moved = {name: trained[name] - base[name] for name in tiny.expert_prior()}
     cosines = [
@@ -213,7 +213,7 @@ def test_alpha_0_is_the_optimizer_without_a_prior(
 
 @pytest.mark.parametrize("changes", [{"torch_dtype": "bfloat16", "fp16": None}, LORA], ids=["full", "lora"])
 def test_resuming(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
-    """With alpha on its way to 0, and what is bfloat16 rounded at random."""
+    """With alpha decreasing to 0, and bfloat16 tensors rounded stochastically."""
     settings = {"anneal": 0.75, "rounding": "stochastic", "state_dtype": "bfloat16", "seed": 3}
     changes = {**changes, **SHORT}
     run = train(configuration(folder, tmp_path / "whole", settings, **changes))
@@ -261,7 +261,7 @@ def test_the_command_in_two_processes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_deepspeed_in_two_processes(folder: Path, tmp_path: Path) -> None:
-    """ZeRO 2: hooks, and swift's own AdamW. With "absolute" it does not matter that each biases its own gradients."""
+    """ZeRO 2: hooks, and swift's own AdamW. With "absolute", each rank may bias its own gradients."""
     pytest.importorskip("deepspeed")
     settings, changes = {"prior_scaling": "absolute", "alpha": 0.05}, {**SHORT, "max_grad_norm": 0}
     one = train(configuration(folder, tmp_path / "one", settings, **changes))
@@ -285,7 +285,7 @@ def test_the_documented_form(folder: Path, tmp_path: Path) -> None:
     assert sorted(unwrap_optimizer(run.optimizer).biased_names) == sorted(tiny.expert_prior())
 
 
-# What is refused
+# Rejected settings
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_the_prior_of_another_model(folder: Path, tmp_path: Path) -> None:
 def test_without_the_plugin_the_settings_are_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they are a mapping, which transformers' own optimizers do not take."""
+    """Because they are a mapping, which transformers' own optimizers do not accept."""
     monkeypatch.setitem(optimizers_map, "default", OptimizerCallback)
     with pytest.raises(ValueError, match="unpack"):
         train(configuration(folder, tmp_path / "out", **SHORT, optimizer=None))

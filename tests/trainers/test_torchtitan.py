@@ -1,4 +1,4 @@
-"""torchtitan trains with a prior: by its own train.py, in one process and under FSDP2."""
+"""torchtitan trains with a prior: with its own train.py, in one process and under FSDP2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("torchtitan")
 
 # isort: off
-from examples import torchtitan_llama3 as example  # before the rest of torchtitan: it brings the CPU
+from examples import torchtitan_llama3 as example  # before the rest of torchtitan: it adds CPU support
 
 # isort: on
 import torchtitan.models.llama3.config_registry
@@ -67,7 +67,7 @@ def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[FusedDriftAdamW]:
 
 @pytest.fixture
 def fine_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., nn.Module]:
-    """What train.py makes of a config, with arguments of its command line."""
+    """Train with a config and command line arguments of train.py; return the model."""
 
     def run(config: Config, *arguments: str, steps: int = STEPS, into: str = "run") -> nn.Module:
         monkeypatch.setattr(example, "plain", config)
@@ -81,7 +81,7 @@ def with_prior(**settings: Any) -> Config:
 
 
 def pull(model: nn.Module) -> float:
-    """The cosine of the way that a model has gone and the delta, over all parameters that it has."""
+    """The cosine of a model's change and the delta, over all parameters in the delta."""
     base, expert = tiny.base_and_expert(example.new_llama)
 
     def way(to: nn.Module) -> Tensor:
@@ -156,7 +156,7 @@ def test_what_the_documentation_shows(
 
 
 def test_the_documented_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its options, as torchtitan reads them, with the documented module."""
+    """torchtitan parses its options, with the documented module."""
     (command,) = commands_in(ROOT / "docs" / "trainers.md", "torchrun")
     monkeypatch.setattr(torchtitan.models.llama3.config_registry, "llama3_8b", PLAIN)
     (tmp_path / "my_jobs.py").write_text(block_with("llama3_8b_drift"))
@@ -169,7 +169,7 @@ def test_the_documented_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert config.checkpoint.initial_load_path == "/path/to/the/base"
 
 
-# What is refused
+# Rejected settings
 
 
 def test_settings_that_are_wrong() -> None:

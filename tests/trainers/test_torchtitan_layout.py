@@ -1,4 +1,4 @@
-"""Deltas in torchtitan's names and layouts: what it holds of the expert, less what it holds of the base."""
+"""Deltas in torchtitan's names and layouts: its version of the expert minus its version of the base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("torchtitan")
 
 # isort: off
-from examples import torchtitan_llama3 as example  # before the rest of torchtitan: it brings the CPU
+from examples import torchtitan_llama3 as example  # before the rest of torchtitan: it adds CPU support
 
 # isort: on
 import transformers
@@ -45,7 +45,7 @@ def llama(fuse_qkv: bool = True) -> tuple[ModelSpec, nn.Module]:
 
 
 def qwen3(moe: bool = False) -> tuple[ModelSpec, nn.Module]:
-    """Of two layers; dense with tied embeddings, as torchtitan's flavor."""
+    """A two-layer model; the dense one has tied embeddings, like torchtitan's flavor."""
     spec = qwen3_registry("debugmodel_moe" if moe else "debugmodel")
     dims = {"n_layers": 2, "dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "attn_backend": "flex"}
     rope = CosSinRoPE.Config(dim=8, max_seq_len=64)
@@ -70,13 +70,13 @@ def qwen3(moe: bool = False) -> tuple[ModelSpec, nn.Module]:
 
 
 def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """A checkpoint of HF's form; its tensors."""
+    """Save a checkpoint in HF's format; return its tensors."""
     model.save_pretrained(folder)
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def in_titan(spec: ModelSpec, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of torchtitan's model, loaded from a checkpoint as torchtitan does it."""
+    """The parameters of torchtitan's model, loaded from a checkpoint in the way torchtitan does."""
     model = spec.model.build()
     missing, _ = model.load_state_dict(spec.state_dict_adapter(spec.model, None).from_hf(stored), strict=False)
     assert not [name for name in missing if name in dict(model.named_parameters())]

@@ -60,7 +60,7 @@ def test_alpha_of_zero_is_the_optimizer_alone(folder: Path) -> None:
 
 
 def test_a_trainer_that_makes_an_optimizer_of_its_own_is_stopped(folder: Path, tmp_path: Path) -> None:
-    """For an `embedding_learning_rate`: here by Unsloth itself, which finds ours in the way."""
+    """For an `embedding_learning_rate`: here Unsloth itself rejects it, because of our optimizer."""
     plain = example.build(folder, steps=4)
     args = {**arguments(tmp_path, 4), "optim": "adamw_torch", "bf16": False, "embedding_learning_rate": 1e-5}
     trainer = UnslothTrainer(

@@ -24,8 +24,7 @@ ADDRESS = re.compile(r"\[(R\d+)?(?:\.\w+)?\+?(UR\d+)?\+?(-?0x[0-9a-f]+)?\]")
 
 
 def shared_cycles(path: Path) -> tuple[list[int], bool]:
-    """The cycles of one warp for each step, and whether all addresses could be followed. Others count as
-    conflict-free."""
+    """The cycles of one warp for each step, and whether all addresses could be followed; others have no conflicts."""
     registers: dict[str, Lanes | None] = {}
     cycles: list[int] = []
     followed = True
@@ -48,8 +47,7 @@ def shared_cycles(path: Path) -> tuple[list[int], bool]:
 
 
 def passes(addresses: Lanes, words: int) -> int:
-    """The cycles of an access of this many words per thread. Four words take a quarter warp at a time, two words
-    half."""
+    """The cycles of an access of this many words per thread: four words go by quarter warps, two by half warps."""
     total = 0
     for lanes in np.split(addresses // WORD, words):
         touched = np.unique(lanes[:, None] + np.arange(words))

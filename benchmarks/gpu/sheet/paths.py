@@ -58,8 +58,7 @@ def wide_path(code: list[Instruction]) -> Path | None:
     hints = any(step.is_streamed for step in code)
 
     def streaming(body: Iterable[int]) -> set[int]:
-        """The streaming accesses: ours all have a cache hint; in a kernel without hints, those whose addresses
-        change."""
+        """The streaming accesses, by their cache hint; in a kernel without hints, those whose addresses change."""
         accesses = [k for k in body if code[k].is_load or code[k].is_store]
         if hints:
             return {k for k in accesses if code[k].is_streamed}

@@ -82,8 +82,7 @@ def _contents(arch: str, rows: list[tuple[Entry, Entry | None]]) -> Table:
 
 
 def _shares(arch: str, rows: list[tuple[Entry, Entry | None]]) -> Table:
-    """Shares in percent of a copy at the low and the high latency, the lowest ceilings at the high one,
-    microseconds."""
+    """Shares of a copy at both latencies, in percent, and the lowest ceilings and the time at the high latency."""
     names = list(rows[0][0]["machines"])
     columns = [column for name in names for column in (f"{name}\n{LOW}/{HIGH} ns", "bound by", "us per\nmillion")]
     table = _table(

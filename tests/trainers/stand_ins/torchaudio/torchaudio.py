@@ -1,1 +1,1 @@
-"""What LLaMA-Factory imports at its start and uses for sound alone."""
+"""Replaces torchaudio, which LLaMA-Factory imports at startup but uses only for sound."""
