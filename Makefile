@@ -11,10 +11,13 @@ ARCH ?= 90
 SOURCES = $(shell git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh')
 
 .SECONDARY:
-.PHONY: demo test test-trainers simulate gpu lint format clean
+.PHONY: demo docs test test-trainers simulate gpu lint format clean
 
 demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real digit images
 	$(BIN)/python -m examples.digit_sums
+
+docs: $(READY)  ## the documentation site, in build/docs; any warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -n -b html -d build/doctrees docs build/docs
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
@@ -60,7 +63,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy 'transformers$(TRANSFORMERS)'
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint,examples,triton]' 'transformers$(TRANSFORMERS)'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint,docs,examples,triton]' 'transformers$(TRANSFORMERS)'
 	touch $@
 
 clean:

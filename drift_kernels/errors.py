@@ -4,16 +4,17 @@ from __future__ import annotations
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message carries the recorded reason."""
+    """A backend was requested by name and cannot run here; the message gives the reason."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, incomplete, or not a safetensors checkpoint; or its files cannot be read just now, and
-    then the system's OSError is the cause (`__cause__`)."""
+    """A checkpoint is damaged, incomplete, or not a safetensors checkpoint; or its files cannot be read, and then
+    `__cause__` is the system's OSError.
+    """
 
 
 class PriorError(ValueError):
-    """A prior cannot be used as asked. Base of the errors below."""
+    """A prior cannot be used as requested. Base class of the errors below."""
 
 
 class PriorFormatError(PriorError):
@@ -21,4 +22,4 @@ class PriorFormatError(PriorError):
 
 
 class PriorMismatchError(PriorError):
-    """A prior and a model, or a prior and a saved optimizer state, do not belong together."""
+    """A prior does not belong to a model, or to a saved optimizer state."""

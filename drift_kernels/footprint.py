@@ -1,7 +1,7 @@
-"""What memory a fine-tuning takes: of its model, its adapters, its optimizer and its prior, by shapes alone.
+"""The memory that a fine-tuning takes for its model, adapters, optimizer and prior, from shapes alone.
 
-Every figure is the sum of the sizes of tensors on the meta device, which are made as those of a run are. Activations
-are no tensors of this kind: they follow from batches, attention and checkpointing, and are left out.
+Every figure is the sum of the sizes of tensors on the meta device, made like those of a real run. Activations are left
+out: they depend on batches, attention and checkpointing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ NF4_BOOK, SCALE_BOOK = 16, 256  # float32 entries of a matrix's two code books
 
 
 class Item(NamedTuple):
-    """A line of the table: what it is, how it is held, and its bytes, on the device or in the host's memory."""
+    """A row of the table.
+
+    Attributes:
+        what: what is held: "gradients", "states", ...
+        how: how it is held: dtype, number of tensors, ...
+        nbytes: its size in bytes.
+        on_host: whether it is in the host's memory instead of the device's.
+    """
 
     what: str
     how: str
@@ -47,17 +54,18 @@ class FineTuning:
     """How a model is fine-tuned.
 
     Attributes:
-        rank: of LoRA adapters on the Linears of `modules`; None for full fine-tuning, of all parameters.
-        modules: what has adapters, and what the prior has deltas of: entries of names.PRESETS, or "re:REGEX".
-        base_bits: 4 and 8: Linears as bitsandbytes holds them (NF4 with double quantisation, int8), all but the head,
-            as transformers does it, and but `kept`, parts of names. 16: `dtype`.
-        dtype: of base weights that are not quantised, and of what full fine-tuning trains.
-        adapter_dtype: of adapters and their gradients. PEFT makes them float32.
+        rank: of LoRA adapters on the Linears of `modules`; None for full fine-tuning of all parameters.
+        modules: what has adapters and deltas: presets such as "attn" and "mlp", or "re:REGEX".
+        base_bits: 16: base weights in `dtype`. 4 or 8: Linears as bitsandbytes holds them (NF4 with double
+            quantisation, int8), except the head, as in transformers, and except `kept`.
+        kept: parts of names of Linears that are not quantised.
+        dtype: of base weights that are not quantised, and of the parameters of full fine-tuning.
+        adapter_dtype: of adapters and their gradients; PEFT's default is float32.
         precision: of the optimizer.
-        prior: the dtype of deltas, float32, bfloat16, int8 or float8_e4m3fn; None without a prior.
-        prior_rank: of deltas in low-rank form, whose factors are bfloat16; None for whole ones.
+        prior: the dtype of deltas: float32, bfloat16, int8 or float8_e4m3fn; None without a prior.
+        prior_rank: the rank of deltas that are stored as two bfloat16 factors; None for whole ones.
         prior_on_host: whether deltas stay in the host's memory.
-        anchor: the optimizer's. Adapters need no more for it.
+        anchor: as in `FusedDriftAdamW`. Adapters need no extra memory for it.
     """
 
     rank: int | None = 16
@@ -74,15 +82,32 @@ class FineTuning:
 
 
 def table(model: nn.Module, how: FineTuning) -> list[Item]:
-    """What the fine-tuning of a model takes. It may be on the meta device (prior/in_memory.py).
+    """List what the fine-tuning of a model takes.
 
-    Raises ValueError when nothing in it is of `modules`.
+    Args:
+        model: the model, which may be on the meta device.
+        how: how it is fine-tuned.
+
+    Returns:
+        One `Item` per row: parameters, gradients, states, prior, ...
+
+    Raises:
+        ValueError: the model has nothing of `how.modules`.
     """
     return list(_full(model, how) if how.rank is None else _adapters(model, how, how.rank))
 
 
 def without_adapters(model: nn.Module, modules: Sequence[str]) -> list[str]:
-    """The matrices of `modules` that are no Linears, which PEFT's `target_modules` leaves alone: fused experts."""
+    """List the matrices of `modules` that get no adapters, since they are not Linears (fused experts): PEFT's
+    `target_modules` skips them.
+
+    Args:
+        model: the model, which may be on the meta device.
+        modules: presets such as "attn" and "mlp", or "re:REGEX".
+
+    Returns:
+        Live parameter names.
+    """
     linears = {f"{name}.weight" for name, _ in _linears(model)}
     others = {canonical_name(name): name for name, p in model.named_parameters() if p.dim() > 1 and name not in linears}
     return [others[name] for name in select_names(others, modules)]
@@ -134,7 +159,7 @@ def _base(model: nn.Module, how: FineTuning) -> Iterator[Item]:
 
 
 def _quantised(model: nn.Module, kept: Sequence[str]) -> Iterator[nn.Linear]:
-    """The Linears that transformers quantises: not the head, not what holds the last parameter."""
+    """The Linears that transformers quantises: all but the head and the module with the last parameter."""
     find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
     *_, (last, _) = model.named_parameters()
@@ -148,7 +173,7 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def _nf4(weight: Tensor) -> list[Tensor]:
-    """Two codes in a byte; the codes of scales, their scales and their mean; the code books."""
+    """Codes, two in a byte; the codes of the scales, their scales and mean; the code books."""
     blocks = -(-weight.numel() // NF4_BLOCK)
     codes = [_held((-(-weight.numel() // 2),), torch.uint8), _held((blocks,), torch.uint8)]
     floats = ((-(-blocks // SCALE_BLOCK),), (), (NF4_BOOK,), (SCALE_BOOK,))
@@ -176,7 +201,7 @@ def _prior(shapes: Sequence[Shape], how: FineTuning, held: Sequence[Sequence[Ten
 
 
 def _projection(shapes: Sequence[Shape], how: FineTuning) -> Item:
-    """Of one weight after the other: its delta on the device, if it stays on the host, and what of it is expanded."""
+    """For one weight after the other: the copy of its delta, if that stays on the host, and its expanded part."""
 
     def needed(shape: Shape) -> list[Tensor]:
         delta = _delta(shape, how)
@@ -191,7 +216,7 @@ def _projection(shapes: Sequence[Shape], how: FineTuning) -> Item:
 
 
 def _delta(shape: Shape, how: FineTuning) -> Delta:
-    """As it is stored: in factors where these are smaller."""
+    """As it is stored: in factors if these are smaller."""
     if how.prior_rank and len(shape) == 2 and how.prior_rank * sum(shape) < math.prod(shape):
         factors = (shape[0], how.prior_rank), (how.prior_rank, shape[1])
         return LowRankDelta(*(_held(factor, torch.bfloat16) for factor in factors))

@@ -1,10 +1,4 @@
-"""The prior for any optimizer: gradients are biased in place before it reads them.
-
-    g' = g - c*delta        c: as in FusedDriftAdamW, from the same `coefficients.py`
-
-computed in float32 and rounded once to the gradient's dtype (`reference.bias_`). FusedDriftAdamW does not round its
-biased gradient, which it never stores.
-"""
+"""The prior for any optimizer: gradients are biased in place (`reference.bias_`) before the optimizer reads them."""
 
 from __future__ import annotations
 
@@ -52,7 +46,9 @@ _NO_STEP: dict[str, Any] = {
 
 
 class BiasSettings:
-    """alpha and prior_scaling, in a param group as optimizers have it, so that `AlphaScheduler` takes it for one."""
+    """alpha and prior_scaling in a param group, as optimizers hold them, so that `AlphaScheduler` accepts it as an
+    optimizer.
+    """
 
     def __init__(self, alpha: AlphaLike, prior_scaling: GradientScaling, normalize_to_param: bool) -> None:
         group_alpha, self.strengths = Strengths.split(alpha)
@@ -62,7 +58,7 @@ class BiasSettings:
 
     @property
     def alpha(self) -> float | Tensor:
-        """Strength of the prior; may be set between steps."""
+        """Strength of the prior, a number or a tensor of one element; may be set between steps."""
         return self.param_groups[0]["alpha"]
 
     @alpha.setter
@@ -70,7 +66,7 @@ class BiasSettings:
         self.param_groups[0]["alpha"] = alpha
 
     def _group(self, named: list[tuple[str, Tensor]]) -> dict[str, Any]:
-        """The param group as an engine takes it, with these parameters."""
+        """The param group for an engine, with these parameters."""
         group = self.param_groups[0]
         scaling = group["prior_scaling"]
         if scaling not in GRADIENT_SCALINGS:
@@ -81,7 +77,7 @@ class BiasSettings:
 
 
 def _named(named_params: NamedParams) -> list[tuple[str, Tensor]]:
-    """Raises PriorError for parameters without names."""
+    """The pairs as a list. Raises PriorError for parameters without names."""
     named = list(named_params)
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in named):
         raise PriorError(
@@ -91,12 +87,9 @@ def _named(named_params: NamedParams) -> list[tuple[str, Tensor]]:
 
 
 def _covered(named: list[tuple[str, Tensor]], binding: PriorBinding) -> list[tuple[str, Tensor]]:
-    """The parameters that the prior has a delta for.
-
-    Raises:
-        PriorMismatchError: none is covered, only frozen ones are, or one by name but not by shape.
-        ValueError: one is given twice.
-        TypeError: the gradient of one that is covered cannot be biased.
+    """The parameters that the prior has a delta for. Raises PriorMismatchError if there are none, if all are frozen, or
+    if one fits by name but not by shape; ValueError for one that is given twice; TypeError for one whose gradient
+    cannot be biased.
     """
     names: dict[int, str] = {}
     for name, param in named:
@@ -111,38 +104,41 @@ def _covered(named: list[tuple[str, Tensor]], binding: PriorBinding) -> list[tup
 
 
 class GradientBias(BiasSettings):
-    """Biases the gradients of a model by a prior, all together, for any optimizer.
+    """Biases the gradients of a model, all together, for any optimizer that descends.
+
+    Each gradient g of a covered parameter becomes g - c*delta, computed in float32 and rounded once to its dtype, with
+    c as in `FusedDriftAdamW` (arXiv 2510.15050; `docs/method.md`).
+
+    Call `apply_` once per optimizer step: after gradients are accumulated, reduced over processes and unscaled
+    (`GradScaler.unscale_`), and before they are clipped. `AlphaScheduler` accepts it in place of an optimizer.
+
+    Example::
 
         bias = GradientBias(model.named_parameters(), prior, alpha=0.5)
         loss.backward()
         bias.apply_()
         optimizer.step()
 
-    Call `apply_` once per optimizer step: after gradients are accumulated, reduced over processes and unscaled
-    (`GradScaler.unscale_`), before they are clipped. For optimizers that descend. `AlphaScheduler` takes it in place of
-    an optimizer.
-
     Args:
-        named_params: `model.named_parameters()`; those without a delta are left alone. Parameters that the prior covers
-            are float32, bfloat16 or float16, their gradients of their own dtype or float32 (of float32 ones bfloat16 or
-            float16 too), dense, of any strides.
-        prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name. For LoRA
-            adapters what `lora_prior` makes of one (docs/adapters.md). Each delta is loaded once, when its parameter
-            first has a gradient.
-        alpha: strength of the prior; positive pulls toward the expert, at 0 nothing is done. May be set between steps.
-            Or by pattern, as in FusedDriftAdamW: the alpha to be set is then 1, and multiplies these.
-        prior_scaling: "absolute", "gradnorm" or "adaptive_cosine" (docs/method.md). ("decoupled" moves parameters, not
-            gradients.)
-        normalize_to_param: with "absolute", rescale each delta to norm(W), as in FusedDriftAdamW.
-        prior_device: "cpu" leaves the deltas of CUDA parameters in pinned host memory; None moves each to its
+        named_params: `model.named_parameters()`. Parameters without a delta are left alone; covered ones are float32,
+            bfloat16 or float16. Their gradients are dense, of any strides, and have the parameter's dtype or float32;
+            those of float32 parameters may be bfloat16 or float16.
+        prior: a `Prior`, its folder or Hub id, or a mapping from parameter names to deltas; bound by name. For LoRA
+            adapters, the result of `lora_prior`. Each delta is loaded once, when its parameter first has a gradient.
+        alpha: strength of the prior; positive values pull toward the expert, and 0 leaves gradients as they are. Or by
+            pattern, as in `FusedDriftAdamW`: the attribute `alpha` is then 1 and multiplies these.
+        prior_scaling: "absolute", "gradnorm" or "adaptive_cosine" (`docs/method.md`). "decoupled" moves parameters, not
+            gradients, and is an error.
+        normalize_to_param: with "absolute", rescale each delta to norm(W), as in `FusedDriftAdamW`.
+        prior_device: "cpu" keeps the deltas of CUDA parameters in pinned host memory; None moves each to its
             parameter's device.
-        backend: "auto" or the name of one.
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Raises:
-        TypeError, ValueError: an argument or a parameter of a wrong type or value; a parameter that is given twice.
-        PriorError: parameters without names; a damaged prior (PriorFormatError); one that matches no parameter, only
-            frozen ones, or one by name but not by shape (PriorMismatchError).
-        BackendUnavailableError: a backend asked for by name cannot run here.
+        TypeError, ValueError: an argument or parameter has a wrong type or value, or a parameter is given twice.
+        PriorError: the parameters have no names, the prior is damaged (`PriorFormatError`), or it matches no parameter,
+            only frozen ones, or one by name but not by shape (`PriorMismatchError`).
+        BackendUnavailableError: `backend` names one that cannot run here.
     """
 
     @_scaling
@@ -169,10 +165,17 @@ class GradientBias(BiasSettings):
     @not_compiled
     @torch.no_grad()
     def apply_(self) -> BiasFigures:
-        """Biases every gradient that the prior covers, in place; parameters without a gradient wait.
+        """Bias in place every gradient that the prior covers. All checks run before anything changes.
 
-        Everything is checked before anything changes. Raises TypeError or ValueError for a gradient that is sparse or
-        of another dtype, shape or device than it should be, and for an alpha that is not a finite number.
+        Parameters without a gradient are skipped.
+
+        Returns:
+            The cosines and ratios of the biased tensors, on the device.
+
+        Raises:
+            TypeError, ValueError: a gradient is sparse or has a wrong dtype, shape or device, or alpha is not a finite
+                number.
+            PriorError: a delta cannot be read.
         """
         return bias_figures(self._engine.step([self._group(self.named_params)]))
 
@@ -188,16 +191,23 @@ def bias_gradients_(
     *,
     normalize_to_param: bool = False,
 ) -> BiasFigures:
-    """`GradientBias(...).apply_()` for parameters and a prior that are the same from step to step.
+    """Bias gradients in place: `GradientBias(...).apply_()` as one function.
 
-    What was prepared for them is kept for as long as the prior lives, so deltas are loaded in the first call only, and
-    again when other parameters are given; for several models under one prior make a `GradientBias` of each. The
-    parameters are not kept alive. alpha, prior_scaling and normalize_to_param may change from call to call. Arguments,
-    result and errors are those of `GradientBias`.
+    It is meant for parameters and a prior that stay the same from step to step: what it prepares is kept as long as the
+    prior lives, so deltas are loaded in the first call only, and again if other parameters are given. For several
+    models under one prior, make a `GradientBias` of each. The parameters are not kept alive.
 
     Args:
-        prior: a `Prior` (`Prior.open(path)`, `Prior.from_mapping(deltas)`); TypeError for anything else, which would
-            have to be loaded in every call.
+        named_params: as in `GradientBias`.
+        prior: a `Prior` (`Prior.open(path)`, `Prior.from_mapping(deltas)`).
+        alpha, prior_scaling, normalize_to_param: as in `GradientBias`; they may change from call to call.
+
+    Returns:
+        The cosines and ratios of the biased tensors, on the device.
+
+    Raises:
+        TypeError: `prior` is not a `Prior`: anything else would have to be loaded in every call. Otherwise the errors
+            of `GradientBias` and `GradientBias.apply_`.
     """
     if not isinstance(prior, Prior):
         raise TypeError(
@@ -215,7 +225,7 @@ def bias_gradients_(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What `bias_gradients_` keeps with a prior, which keeps neither the parameters nor the prior alive."""
+    """What `bias_gradients_` keeps for a prior. It keeps neither the parameters nor the prior alive."""
 
     names: list[str]
     params: Seen
@@ -244,8 +254,13 @@ _PREPARED: weakref.WeakKeyDictionary[Prior, _Prepared] = weakref.WeakKeyDictiona
 
 
 class PriorHooks(BiasSettings):
-    """What `attach_prior` returns. `alpha` may be set between steps, and `AlphaScheduler` takes it in place of an
-    optimizer. `names` are the parameters with a hook; `has_acted` says whether one has biased a gradient."""
+    """The handle that `attach_prior` returns. `AlphaScheduler` accepts it in place of an optimizer.
+
+    Attributes:
+        names: names of the parameters that have a hook.
+        has_acted: whether a hook has biased a gradient.
+        prior: the bound `Prior`.
+    """
 
     def __init__(self, named: list[tuple[str, Tensor]], binding: PriorBinding, settings: BiasSettings, backend: str):
         self.param_groups = settings.param_groups
@@ -262,7 +277,7 @@ class PriorHooks(BiasSettings):
     @not_compiled
     @torch.no_grad()
     def _bias(self, param: Tensor) -> None:
-        """The hook. Another that ran before may have taken the gradient."""
+        """The hook. One that ran before it may have taken the gradient."""
         if not self._paused and param.grad is not None:
             with self._lock:
                 self.has_acted = True
@@ -271,7 +286,7 @@ class PriorHooks(BiasSettings):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Backward passes in this context leave gradients as they are: for all micro-batches but the last of a step."""
+        """A context in which backward passes leave gradients unchanged, for all micro-batches but a step's last."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -279,7 +294,7 @@ class PriorHooks(BiasSettings):
             self._paused = before
 
     def remove(self) -> None:
-        """Takes the hooks away and lets go of the deltas. A second call does nothing."""
+        """Remove the hooks and release the deltas. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -298,29 +313,28 @@ def attach_prior(
     prior_device: str | torch.device | None = None,
     backend: backends.Name = "auto",
 ) -> PriorHooks:
-    """From now on the backward pass biases each gradient as soon as it is accumulated, in place of the authors' hooks:
-    for training loops in which nothing can be called between `backward()` and `optimizer.step()`, or whose gradients
-    are gone by then (optimizers that step in the backward pass). Elsewhere `GradientBias` is better: a launch for all
-    parameters together, not several for each, and on the gradient that the optimizer reads.
+    """Register hooks that bias each gradient in the backward pass, as soon as it is accumulated.
 
-    The hooks bias whatever has been accumulated so far on this process:
+    They replace the hooks of the paper's authors, for training loops in which nothing can be called between
+    `backward()` and `optimizer.step()`, or whose gradients are gone by then (optimizers that step in the backward
+    pass). Elsewhere prefer `GradientBias`: it needs one launch for all parameters instead of several for each, and
+    biases the gradient that the optimizer reads.
 
-    - With accumulation over micro-batches they act in each of them, on the sum so far, unless all but the last run
-      `with handle.paused():`. A parameter that the last does not use is then not biased in that step.
-    - Before reductions over processes (DDP, DeepSpeed ZeRO 1 and 2), on this process's gradient: with "absolute" the
-      reduced gradient is the same as if it had been biased afterwards, with the others c follows from norms and cosines
-      of this process. Call this before other hooks are registered (`deepspeed.initialize`): they run in that order.
-    - Under a GradScaler, on scaled gradients: "gradnorm" and "adaptive_cosine" do not mind, "absolute" is off by the
-      scale.
+    Hooks bias whatever this process has accumulated so far. `docs/method.md` explains what that means for accumulation
+    over micro-batches (run all but the last inside `paused()`), several processes and a GradScaler. Call this before
+    other hooks are registered (`deepspeed.initialize`): they run in that order.
 
     Args:
-        model: of which the parameters that require gradients now and that the prior covers get a hook. Tied weights are
-            one parameter, under the first of their names. Not of DTensors (FSDP2).
+        model: parameters that require gradients now and that the prior covers get a hook. Tied weights are one
+            parameter, under the first of their names.
         prior, alpha, prior_scaling, normalize_to_param, prior_device, backend: as in `GradientBias`.
 
+    Returns:
+        A handle that pauses and removes the hooks and holds `alpha`.
+
     Raises:
-        As `GradientBias`, before any hook is registered. A sparse gradient of one that is covered raises TypeError in
-        its backward pass.
+        TypeError: a covered parameter is a DTensor (FSDP2). The errors of `GradientBias` are raised too, always before
+            any hook is registered. A sparse gradient of a covered parameter raises in its backward pass.
     """
     settings = BiasSettings(alpha, prior_scaling, normalize_to_param)
     backends.check_name(backend)

@@ -1,9 +1,10 @@
 """The two primitives as operators of torch.library, for training code that is functional or compiled as a whole.
 
 Importing this module registers `torch.ops.drift_kernels.update` and `torch.ops.drift_kernels.grad_stats`. A call is one
-launch: n tensors of one device, and of one combination of dtypes. A list of codes (formats/blocks.py) is followed by
-their scales: n tensors of int8, uint8 or float8_e4m3fn, then n of float32, [blocks] or of `formats.blocks.scale_shape`.
-`FusedDriftAdamW` does not need them.
+launch, for n tensors of one device and one combination of dtypes. `FusedDriftAdamW` does not need them.
+
+Codes are followed by their scales in the same list: n tensors of int8, uint8 or float8_e4m3fn, then n of float32, one
+scale for each block of 128 elements, of shape [blocks] or `formats.blocks.scale_shape` (`docs/precision.md`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 
 def _uniform(name: str, tensors: list[Tensor], shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
-    """The tensors, if they have these shapes, one dtype and one device, and are contiguous."""
+    """Return the tensors if they have these shapes, one dtype and one device, and are contiguous."""
     if not shapes:
         raise ValueError(f"{name} must have at least one tensor, got none")
     found = [tuple(t.shape) for t in tensors]
@@ -42,7 +43,7 @@ def _expect(name: str, found: torch.dtype, expected: tuple[torch.dtype, ...]) ->
 
 
 def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Each tensor and its scale; None where there are none."""
+    """Pair each tensor with its scale; None where there is none."""
     n, device = len(like), like[0].device
     values, scales = tensors[:n], tensors[n:]
     if not tensors:
@@ -61,7 +62,13 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
     return list(zip(values, scales, strict=True))
 
 
-@torch.library.custom_op("drift_kernels::update", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "residuals"))
+# Schemas are written out: to infer them, torch 2.6 takes no `list[Tensor]`.
+@torch.library.custom_op(
+    "drift_kernels::update",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "residuals"),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] deltas, "
+    "Tensor(d!)[] residuals, SymInt[] random_keys, Tensor coefficients) -> ()",
+)
 def update(
     params: list[Tensor],
     grads: list[Tensor],
@@ -72,19 +79,20 @@ def update(
     random_keys: list[int],
     coefficients: Tensor,
 ) -> None:
-    """`reference.drift_adamw_` on n tensors, in place, by the backend of their device ("auto").
+    """Step n tensors in place, with the backend of their device ("auto"). `docs/numerics.md` has the formula.
 
     Args:
         params: n, at least one, float32, bfloat16 or float16.
         grads: n of params' shapes, of their dtype or float32.
-        exp_avgs, exp_avg_sqs: n each, of params' shapes, float32 or bfloat16; or codes of int8 and of uint8.
-        deltas: n of params' shapes, float32, bfloat16, or codes of int8 or float8_e4m3fn; or none.
-        residuals: n of params' shapes, int16, which make masters of bfloat16 params; or none.
-        random_keys: n, for stochastic rounding (`plan.Operands.random_key`), of whole tensors; or none.
-        coefficients: float32 [n, 12], the fields of `coefficients.Coefficients`, on params' device.
+        exp_avgs: n of params' shapes, float32 or bfloat16; or int8 codes and their scales.
+        exp_avg_sqs: likewise, of exp_avgs' dtype; or uint8 codes and their scales beside int8 exp_avgs.
+        deltas: n of params' shapes, float32 or bfloat16; or codes of int8 or float8_e4m3fn and their scales; or empty.
+        residuals: n of params' shapes, int16, which make bfloat16 params masters; or empty.
+        random_keys: n keys of the stochastic rounding (`plan.Operands.random_key`), of whole tensors; or empty.
+        coefficients: float32 [n, 12] on params' device, the fields of `coefficients.Coefficients`.
 
     Raises:
-        ValueError: lists of other lengths, shapes, dtypes or devices than these, or tensors that are not contiguous.
+        ValueError: a list has another length, shape, dtype or device, or a tensor is not contiguous.
     """
     n, shapes = len(params), [tuple(p.shape) for p in params]
     device = coefficients.device
@@ -121,16 +129,21 @@ def update(
     backends.resolve("auto", device).update(plan, coefficients, with_delta=True)
 
 
-@torch.library.custom_op("drift_kernels::grad_stats", mutates_args=())
+@torch.library.custom_op(
+    "drift_kernels::grad_stats", mutates_args=(), schema="(Tensor[] grads, Tensor[] deltas) -> Tensor"
+)
 def grad_stats(grads: list[Tensor], deltas: list[Tensor]) -> Tensor:
-    """float64 [n, 2]: sum(g*g) and sum(g*delta) of each of n gradients; the latter is 0 without deltas.
+    """Return sum(g*g) and sum(g*delta) of each gradient.
 
     Args:
         grads: n, at least one, float32, bfloat16 or float16.
-        deltas: n of grads' shapes, float32, bfloat16, or codes of int8 or float8_e4m3fn; or none.
+        deltas: n of grads' shapes, float32 or bfloat16; or codes of int8 or float8_e4m3fn and their scales; or empty.
+
+    Returns:
+        float64 [n, 2] on the gradients' device; the second column is 0 without deltas.
 
     Raises:
-        ValueError: lists of other lengths, shapes, dtypes or devices than these, or tensors that are not contiguous.
+        ValueError: a list has another length, shape, dtype or device, or a tensor is not contiguous.
     """
     device = grads[0].device if grads else torch.device("cpu")
     _uniform("grads", grads, [tuple(g.shape) for g in grads], device)

@@ -32,69 +32,53 @@ from .torch_private import grad_scaler_says, not_compiled, unscales_gradients
 
 @unscales_gradients
 class FusedDriftAdamW(Optimizer):
-    """AdamW with decoupled weight decay whose gradient is biased by a prior; without a prior, a fast drop-in for
-    `torch.optim.AdamW`.
-
-    One pass over memory reads param, grad, delta and the states and writes param and states; scalings that need the
-    gradient's norm, and clipping, add one read-only pass. Formulas: `coefficients.py` and `reference.py`; bits:
-    docs/numerics.md.
+    """AdamW with decoupled weight decay whose gradients a prior biases; without a prior, a fast drop-in for
+    `torch.optim.AdamW`. The formulas of a step: `docs/api/optimizer.md`.
 
     Args:
-        params: parameters, or groups of them, as `torch.optim.AdamW` takes; named ones (`model.named_parameters()`)
-            with a prior. Each contiguous, float32, bfloat16 or float16, its gradient of its own dtype or float32, of a
-            float32 one bfloat16 or float16 too; DTensors too (docs/distributed.md). What needs no gradient is ignored.
+        params: parameters or param groups, as in torch; with a prior, named ones (`model.named_parameters()`). Dense,
+            float32, bfloat16 or float16; DTensors too. A gradient has its parameter's dtype or float32; that of a
+            float32 parameter may be bfloat16 or float16. Frozen parameters are ignored until they have a gradient.
         lr: learning rate, a number or a tensor of one element.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
-        weight_decay: decoupled; acts in float32, before the one rounding of the parameter.
-        prior: a `Prior`, the folder of one, or a mapping from parameter names to deltas; bound by name. For LoRA
-            adapters what `drift_kernels.integrations.peft.lora_prior` makes of one.
-        alpha: strength of the prior; positive pulls toward the expert. A schedule may change it (`AlphaScheduler`);
-            at 0 the step is plain AdamW. Or by pattern, `{"re:self_attn": 1.0, "mlp": 0.5}`: the first that fits
-            decides, what none fits is left alone; the groups' alpha is then 1, and multiplies these.
-        prior_scaling: "absolute", "gradnorm", "adaptive_cosine" or "decoupled" (docs/method.md).
-        normalize_to_param: with "absolute", rescale each delta to norm(W): of the base checkpoint, or, for a mapping,
-            of the parameter when it is first stepped.
-        anchor: pull by what is left of the way, expert - W as W is now, so that the pull ends where the expert is
-            (docs/method.md). Each parameter then has where it is pulled in its state (`prior_target`).
-        prior_device: "cpu" leaves the deltas of CUDA parameters in pinned host memory, where the kernels read them in
+        weight_decay: decoupled; applied in float32, before the parameter is rounded.
+        prior: a `Prior`, its folder or Hub id, or a mapping from parameter names to deltas; bound by name. For LoRA
+            adapters, the result of `lora_prior`.
+        alpha: strength of the prior; positive values pull toward the expert, 0 is plain AdamW. `AlphaScheduler` changes
+            it over time. A mapping such as `{"re:self_attn": 1.0, "mlp": 0.5}` sets it by pattern: the first that fits
+            a delta decides, and a delta that none fits is not used. The groups' alpha is then 1 and multiplies these.
+        prior_scaling: "absolute", "gradnorm", "adaptive_cosine" or "decoupled" (`docs/method.md`).
+        normalize_to_param: with "absolute", rescale each delta to norm(W): that of the base checkpoint or, for a
+            mapping, that of the parameter when it is first stepped.
+        anchor: pull by what is left of the way, expert - W for the current W, so that the pull ends at the expert
+            (`docs/method.md`). Each parameter then keeps its target in its state (`prior_target`).
+        prior_device: "cpu" keeps the deltas of CUDA parameters in pinned host memory, where the kernels read them in
             every step; None moves each to its parameter's device.
         max_grad_norm: clip the biased gradient of all parameters together to this norm, inside the step; `math.inf`
-            only measures it. Leave None when the trainer clips.
-        state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8: codes of one byte with a scale for each 128
-            elements (formats/blocks.py), for parameters of 4096 elements or more. Also "float32", "fp32", "bfloat16",
-            "bf16", "int8".
+            only measures it. Leave it None if the trainer clips.
+        state_dtype: of exp_avg and exp_avg_sq: float32, bfloat16, or int8 (codes, with a float32 scale for each 128
+            elements) for parameters of at least 4096 elements. Also "float32", "fp32", "bfloat16", "bf16", "int8".
         rounding: "nearest", or "stochastic" for bfloat16 parameters (without masters) and their states; float32
-            parameters have float32 states then. Not for float16.
-        seed: of the stochastic rounding, in [0, 2^32); the state_dict carries it.
-        master_weights: a bfloat16 parameter and 16 bits more (the state `param_residual`) are a float32 that is updated
-            exactly as a float32 parameter would be; the parameter is its nearest bfloat16. float32 parameters need
-            none. Not for float16.
+            parameters then have float32 states. Not for float16.
+        seed: of the stochastic rounding, in [0, 2^32); saved in the state_dict.
+        master_weights: keep 16 more bits of each bfloat16 parameter (the state `param_residual`): together a float32
+            master that is updated exactly as a float32 parameter; the parameter is the nearest bfloat16. Not for
+            float16.
         maximize: ascend the objective. The prior still pulls toward the expert.
-        capturable: a CUDA graph may hold the step. Step counts are kept on the parameters' device, and an lr or alpha
-            that is a tensor there is read in every replay (schedulers fill it in place); one that is a number stays
-            what it was at the capture. The first step must run before the capture.
-        amsgrad, differentiable, foreach, fused: torch.optim.AdamW's; the first two must be False, the others are idle.
-        backend: "auto" or the name of one.
+        capturable: allow the step in a CUDA graph, but not the first one. Step counts are kept on the parameters'
+            device. A replay reads an lr or alpha that is a tensor there; a number keeps its value from the capture.
+        amsgrad, differentiable, foreach, fused: as in torch; the first two must be False, the others have no effect.
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
-    lr, betas, eps, weight_decay, alpha, prior_scaling, normalize_to_param and maximize are per param group and may
+    lr, betas, eps, weight_decay, alpha, prior_scaling, normalize_to_param and maximize are set per param group and may
     change between steps.
 
-    A NaN or Inf in a gradient behaves as in `torch.optim.AdamW`: it reaches that element's states and parameter. A
-    tensor whose gradient norm is not finite takes no bias that depends on the norm in that step; with
-    `max_grad_norm`, a NaN norm makes every element NaN, as `torch.nn.utils.clip_grad_norm_` does.
-
-    A `torch.amp.GradScaler` may hold the step: `scaler.step(optimizer)` unscales inside the pass (gradients keep their
-    scale, where `torch.optim.AdamW(fused=True)` leaves them unscaled; `max_grad_norm` and `grad_norm` are of the
-    unscaled ones), and where a gradient is not finite the device leaves parameters, states and step counts as they are.
-    From then on step counts are on the parameters' device.
-
     Raises:
-        TypeError, ValueError: a hyperparameter or a parameter of a wrong type, value, dtype or layout; named in the
-            message.
-        PriorError: a prior without names to bind by; a damaged prior (PriorFormatError); one that matches no parameter,
-            only frozen ones, or one by name but not by shape (PriorMismatchError).
-        BackendUnavailableError: a backend asked for by name cannot run here.
+        TypeError, ValueError: a hyperparameter or parameter has a wrong type, dtype, layout or value.
+        PriorError: there are no names to bind the prior by, it is damaged (`PriorFormatError`), or it matches no
+            parameter, only frozen ones, or one by name but not by shape (`PriorMismatchError`).
+        BackendUnavailableError: `backend` names one that cannot run here.
     """
 
     _in_backward: BackwardHandle | None = None
@@ -158,7 +142,7 @@ class FusedDriftAdamW(Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """May be set between steps."""
+        """Norm to which the biased gradient is clipped, or None; may be set between steps."""
         return self._engine.max_grad_norm
 
     @max_grad_norm.setter
@@ -167,19 +151,22 @@ class FusedDriftAdamW(Optimizer):
 
     @property
     def backend(self) -> str:
+        """Name of the backend, as passed to the constructor."""
         return self._engine.backend
 
     @property
     def prior(self) -> Prior | None:
+        """The bound `Prior`, or None without one."""
         return None if self._engine.binding is None else self._engine.binding.prior
 
     @property
     def prior_fingerprint(self) -> str | None:
+        """The prior's fingerprint, or None without a prior; saved in the state_dict."""
         return None if self.prior is None else self.prior.fingerprint
 
     @not_compiled
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `torch.optim.Optimizer`; the group is checked and left out if it is wrong."""
+        """Add a param group, as in torch. An invalid one raises as in the constructor, and nothing changes."""
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         group = self.param_groups[index]
@@ -198,9 +185,16 @@ class FusedDriftAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates every parameter that has a gradient.
+        """Update every parameter that has a gradient. All checks run before anything changes.
 
-        Everything is checked before anything changes. Returns the closure's loss, if there is one.
+        Returns:
+            The loss of the closure, or None without a closure.
+
+        Raises:
+            TypeError, ValueError: a gradient or a changed hyperparameter is invalid.
+            PriorError: the prior does not fit the parameters, or a delta cannot be read.
+            RuntimeError: a CUDA graph captures the step without `capturable=True`; or the optimizer is attached to the
+                backward pass, and there is a GradScaler or a gradient that no backward pass has used.
         """
         loss = None
         if closure is not None:
@@ -221,20 +215,17 @@ class FusedDriftAdamW(Optimizer):
         self._engine.keep_turn(self.param_groups)
 
     def attach_to_backward(self) -> BackwardHandle:
-        """From now on `loss.backward()` updates each parameter as soon as its gradient is complete, and sets the
-        gradient to None: the memory of all gradients falls to that of the few which are not used yet.
+        """Update each parameter inside the backward pass, as soon as its gradient is complete, and free the gradient.
 
-        The updates are those of `step()` after the backward pass, bit for bit. `step()` itself then changes nothing, so
-        training loops, trainers and schedulers stay as they are; it raises RuntimeError under a GradScaler, and for a
-        gradient that did not come by a backward pass. Every backward pass is a step: gradients cannot be accumulated
-        over several. A parameter that is used more than once gets one update (but not under reentrant checkpointing,
-        which completes its gradient piece by piece). For the parameters that require gradients now, all of which get
-        states at the first pass; it ends with the returned handle's `remove()`.
+        The updates are bitwise identical to those of `step()` after the backward pass; `step()` itself then changes
+        nothing. Every backward pass is a step, so gradients cannot be accumulated. Details: `docs/api/optimizer.md`.
+
+        Returns:
+            A handle, whose `remove()` detaches the optimizer.
 
         Raises:
-            ValueError: `max_grad_norm` is set (the norm of all gradients would be known too late), or several processes
-                train together, since their gradients are reduced after this.
-            RuntimeError: it is attached already.
+            ValueError: `max_grad_norm` is set, or several processes train together.
+            RuntimeError: the optimizer is attached already.
         """
         if self._in_backward is not None and self._in_backward.attached:
             raise RuntimeError("the optimizer is already attached to the backward pass: remove() its handle first")
@@ -243,56 +234,59 @@ class FusedDriftAdamW(Optimizer):
 
     @property
     def covered_names(self) -> list[str]:
-        """The parameters that the prior covers. Raises PriorError if those that there are now do not fit it."""
+        """Names of the parameters that the prior covers; raises PriorError if the current ones do not fit it."""
         return [] if self._engine.binding is None else self._engine.binding.covered(self.param_groups)
-
-    # The last step's figures are on the device: reading one is the only thing that waits.
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """float64 []: norm of the whole biased gradient, before clipping; None unless `max_grad_norm` is set."""
+        """Norm of the whole biased gradient before clipping, float64 []; None without `max_grad_norm`."""
         return self._engine.grad_norm
 
     @property
     def prior_names(self) -> list[str]:
-        """The parameters of the last step that the prior covers, in the order of `prior_cosine` and `prior_ratio`."""
+        """Names of the last step's parameters that the prior covers, n of them."""
         return bias_figures(self._engine.batches).names
 
     @property
     def biased_names(self) -> list[str]:
-        """The parameters that the last step biased: those of `prior_names` whose group's alpha was not 0."""
+        """Names of the parameters that the last step biased; their group's alpha was not 0."""
         return self._engine.biased_names()
 
     @property
     def prior_modules(self) -> list[str]:
-        """The module of each of `prior_names`: attn, mlp, norm, embed, head or other."""
+        """Module of each of `prior_names` (attn, mlp, norm, embed, head or other)."""
         binding = self._engine.binding
         return [] if binding is None else [binding.module(name) for name in self.prior_names]
 
     @property
     def prior_cosine(self) -> Tensor | None:
-        """float64 [len(prior_names)]: cos(g, delta); None if the step needed no gradient statistics."""
+        """cos(g, delta) for each of `prior_names`, float64 [n]; None if the step needed no statistics."""
         return bias_figures(self._engine.batches).cosine
 
     @property
     def prior_ratio(self) -> Tensor | None:
-        """float64 [len(prior_names)]: norm(c*delta)/norm(g); None if the step needed no gradient statistics."""
+        """norm(c*delta)/norm(g) for each of `prior_names`, float64 [n]; None as `prior_cosine`."""
         return bias_figures(self._engine.batches).ratio
 
     def memory_report(self) -> dict[str, float]:
-        """Bytes per parameter of what the last step worked on, by kind and in all ("total"), without the gradients.
+        """Return the memory that the last step worked on, without gradients; empty before the first step.
 
-        "param", "states", "scales" (of codes), "param_residual" (the other halves of masters) and "prior" (also what
-        deltas that change are made of: those of weights, projected onto adapters, or targets); as allocated, over the
-        elements of the parameters that had a gradient. Empty before the first step.
+        Returns:
+            Allocated bytes per element of the parameters that had a gradient: "param", "states", "scales" (of codes),
+            "param_residual" (masters), "prior" (with what changing deltas are made from) and "total".
         """
         binding = self._engine.binding
         return memory_report(self._engine.batches, 0 if binding is None else binding.nbytes())
 
     def master_weight(self, param: Tensor) -> Tensor:
-        """The float32 master of a parameter, in memory of its own: of the parameter itself before the first step.
+        """Return a copy of a parameter's master, float32; before the first step, of the parameter itself.
 
-        Raises ValueError without master weights, and KeyError for a parameter that is not this optimizer's.
+        Args:
+            param: one of this optimizer's parameters.
+
+        Raises:
+            ValueError: the optimizer was built without `master_weights=True`.
+            KeyError: the parameter is not one of this optimizer's.
         """
         if not self.precision.master_weights:
             raise ValueError("there are no master weights: create the optimizer with master_weights=True")
@@ -301,12 +295,16 @@ class FusedDriftAdamW(Optimizer):
         return master_weight(param, self.state.get(param, {}))
 
     def refresh_masters(self) -> None:
-        """Makes the parameters as they are the masters: to be called after writing to parameters directly."""
+        """Reset the masters to the parameters. Call it after writing to parameters directly."""
         refresh_masters(self.state.values())
 
     def state_dict(self, *, dtype: torch.dtype | None = None) -> StateDict:
-        """As `torch.optim.Optimizer.state_dict`; with dtype=torch.float32, exp_avg and exp_avg_sq are float32 whatever
-        they are held as: for a `torch.optim.AdamW`, or for other precision."""
+        """Return the state, as in torch.
+
+        Args:
+            dtype: torch.float32 converts exp_avg and exp_avg_sq to float32, for `torch.optim.AdamW` or another
+                precision; None keeps them as they are stored; anything else raises ValueError.
+        """
         if dtype not in (None, torch.float32):
             raise ValueError(f"dtype must be torch.float32 or None, got {dtype}")
         saved = super().state_dict()
@@ -315,19 +313,17 @@ class FusedDriftAdamW(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Loads a state_dict of this class or of `torch.optim.AdamW`; states take this optimizer's `state_dtype`.
+        """Load a state_dict of this class or of `torch.optim.AdamW`; states are converted to this optimizer's
+        `state_dtype`.
 
-        Hyperparameters that the state_dict does not have (torch's has no alpha) keep their present values.
-
-        Where both have names (`param_names`), a state reaches the parameter of its name, in whatever order and groups
-        they come; a group then has the hyperparameters of the saved group of the same parameters, and keeps its own if
-        there is none. Names differ by what wrappers add ("module.", "_orig_mod.") at most. Without names on one side
-        it goes by position, as in torch. Hooks that were registered see the state_dict first.
+        If both sides have names (`param_names`), states are matched by name, in any order and grouping; names may
+        differ by what wrappers add ("module.", "_orig_mod."). A group takes the hyperparameters of the saved group with
+        the same parameters, or keeps its own. Without names, matching is by position, as in torch. Hyperparameters that
+        were not saved (torch has no alpha) keep their values. Registered hooks run first.
 
         Raises:
-            PriorMismatchError: it was saved under another prior than this optimizer's.
-            ValueError: its groups, parameters, their names or states do not fit this optimizer's. Nothing has been
-                changed.
+            PriorMismatchError: the state was saved under another prior.
+            ValueError: its groups, parameters, names or states do not fit; nothing has changed.
         """
         # torch casts states to their parameter's dtype; this keeps what it was given, after the user's own hooks.
         given: dict[str, Any] = {}

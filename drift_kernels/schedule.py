@@ -1,4 +1,4 @@
-"""Schedules of alpha, in the form of torch.optim.lr_scheduler.LambdaLR."""
+"""Schedules of alpha, in the form of `torch.optim.lr_scheduler.LambdaLR`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ AlphaLambda = Callable[[int], float]
 
 
 class HasParamGroups(Protocol):
-    """An optimizer, or what biases gradients for one."""
+    """An optimizer, or an object that biases gradients for one."""
 
     param_groups: list[dict[str, Any]]
 
 
 def linear_anneal(total_steps: int) -> AlphaLambda:
-    """The factor that falls linearly from 1 at step 0 to 0 at step `total_steps`, and stays 0.
+    """Return the factor that falls linearly from 1 at step 0 to 0 at step `total_steps`, and then stays 0.
 
-    At 0 the step is that of plain AdamW: the prior is not read any more.
+    At 0 the prior is not read anymore and the step is plain AdamW.
+
+    Args:
+        total_steps: number of optimizer steps until the factor is 0.
+
+    Returns:
+        A function from the step to the factor, for `AlphaScheduler`.
+
+    Raises:
+        ValueError: `total_steps` is not positive.
     """
     if total_steps <= 0:
         raise ValueError(f"total_steps must be positive, got {total_steps}")
@@ -30,15 +39,27 @@ class AlphaScheduler:
     """Sets each param group's alpha to its initial alpha times a given function of the step.
 
     Call `step()` after every `optimizer.step()`, as with a learning rate scheduler. An alpha that is a tensor is filled
-    in place, as learning rate schedulers do with an lr that is one: a captured step sees it.
+    in place, so that a captured CUDA graph sees it.
+
+    Example::
+
+        alpha_schedule = AlphaScheduler(optimizer, linear_anneal(total_steps // 2))
+        for batch in loader:
+            model(**batch).loss.backward()
+            optimizer.step()
+            alpha_schedule.step()
+            optimizer.zero_grad()
 
     Args:
-        optimizer: a FusedDriftAdamW, a GradientBias or PriorHooks: what has param groups with an `alpha`.
+        optimizer: a `FusedDriftAdamW`, a `GradientBias` or `PriorHooks`: anything with param groups that have an
+            `alpha`.
         alpha_lambda: a function from the step to a factor, or one function per param group.
-        last_epoch: the last step taken; -1 starts afresh, anything else resumes and needs each group's `initial_alpha`.
+        last_epoch: the last step taken; -1 starts at step 0. Anything else resumes, and needs each group's
+            `initial_alpha`.
 
     Raises:
-        ValueError: the number of functions is not that of the param groups, or a group has no alpha.
+        ValueError: the number of functions is not that of the param groups, a group has no alpha, or no `initial_alpha`
+            when resuming.
     """
 
     def __init__(
@@ -67,7 +88,7 @@ class AlphaScheduler:
         self.step()
 
     def step(self) -> None:
-        """Moves to the next step and sets alpha for it."""
+        """Move to the next step and set alpha for it."""
         self.last_epoch += 1
         for group, base, factor in zip(self.optimizer.param_groups, self.base_alphas, self.alpha_lambdas, strict=True):
             alpha = base * factor(self.last_epoch)
@@ -77,15 +98,27 @@ class AlphaScheduler:
                 group["alpha"] = alpha
 
     def get_last_alpha(self) -> list[float]:
-        """The alpha of each param group, as last set."""
+        """Return the current alpha of each param group.
+
+        Returns:
+            One number per param group.
+        """
         return [float(group["alpha"]) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and the initial alphas; the functions are the caller's to rebuild."""
+        """Return the position and the initial alphas. The functions are not saved: rebuild them when resuming.
+
+        Returns:
+            A dict for `load_state_dict`.
+        """
         return {"last_epoch": self.last_epoch, "base_alphas": list(self.base_alphas)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes: takes the position and the initial alphas, and sets alpha for it."""
+        """Resume: restore the position and the initial alphas, and set alpha for that step.
+
+        Args:
+            state_dict: what `state_dict()` returned.
+        """
         self.base_alphas = list(state_dict["base_alphas"])
         self.last_epoch = state_dict["last_epoch"] - 1
         self.step()

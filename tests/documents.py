@@ -6,15 +6,27 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def _fenced(text: str) -> list[tuple[str, str]]:
+    """Language and contents of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def blocks() -> list[str]:
-    """All of them, fenced."""
-    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
-    return [block for text in texts for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
+    """Those of all pages that are not shell commands."""
+    return [block for page in PAGES for language, block in _fenced(page.read_text()) if language != "bash"]
 
 
 def block_with(words: str) -> str:
-    """The one that has these words."""
+    """The only one that contains these words."""
     (found,) = [block for block in blocks() if words in block]
     return found
+
+
+def commands_in(page: Path, program: str = "") -> list[str]:
+    """The shell commands of a page's blocks that call a program, without comments, each on one line."""
+    text = "".join(block for language, block in _fenced(page.read_text()) if language == "bash")
+    lines = [line.partition("  #")[0].strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith(program)]

@@ -1,4 +1,4 @@
-"""An expert that is an adapter over a base, BASE+ADAPTER: the weights that PEFT's merge_and_unload gives."""
+"""An adapter over a base as the expert, BASE+ADAPTER: its weights are those of PEFT's merge_and_unload."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def qwen() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """Conv1D, whose weights lie as [in, out]; c_proj is square."""
+    """A model with Conv1D, whose weights are [in, out]; c_proj is square."""
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64))
 
 
 def save(folder: Path, make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """A base, an adapter over it, both random and on disk. Returns the merged model."""
+    """Save a random base and a random adapter over it; return the merged model."""
     torch.manual_seed(0)
     base = randomised(make()).to(dtype)
     base.save_pretrained(folder / "base")
@@ -65,7 +65,7 @@ def read(source: str) -> dict[str, Tensor]:
 
 
 def check_equal(found: dict[str, Tensor], merged: nn.Module, base: dict[str, Tensor]) -> int:
-    """All tensors to 1e-6 of the weight; how many are others than in the base."""
+    """Check all tensors to 1e-6 of the weight; return how many differ from the base."""
     theirs = merged.state_dict()
     for name, tensor in found.items():
         error = (tensor.double() - theirs[name].double()).norm() / theirs[name].double().norm()
@@ -111,7 +111,7 @@ def test_the_weights_are_those_that_peft_merges(case: str, tmp_path: Path, monke
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dora", [False, True])
 def test_over_a_base_in_half_precision_nothing_is_rounded(dtype: torch.dtype, dora: bool, tmp_path: Path) -> None:
-    """What PEFT rounds to the base's dtype is this, and the delta keeps what it loses."""
+    """PEFT rounds these weights to the base's dtype; the delta keeps what rounding loses."""
     options = {"target_modules": ["q_proj", "down_proj"], "use_dora": dora}
     theirs = save(tmp_path, qwen, dtype, **options).state_dict()
     base = load_file(tmp_path / "base" / "model.safetensors")
@@ -174,7 +174,7 @@ def test_a_prior_of_an_adapter(role: str, chunk: int, tmp_path: Path, monkeypatc
 
 
 def test_names_of_another_version_of_transformers(tmp_path: Path) -> None:
-    """The adapter was trained under names that a multimodal model has in memory, the base is stored under others."""
+    """The adapter uses a multimodal model's names in memory; the base is stored under other names."""
     weights = text_weights(prefix="language_model.model.") | {"visual.blocks.0.attn.qkv.weight": torch.randn(6, 5)}
     write_checkpoint(tmp_path / "base", weights)
     (tmp_path / "adapter").mkdir()
@@ -276,7 +276,7 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_plus_in_the_names_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there goes before anything that its name may stand for."""
+    """An existing folder takes precedence over other readings of its name."""
     save(tmp_path, qwen, target_modules=["q_proj"])
     monkeypatch.chdir(tmp_path)
     shutil.copytree("base", "c++")

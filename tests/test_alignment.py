@@ -1,4 +1,4 @@
-"""What is left out of a prior is said, and a language model that the table of names does not know is found by shape."""
+"""Tensors left out of a prior are reported, and a language model unknown to the name table is found by shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from drift_kernels.prior.in_memory import live_parameters
 
 
 def tower(prefix: str, width: int, layers: int = 3) -> dict[str, Tensor]:
-    """What may be taken for a language model: a tower of the same names."""
+    """A tower with the same names, which could be mistaken for a language model."""
     return {
         f"{prefix}{n}.self_attn.{p}_proj.weight": torch.randn((33, width) if p != "o" else (width, 33))
         for n in range(layers)
@@ -51,7 +51,7 @@ def test_an_unknown_prefix_is_aligned_recorded_and_logged(
     assert prior.record["name_map"] == dict([rule.split("=")])
     assert any(f"--name-map {rule})" in warning for warning in prior.record["warnings"])
     assert f"--name-map {rule})" in caplog.text
-    # The same names in memory, wrapped; and names that the record does not know either.
+    # The same names in memory, wrapped; and names that are not in the record either.
     assert len(prior.match(live(base, "novel", "module.novel"), strict=True).matched) == len(prior)
     caplog.set_level(logging.INFO, "drift_kernels")
     assert len(prior.match(live(base, "novel.", "model.other."), strict=True).matched) == len(prior)

@@ -1,4 +1,4 @@
-"""A prior added to a checkpoint: right values, every other byte as it was, and a folder that transformers loads."""
+"""Adding a prior to a checkpoint: correct values, every other byte unchanged, and a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, shards: 
 def test_the_sum_is_rounded_once(
     tmp_path: Path, dtype: torch.dtype, stored: torch.dtype, shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, whatever is read at a time; and what has no delta keeps its bits."""
+    """Bitwise, whatever the piece size; tensors without a delta are unchanged."""
     base, expert = text_weights(), text_weights(prefix="language_model.model.")
     name = "layers.1.mlp.down_proj.weight"
     base[f"model.{name}"], expert[f"language_model.model.{name}"] = torch.randn(2, 300, 31)  # several pieces
@@ -75,7 +75,7 @@ def test_the_sum_is_rounded_once(
 
 
 def test_scale_one_is_the_expert(tmp_path: Path) -> None:
-    """Bit for bit: the difference of numbers within a factor of two of each other is exact."""
+    """Bitwise: the difference of numbers within a factor of two of each other is exact."""
     base = text_weights()
     expert = {name: weight * (1 + 0.1 * torch.rand_like(weight)) for name, weight in base.items()}
     write_checkpoint(tmp_path / "base", base)
@@ -119,7 +119,7 @@ def test_files_beside_the_weights(family: Family, shards: int) -> None:
 
 
 def test_transformers_loads_it(tmp_path: Path) -> None:
-    """With its tokenizer; weights in memory are those of the base and the scaled differences."""
+    """With its tokenizer; weights in memory are the base's plus the scaled differences."""
     base, expert = tiny.base_and_expert()
     base.save_pretrained(tmp_path / "base", max_shard_size="60KB")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
@@ -146,7 +146,7 @@ def in_memory(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_fused_experts_and_deltas_one_by_one(tmp_path: Path, transposed: bool) -> None:
-    """As the base stores them, Qwen3-VL-MoE: where scale is 1, its experts become the expert's."""
+    """In the base's form, Qwen3-VL-MoE: with scale 1, its experts become the expert's."""
     save_base(tmp_path / "base", 24, transposed)
     expert = save_expert(tmp_path / "expert", 24)
     options = {"modules": ("mlp",), "dtype": torch.float32}
@@ -181,7 +181,7 @@ def test_single_experts_and_fused_deltas(tmp_path: Path) -> None:
 
 
 def test_square_matrices_of_fused_experts(tmp_path: Path) -> None:
-    """They may lie transposed or not."""
+    """They may be transposed or not."""
     stack = "model.language_model.layers.0.mlp.experts.down_proj"
     config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 8, "moe_intermediate_size": 8}}
     single = {f"layers.0.mlp.experts.{e}.down_proj.weight": torch.randn(8, 8) for e in (0, 1)}

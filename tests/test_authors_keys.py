@@ -1,4 +1,4 @@
-"""The keys of the authors' fork: what they bias, and by how much, is what the fork's rules say."""
+"""The keys of the authors' fork: what they bias, and by how much, follows the fork's rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from drift_kernels.errors import CheckpointError, PriorError
 from drift_kernels.integrations.authors_keys import AuthorsSettings
 from drift_kernels.prior import Prior
 
-# The fork's presets: searched in the names of modules.
+# The fork's presets, searched for in module names.
 MLP, ATTN = r"\.mlp\.(gate_proj|up_proj|down_proj)$", r"\.self_attn\.(q_proj|k_proj|v_proj|o_proj)$"
 NORM, EMBED = r"\.(input_layernorm|post_attention_layernorm)$", r"\.embed_tokens$"
 
@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
 
 
 def gradients(checkpoints: Any, tmp_path: Path, **keys: Any) -> dict[str, Tensor]:
-    """What the bias makes of gradients of zero."""
+    """The gradients after biasing zeros."""
     settings = AuthorsSettings.of({f"delta_prior{key}": value for key, value in keys.items()})
     folder = settings.prior(str(checkpoints["base"][0]), tmp_path / "prior")
     params = {name: nn.Parameter(weight.clone()) for name, weight in checkpoints["base"][1].items()}
@@ -43,7 +43,8 @@ def gradients(checkpoints: Any, tmp_path: Path, **keys: Any) -> dict[str, Tensor
 
 
 def check(found: dict[str, Tensor], delta: dict[str, Tensor], alphas: dict[str, float], normalize: Any = None) -> None:
-    """Each gradient is -alpha*delta, where `alphas` has the alpha of what a module's name matches; in bfloat16."""
+    """Check that each gradient is -alpha*delta in bfloat16; `alphas` has the alpha of the pattern that a name
+    matches."""
     assert set(found) == set(delta)
     for name, grad in found.items():
         module = re.sub(r"\.(weight|bias)$", "", f".{name}")

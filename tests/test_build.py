@@ -1,4 +1,4 @@
-"""Building: right values whatever the layout, clear errors for bad checkpoints, and nothing left by a killed build."""
+"""Building: correct values for any layout, clear errors for bad checkpoints, and nothing left by a killed build."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from drift_kernels import CheckpointError, Prior, PriorError, PriorFormatError, build_prior
 from drift_kernels.prior.names import canonical_name, module_of
 from drift_kernels.prior.norms import CHUNK
+from drift_kernels.prior.record import DTYPES
 
 EVERYTHING = ("attn", "mlp", "norms", "embed", "head")
 Q_PROJ = "layers.1.self_attn.q_proj.weight"
@@ -55,7 +56,7 @@ def by_canonical_name(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("same_dtypes", [True, False])
 def test_deltas_and_norms(pair: Pair, stored: torch.dtype, same_dtypes: bool, dtype: torch.dtype) -> None:
-    """Against float32 subtraction, bit for bit; norms and cosine against float64 to 1e-6."""
+    """Deltas are bitwise identical to a float32 subtraction; norms and cosine match float64 to 1e-6."""
     pair.expert = {name: tensor.to(stored) for name, tensor in pair.expert.items()}
     if same_dtypes:
         pair.base = {name: tensor.to(stored) for name, tensor in pair.base.items()}
@@ -128,10 +129,12 @@ def test_the_fingerprint_is_the_content_not_the_layout(pair: Pair) -> None:
         pair.folder / "again", pair.folder / "base", pair.folder / "prior", overwrite=True, max_shard_bytes=1
     )
     assert again.fingerprint == first
+    others = [pair.build(overwrite=True, dtype=dtype).fingerprint for dtype in DTYPES.values()]
+    assert len({*others}) == len(DTYPES)
     pair.expert[f"model.{Q_PROJ}"][0, 0] += 1
     write_checkpoint(pair.folder / "changed", pair.expert)
     changed = build_prior(pair.folder / "changed", pair.folder / "base", pair.folder / "prior", overwrite=True)
-    assert changed.fingerprint != first
+    assert changed.fingerprint not in {first, *others}
 
 
 def test_a_name_map_is_recorded_and_used_for_live_names_too(pair: Pair) -> None:

@@ -1,4 +1,4 @@
-"""drift-prior, from its arguments to its exit status and what it prints."""
+"""drift-prior: arguments, exit status and output."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_check_of_a_model_that_does_not_fit(folder: Path, capsys: pytest.Capture
 
 
 def test_groups_add_up(folder: Path) -> None:
-    """Norms of a group are those of its tensors in a row; its cosine lies within 1% of theirs in a row."""
+    """The norms of a group are those of its concatenated tensors; its cosine is within 1% of theirs."""
     assert build(folder, "--dtype", "fp32") == 0
     prior = Prior.open(folder / "prior")
     group = group_deltas(prior, lambda name: module_of(name) if module_of(name) == "mlp" else None)["mlp"]

@@ -1,4 +1,4 @@
-"""drift-prior combine and apply, from their arguments to their exit status and what they print."""
+"""drift-prior combine and apply: arguments, exit status and output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What drift-prior prints, and where: for people at 80 columns, for pipes, and as JSON."""
+"""The output of drift-prior: for terminals of 80 columns, for pipes, and as JSON."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_pipe_gets_whole_rows_whatever_the_terminal(folder: Path, columns: str
 def test_a_narrow_terminal_gets_every_digit(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich assume a terminal
     monkeypatch.setenv("COLUMNS", "50")
     assert main(["inspect", str(folder / "prior")]) == 0
     assert "…" not in capsys.readouterr().out
@@ -158,7 +158,7 @@ def test_without_matplotlib(
     assert main(["inspect", str(folder / "prior"), "--plot", str(plot), *json_]) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert line.startswith("drift-prior: plotting a prior requires matplotlib: pip install matplotlib")
+    assert line.startswith("drift-prior: plotting a prior requires matplotlib: pip install 'drift_kernels[plot]' (")
     assert not plot.exists()
     if json_:
         json.loads(captured.out)

@@ -1,4 +1,4 @@
-"""Under torch.compile: a training step that is compiled as a whole, and the primitives as custom operators."""
+"""Under torch.compile: a training step compiled as a whole, and the primitives as custom operators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = [
     ((BF16, BF16, INT8, INT8), {"stochastic": True}),
 ]
 
-# All of opcheck's. With float8, the first cannot run: torch cannot compare such tensors on the CPU.
+# All checks of opcheck. With float8 the first cannot run: torch cannot compare such tensors on the CPU.
 CHECKS = {
     fp8: (
         *(() if fp8 else ("test_schema",)),
@@ -72,7 +72,7 @@ def test_grad_stats_is_a_proper_operator(dtypes: tuple[torch.dtype | None, ...],
 
 @pytest.mark.parametrize(("dtypes", "modes"), DTYPES, ids=str)
 def test_the_operators_are_the_reference(dtypes: tuple[torch.dtype | None, ...], modes: dict[str, bool]) -> None:
-    """Called as they are, and from a compiled function."""
+    """Called directly, and from a compiled function."""
     problem = Problem.random([1000, CHUNK + 63, 1], dtypes, **modes)
     problem.operands = [replace(o, place=WHOLE) for o in problem.operands]
     expected, compiled = problem.clone(), problem.clone()
@@ -127,7 +127,7 @@ def test_wrong_lists_are_named(position: int, wrong: Any, words: str) -> None:
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_compiled_training_step_is_the_eager_one_and_compiles_once(attached: bool) -> None:
-    """lr and alpha change in every step, the gradients' addresses too."""
+    """lr, alpha and the gradients' addresses change in every step."""
     net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).to(DEVICE)
     other = copy.deepcopy(net)
     deltas = {name: torch.randn_like(p) for name, p in net.named_parameters() if p.dim() == 2}
@@ -179,7 +179,7 @@ def test_a_closure_may_run_compiled_code() -> None:
 
 
 def test_scales_may_have_the_shape_of_an_optimizers_states() -> None:
-    """Row by row where rows are whole blocks; and what has neither shape is refused."""
+    """Per row if rows are whole blocks; any other shape is rejected."""
     flat = Problem.random([1024], (BF16, BF16, INT8, INT8))
     rows = flat.clone()
     ops.update(*arguments(flat))

@@ -1,10 +1,11 @@
-"""Every code block of the README and of docs, run as printed on a tiny model: its stand-ins are defined here."""
+"""Every code block of the README and of docs, run as printed on a tiny model: its stand-ins are defined here.
+
+Shell commands are in test_documented_commands.py."""
 
 from __future__ import annotations
 
 import copy
 import os
-import re
 import shlex
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import transformers
 import trl
 from accelerate import Accelerator
 from datasets import Dataset
-from documents import ROOT, block_with, blocks
+from documents import ROOT, block_with, blocks, commands_in
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ EXPERT, BASE = "DeepSeek-R1-Distill-Qwen-7B", "Qwen2.5-VL-7B-Instruct"
 # Each block, by words that no other has.
 BLOCKS = {
     "a better AdamW": "lr=1e-5, weight_decay=0.01",
-    "bfloat16": "# unbiased, no memory more",
+    "bfloat16": "# unbiased, no extra memory",
     "with a prior": "linear_anneal(total_steps // 2)",
     "in the backward pass": "optimizer.attach_to_backward()",
     "any optimizer": "bias.apply_()",
@@ -55,6 +56,7 @@ BLOCKS = {
     "fully_shard": "fully_shard(model)",
     "saving": "dcp.save(",
     "going on": "dcp.load(",
+    "verification": "verification.intact",
 }
 
 
@@ -93,7 +95,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, expert = tiny.base_and_expert()
     base.save_pretrained(folder / BASE)
     expert.save_pretrained(folder / EXPERT)
-    commands = re.findall(r"^    drift-prior (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    commands = [command.split(maxsplit=1)[1] for command in commands_in(ROOT / "README.md", "drift-prior")]
     assert [command.split()[0] for command in commands] == ["build", "inspect", "check"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -127,6 +129,10 @@ def moved(model: nn.Module, before: list[Tensor]) -> bool:
 
 def check_biased(optimizer: FusedDriftAdamW) -> None:
     assert len(optimizer.prior_names) == len(tiny.expert_prior())
+
+
+def test_verification(given: dict[str, Any]) -> None:
+    run("verification", given | {"Prior": drift_kernels.Prior})
 
 
 # The README
@@ -263,7 +269,7 @@ def test_lightning(given: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_merging(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = re.findall(r"^    drift-prior (.+)$", (ROOT / "docs" / "priors.md").read_text(), re.MULTILINE)
+    commands = [command.split(maxsplit=1)[1] for command in commands_in(ROOT / "docs" / "priors.md", "drift-prior")]
     commands = [command for command in commands if command.split()[0] in ("combine", "apply")]
     assert len(commands) == 3
     for name, source in (("prior-math", "prior"), ("prior-code", "prior"), (BASE, BASE)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from drift_kernels import CheckpointError, build_prior
 from drift_kernels.prior import arithmetic
 from drift_kernels.prior.arithmetic import checksum, subtract
+from drift_kernels.prior.files import TensorFile
 
 Q_PROJ = "layers.1.self_attn.q_proj.weight"
 ROW = 1024  # 64-bit words
@@ -88,6 +90,18 @@ def test_bad_checkpoints(tmp_path: Path, how: str, shards: int, words: str) -> N
     with pytest.raises(CheckpointError, match=words):
         build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
     assert not list(tmp_path.glob("prior*"))
+
+
+@pytest.mark.parametrize(
+    ("length", "words"), [(100_000_000, "cannot read its header"), (100_000_001, "truncated or not a safetensors")]
+)
+def test_a_header_is_read_up_to_the_limit_of_the_format(tmp_path: Path, length: int, words: str) -> None:
+    """The safetensors library refuses headers above 100 MB. The file is sparse."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little"))
+    os.truncate(path, 8 + length)
+    with pytest.raises(CheckpointError, match=words):
+        TensorFile.inspect(path)
 
 
 @pytest.mark.parametrize("numel", [0, 3, 4 * ROW, 12 * ROW + 5])

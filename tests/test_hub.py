@@ -139,7 +139,7 @@ def test_without_the_hub_s_client(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     captured = capsys.readouterr()
     assert not captured.out
     (line,) = captured.err.splitlines()
-    assert "org/prior: no such folder; to fetch it from the Hub, run pip install huggingface_hub" in line
+    assert "org/prior: no such folder; to fetch it from the Hub, run pip install 'drift_kernels[hub]' (" in line
 
 
 def test_names_for_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

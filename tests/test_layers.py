@@ -35,8 +35,15 @@ def layers_of(prior: Prior) -> set[int | None]:
 
 @pytest.mark.parametrize(
     "config",
-    [FURTHER, {"text_config": FURTHER}, {"num_hidden_layers": 9, "text_config": FURTHER}],
-    ids=["flat", "nested", "nested under another"],
+    [
+        FURTHER,
+        {"text_config": FURTHER},
+        {"num_hidden_layers": 9, "text_config": FURTHER},
+        {"llm_config": FURTHER},
+        {"language_config": FURTHER},
+        {"thinker_config": {"num_hidden_layers": 9, "text_config": FURTHER}, "num_hidden_layers": 9},
+    ],
+    ids=["flat", "nested", "nested under another", "InternVL", "DeepSeek-VL2", "Qwen-Omni"],
 )
 @pytest.mark.parametrize("role", ["expert", "base"])
 def test_the_config_counts_them(tmp_path: Path, role: str, config: dict[str, object]) -> None:

@@ -22,6 +22,7 @@ import torch
 from background import Product
 from torch import nn
 
+import drift_kernels
 from drift_kernels import BackendUnavailableError, FusedDriftAdamW
 from drift_kernels.formats import philox
 from drift_kernels.kernels import backends, cpu, cuda
@@ -30,6 +31,7 @@ from drift_kernels.kernels.layout import LAYOUT, mismatch
 from drift_kernels.kernels.plan import CHUNK, ROW_FIELDS
 from drift_kernels.kernels.triton import layout as of_triton
 from drift_kernels.prior import BLOCK, arithmetic
+from drift_kernels.reinstalling import reinstall_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_extensions_were_built_for_it(name: str) -> None:
     extension = pytest.importorskip(f"drift_kernels.{name}")
     assert extension.LAYOUT == LAYOUT
-    assert mismatch(extension) is None
+    assert mismatch(extension, name.removeprefix("_")) is None
 
 
 @pytest.mark.skipif(grid.COMPILER is None, reason="there is no C++ compiler")
@@ -112,9 +114,9 @@ def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     backends.resolve.cache_clear()
 
 
-def assert_says_both(reason: str, layout: dict[str, Any] | None) -> None:
+def assert_says_both(reason: str, layout: dict[str, Any] | None, backend: str = "cpu") -> None:
     assert "its compiled extension (/old/extension.so) was built " in reason
-    assert reason.endswith("; reinstall drift_kernels to rebuild it")
+    assert reason.endswith(f"; rebuild it with: {reinstall_command(backend)}")
     assert ("older sources, which do not export their layout" in reason) == (layout is None)
     built = layout or {}
     for part in {**LAYOUT, **built}:
@@ -139,7 +141,7 @@ def test_a_backend_of_another_layout_is_unavailable(other: dict[str, Any] | None
     for name in ("cpu", "cuda"):
         reason = backends.load(name).unavailable(torch.device(name))
         assert reason is not None
-        assert_says_both(reason, other)
+        assert_says_both(reason, other, name)
 
 
 def test_an_optimizer_that_asks_for_it_raises_and_auto_goes_on(
@@ -229,8 +231,9 @@ def test_an_extension_that_was_really_built_for_another_is_refused(tmp_path: Pat
     there = " ".join((*ROW_FIELDS[:8], "extra", *ROW_FIELDS[8:]))
     assert refused == (
         f"no backend for tensors on cpu: 'cpu' is unavailable: its compiled extension ({extension}) was built for "
-        f"a different layout (row: expected {text(ROW_FIELDS)}, the extension has {there}); reinstall "
-        "drift_kernels to rebuild it"
+        f"a different layout (row: expected {text(ROW_FIELDS)}, the extension has {there}); rebuild it with: "
+        f"DRIFT_KERNELS_CPU=1 {sys.executable} -m pip install --no-cache-dir --force-reinstall --no-deps "
+        f"--no-binary drift_kernels drift_kernels=={drift_kernels.__version__}"
     )
     assert same
     assert done.stderr.count("backend='auto' falls back to 'reference'") == 1

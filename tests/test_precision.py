@@ -94,6 +94,20 @@ def test_bits_differ_where_anything_differs_and_repeat_where_nothing_does() -> N
     assert len(base.unique()) > 0.9 * n
 
 
+def test_equal_parameters_draw_bits_of_their_own() -> None:
+    """In one group and in another, from values half way between two numbers: half of their elements agree, to five
+    standard deviations."""
+    n = 10_000
+    params = [nn.Parameter(torch.ones(n, device=DEVICE, dtype=BF16)) for _ in range(3)]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = FusedDriftAdamW(groups, lr=2.0**-9, weight_decay=0.0, rounding="stochastic")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert int((params[one] == params[other]).sum()) == pytest.approx(n / 2, abs=5 * (n / 4) ** 0.5)
+
+
 # Masters
 
 

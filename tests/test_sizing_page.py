@@ -66,7 +66,7 @@ def test_the_documented_table_is_what_the_command_says(qwen: Path, capsys: pytes
         return json.loads(capsys.readouterr().out)
 
     head, _, *rows = re.search(r"^\| GiB \|.*?\n\n", page, re.MULTILINE | re.DOTALL)[0].strip().splitlines()
-    assert head == f"| GiB | {' | '.join(COLUMNS)} | in all |"
+    assert head == f"| GiB | {' | '.join(COLUMNS)} | total |"
     assert len(rows) == 4
     for row in rows:
         found = command(*re.search("`(.+)`", row)[1].split())

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ..errors import CheckpointError, PriorError
 from ..terminal import LogLines, Stopped, console, say, stoppable
 from . import applying, building, checking, combining, initialising, inspecting, sizing
+from .about import PrintVersions
 from .arguments import EXIT_STATUS
 
 # Each has `add`, which declares its arguments.
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     has stopped the command.
     """
     parser = argparse.ArgumentParser(prog="drift-prior", description=__doc__, epilog=EXIT_STATUS)
+    parser.add_argument("--version", action=PrintVersions, nargs=0, help="print versions and backends, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)

@@ -1,6 +1,6 @@
-"""What a step has to say of itself, and of the memory that it works on.
+"""The figures of a step, and the memory that it works on.
 
-Figures of a step are device tensors: reading one is the only thing that waits.
+Figures are tensors on the device: only reading one waits for the device.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ KINDS = {
 
 
 class BiasFigures(NamedTuple):
-    """Of one bias, on the device: reading one is the only thing that waits.
+    """How strongly the gradients were biased. Tensors are on the device, and only reading one waits for it.
 
     Attributes:
         names: the parameters that were biased, n of them.
-        cosine: float64 [n], cos(g, delta); None if the scaling needs no gradient statistics.
-        ratio: float64 [n], norm(c*delta)/norm(g); likewise.
+        cosine: cos(g, delta) of each, float64 [n]; None if the scaling needs no gradient statistics.
+        ratio: norm(c*delta)/norm(g) of each, float64 [n]; None likewise.
     """
 
     names: list[str]
@@ -38,7 +38,7 @@ class BiasFigures(NamedTuple):
 
 
 def bias_figures(batches: list[DeviceBatch]) -> BiasFigures:
-    """Of the parameters that have a delta."""
+    """The figures of the parameters that have a delta."""
     return BiasFigures(
         [batch.slots[row].name for batch in batches for row in batch.biased],
         _of_biased([(batch, batch.coefficients.prior_cosine) for batch in batches]),
@@ -47,7 +47,7 @@ def bias_figures(batches: list[DeviceBatch]) -> BiasFigures:
 
 
 def _of_biased(vectors: list[tuple[DeviceBatch, Tensor | None]]) -> Tensor | None:
-    """Those of several devices on the first of them; None if the step needed no statistics."""
+    """The vectors of several devices, on the first of them; None if the step needed no statistics."""
     found = [vector[batch.biased_rows] for batch, vector in vectors if vector is not None]
     if not found or len(found) < len(vectors):
         return None
@@ -55,11 +55,11 @@ def _of_biased(vectors: list[tuple[DeviceBatch, Tensor | None]]) -> Tensor | Non
 
 
 def memory_report(batches: list[DeviceBatch], made_of: int = 0) -> dict[str, float]:
-    """Bytes per parameter by kind and in all ("total"), over the elements of the parameters in these batches; empty
-    without any.
+    """Return bytes per parameter element by kind and in total; empty without batches.
 
     Args:
-        made_of: bytes of what deltas that change are made of.
+        batches: those of the last step.
+        made_of: bytes that changing deltas are made from.
     """
     plans = [launch.plan for batch in batches for launch in batch.launches]
     elements = sum(plan.numel for plan in plans)

@@ -1,5 +1,6 @@
-"""What trainers need around FusedDriftAdamW. Importing it imports no trainer; the files here that have the name of one
-do."""
+"""What trainers need around `FusedDriftAdamW`. Importing this package imports no trainer; the modules named after one
+do.
+"""
 
 from .for_model import drift_optimizer
 from .in_use import check_in_use, unwrap_optimizer

@@ -1,4 +1,4 @@
-"""The keys that the authors' fork of LLaMA-Factory reads, `delta_prior_...`, as settings of this package."""
+"""The keys of the authors' fork of LLaMA-Factory, `delta_prior_...`, as settings of this package."""
 
 from __future__ import annotations
 
@@ -34,8 +34,20 @@ _MADE_OF = "made_of.json"  # in the folder of a prior that was built for a run
 
 @dataclass(frozen=True)
 class AuthorsSettings:
-    """What the keys say, checked, with the fork's defaults. `prior` finds or builds the prior, `options` says how
-    FusedDriftAdamW is to use it."""
+    """The fork's keys, checked, with the fork's defaults.
+
+    Attributes:
+        path: the folder of a prior (`delta_prior_path`), or None.
+        expert: the checkpoint of the expert; the prior is expert - base, or expert - reference.
+        reference: the checkpoint that is subtracted, or None for the base.
+        patterns: modules and the factor of alpha of each; None: the default ones.
+        alpha: strength of the prior.
+        scaling: "absolute", "gradnorm" or "adaptive_cosine".
+        include_bias: whether biases are used.
+        only_layers: the layers that are used; None: all.
+        skip_first: number of first layers that are not used.
+        normalize: whether deltas are rescaled to norm(W), with "absolute".
+    """
 
     path: str | None  # of a prior
     expert: str | None  # or what one is built of: expert - base, or expert - reference
@@ -50,8 +62,15 @@ class AuthorsSettings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> AuthorsSettings:
-        """Raises ValueError for an unknown key, a value that means nothing, and no prior or two; FileNotFoundError and
-        CheckpointError for a folder that is not there."""
+        """Return the settings of these keys.
+
+        Args:
+            given: the keys of a configuration file that begin with `delta_prior`.
+
+        Raises:
+            ValueError: an unknown key, an invalid value, no prior, or two.
+            FileNotFoundError, CheckpointError: a folder does not exist, or is not a checkpoint.
+        """
         if unknown := sorted(set(given) - set(KEYS)):
             raise ValueError(f"unknown keys: {', '.join(unknown)}; expected keys among {', '.join(KEYS)}")
         values = {key: value for key, value in given.items() if value is not None}
@@ -90,11 +109,16 @@ class AuthorsSettings:
         )
 
     def prior(self, base: str, folder: Path, may_build: bool = True) -> Path:
-        """The folder of the prior: that of `delta_prior_path`, or `folder`, where it is built if it is not there.
+        """Return the folder of the prior: that of `delta_prior_path`, or `folder`, where it is built unless it exists.
+
+        Args:
+            base: the checkpoint that is trained.
+            folder: where to build the prior.
+            may_build: False in processes that wait for another one to build it.
 
         Raises:
-            PriorError: `folder` holds another prior than is asked for, or none while `may_build` is False.
-            What `build_prior` raises.
+            PriorError: `folder` holds another prior than requested, or none while `may_build` is False. The errors of
+                `build_prior` are raised too.
         """
         if self.path is not None:
             return Path(self.path).expanduser()
@@ -117,9 +141,13 @@ class AuthorsSettings:
         return folder
 
     def options(self, prior: Prior) -> dict[str, Any]:
-        """Keywords of FusedDriftAdamW: what of the prior is used, and how.
+        """Return the arguments of `FusedDriftAdamW` for these settings.
 
-        Raises ValueError for a layer that it has not, and if nothing is left.
+        Args:
+            prior: the opened prior.
+
+        Raises:
+            ValueError: the prior lacks a requested layer or pattern, or nothing is left of it.
         """
         entries = dict.fromkeys(self._left_out(prior.names), 0.0)
         entries |= {"re:": 1.0} if self.patterns is None else self.patterns
@@ -135,7 +163,7 @@ class AuthorsSettings:
         }
 
     def _left_out(self, names: Iterable[str]) -> list[str]:
-        """Patterns of what is in the prior and not asked for. What is in no layer (embedding, head) is in all."""
+        """Patterns of what is in the prior and was not requested. What is in no layer (embedding, head) always is."""
         layers = {layer for name in names if (layer := layer_of(name)) is not None}
         wanted = layers if self.only_layers is None else self.only_layers
         if unknown := sorted(wanted - layers):
@@ -157,7 +185,7 @@ class AuthorsSettings:
 
 
 def _identity(source: str) -> dict[str, Any]:
-    """What tells a checkpoint from another without reading it."""
+    """What distinguishes a checkpoint from another, without reading it."""
     folder = Path(source).expanduser()
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     stats = {path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files}
@@ -169,7 +197,7 @@ def _same(file: Path, made_of: Mapping[str, Any]) -> bool:
 
 
 def _patterns(given: Any) -> dict[str, float] | None:
-    """Presets, `re:REGEX` or a bare REGEX; a list of them, or them with their alphas, as YAML or JSON."""
+    """Presets, `re:REGEX` or a bare REGEX; a list of them, or a mapping to their alphas, as YAML or JSON."""
     if given is None:
         return None
     if isinstance(given, str):
@@ -221,5 +249,9 @@ def _number(key: str, value: Any) -> float:
 
 
 def is_ours(key: str) -> bool:
-    """Whether a key of a configuration file is one of these, or meant to be."""
+    """Return whether a key of a configuration file is one of these, or meant to be.
+
+    Args:
+        key: the key.
+    """
     return os.fspath(key).startswith(PREFIX)

@@ -1,4 +1,4 @@
-"""For axolotl: a plugin that reads `drift:` of its YAML."""
+"""For axolotl: a plugin that reads `drift:` in its YAML."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _REFUSED = {
 
 
 class DriftPlugin(BasePlugin):
-    """Has axolotl train with a FusedDriftAdamW, by three entries of its YAML:
+    """Makes axolotl train with a `FusedDriftAdamW`, by three entries of its YAML::
 
         plugins: [drift_kernels.integrations.axolotl.DriftPlugin]
         optimizer: drift_adamw
@@ -48,17 +48,38 @@ class DriftPlugin(BasePlugin):
     """
 
     def get_input_args(self) -> str:
+        """Return the class that checks the plugin's part of the configuration."""
         return f"{__name__}.DriftArgs"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         # TrainingArguments take no name that transformers does not know.
+        """Return the arguments of the Trainer that differ with `drift:`.
+
+        Args:
+            cfg: axolotl's configuration.
+        """
         return {"optim": "adamw_torch"} if cfg.drift else {}
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: nn.Module) -> list[TrainerCallback]:
+        """Return a callback that checks the optimizer when training starts.
+
+        Args:
+            cfg: axolotl's configuration.
+            model: the model.
+        """
         return [_Guard()] if cfg.drift else []
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
         # axolotl 0.19 calls no plugin's create_optimizer. This comes after adapters were put in and layers frozen.
+        """Call `use_drift` with the settings under `drift:`.
+
+        Args:
+            cfg: axolotl's configuration.
+            trainer: axolotl's trainer.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError, PriorError: as `drift_settings` and `use_drift`.
+        """
         if cfg.drift:
             use_drift(trainer, **drift_settings(cfg.to_dict()["drift"]))
 
@@ -73,16 +94,28 @@ class _Guard(TrainerCallback):
 
 
 class DriftArgs(BaseModel):
-    """The part of the configuration that is the plugin's. A plugin stays loaded for later configurations of the same
-    process, which need not have it."""
+    """The plugin's part of axolotl's configuration.
+
+    A plugin stays loaded for later configurations of the same process, which need not contain it.
+
+    Attributes:
+        drift: the settings under `drift:`, or None.
+    """
 
     drift: dict[str, Any] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def check_drift(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Raises ValueError for one of the three entries without the others, and for what goes with no FusedDriftAdamW,
-        and what `drift_settings` raises."""
+        """Return the configuration unchanged, if it is valid.
+
+        Args:
+            given: the whole configuration.
+
+        Raises:
+            ValueError: one of the three entries is there without the others, or an entry cannot be combined with them.
+            TypeError, FileNotFoundError: as `drift_settings`.
+        """
         there = {
             f"plugins: [{PLUGIN}]": PLUGIN in (given.get("plugins") or ()),
             f"optimizer: {OPTIMIZER}": str(given.get("optimizer")) == OPTIMIZER,

@@ -1,4 +1,4 @@
-"""The optimizer for a model, as every trainer's integration makes it."""
+"""The optimizer for a model, as all integrations make it."""
 
 from __future__ import annotations
 
@@ -26,23 +26,30 @@ def drift_optimizer(
     refresh: int = 1,
     **options: Any,
 ) -> FusedDriftAdamW:
-    """A FusedDriftAdamW of the model's trainable parameters, with their names; biases and norms do not decay.
+    """Return a `FusedDriftAdamW` for the model's trainable parameters, with their names. Biases and norms do not decay.
 
     Args:
-        model: as it is trained: after adapters have been put in and parameters frozen.
-        prior: what FusedDriftAdamW takes, or a function of the model that gives it. For a model with active LoRA layers
-            it is projected onto them (`lora_prior`).
+        model: the model as it is trained: after adapters were added and parameters frozen.
+        prior: as in `FusedDriftAdamW`, or a function of the model that returns it. If the model has LoRA layers, it is
+            projected onto them (`lora_prior`).
         weight_decay: of the parameters of two or more dimensions.
-        refresh: as in `lora_prior`; without adapters of no effect.
-        options: FusedDriftAdamW's.
+        refresh: as in `lora_prior`; no effect without adapters.
+        options: other arguments of `FusedDriftAdamW`.
 
-    Raises what FusedDriftAdamW and `lora_prior` do.
+    Raises:
+        TypeError, ValueError, PriorError, BackendUnavailableError: as `FusedDriftAdamW` and `lora_prior`.
     """
     return FusedDriftAdamW(named_groups(model, weight_decay), prior=prior_for(model, prior, refresh), **options)
 
 
 def prior_for(model: nn.Module, prior: PriorForModel | None, refresh: int = 1) -> PriorLike | AdapterPrior | None:
-    """The prior as FusedDriftAdamW and attach_prior take it: where the model has LoRA layers, projected onto them."""
+    """Return the prior as `FusedDriftAdamW` and `attach_prior` take it, projected onto the model's LoRA layers, if any.
+
+    Args:
+        model: the model as it is trained.
+        prior: as in `drift_optimizer`.
+        refresh: as in `lora_prior`.
+    """
     if callable(prior):
         return prior(model)
     if prior is None or isinstance(prior, AdapterPrior) or not _has_lora(model):
@@ -53,7 +60,7 @@ def prior_for(model: nn.Module, prior: PriorForModel | None, refresh: int = 1) -
 
 
 def _has_lora(model: nn.Module) -> bool:
-    """Whether PEFT has put LoRA layers into it. Without importing PEFT, which then has been."""
+    """Whether PEFT has added LoRA layers. Does not import PEFT: if it has, PEFT is imported already."""
     lora = sys.modules.get("peft.tuners.lora")
     return lora is not None and any(isinstance(module, lora.LoraLayer) for module in model.modules())
 
@@ -62,6 +69,13 @@ _TAKEN = {*inspect.signature(FusedDriftAdamW.__init__).parameters, *inspect.sign
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises TypeError for a keyword that `drift_optimizer` would not take: now, not when the optimizer is made."""
+    """Check keywords before the optimizer is made.
+
+    Args:
+        options: keywords for `drift_optimizer`.
+
+    Raises:
+        TypeError: `drift_optimizer` does not take one of them.
+    """
     if unknown := sorted(set(options) - _TAKEN):
         raise TypeError(f"FusedDriftAdamW got unexpected keyword arguments: {', '.join(unknown)}")

@@ -1,5 +1,6 @@
-"""For transformers' Trainer under DeepSpeed, whose ZeRO flattens the parameters, so that no optimizer sees their names:
-hooks bias the gradients in the backward pass, and the Trainer's own AdamW reads them."""
+"""For transformers' Trainer under DeepSpeed: ZeRO flattens the parameters, so no optimizer sees their names. Instead,
+hooks bias the gradients in the backward pass, and the Trainer's own AdamW reads them.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +23,26 @@ _OPTIONS = ("alpha", "prior_scaling", "normalize_to_param", "prior_device", "bac
 def use_hooks(
     trainer: Trainer, *, prior: PriorForModel, anneal: float | None = None, refresh: int = 1, **options: Any
 ) -> PriorHooks:
-    """Has a Trainer under DeepSpeed (ZeRO 1 or 2) train with a prior: to be called after it is made, before
+    """Make a Trainer under DeepSpeed (ZeRO 1 or 2) train with a prior. Call it after the Trainer is made and before
     `trainer.train()`.
 
-    `attach_prior` biases the gradients of this process before they are reduced; DeepSpeed clips what comes of it to
-    `args.max_grad_norm`; the optimizer is the one that the Trainer makes, or that DeepSpeed's own configuration names.
+    `attach_prior` biases this process's gradients before they are reduced, and DeepSpeed clips the result to
+    `args.max_grad_norm`. The optimizer is the one that the Trainer makes, or that DeepSpeed's configuration names.
 
     Args:
-        trainer: with `args.deepspeed`, and its model as it is trained.
-        anneal: as in DriftCallback.
-        prior, refresh: as in `drift_optimizer`.
-        options: alpha, prior_scaling, normalize_to_param, prior_device, backend, as in `attach_prior`.
+        trainer: a Trainer with `args.deepspeed`, and its model as it is trained.
+        prior: as in `drift_optimizer`.
+        anneal: the fraction of the training's steps over which alpha falls linearly to 0, in (0, 1].
+        refresh: as in `lora_prior`.
+        options: alpha, prior_scaling, normalize_to_param, prior_device and backend, as in `attach_prior`.
+
+    Returns:
+        The handle of the hooks.
 
     Raises:
-        ValueError: ZeRO 3, which partitions the parameters; options that only FusedDriftAdamW has; micro-batches in
-            which hooks would bias a step too often.
-        What `attach_prior` raises.
+        ValueError: ZeRO 3, which partitions the parameters; an option that only `FusedDriftAdamW` has; or micro-batches
+            in which hooks would bias a step several times.
+        TypeError, PriorError, BackendUnavailableError: as `attach_prior`.
     """
     if unfit := sorted(set(options) - set(_OPTIONS)):
         raise ValueError(
@@ -62,7 +67,7 @@ def use_hooks(
 
 
 def _check_micro_batches(args: TrainingArguments, stage: int, scaling: str | None) -> None:
-    """ZeRO 2 takes each micro-batch's gradient away after its hooks, ZeRO 1 leaves it to be added to."""
+    """ZeRO 2 removes each micro-batch's gradient after its hooks; ZeRO 1 keeps it to be added to."""
     if args.gradient_accumulation_steps > 1 and (stage != 2 or scaling == "absolute"):
         raise ValueError(
             f"gradient_accumulation_steps={args.gradient_accumulation_steps}: hooks act in every micro-batch, so with "

@@ -1,4 +1,4 @@
-"""What integrations check where the training begins: that the trainer steps a FusedDriftAdamW, and that it biases."""
+"""Checks at the start of training: the trainer steps a FusedDriftAdamW, and that biases gradients."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ logger = logging.getLogger("drift_kernels")
 
 
 def unwrap_optimizer(optimizer: Any) -> FusedDriftAdamW:
-    """The FusedDriftAdamW in a trainer's wrapper: Accelerate's, Lightning's.
+    """Return the `FusedDriftAdamW` inside a trainer's wrapper (Accelerate, Lightning).
 
-    Raises TypeError if there is none.
+    Args:
+        optimizer: a `FusedDriftAdamW`, or an object whose attribute `optimizer` leads to one.
+
+    Raises:
+        TypeError: there is none.
     """
     inner = optimizer
     while not isinstance(inner, FusedDriftAdamW) and hasattr(inner, "optimizer"):
@@ -32,18 +36,19 @@ def unwrap_optimizer(optimizer: Any) -> FusedDriftAdamW:
 
 
 def check_in_use(optimizer: Any, trainer_clips: float | None = None) -> FusedDriftAdamW:
-    """To be called where the training begins, with the optimizer as the trainer has it then. Says in the log what the
-    prior acts on; warns if there is none, if alpha is 0, and if both the trainer and the optimizer clip.
+    """Check the optimizer at the start of training. The log lists what the prior acts on; it warns if there is no
+    prior, if alpha is 0, and if both the trainer and the optimizer clip.
 
     Args:
-        optimizer: a FusedDriftAdamW, or a trainer's wrapper of one.
-        trainer_clips: the norm that the trainer clips the gradient to; 0 or None if it does not.
+        optimizer: the trainer's optimizer: a `FusedDriftAdamW`, or a wrapper of one.
+        trainer_clips: the norm to which the trainer clips the gradient; 0 or None if it does not.
 
-    Returns the FusedDriftAdamW.
+    Returns:
+        The `FusedDriftAdamW`.
 
     Raises:
         TypeError: it is another optimizer.
-        PriorError: the parameters that it has now do not fit the prior, are all frozen, or have lost their names.
+        PriorError: its current parameters do not fit the prior, are all frozen, or have lost their names.
     """
     drift = unwrap_optimizer(optimizer)
     covered, first = drift.covered_names, not (dist.is_available() and dist.is_initialized() and dist.get_rank())

@@ -13,18 +13,19 @@ from .training_run import AlphaOverTime, TrainingRun
 
 
 class DriftCallback(Callback):
-    """Checks that the Trainer steps a FusedDriftAdamW, logs the figures of the last step (`step_figures`) to its
-    loggers, in every `log_every_n_steps`-th step, and schedules alpha.
+    """Checks that the Trainer steps a `FusedDriftAdamW`, schedules alpha, and logs `step_figures` to the Trainer's
+    loggers at every `log_every_n_steps`-th step.
+
+    Example::
 
         Trainer(callbacks=[DriftCallback(anneal=0.5)])
 
     Args:
-        alpha_lambda: alpha's factor at each step, as of AlphaScheduler. A run that resumes goes on where it was.
-        anneal: in place of it, the fraction of the training's steps over which alpha falls linearly to 0, in (0, 1].
+        alpha_lambda: alpha's factor at each step, as in `AlphaScheduler`. A resumed run continues where it was.
+        anneal: instead, the fraction of the training's steps over which alpha falls linearly to 0, in (0, 1].
 
-    Raises at the start of the training:
-        TypeError: `configure_optimizers` gives no FusedDriftAdamW, or more than one optimizer.
-        PriorError: the parameters do not fit the prior.
+    Raises:
+        ValueError: both are given, or `anneal` is not such a fraction.
     """
 
     def __init__(self, alpha_lambda: AlphaLambda | None = None, *, anneal: float | None = None) -> None:
@@ -33,6 +34,16 @@ class DriftCallback(Callback):
         self._done = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the optimizer.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+
+        Raises:
+            TypeError: `configure_optimizers` returns no `FusedDriftAdamW`, or several optimizers.
+            PriorError: the parameters do not fit the prior.
+        """
         if len(trainer.optimizers) != 1:
             kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
             raise TypeError(f"expected one optimizer, a {FusedDriftAdamW.__name__}, got {kinds}")
@@ -41,6 +52,15 @@ class DriftCallback(Callback):
         self._run = TrainingRun(trainer.optimizers[0], self._alpha, self._done, total, trainer.gradient_clip_val)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move alpha's schedule after each optimizer step, and log.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+
+        Raises:
+            RuntimeError: the first step was not made by the `FusedDriftAdamW`.
+        """
         if self._run is None or trainer.global_step == self._done:  # gradients are being accumulated
             return
         self._done = trainer.global_step

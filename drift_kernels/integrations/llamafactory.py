@@ -1,13 +1,13 @@
-"""LLaMA-Factory with a prior: `drift-llamafactory train sft.yaml` is `llamafactory-cli train sft.yaml` with `drift:` in
-the YAML.
+"""For LLaMA-Factory: `drift-llamafactory train FILE.yaml` is `llamafactory-cli train FILE.yaml` with `drift:` in it::
 
     drift:
-      prior: prior        # what `drift-prior build` wrote
-      alpha: 1.0          # and what else `drift_settings` knows
+      prior: prior        # the folder that `drift-prior build` wrote
+      alpha: 1.0          # and other keys of drift_settings
 
-In its place the keys of the authors' fork are read (`authors_keys.py`). All others are LLaMA-Factory's, and so are
-`key=value` after the file: `drift.alpha=0.5`. Under DeepSpeed (ZeRO 1 and 2) hooks bias the gradients (`hooked.py`).
-FORCE_TORCHRUN, NPROC_PER_NODE and the like do what they do there, and USE_V1 takes its new trainer.
+The keys of the authors' fork are read too (`AuthorsSettings`). All other keys are LLaMA-Factory's, and so are
+`key=value` arguments after the file, such as `drift.alpha=0.5`. Under DeepSpeed (ZeRO 1 and 2) hooks bias the gradients
+(`use_hooks`). FORCE_TORCHRUN, NPROC_PER_NODE and similar variables have the same effect as there, and USE_V1 selects
+the new trainer.
 """
 
 from __future__ import annotations
@@ -56,7 +56,14 @@ _ADAMW = (None, "adamw_torch", "adamw_torch_fused")  # which FusedDriftAdamW sta
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status; usage errors have 2, what cannot be trained as the file says 1."""
+    """Run the command.
+
+    Args:
+        argv: the arguments; None: those of the process.
+
+    Returns:
+        The exit status: 2 for a wrong command line, 1 if the file cannot be trained as it is.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) < 2 or arguments[0] not in ("train", "sft") or not arguments[1].endswith((".yaml", ".yml")):
         print(USAGE, file=sys.stderr)
@@ -80,11 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
-    """As `main`, in this process, for a file's contents. `callbacks` are transformers', for LLaMA-Factory.
+    """Train in this process, like `main`, from a file's contents.
+
+    Args:
+        config: LLaMA-Factory's keys and ours.
+        callbacks: transformers' callbacks, for LLaMA-Factory.
 
     Raises:
-        ValueError, TypeError: no prior, two forms of settings at once, settings that mean nothing, another optimizer.
-        FileNotFoundError, PriorError, CheckpointError: of a prior that is not there, or does not fit the model.
+        ValueError, TypeError: no prior, two forms of settings at once, an invalid setting, or another optimizer.
+        FileNotFoundError: the prior does not exist.
+        PriorError, CheckpointError: the prior is damaged or does not fit the model.
     """
     ours, theirs = split(config)
     _check(ours, theirs)
@@ -92,7 +104,17 @@ def train(config: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
 
 
 def read(arguments: Sequence[str]) -> dict[str, Any]:
-    """A file and `key=value`s, as LLaMA-Factory reads them. Raises ValueError for what is no YAML."""
+    """Read a file and its overrides, as LLaMA-Factory does.
+
+    Args:
+        arguments: the YAML file, then `key=value` strings.
+
+    Returns:
+        The contents.
+
+    Raises:
+        ValueError: the file is not YAML.
+    """
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -104,7 +126,17 @@ def read(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def split(config: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """Our settings, checked, and what is LLaMA-Factory's. Raises as `train`."""
+    """Split a configuration into our settings, checked, and LLaMA-Factory's keys.
+
+    Args:
+        config: the contents of a file.
+
+    Returns:
+        The settings and the other keys.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: as `train`.
+    """
     authors = {key: value for key, value in config.items() if is_ours(key)}
     theirs = {key: value for key, value in config.items() if key != "drift" and key not in authors}
     nested = config.get("drift")
@@ -119,7 +151,7 @@ def split(config: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
 
 
 def _check(ours: Settings, theirs: Mapping[str, Any]) -> None:
-    """Raises ValueError for what would take another optimizer or another trainer than the one that is given ours."""
+    """Raises ValueError for keys that would select another optimizer, or a trainer that does not get ours."""
     others = [f"{key}={theirs[key]}" for key in _OTHERS if theirs.get(key)]
     if theirs.get("optim") not in _ADAMW:
         others.append(f"optim={theirs['optim']}")
@@ -145,8 +177,9 @@ def _train(ours: Settings, theirs: Mapping[str, Any], callbacks: Sequence[Any] =
 
 @contextmanager
 def _each_trainer(module_name: str, name: str, give: Callable[[Any], None]) -> Iterator[None]:
-    """Inside it, LLaMA-Factory's trainer of this name is given to `give` as soon as it is made. Raises RuntimeError if
-    none was."""
+    """Inside this context, LLaMA-Factory's trainer of this name is passed to `give` as soon as it is made. Raises
+    RuntimeError if none was made.
+    """
     module = importlib.import_module(module_name)
     plain, made = getattr(module, name), []
 
@@ -181,7 +214,7 @@ def _authors_options(ours: AuthorsSettings, args: Any, theirs: Mapping[str, Any]
 
 
 def _check_v1(ours: Settings, theirs: Mapping[str, Any]) -> None:
-    """Raises ValueError for what it cannot do with a prior."""
+    """Raises ValueError for what the new trainer cannot do with a prior."""
     if not isinstance(ours, dict):
         raise ValueError("the v1 trainer does not support the authors' keys: use `drift:`")
     if theirs.get("optim_config") is not None:
@@ -206,7 +239,7 @@ def _train_v1(ours: dict[str, Any], theirs: Mapping[str, Any]) -> None:
 
 
 def _accompany_v1(trainer: Any, alpha: AlphaOverTime) -> None:
-    """Its callbacks get no trainer when they are made, and neither does `run_sft` take any."""
+    """Its callbacks get no trainer when they are made, and `run_sft` takes none."""
     from llamafactory.v1.utils.callbacks.trainer_callback import TrainerCallback
 
     done, total = trainer.global_step, trainer.num_training_steps
@@ -235,7 +268,7 @@ def _is_on(name: str) -> bool:
 
 
 def _processes() -> int:
-    """How many to start on this machine; 0 if this one is to train. As LLaMA-Factory decides."""
+    """How many processes to start on this machine, as LLaMA-Factory decides; 0 to train in this one."""
     forced, asked = _is_on("FORCE_TORCHRUN"), os.environ.get("NPROC_PER_NODE")
     if forced and asked:
         return int(asked)

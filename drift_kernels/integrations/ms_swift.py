@@ -1,9 +1,10 @@
-"""For ms-swift: `--optimizer drift`, with the settings in `optim_args`. Importing this registers it, so that a plugin
-file is one line:
+"""For ms-swift: `--optimizer drift`, with the settings in `optim_args`.
+
+Importing this module registers the optimizer, so a plugin file is one line::
 
     import drift_kernels.integrations.ms_swift
 
-In a YAML file:
+In a YAML file::
 
     external_plugins: drift_plugin.py
     optimizer: drift
@@ -36,10 +37,15 @@ _OTHERS = ("vit_lr", "aligner_lr", "use_galore")
 
 
 class DriftOptimizerCallback(OptimizerCallback):
-    """What swift's trainers ask for their optimizer. It has `use_drift` called for the trainer as soon as that is made;
-    under DeepSpeed `use_hooks`, and the optimizer is swift's AdamW.
+    """Makes swift's trainers use `use_drift`, or under DeepSpeed `use_hooks` with swift's AdamW.
 
-    Raises what `drift_settings` does, and ValueError for arguments of swift's that would have no effect.
+    Args:
+        args: swift's arguments. `optim_args` has the keys of `drift_settings`.
+        trainer: swift's trainer.
+
+    Raises:
+        ValueError: an invalid setting, or an argument of swift's that would have no effect.
+        TypeError, FileNotFoundError: as `drift_settings`.
     """
 
     def __init__(self, args: Any, trainer: Any) -> None:
@@ -52,8 +58,9 @@ class DriftOptimizerCallback(OptimizerCallback):
 
 
 class _UseDrift(TrainerCallback):
-    """Among the trainer's callbacks from the beginning, so that even a trainer that asks for no optimizer is checked
-    where its training starts."""
+    """Added to the trainer's callbacks from the beginning, so that a trainer that requests no optimizer is checked too
+    when its training starts.
+    """
 
     def __init__(self, args: Any, trainer: Any) -> None:
         super().__init__(args, trainer)
@@ -67,7 +74,7 @@ class _UseDrift(TrainerCallback):
 
 
 def _given(args: Any) -> Any:
-    """`optim_args`, a string to swift: it makes JSON of a mapping in a YAML file."""
+    """`optim_args`, a string to swift, which turns a mapping in a YAML file into JSON."""
     try:
         return json.loads(args.optim_args)
     except (TypeError, ValueError):
@@ -75,7 +82,7 @@ def _given(args: Any) -> Any:
 
 
 def _guarded(name: str, callback: type) -> type:
-    """One of swift's own, which refuses to be taken where the settings are ours."""
+    """One of swift's own optimizers, which raises if the settings are ours."""
 
     class Guarded(callback):
         def __init__(self, args: Any, trainer: Any) -> None:

@@ -24,25 +24,30 @@ logger = logging.getLogger("drift_kernels")
 
 
 def lora_prior(model: nn.Module, prior: PriorLike, *, refresh: int = 1) -> AdapterPrior:
-    """A prior for a model whose adapters are trained: what FusedDriftAdamW, GradientBias and attach_prior take.
+    """Return a prior for a model whose adapters are trained, for `FusedDriftAdamW`, `GradientBias` and `attach_prior`.
+
+    Each delta is projected onto the two factors of its adapter, W = W0 + s*B A (`docs/adapters.md`). The projections
+    follow A and B as they change. With DoRA, A and B are pulled and the magnitudes are not. Parameters that are trained
+    in full beside the adapters (`modules_to_save`, biases) use their deltas as they are.
+
+    Example::
 
         optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, "prior"))
 
-    Each delta is projected onto the two factors of its adapter, W = W0 + s*B A (adapters/projection.py), and the
-    projections are renewed from A and B as they are. With DoRA, A and B are pulled, and the magnitudes are not.
-    Parameters that are trained in full beside the adapters (`modules_to_save`, biases) have their deltas as they are.
-
     Args:
-        model: with the adapters; those that are active now are meant. Any that PEFT has put LoRA layers into, a
-            PeftModel or not, its base quantised or not. It is not kept alive.
-        prior: a `Prior`, the folder of one, or a mapping from names of weights to deltas. Deltas of low rank are used
-            as they are and never expanded, others by tiles.
-        refresh: renew the projections in every `refresh`-th step (docs/adapters.md has what that costs). Those of a
-            frozen A are made once.
+        model: with its adapters, of which the currently active ones are used. Any model that PEFT has added LoRA layers
+            to, a PeftModel or not, its base quantised or not. It is not kept alive.
+        prior: a `Prior`, its folder or Hub id, or a mapping from names of weights to deltas. Low-rank deltas are never
+            expanded, others tile by tile.
+        refresh: renew the projections in every `refresh`-th step (`docs/adapters.md` has the cost). Those of a frozen A
+            are made once.
+
+    Returns:
+        A prior that is bound to the model's adapters.
 
     Raises:
         PriorError: the model has no active LoRA adapter.
-        TypeError, ValueError: `refresh` is not a positive integer; `prior` is none.
+        TypeError, ValueError: `refresh` is not a positive integer, or `prior` is not a prior.
     """
     adapters: list[_LoRA] = []
     renamed: dict[str, str] = {}
@@ -70,7 +75,7 @@ def lora_prior(model: nn.Module, prior: PriorLike, *, refresh: int = 1) -> Adapt
 
 
 def _reason_against(layer: Any, key: str) -> str | None:
-    """Why no delta can be projected onto this adapter, if so."""
+    """Why no delta can be projected onto this adapter; None if one can."""
     variant = type(getattr(layer, "lora_variant", {}).get(key)).__name__
     if variant not in ("NoneType", "DoraLinearVariant"):
         return variant
@@ -88,7 +93,7 @@ def _is_dora(layer: Any, key: str) -> bool:
 
 
 def _trained_parts(name: str, layer: Any) -> Iterator[tuple[str, str]]:
-    """What is trained of the layer under the adapters: biases."""
+    """The parts of the layer that are trained beside the adapters: biases."""
     for part, param in layer.base_layer.named_parameters():
         if param.requires_grad and part != "weight":
             yield f"{name}.base_layer.{part}", f"{name}.{part}"
@@ -102,7 +107,7 @@ def _renamed_copies(name: str, wrapper: Any) -> Iterator[tuple[str, str]]:
 
 
 class _LoRA:
-    """An `Adapter` of a PEFT layer, which it does not keep alive."""
+    """An `Adapter` for a PEFT layer, which it does not keep alive."""
 
     def __init__(self, name: str, layer: Any, key: str) -> None:
         self._layer, self._key = weakref.ref(layer), key

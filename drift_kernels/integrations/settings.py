@@ -1,4 +1,4 @@
-"""What a trainer's configuration file says of DRIFT."""
+"""The DRIFT section of a trainer's configuration file."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _NUMBERS = {"alpha", "max_grad_norm", "anneal"}
 
 
 def drift_settings(given: Any, where: str = "drift") -> dict[str, Any]:
-    """The settings of a configuration file, checked: `prior`, which must be there, and what else of `KEYS` was set.
+    """Return the settings of a configuration file, checked, as keywords of `use_drift`.
 
-    They are keywords of `use_drift`: those of FusedDriftAdamW that concern the prior and the precision, `anneal`
-    (DriftCallback's) and `refresh` (`lora_prior`'s). Numbers may be strings, as YAML reads `1e-3`.
+    The keys are the arguments of `FusedDriftAdamW` for the prior and the precision, and `anneal` and `refresh`. `prior`
+    is required. Numbers may be strings, since YAML reads `1e-3` as one.
 
     Args:
         given: the mapping under the file's key.
         where: that key, for messages.
 
     Raises:
-        TypeError: no mapping.
-        ValueError: an unknown key, no `prior`, or a string that should be a number.
-        FileNotFoundError: the prior's folder is not there.
+        TypeError: `given` is not a mapping.
+        ValueError: an unknown key, no `prior`, a string that should be a number, or an invalid `anneal`.
+        FileNotFoundError: the prior's folder does not exist.
     """
     if not isinstance(given, Mapping):
         raise TypeError(f"{where} must be a mapping with the keys of FusedDriftAdamW, got {given!r}")
@@ -60,7 +60,15 @@ def drift_settings(given: Any, where: str = "drift") -> dict[str, Any]:
 
 
 def check_anneal(anneal: float | None, alpha_lambda: object = None) -> None:
-    """Raises ValueError for a fraction of the training that is none, and beside another schedule."""
+    """Check a fraction of the training.
+
+    Args:
+        anneal: the fraction of the training's steps over which alpha falls to 0; None: constant.
+        alpha_lambda: another schedule, or None.
+
+    Raises:
+        ValueError: `anneal` is not in (0, 1], or both are given.
+    """
     if anneal is None:
         return
     if alpha_lambda is not None:

@@ -1,4 +1,4 @@
-"""The figures of the last step, as trainers log them."""
+"""The figures of the last step, for a trainer's log."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from .in_use import unwrap_optimizer
 
 
 def step_figures(optimizer: Any, prefix: str = "prior/") -> dict[str, float]:
-    """What the last step did, for a log; reading it waits for the device.
+    """Return what the last step did, for a log. Reading it waits for the device.
 
-    - `prior/alpha`, the strength as it is now; where param groups differ, the largest.
-    - `prior/bound`, how many parameters the prior covers, and `prior/biased`, how many of them it biased: those that
-      had a gradient, while alpha was not 0.
-    - `prior/grad_norm`, the norm of the whole biased gradient, where the optimizer has a `max_grad_norm`.
-    - For each module group that the prior reached (attn, mlp, norm, embed, head, other) `prior/cosine/attn`, the mean
-      over its tensors of cos(gradient, delta), and `prior/ratio/attn`, that of norm(bias)/norm(gradient), where the
-      step needed gradient statistics.
+    - `prior/alpha`: the current alpha; if param groups differ, the largest in magnitude.
+    - `prior/bound`: how many parameters the prior covers.
+    - `prior/biased`: how many of them the step biased: those that had a gradient, while alpha was not 0.
+    - `prior/grad_norm`: the norm of the whole biased gradient, if the optimizer has a `max_grad_norm`.
+    - `prior/cosine/attn`: the mean of cos(gradient, delta) over the tensors of a module group (attn, mlp, norm, embed,
+      head or other), if the step needed gradient statistics.
+    - `prior/ratio/attn`: likewise the mean of norm(bias)/norm(gradient).
 
-    Without a prior there is `grad_norm` alone, before the first step nothing.
+    Args:
+        optimizer: a `FusedDriftAdamW`, or a trainer's wrapper of one.
+        prefix: of the figures' names.
+
+    Returns:
+        Names to numbers. Without a prior only `grad_norm`, before the first step nothing.
+
+    Raises:
+        TypeError: the optimizer is another one.
     """
     drift = unwrap_optimizer(optimizer)
     figures = {}

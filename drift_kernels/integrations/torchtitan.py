@@ -1,4 +1,4 @@
-"""For torchtitan: a job config that trains with FusedDriftAdamW, and a prior in torchtitan's own names and layouts."""
+"""For torchtitan: a job config that trains with FusedDriftAdamW, and a prior in torchtitan's names and layouts."""
 
 from __future__ import annotations
 
@@ -35,28 +35,31 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 def use_drift(config: Trainer.Config, **settings: Any) -> Trainer.Config:
-    """Has a job train with FusedDriftAdamW. For a function of a config registry:
+    """Make a torchtitan job train with `FusedDriftAdamW`.
+
+    Every param group of the config keeps its parameters, lr, betas, eps and weight decay. The optimizer clips the
+    biased gradient to the config's `training.max_norm`, unless `max_grad_norm` is set here; the trainer then only
+    measures the gradient. The trainer's log contains `step_figures`.
+
+    Example, for a function of a config registry::
 
         def llama3_8b_drift() -> Trainer.Config:
             return use_drift(llama3_8b(), prior="prior", alpha=1.0)
 
-    Every param group of the config keeps its parameters, lr, betas, eps and weight decay. The optimizer clips the
-    biased gradient to the config's `training.max_norm`, in place of the trainer, which only measures the gradient from
-    then on; `max_grad_norm` here says another norm. What the trainer logs has the figures of `step_figures` too.
-
     Args:
-        config: with everything else set; it is changed and returned.
-        settings: `prior`, a folder that was built from checkpoints of HF's form, which must be there; what else
-            FusedDriftAdamW takes (`settings.KEYS`), and `anneal`, the fraction of the training's steps over which alpha
-            falls to 0.
+        config: the job config, with everything else set; it is changed.
+        settings: `prior`, an existing folder of a prior that was built from Hugging Face checkpoints; other keys of
+            `drift_settings`, except `refresh`.
+
+    Returns:
+        The config.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: settings that are wrong, or a param group of another optimizer than
+        ValueError, TypeError, FileNotFoundError: a setting is invalid, or a param group has another optimizer than
             AdamW.
-        PriorError: the model has no conversion from HF's checkpoints, and so a prior none.
-
-    When the job starts it raises what FusedDriftAdamW does, TypeError if the config or the command line has put another
-    optimizer in its place after this, and ValueError for pipeline parallelism and `fused_opt_states_bf16`.
+        PriorError: the model has no conversion from Hugging Face checkpoints. When the job starts, it raises the errors
+            of `FusedDriftAdamW`, TypeError if another optimizer has replaced it since, and ValueError for pipeline
+            parallelism and `fused_opt_states_bf16`.
     """
     settings = drift_settings(settings, "use_drift")
     anneal = settings.pop("anneal", None)
@@ -98,8 +101,9 @@ def _guarded(inner: Callable[..., None] | None) -> Callable[..., None]:
 
 
 class _Drift:
-    """What FusedDriftAdamW takes beside the param groups, and the model that the prior is for. A config is logged as
-    what was set."""
+    """The arguments of FusedDriftAdamW beside the param groups, and the model that the prior is for. A config logs it
+    as the settings.
+    """
 
     def __init__(self, spec: ModelSpec, settings: dict[str, Any]) -> None:
         self.spec, self.settings = spec, settings
@@ -114,14 +118,18 @@ def _drift_adamw(groups: list[dict[str, Any]], *, drift: _Drift) -> FusedDriftAd
 
 
 class DriftOptimizers(OptimizersContainer):
-    """torchtitan's container, which makes a FusedDriftAdamW of the param groups that name it."""
+    """torchtitan's container of optimizers, which makes a `FusedDriftAdamW` of the param groups that name it.
+
+    Raises:
+        ValueError: pipeline parallelism, or `fused_opt_states_bf16`.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
         drift: Annotated[_Drift | None, tyro.conf.Suppress] = None
-        """What FusedDriftAdamW takes beside param groups."""
+        """Arguments of FusedDriftAdamW beside the param groups."""
         anneal: float | None = None
-        """The fraction of the training's steps over which alpha falls to 0; None: it stays."""
+        """The fraction of the training's steps over which alpha falls to 0, or None for a constant alpha."""
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         if len(model_parts) > 1:
@@ -143,11 +151,24 @@ class DriftOptimizers(OptimizersContainer):
         return _drift_adamw if name == OURS else OptimizersContainer._resolve_optimizer_factory(name)
 
     def schedule_alpha(self, training_steps: int) -> None:
+        """Set alpha's schedule, once the length of the training is known.
+
+        Args:
+            training_steps: optimizer steps of the whole training.
+        """
         alpha = AlphaOverTime(anneal=self._anneal)
         schedules = [alpha.scheduler(optimizer, 0, training_steps) for optimizer in self.optimizers]
         self._alpha_schedules = [schedule for schedule in schedules if schedule is not None]
 
     def step(self, closure: Any = None) -> None:
+        """Step the optimizers, then alpha's schedule.
+
+        Args:
+            closure: as in torch.
+
+        Raises:
+            RuntimeError: `anneal` is set, but the config has lost the lr_scheduler that `use_drift` put in.
+        """
         if self._anneal is not None and not self._alpha_schedules:
             raise RuntimeError("anneal requires the lr_scheduler set by use_drift, but the config has another one now")
         super().step(closure)
@@ -155,6 +176,11 @@ class DriftOptimizers(OptimizersContainer):
             schedule.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the optimizers' states, and continue alpha's schedule after the steps that they have taken.
+
+        Args:
+            state_dict: as in torchtitan.
+        """
         super().load_state_dict(state_dict)
         for optimizer, schedule in zip(self.optimizers, self._alpha_schedules, strict=False):
             taken = max(int(state["step"]) for state in optimizer.state.values())
@@ -162,7 +188,7 @@ class DriftOptimizers(OptimizersContainer):
 
 
 class DriftSchedules(LRSchedulersContainer):
-    """Learning rates as ever; tells the optimizers how long the training is, for alpha."""
+    """torchtitan's learning rate schedules, which also tell the optimizers the length of the training, for alpha."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(LRSchedulersContainer.Config):
@@ -173,31 +199,40 @@ class DriftSchedules(LRSchedulersContainer):
 
 
 class DriftMetrics(MetricsProcessor):
-    """Logs `step_figures` beside the trainer's own figures."""
+    """torchtitan's metrics, with `step_figures` added."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
         pass
 
     def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **others: Any) -> None:
+        """Log the trainer's figures and those of the last step.
+
+        Args:
+            args, others: as in torchtitan.
+            extra_metrics: further figures.
+        """
         figures = {} if self.optimizers is None else step_figures(self.optimizers.optimizers[0])
         super().log(*args, extra_metrics={**(extra_metrics or {}), **figures}, **others)
 
 
 def titan_prior(spec: ModelSpec, prior: PriorLike) -> ConvertedPrior:
-    """A prior of HF's checkpoints, in the names and layouts in which torchtitan's model holds its weights: what
-    FusedDriftAdamW and GradientBias take for the model of this spec.
+    """Return a prior of Hugging Face checkpoints in torchtitan's names and layouts, for `FusedDriftAdamW` and
+    `GradientBias`.
 
-    The deltas go through the spec's state-dict adapter, which permutes the rows of Llama's queries and keys, and then
-    through the model's own loading, which joins them (`wqkv`). Each is read and converted when its parameter is first
-    stepped.
+    The spec's state-dict adapter converts the deltas (it permutes the rows of Llama's queries and keys), and then the
+    model's own loading (it joins `wqkv`). Each delta is read and converted when its parameter is first stepped.
+
+    Args:
+        spec: the model's spec.
+        prior: a `Prior`, its folder or Hub id, or a mapping from names to deltas.
     """
     layout = _Layout(spec)
     return ConvertedPrior(Prior.of(prior), layout.shapes, layout.convert)
 
 
 class _Layout:
-    """How a model of torchtitan holds what HF's checkpoints store."""
+    """How a torchtitan model holds what Hugging Face checkpoints store."""
 
     def __init__(self, spec: ModelSpec) -> None:
         assert spec.state_dict_adapter is not None
@@ -212,7 +247,7 @@ class _Layout:
         self.shapes = {canonical_name(name): tuple(tensor.shape) for name, tensor in self._stored.items()}
 
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By canonical names -> by live names."""
+        """From canonical names to live names."""
         given = {self._names[name]: tensor for name, tensor in tensors.items()}
         if self._tied:  # the adapters ask for it
             given.setdefault(_EMBEDDING, self._stored[_EMBEDDING])
@@ -233,7 +268,7 @@ class _Layout:
         return made
 
     def _owner(self, name: str) -> str:
-        """The module that loads what it has no parameter for: the innermost one."""
+        """The innermost module that loads a name that is not a parameter."""
         path = name.rpartition(".")[0]
         while path not in self._modules:
             path = path.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""One training, as the integrations of trainers accompany it: what they check, and alpha over time."""
+"""One training run, as integrations accompany it: checks, and alpha over time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from .settings import check_anneal
 
 
 class AlphaOverTime:
-    """alpha's schedule, before it is known how long the training is.
+    """A schedule of alpha that is chosen before the length of the training is known.
 
     Args:
-        alpha_lambda: alpha's factor at each step, as of AlphaScheduler.
-        anneal: in place of it, the fraction of the training's steps over which alpha falls linearly to 0, in (0, 1].
+        alpha_lambda: alpha's factor at each step, as in `AlphaScheduler`.
+        anneal: instead, the fraction of the training's steps over which alpha falls linearly to 0, in (0, 1].
 
-    Raises ValueError for both, and for a fraction that is none.
+    Raises:
+        ValueError: both are given, or `anneal` is not such a fraction.
     """
 
     def __init__(self, alpha_lambda: AlphaLambda | None = None, anneal: float | None = None) -> None:
@@ -26,7 +27,16 @@ class AlphaOverTime:
         self._anneal = anneal
 
     def scheduler(self, optimizer: Any, done: int, total: int) -> AlphaScheduler | None:
-        """For a training of `total` steps that goes on after `done` of them; None if alpha stays as it is."""
+        """Return the schedule for a training of known length.
+
+        Args:
+            optimizer: as in `AlphaScheduler`.
+            done: optimizer steps that are done, when resuming.
+            total: optimizer steps of the whole training.
+
+        Returns:
+            The scheduler, or None if alpha is constant.
+        """
         alpha_lambda = self._alpha_lambda
         if self._anneal is not None:
             alpha_lambda = linear_anneal(max(1, math.ceil(self._anneal * total)))
@@ -38,15 +48,17 @@ class AlphaOverTime:
 
 
 class TrainingRun:
-    """Made where the training begins, with the optimizer as the trainer has it then.
+    """Checks one training run and schedules alpha. To be made when the training starts.
 
     Args:
-        optimizer: a FusedDriftAdamW, or a trainer's wrapper of one.
-        alpha: over time.
-        done, total: steps of the optimizer.
-        trainer_clips: the norm that the trainer clips the gradient to; 0 or None if it does not.
+        optimizer: the trainer's optimizer: a `FusedDriftAdamW`, or a wrapper of one.
+        alpha: its schedule.
+        done: optimizer steps that are done, when resuming.
+        total: optimizer steps of the whole training.
+        trainer_clips: the norm to which the trainer clips the gradient; 0 or None if it does not.
 
-    Raises what `check_in_use` does.
+    Raises:
+        TypeError, PriorError: as `check_in_use`.
     """
 
     def __init__(
@@ -62,7 +74,11 @@ class TrainingRun:
         self._hook.remove()
 
     def after_step(self) -> None:
-        """After each of the trainer's steps. Raises RuntimeError if the first was not this optimizer's."""
+        """To be called after each of the trainer's optimizer steps: moves alpha's schedule.
+
+        Raises:
+            RuntimeError: the first step was not made by this optimizer.
+        """
         if not self._has_stepped:
             raise RuntimeError(
                 "the trainer has taken a step, but not with its FusedDriftAdamW: it would train without the prior"

@@ -1,4 +1,4 @@
-"""For transformers' Trainer and what is built on it, as TRL's SFTTrainer."""
+"""For transformers' Trainer and trainers based on it, such as TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -30,28 +30,31 @@ def use_drift(
     anneal: float | None = None,
     **options: Any,
 ) -> None:
-    """Has a Trainer train with a FusedDriftAdamW: to be called after it is made, before `trainer.train()`.
+    """Make a Trainer train with a `FusedDriftAdamW`. Call it after the Trainer is made and before `trainer.train()`.
+
+    lr, betas, eps and weight_decay come from the Trainer's arguments; biases and norms do not decay. The optimizer also
+    takes over clipping: it clips the biased gradient to `args.max_grad_norm`, which is set to 0, unless `options`
+    contain `max_grad_norm` (None leaves clipping to the Trainer). A `DriftCallback` is put before all other callbacks.
+
+    Example::
 
         trainer = Trainer(model, args, train_dataset=dataset)
-        use_drift(trainer, prior="prior")
+        use_drift(trainer, prior="prior", anneal=0.5)
         trainer.train()
 
-    lr, betas, eps and weight_decay are those of the Trainer's arguments; biases and norms do not decay. The optimizer
-    takes the clipping over: it clips the biased gradient to `args.max_grad_norm`, which becomes 0, unless `options`
-    have a `max_grad_norm` (None leaves the clipping to the Trainer). A `DriftCallback` is put before all other
-    callbacks.
-
     Args:
-        trainer: transformers' Trainer, or one built on it that leaves the choice of the optimizer to it, as TRL's.
+        trainer: a Trainer, or one based on it that leaves the choice of the optimizer to it, such as TRL's.
         prior: as in `drift_optimizer`; None for plain AdamW.
-        alpha_lambda, anneal: alpha over time, as in DriftCallback.
-        options: what else `drift_optimizer` takes: alpha, prior_scaling, anchor, ...
+        alpha_lambda: alpha's factor at each step, as in `AlphaScheduler`.
+        anneal: instead, the fraction of the training's steps over which alpha falls linearly to 0, in (0, 1].
+        options: other arguments of `drift_optimizer`: alpha, prior_scaling, anchor, ...
 
     Raises:
-        ValueError: the Trainer has an optimizer already, is to make another one, or uses DeepSpeed.
-        TypeError: an option that nothing takes.
-        PriorError: a damaged prior, or none where it should be.
-        What else FusedDriftAdamW raises comes when the Trainer makes it, at the beginning of `train()`.
+        ValueError: the Trainer has an optimizer already, is set to make another one, or uses DeepSpeed; or the schedule
+            of alpha is invalid.
+        TypeError: an unknown option.
+        PriorError: the prior cannot be opened. Other errors of `FusedDriftAdamW` are raised when the Trainer makes it,
+            at the start of `train()`.
     """
     check_free(trainer)
     if trainer.is_deepspeed_enabled:
@@ -70,7 +73,14 @@ def use_drift(
 
 
 def check_free(trainer: Trainer) -> None:
-    """Raises ValueError if the Trainer has, or was asked for, an optimizer that ours would take the place of."""
+    """Check that the choice of the optimizer is free.
+
+    Args:
+        trainer: the Trainer.
+
+    Raises:
+        ValueError: the Trainer has an optimizer, or was told to make one, that `FusedDriftAdamW` would replace.
+    """
     if trainer.optimizer is not None:
         raise ValueError(
             f"the Trainer already has an optimizer ({type(trainer.optimizer).__name__}): leave out `optimizers`, and "
@@ -84,15 +94,15 @@ def check_free(trainer: Trainer) -> None:
 
 
 def drift_adamw(args: TrainingArguments, model: nn.Module | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """What `Trainer(optimizer_cls_and_kwargs=...)` takes, for a FusedDriftAdamW whose parameters have their names.
+    """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes, for a `FusedDriftAdamW` with named parameters.
 
-    lr, betas, eps and weight_decay are those of `args`, and as with the Trainer's own optimizers biases and norms do
-    not decay; `options` go before. One result is for one Trainer.
+    lr, betas, eps and weight_decay come from `args`, unless `options` contain them. As with the Trainer's own
+    optimizers, biases and norms do not decay. Use each result for one Trainer only.
 
     Args:
-        args: the Trainer's.
-        model: the Trainer's, with its adapters; for transformers 4, whose Trainer does not say it.
-        options: those of `drift_optimizer`: prior, alpha, max_grad_norm, ...
+        args: the Trainer's arguments.
+        model: the Trainer's model, with its adapters. Needed with transformers 4, whose Trainer does not pass it.
+        options: arguments of `drift_optimizer`: prior, alpha, max_grad_norm, ...
     """
     defaults = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     named = {} if model is None else {"model": model}
@@ -101,7 +111,8 @@ def drift_adamw(args: TrainingArguments, model: nn.Module | None = None, **optio
 
 class _OptimizerOfModel:
     """transformers 5 makes one and calls it with the model that it trains (axolotl also with its arguments);
-    transformers 4 calls the class with the option `model`, or without one with param groups."""
+    transformers 4 calls the class with the option `model`, or without one with param groups.
+    """
 
     def __new__(cls, *model: Any, **options: Any) -> Any:
         if not model:
@@ -115,16 +126,19 @@ class _OptimizerOfModel:
 
 
 class DriftCallback(TrainerCallback):
-    """Checks that the Trainer steps a FusedDriftAdamW, adds the figures of the last step (`step_figures`) to what it
-    logs of the training, and schedules alpha.
+    """Checks that the Trainer steps a `FusedDriftAdamW`, schedules alpha, and adds `step_figures` to what the Trainer
+    logs.
 
     `DriftCallback().add_to(trainer)`, which `use_drift` does, reaches everything that the Trainer logs to.
     `Trainer(callbacks=[DriftCallback()])` reaches the console and the log history, but not trackers (wandb,
-    TensorBoard, ...), which the Trainer calls before any callback that it is given: that is a warning.
+    TensorBoard, ...), which the Trainer calls before any callback that it is given; this logs a warning.
 
     Args:
-        alpha_lambda: alpha's factor at each step, as of AlphaScheduler. A run that resumes goes on where it was.
-        anneal: in place of it, the fraction of the training's steps over which alpha falls linearly to 0, in (0, 1].
+        alpha_lambda: alpha's factor at each step, as in `AlphaScheduler`. A resumed run continues where it was.
+        anneal: instead, the fraction of the training's steps over which alpha falls linearly to 0, in (0, 1].
+
+    Raises:
+        ValueError: both are given, or `anneal` is not such a fraction.
     """
 
     def __init__(self, alpha_lambda: AlphaLambda | None = None, *, anneal: float | None = None) -> None:
@@ -133,15 +147,26 @@ class DriftCallback(TrainerCallback):
         self._run: TrainingRun | None = None
 
     def add_to(self, trainer: Trainer) -> None:
-        """Puts it before all other callbacks of the trainer."""
+        """Put the callback before all others of the trainer.
+
+        Args:
+            trainer: the Trainer.
+        """
         self._is_first = True
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
-        """Raises TypeError if the Trainer's optimizer is not a FusedDriftAdamW, and PriorError if its parameters do not
-        fit the prior."""
+        """Check the optimizer.
+
+        Args:
+            args, state, control, optimizer: as the Trainer passes them.
+
+        Raises:
+            TypeError: the Trainer's optimizer is not a `FusedDriftAdamW`.
+            PriorError: its parameters do not fit the prior.
+        """
         self._run = TrainingRun(optimizer, self._alpha, state.global_step, state.max_steps, args.max_grad_norm)
         if args.report_to and not self._is_first:
             logger.warning(
@@ -151,6 +176,14 @@ class DriftCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move alpha's schedule.
+
+        Args:
+            args, state, control: as the Trainer passes them.
+
+        Raises:
+            RuntimeError: the first step was not made by the `FusedDriftAdamW`.
+        """
         if self._run is not None:
             self._run.after_step()
 
@@ -163,6 +196,11 @@ class DriftCallback(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
+        """Add the figures of the last step to a log of the training loss.
+
+        Args:
+            args, state, control, logs, optimizer: as the Trainer passes them.
+        """
         if logs is not None and "loss" in logs:  # neither an evaluation nor the summary of the run
             figures = self._figures(optimizer)
             logs.update(figures)

@@ -76,6 +76,11 @@ def check_devices(name: str, tensors: Iterable[Tensor]) -> None:
             resolve(name, device)
 
 
+def unavailable(device: torch.device) -> dict[str, str | None]:
+    """Map each backend that "auto" tries on `device`, in order, to why it cannot run there; None if it can."""
+    return {name: load(name).unavailable(device) for name in AUTO.get(device.type, ("reference",))}
+
+
 @cache
 def resolve(name: str, device: torch.device) -> Backend:
     """Return the backend for tensors on `device`. Only "auto" falls back to another backend, and logs that once.

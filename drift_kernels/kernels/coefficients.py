@@ -72,8 +72,12 @@ class Hyperparameters(NamedTuple):
     normalize_to_param: bool
 
     def must_be_written(self, before: Hyperparameters | None) -> bool:
-        """Whether the device, which holds the values of `before`, may be out of date."""
-        return isinstance(self.lr, Tensor) or isinstance(self.alpha, Tensor) or self != before
+        """Whether the device, which holds the values of `before`, may be out of date. Tensors may change in place."""
+        return before is None or self._has_tensors or before._has_tensors or self != before
+
+    @property
+    def _has_tensors(self) -> bool:
+        return isinstance(self.lr, Tensor) or isinstance(self.alpha, Tensor)
 
     @property
     def acts(self) -> bool:

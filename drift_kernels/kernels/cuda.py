@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reinstalling import reinstall_command
 from .filling import Filling
 from .layout import mismatch
 from .plan import Plan
@@ -18,15 +19,15 @@ try:
     from drift_kernels import _cuda
 except ImportError as error:
     _reason = (
-        f"cannot import its compiled extension ({error}); install nvcc (CUDA 12.1 or newer, on PATH or under "
-        "CUDA_HOME), then reinstall drift_kernels with DRIFT_KERNELS_CUDA=1"
+        f"cannot import its compiled extension ({error}); with nvcc (CUDA 12.1 or newer, on PATH or under CUDA_HOME), "
+        f"build it with: {reinstall_command('cuda')}"
     )
 
 
 def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it supports NVIDIA GPUs only, not {'ROCm' if device.type == 'cuda' else device.type}"
-    return _reason or mismatch(_cuda) or _cuda.unusable(_index(device))
+    return _reason or mismatch(_cuda, "cuda") or _cuda.unusable(_index(device))
 
 
 def _index(device: torch.device) -> int:

@@ -21,7 +21,7 @@ try:
 except ImportError:  # installed without a compiler; cpu.py keeps the reason
     _compiled = False
 else:
-    _compiled = mismatch(_cpu) is None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    _compiled = mismatch(_cpu, "cpu") is None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
 
 class Description(NamedTuple):

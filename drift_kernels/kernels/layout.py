@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..formats.blocks import BLOCK
+from ..reinstalling import reinstall_command
 from .coefficients import Coefficients
 from .filling import FILLING_FIELDS, GROUP_FIELDS, MAX_GROUPS
 from .plan import CHUNK, ROW_FIELDS
@@ -20,8 +21,8 @@ LAYOUT: dict[str, tuple[str, ...] | int] = {
 }
 
 
-def mismatch(extension: object) -> str | None:
-    """Why `extension`, a compiled module of this package, must not be called; None if its layout matches.
+def mismatch(extension: object, backend: str) -> str | None:
+    """Why `extension`, the compiled module of `backend`, must not be called; None if its layout matches.
 
     An extension built from another commit can still be imported, but its kernels would read the wrong columns.
     """
@@ -36,7 +37,10 @@ def mismatch(extension: object) -> str | None:
     )
     where = getattr(extension, "__file__", None) or "in memory"
     said = "for a different layout" if built else "from older sources, which do not export their layout"
-    return f"its compiled extension ({where}) was built {said} ({differences}); reinstall drift_kernels to rebuild it"
+    return (
+        f"its compiled extension ({where}) was built {said} ({differences}); rebuild it with: "
+        f"{reinstall_command(backend)}"
+    )
 
 
 def _shown(layout: dict[str, tuple[str, ...] | int], part: str) -> str:

@@ -1,7 +1,7 @@
-"""Task arithmetic: a prior added to the weights of a checkpoint, which is written anew in the same files.
+"""Task arithmetic: a prior is added to the weights of a checkpoint, which is written anew in the same files.
 
 W' = W + scale * delta, in float32 (in float64 where W is), rounded once to the dtype of W. The files keep their headers
-and sizes: a tensor without a delta is copied with all else that lies between those that have one.
+and sizes: tensors without a delta are copied, as is everything between those with one.
 """
 
 from __future__ import annotations
@@ -60,17 +60,33 @@ def apply_prior(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Coverage:
-    """Write to the folder `out` the checkpoint `base` with `scale` times the prior's deltas added to its weights.
+    """Write the checkpoint `base`, with `scale` times the prior's deltas added to its weights, to the folder `out`.
 
-    `base` is a folder or a Hub id; it stays as it is. The new one has the same shards, dtypes and names, and the base's
-    config, tokenizer, code and license, so that transformers loads it as it does the base. Deltas and weights match as
-    in training: by canonical name, experts fused or one by one, and in rows that a vocabulary has beyond its delta
-    nothing changes. Returns what matched. `progress` is called with bytes. Memory stays flat.
+    W' = W + scale * delta (task arithmetic, arXiv 2212.04089), in float32 (float64 for float64 weights), rounded once
+    to the dtype of W. The new checkpoint has the same shards, dtypes and names, and the base's config, tokenizer, code
+    and license, so transformers loads it like the base. Deltas and weights match as in training: by canonical name,
+    whether experts are fused or single; rows of a vocabulary beyond its delta do not change. Memory stays constant.
 
-    The folder appears under its name when it is complete; one that `apply_prior` wrote is replaced if `overwrite`.
-    Raises PriorMismatchError for deltas without a weight, unless `partial`, and for those of another shape;
-    CheckpointError for bases that cannot be read, are quantised or carry adapters; PriorError for weights that overflow
-    and an `out` in the way; ValueError for a scale that is 0 or not finite; OSError when `out` cannot be written.
+    The folder appears under its name when it is complete.
+
+    Args:
+        prior: a `Prior`, its folder or Hub id, or a mapping from names to deltas.
+        base: a checkpoint's folder or Hub id; it does not change.
+        out: the folder to write.
+        scale: finite and not 0.
+        partial: leave out deltas without a weight.
+        overwrite: replace a folder that `apply_prior` wrote.
+        progress: called with the number of bytes done so far and in total.
+
+    Returns:
+        What matched.
+
+    Raises:
+        PriorMismatchError: a delta has no weight, unless `partial`, or a weight of another shape.
+        CheckpointError: the base cannot be read, is quantised or carries adapters.
+        PriorError: a weight overflows, or something else is in `out`.
+        ValueError: `scale` is 0 or not finite.
+        OSError: `out` cannot be written.
     """
     if not math.isfinite(scale) or scale == 0:
         raise ValueError(f"scale must be finite and not 0, got {scale}")
@@ -120,7 +136,7 @@ def apply_prior(
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """The files of the weights, by their name in the folder. Raises CheckpointError for one that is not in it."""
+    """The files of the weights by their name in the folder. Raises CheckpointError for one outside it."""
     found = {}
     for path in sorted({place.path for tensor in checkpoint.tensors.values() for place in tensor.places()}):
         name = path.relative_to(checkpoint.folder)
@@ -131,7 +147,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, Path]:
 
 
 def _beside(folder: Path, sharded: bool) -> dict[str, Path]:
-    """What is copied beside the weights, by its name in the folder; the index, if it is the one that was read."""
+    """What is copied beside the weights, by its name in the folder; the index too, if it was read."""
     names = [path.name for path in sorted(folder.iterdir()) if any(fnmatch(path.name, wanted) for wanted in _BESIDE)]
     names = [name for name in names if not any(fnmatch(name, unwanted) for unwanted in _NOT_BESIDE)]
     names += [INDEX_NAME] if sharded else []
@@ -141,7 +157,7 @@ def _beside(folder: Path, sharded: bool) -> dict[str, Path]:
 
 
 def _matched(prior: Prior, checkpoint: Checkpoint, partial: bool) -> Coverage:
-    """Which tensors of a checkpoint have which deltas. Raises what `apply_prior` does."""
+    """Which tensors of a checkpoint have which deltas. Raises the errors of `apply_prior`."""
     rules = prior.record.get("name_map")
     tensors = {canonical_name(name, rules): tensor for name, tensor in checkpoint.tensors.items()}
     asked = set(prior.names)
@@ -164,7 +180,7 @@ def _matched(prior: Prior, checkpoint: Checkpoint, partial: bool) -> Coverage:
 
 
 def _plain(checkpoint: Checkpoint, name: str) -> StoredTensor:
-    """A weight that is stored as it is. Raises CheckpointError for one that is quantised."""
+    """A weight that is stored in floating point. Raises CheckpointError for a quantised one."""
     tensor = checkpoint.tensors[name]
     if isinstance(tensor, StoredTensor) and tensor.dtype in FLOATING:
         return tensor
@@ -176,8 +192,9 @@ def _plain(checkpoint: Checkpoint, name: str) -> StoredTensor:
 
 
 def _check_orientation(checkpoint: Checkpoint, tensors: Mapping[str, Source], coverage: Coverage) -> None:
-    """Raises PriorError for fused experts that are made of single ones, and whose matrices are square: they may lie
-    either way."""
+    """Raises PriorError for fused experts that are made of single ones and have square matrices, since these may be
+    stored transposed or not.
+    """
     stacks = {name: tensor.shape for name, tensor in tensors.items() if of_all_experts(name)}
     square = [
         name
@@ -205,7 +222,7 @@ class _Change:
 
 
 class _Addition:
-    """Writes files in which deltas are added."""
+    """Writes files with deltas added."""
 
     def __init__(self, prior: Prior, sources: Mapping[str, Deltas], scale: float) -> None:
         self._prior = prior
@@ -213,8 +230,9 @@ class _Addition:
         self._sources = sources
 
     def write(self, path: Path, new: Path, changed: Mapping[str, StoredTensor]) -> Iterator[int]:
-        """Write a file anew with these tensors changed; yields how many bytes more are written. Raises PriorError,
-        naming the tensor, for one that is not finite, and PriorFormatError for a delta that is damaged."""
+        """Write a file anew with these tensors changed, and yield the number of bytes written at a time. Raises
+        PriorError, naming the tensor, if one is not finite, and PriorFormatError for a damaged delta.
+        """
         norms = dict.fromkeys(changed, 0.0)
         with open_file(path) as file, FileWriter(new) as writer:
 

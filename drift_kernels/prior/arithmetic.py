@@ -22,7 +22,7 @@ try:
 except ImportError:  # installed without a compiler; kernels/cpu.py keeps the reason
     _compiled = False
 else:  # these functions do not use the layout, but an extension with another layout may have other functions
-    _compiled = mismatch(_cpu) is None
+    _compiled = mismatch(_cpu, "cpu") is None
 
 _COMPILED_WEIGHTS = (torch.bfloat16, torch.float16, torch.float32)
 _CHECKSUM_ROW = 1024  # words

@@ -1,4 +1,4 @@
-"""Building a prior: checkpoints are streamed, piece by piece, into a folder that appears when complete."""
+"""Building a prior: checkpoints are streamed in pieces into a folder that appears when it is complete."""
 
 from __future__ import annotations
 
@@ -45,22 +45,47 @@ def build_prior(
 ) -> Prior:
     """Build the prior `expert - base` (or `expert - reference`) and write it to the folder `out`.
 
-    `expert`, `base` and `reference` are folders of safetensors checkpoints; Hub ids, `org/name` or `org/name@revision`,
-    of which only what is needed is fetched; or `BASE+ADAPTER`, two of these, where the second is a PEFT LoRA adapter,
-    merged while it is read, in float32. FP8 codes with scales are read as float32 too. Tensors pair up by canonical
-    name; `modules` are entries of names.PRESETS, as "attn", "mlp", "full", or "re:REGEX" over canonical names; `layers`
-    are the base's layer numbers (default: all). Biases come with their weights unless `include_bias` is False; one that
-    the expert does not have, and so is zero in it, is pulled to zero. Deltas are computed in float32 and stored as
-    `dtype`: float32, bfloat16, or int8 or float8_e4m3fn with a float32 scale for every 128 elements (quantized.py).
-    With a `rank`, matrices are stored as two bfloat16 factors of it (low_rank.py), where these are the smaller ones: as
-    near to the delta as the rank allows, by a randomised iteration that gives the same bits each time.
-    `name_map` (prefix -> canonical prefix) adds families that the name table does not know; for those in neither it is
-    found by names and shapes. It is recorded in the prior. Memory stays flat whatever the checkpoints' size.
+    Checkpoints are folders with safetensors files; Hub ids, org/name or org/name@revision, of which only the needed
+    parts are fetched; or BASE+ADAPTER, two of these, where the second is a PEFT LoRA adapter that is merged in float32
+    while it is read. FP8 codes with scales are read as float32. Tensors are paired by canonical name and deltas
+    computed in float32. Memory stays constant whatever the size of the checkpoints.
 
-    The folder appears under its name when it is complete; an existing prior is replaced only if `overwrite`. Raises
-    CheckpointError for damaged, incomplete, foreign, unreadable or otherwise quantised checkpoints, other adapters,
-    PriorError for checkpoints that do not fit each other or do not differ, a NaN or Inf, and an `out` in the way;
-    ValueError for an unknown module or dtype and a rank below 1; OSError when `out` cannot be written.
+    The folder appears under its name when it is complete.
+
+    Example::
+
+        prior = build_prior("DeepSeek-R1-Distill-Qwen-7B", "Qwen2.5-VL-7B-Instruct", "prior")
+
+    Args:
+        expert: the checkpoint to pull toward.
+        base: the checkpoint that training starts from.
+        out: the folder to write.
+        reference: a checkpoint that is subtracted instead of the base.
+        modules: presets ("attn", "mlp", "norm", "embed", "head", "full", ...; `docs/method.md`), or "re:REGEX" over
+            canonical names.
+        layers: the base's layer numbers; None: all.
+        include_bias: include biases with their weights. A bias that the expert lacks is zero in it, and so is pulled to
+            zero.
+        dtype: how deltas are stored: float32, bfloat16, or int8 or float8_e4m3fn with a float32 scale for every 128
+            elements.
+        rank: store matrices as two bfloat16 factors of this rank if these are smaller. They come as near to the delta
+            as the rank allows, by a randomised iteration that gives the same bits each time.
+        name_map: prefix -> canonical prefix, for families that the name table lacks. For families in neither, the
+            prefix is found by names and shapes. It is recorded in the prior.
+        overwrite: replace a prior that is in `out`.
+        max_shard_bytes: size of the files.
+        progress: called with the number of elements done so far and in total.
+
+    Returns:
+        The opened prior.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged, incomplete, foreign, unreadable or quantised in another way, or an
+            adapter is not LoRA.
+        PriorError: the checkpoints do not fit each other, do not differ, or hold NaN or Inf; or something else is in
+            `out`.
+        ValueError: unknown module or dtype, or a rank below 1.
+        OSError: `out` cannot be written.
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")

@@ -55,20 +55,39 @@ def combine_priors(
     max_shard_bytes: int = 1 << 30,
     progress: Progress | None = None,
 ) -> Prior:
-    """Make one prior of several, and write it to the folder `out`.
+    """Combine several priors into one, and write it to the folder `out`.
 
-    `priors` are folders, Hub ids, open priors or mappings, however they store their deltas. `method` is one of
-    merging.METHODS, computed in float32; the deltas are stored anew as `dtype` (as in `build_prior`). A delta that only
-    some of the priors have is zero in the others, which is recorded as a warning.
+    The combination is computed in float32, in constant memory. A delta that only some priors have is zero in the
+    others, which is recorded as a warning. The folder appears under its name when it is complete.
 
-    `weights` holds a number for each prior. `density` is for "ties", "dare" and "dare_ties": the share of elements that
-    is kept of each delta, one number or one for each prior. `normalize` divides by the sum of the weights; by default
-    "ties" does, and nothing else. `seed` decides what "dare" drops. Memory stays flat.
+    Example::
 
-    The folder appears under its name when it is complete; an existing prior is replaced only if `overwrite`. Raises
-    ValueError for numbers out of range; PriorError for deltas that differ in shape or in the form in which they are
-    stored, a result that is zero everywhere or not finite, and an `out` in the way; PriorFormatError for damaged
-    priors; OSError when `out` cannot be written.
+        combine_priors(["prior-math", "prior-code"], "prior-both", weights=[1.0, 0.5], method="ties", density=0.2)
+
+    Args:
+        priors: folders, Hub ids, open priors or mappings, in any form of storage.
+        out: the folder to write.
+        weights: one number per prior.
+        method: "linear", "ties" (arXiv 2306.01708), "dare" (arXiv 2311.03099) or "dare_ties" (`docs/priors.md`).
+        density: for all methods but "linear": the share of each delta's elements that is kept, one number or one per
+            prior.
+        normalize: divide by the sum of the weights; None: only for "ties".
+        seed: decides which elements "dare" drops.
+        dtype: how deltas are stored, as in `build_prior`.
+        overwrite: replace a prior that is in `out`.
+        max_shard_bytes: size of the files.
+        progress: called with the number of elements done so far and in total.
+
+    Returns:
+        The opened prior.
+
+    Raises:
+        TypeError: `priors` is not a list.
+        ValueError: a number is out of range.
+        PriorError: deltas differ in shape or form, the result is zero everywhere or not finite, or something else is in
+            `out`.
+        PriorFormatError: a prior is damaged.
+        OSError: `out` cannot be written.
     """
     if isinstance(priors, (str, os.PathLike, Mapping, Prior)):
         raise TypeError("priors must be a list of priors")
@@ -161,8 +180,9 @@ class _Combination:
                 yield piece.rows.count, result.stored
 
     def info(self, name: str, param_norm: float | None) -> DeltaInfo:
-        """What is known of a combined delta: there is no expert, and so no cosine to the base. Raises PriorFormatError
-        if what it was made of had not the recorded norms."""
+        """What is recorded of a combined delta: without an expert there is no cosine to the base. Raises
+        PriorFormatError if a delta that it was made of does not have the recorded norm.
+        """
         for prior, names, read in zip(self._priors, self._names, self._read[name], strict=True):
             if name in names:
                 prior.check_norm_of_parts(name, read)
@@ -232,7 +252,7 @@ class _Base:
 
 
 def _shapes(priors: Sequence[Prior]) -> dict[str, tuple[int, ...]]:
-    """Of the deltas of all priors, in natural order."""
+    """The shapes of the deltas of all priors, in natural order."""
     shapes: dict[str, tuple[int, ...]] = {}
     owner: dict[str, int] = {}
     for number, prior in enumerate(priors, 1):
@@ -248,8 +268,9 @@ def _shapes(priors: Sequence[Prior]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_forms(priors: Sequence[Prior]) -> None:
-    """Raises PriorError if the same weights are one delta in one prior, and others in another (experts fused, or one by
-    one)."""
+    """Raises PriorError if the same weights are one delta in one prior and several in another (fused or single
+    experts).
+    """
     for (i, one), (j, other) in permutations(enumerate(priors, 1), 2):
         here, there = frozenset(one.names), frozenset(other.names)
         alone = [(name, name, one.info(name).shape) for name in here - there]
@@ -271,7 +292,7 @@ def _warnings_of_their_own(priors: Sequence[Prior]) -> list[str]:
 
 
 def _warnings(priors: Sequence[Prior], names: Set[str]) -> list[str]:
-    """What is odd about the priors together."""
+    """What is unusual about the priors together."""
     found = []
     for (i, one), (j, other) in combinations(enumerate(priors, 1), 2):
         if one.fingerprint == other.fingerprint:
@@ -290,7 +311,7 @@ def _formula(recipe: Recipe) -> str:
 
 
 def _selections(priors: Sequence[Prior]) -> dict[str, Any]:
-    """What the priors were asked to hold, together; and the rules for names that any of them needs."""
+    """What all priors together were built to hold, and the name rules that any of them needs."""
     records = [prior.record for prior in priors]
     rules: dict[str, str] = {}
     for record in records:
@@ -310,7 +331,9 @@ def _selections(priors: Sequence[Prior]) -> dict[str, Any]:
 
 
 def _sources(priors: Sequence[Prior], names: Sequence[str], recipe: Recipe) -> dict[str, Any]:
-    """By role. The digest is of all that decides what a prior has given: from it the new fingerprint follows."""
+    """The sources by role. Each digest covers everything that decides what a prior contributed, so the new fingerprint
+    follows from it.
+    """
     rest = {"method": recipe.method, "normalize": recipe.normalize, "seed": recipe.seed if recipe.drops else None}
     found = {}
     for number, (prior, name) in enumerate(zip(priors, names, strict=True), 1):

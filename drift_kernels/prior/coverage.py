@@ -14,8 +14,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Coverage:
-    """The outcome of `Prior.match`. Parameter names are live names, prior names are canonical. An embedding or a head
-    with more rows than its delta matches: tokens have been added, for which the delta is zero."""
+    """How a model's parameters and a prior's deltas match: the result of `Prior.match`.
+
+    Names of parameters are live names, those of deltas canonical. An embedding or head with more rows than its delta
+    matches: added tokens have a delta of zero.
+
+    Attributes:
+        matched: name of each covered parameter -> its canonical name, which is also that of the delta if the delta is
+            stored as one.
+        shape_mismatches: parameter name, delta name, parameter shape and delta shape, if only the names fit.
+        prior_only: deltas without a parameter.
+        model_only: parameters without a delta.
+        sources: parameter name -> what its delta is made of.
+    """
 
     matched: dict[str, str]  # parameter name -> its canonical name, which is the delta's if the delta is stored as one
     shape_mismatches: list[tuple[str, str, Shape, Shape]]  # parameter name, prior name, parameter shape, prior shape
@@ -25,9 +36,17 @@ class Coverage:
 
     @classmethod
     def of(cls, live: Iterable[tuple[str, str, Shape]], shapes: Mapping[str, Shape]) -> Coverage:
-        """Compare (live name, canonical name, shape) of a model with the shapes of a prior's deltas.
+        """Match a model's parameters with a prior's deltas.
 
-        Raises PriorMismatchError when two parameters claim one delta.
+        Args:
+            live: live name, canonical name and shape of each parameter.
+            shapes: canonical name -> shape of each delta.
+
+        Returns:
+            The coverage.
+
+        Raises:
+            PriorMismatchError: two parameters claim one delta.
         """
         live = list(live)
         sources = find_sources(live, shapes)
@@ -46,15 +65,23 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        """Every delta of the prior is bound."""
+        """Whether every delta of the prior is bound."""
         return not self.prior_only and not self.shape_mismatches
 
     def names(self) -> dict[str, Any]:
-        """The names of both sides, for JSON: all but the sources."""
+        """Return the names of both sides, for JSON.
+
+        Returns:
+            All attributes but `sources`.
+        """
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "sources"}
 
     def summary(self) -> str:
-        """The counts, with a few names of whatever did not match."""
+        """Describe the match.
+
+        Returns:
+            The counts, with a few names of whatever did not match, one line each.
+        """
         parts = [len(self.sources[param].parts) for param in self.matched]
         bound, joined, parameters = sum(parts), sum(n for n in parts if n > 1), sum(n > 1 for n in parts)
         deltas = bound + len(self.shape_mismatches) + len(self.prior_only)

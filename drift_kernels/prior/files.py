@@ -126,7 +126,7 @@ class TensorFile:
         head = bytearray(min(size, 64))
         files.read(path, memoryview(head), 0)
         length = int.from_bytes(head[:8], "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
+        if length > min(size - 8, _MAX_HEADER):
             what = what_begins(bytes(head))
             found = f"not a safetensors file but {what}" if what else "truncated or not a safetensors file"
             raise CheckpointError(f"{path} ({size} bytes): {found}")

@@ -90,7 +90,7 @@ def _find(source: str | os.PathLike[str]) -> Path | tuple[str, str | None]:
         import huggingface_hub  # noqa: F401
     except ImportError as error:
         raise CheckpointError(
-            f"{source}: no such folder; to fetch it from the Hub, run pip install huggingface_hub ({error})"
+            f"{source}: no such folder; to fetch it from the Hub, run pip install 'drift_kernels[hub]' ({error})"
         ) from error
     return hub_id[1], hub_id[2]
 

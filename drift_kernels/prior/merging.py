@@ -119,10 +119,10 @@ def kept(seed: int, position: int, name: str, rows: Rows, density: float) -> Ten
     machine or the pieces. Philox4x64-10 (Salmon et al., 2011) with the key (seed, CRC-32 of the name) and the position
     in the counter; an element is kept if its 32 bits are below density * 2^32.
     """
-    first, skipped = divmod(rows.start, 8)  # one call of philox for eight elements
+    first = rows.start // 8  # one call of philox draws for eight elements, and runs of rows begin at a multiple of 128
     draws = np.random.Philox(key=[seed, zlib.crc32(name.encode())], counter=[first, 0, position, 0])
-    bits = draws.random_raw(-(-(skipped + rows.count) // 2)).astype("<u8", copy=False).view("<u4")
-    return torch.from_numpy(bits[skipped : skipped + rows.count] < round(density * _DRAWN))
+    bits = draws.random_raw(-(-rows.count // 2)).astype("<u8", copy=False).view("<u4")
+    return torch.from_numpy(bits[: rows.count] < round(density * _DRAWN))
 
 
 def smallest_kept(read: Callable[[Rows], Tensor], rows: Iterable[Rows], numel: int, density: float) -> float:

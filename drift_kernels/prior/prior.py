@@ -1,4 +1,4 @@
-"""Prior: a set of deltas, found by canonical name, and what is known about each of them."""
+"""Prior: a set of deltas, found by canonical name, and what is recorded about each of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,16 @@ logger = logging.getLogger("drift_kernels")
 
 
 class Prior:
-    """A set of deltas. Made by `build_prior`, `Prior.open` or `Prior.from_mapping`, not by its constructor."""
+    """A set of deltas, expert - base, one for each parameter that it covers.
+
+    `build_prior`, `Prior.open` and `Prior.from_mapping` make one; do not call the constructor. `len(prior)` is the
+    number of deltas.
+
+    Attributes:
+        names: the canonical names of the deltas, in natural order.
+        fingerprint: a SHA-256 that identifies the deltas, in hexadecimal.
+        record: the contents of drift_prior.json; empty for deltas in memory.
+    """
 
     def __init__(
         self,
@@ -59,8 +68,14 @@ class Prior:
 
     @classmethod
     def of(cls, prior: PriorLike) -> Prior:
-        """A prior itself, the prior of a folder or a Hub id (`open`), or of a mapping (`from_mapping`); TypeError for
-        anything else."""
+        """Return the prior itself, or open a folder or Hub id (`Prior.open`), or wrap a mapping (`Prior.from_mapping`).
+
+        Args:
+            prior: a `Prior`, a path or Hub id, or a mapping from names to deltas.
+
+        Raises:
+            TypeError: `prior` is something else.
+        """
         if isinstance(prior, Mapping):
             return cls.from_mapping(prior)
         if isinstance(prior, (str, os.PathLike)):
@@ -72,11 +87,18 @@ class Prior:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Prior:
-        """Open a prior's folder, or a Hub id; reads metadata only. What is opened is the folder as it is found now,
-        whatever becomes of the working directory, or of a link to it.
+        """Open a prior's folder or Hub id. Only metadata is read.
 
-        Raises PriorFormatError when it is not a prior, is incomplete, damaged or unreadable, or comes from a newer
-        version.
+        The opened prior refers to the folder as it is now, even if the working directory or a link to it changes later.
+
+        Args:
+            path: the folder that `build_prior` wrote, or a Hub id: org/name or org/name@revision.
+
+        Returns:
+            The `Prior`.
+
+        Raises:
+            PriorFormatError: the folder is not a prior, is incomplete, damaged or unreadable, or of a newer version.
         """
         try:
             folder = local_folder(path, (RECORD_NAME, PRIOR_INDEX_NAME), PRIOR_INDEX_NAME).resolve()
@@ -95,12 +117,17 @@ class Prior:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Delta]) -> Prior:
-        """A prior of deltas in memory, keyed by canonical or by live parameter names.
+        """Return a prior of deltas in memory.
 
-        float32, bfloat16, quantised and low-rank deltas are kept as they are and not copied, so they must not be
-        written to; tensors of other floating dtypes become float32.
-        Raises PriorError for an empty mapping, two keys of one canonical name, a delta that is not a floating tensor, a
-        QuantizedDelta or a LowRankDelta, or not finite, and deltas that are all zero; if some are, a warning is logged.
+        float32, bfloat16, quantised and low-rank deltas are kept as they are and not copied, so do not write to them;
+        other floating dtypes become float32. If some deltas are all zero, a warning is logged.
+
+        Args:
+            mapping: canonical or live parameter names to deltas.
+
+        Raises:
+            PriorError: the mapping is empty; two keys have the same canonical name; a delta is not a floating tensor, a
+                `QuantizedDelta` or a `LowRankDelta`, or is not finite; all deltas are zero.
         """
         keys: dict[str, str] = {}
         for key in mapping:
@@ -129,37 +156,62 @@ class Prior:
 
     @property
     def numel(self) -> int:
-        """Elements of all deltas together."""
+        """Number of elements of all deltas together."""
         return sum(math.prod(info.shape) for info in self._infos.values())
 
     def info(self, name: str | Source) -> DeltaInfo:
-        """What is known about the delta of a canonical name, or of one that is made of several (`coverage`). Raises
-        KeyError when there is none."""
+        """Return what is recorded about a delta: its shape, dtype, norms and cosines.
+
+        Args:
+            name: a canonical name, or a source of `coverage`, whose delta may be made of several.
+
+        Raises:
+            KeyError: there is no such delta.
+        """
         if isinstance(name, Source):
             return assembled_info(name, self._infos, lambda part: norm_of(self.load_stored(part.name, box=part.of)))
         return self._infos[name]
 
     def load(self, name: str, device: torch.device | str | None = None, *, copy: bool = True) -> Tensor:
-        """The delta of a canonical name: float32 or bfloat16 (a quantised or low-rank one expanded to float32),
-        contiguous, in memory of its own.
+        """Load a delta as a tensor.
 
-        Without `copy`, a delta that was given in memory as a tensor, contiguous and on the device already, is returned
-        itself.
+        Args:
+            name: its canonical name.
+            device: where to put it; None: where it is, or the CPU for a stored one.
+            copy: False may return a delta itself that was given in memory as a tensor, contiguous and on the device
+                already.
 
-        Raises KeyError for an unknown name, and PriorFormatError when the stored bytes cannot be read, do not have the
-        recorded norm, or hold a scale that is negative or not finite.
+        Returns:
+            float32 or bfloat16, contiguous; quantised and low-rank deltas are expanded to float32. Memory of its own,
+            unless `copy` is False.
+
+        Raises:
+            KeyError: there is no such delta.
+            PriorFormatError: the stored bytes cannot be read, do not have the recorded norm, or hold a scale that is
+                negative or not finite.
         """
         return expanded(self.load_stored(name, device, copy=copy))
 
     def load_stored(
         self, name: str | Source, device: torch.device | str | None = None, *, copy: bool = True, box: Box | None = None
     ) -> Delta:
-        """The delta of a canonical name as it is stored: as `load`, with quantised ones left in codes and scales, and
-        low-rank ones in factors. Of a source, the delta of its parameter: float32 where its parts are quantised and
-        their blocks do not fit together, or low-rank.
+        """Load a delta as it is stored: like `load`, but quantised deltas stay codes and scales, and low-rank ones
+        factors.
 
-        With a box (a slice of each dimension), the part in it, of which no more is read than its rows; float32 where it
-        cuts through blocks of codes. Its norm is not checked, since only that of the whole is recorded.
+        Args:
+            name: a canonical name, or a source of `coverage`. The delta of a source is float32 if its parts are
+                low-rank, or quantised with blocks that do not fit together.
+            device: as in `load`.
+            copy: as in `load`.
+            box: a slice of each dimension. Of the file only the rows of this part are read. It is float32 if it cuts
+                through blocks of codes. Its norm is not checked: only that of the whole delta is recorded.
+
+        Returns:
+            A tensor, a `QuantizedDelta` or a `LowRankDelta`.
+
+        Raises:
+            KeyError: there is no such delta.
+            PriorFormatError: as in `load`.
         """
         if isinstance(name, Source):
             if name.single is None:
@@ -185,7 +237,15 @@ class Prior:
         return loaded if device is None else loaded.to(device)
 
     def check_norm_of_parts(self, name: str | Source, found: float) -> None:
-        """Raises PriorFormatError when the parts of a delta do not have the recorded norm together."""
+        """Compare the norm of a delta that was read in parts with the recorded one.
+
+        Args:
+            name: as in `load_stored`.
+            found: the norm of all parts together.
+
+        Raises:
+            PriorFormatError: the norms differ.
+        """
         delta = self._deltas[name.parts[0].name if isinstance(name, Source) else name]
         if isinstance(delta, StoredDelta):
             self._check_norm(name, delta.path, found)
@@ -195,11 +255,16 @@ class Prior:
             raise PriorFormatError(f"{path}: {name.name if isinstance(name, Source) else name} is {fault}")
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> Verification:
-        """Read every byte of the prior, in flat memory, and compare it with what was recorded when it was built.
+        """Read every byte of the prior, in constant memory, and compare it with the checksums from when it was built.
 
-        A changed bit shows, wherever in the deltas it is; in priors that were built before there were checksums, only
-        what changes a norm. Never raises for what it finds: ask `intact`. Deltas in memory have nothing to compare.
-        `progress` is called with the elements done so far and the elements in all.
+        Any changed bit is found; in priors from before there were checksums, only changes that show in a norm. Deltas
+        in memory have nothing to compare with.
+
+        Args:
+            progress: called with the number of elements done so far and in total.
+
+        Returns:
+            The outcome. Faults do not raise: ask its `intact`.
         """
         done, checked, faults = 0, {True: 0, False: 0}, {}
         for name, delta in self._deltas.items():
@@ -214,7 +279,7 @@ class Prior:
         return Verification(by_checksum=checked[True], by_norm=checked[False], faults=faults)
 
     def _live(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Live name, canonical name and shape. Names that are not known are aligned by shape, which is logged."""
+        """Live name, canonical name and shape. Unknown names are aligned by shape, which is logged."""
         rules = self.record.get("name_map") or {}
         live = [(name, canonical_name(name, rules), tuple(param.shape)) for name, param in named_parameters]
         found, note = align_live({name: shape for _, name, shape in live}, self._shapes())
@@ -227,20 +292,33 @@ class Prior:
         return {name: info.shape for name, info in self._infos.items()}
 
     def coverage(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Coverage:
-        """How live parameters and deltas match by canonical name and shape; values are not looked at.
+        """Return how live parameters and deltas match by canonical name and shape. Values are not compared.
 
-        A parameter's delta is the one of its name; or, where the model holds in memory other tensors than its
-        checkpoint (transformers 5 fuses experts), it is made of the deltas of what the parameter is made of.
+        A parameter's delta has its name; or it is made of the deltas of what the parameter is made of, if the model
+        holds other tensors in memory than its checkpoint (transformers 5 fuses experts).
 
-        Raises PriorMismatchError when two parameters claim one delta.
+        Args:
+            named_parameters: `model.named_parameters()`.
+
+        Raises:
+            PriorMismatchError: two parameters claim one delta.
         """
         return Coverage.of(self._live(named_parameters), self._shapes())
 
     def match(self, named_parameters: Iterable[tuple[str, Tensor]], strict: bool = False) -> Coverage:
-        """The coverage, for use: a partial one is logged as a warning.
+        """Match live parameters and deltas for use, as `coverage` does; a partial match is logged as a warning.
 
-        Raises PriorMismatchError when nothing matches, when two parameters claim one delta and, if `strict`, when any
-        delta finds no parameter of its shape. Parameters without a delta (a vision tower's) are never an error.
+        Args:
+            named_parameters: `model.named_parameters()`. Parameters without a delta (a vision tower's) are never an
+                error.
+            strict: raise for a partial match.
+
+        Returns:
+            The `Coverage`.
+
+        Raises:
+            PriorMismatchError: nothing matches, two parameters claim one delta, or, if `strict`, a delta has no
+                parameter of its shape.
         """
         coverage = self.coverage(named_parameters)
         if not coverage.matched:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +21,11 @@ from examples import torchtitan_llama3 as example  # before the rest of torchtit
 
 # isort: on
 import torchtitan.models.llama3.config_registry
-from documents import ROOT, block_with
+from documents import ROOT, block_with, commands_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.config import ConfigManager
 from torchtitan.trainer import Trainer
 
 from drift_kernels import FusedDriftAdamW, PriorError
@@ -151,6 +153,20 @@ def test_what_the_documentation_shows(
     exec(block_with("llama3_8b_drift"), names)
     fine_tuned(names["llama3_8b_drift"])
     assert sorted(optimizers[0].prior_names) == BIASED
+
+
+def test_the_documented_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its options, as torchtitan reads them, with the documented module."""
+    (command,) = commands_in(ROOT / "docs" / "trainers.md", "torchrun")
+    monkeypatch.setattr(torchtitan.models.llama3.config_registry, "llama3_8b", PLAIN)
+    (tmp_path / "my_jobs.py").write_text(block_with("llama3_8b_drift"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = shlex.split(command)
+    assert words[:5] == ["torchrun", "--nproc-per-node", "8", "-m", "torchtitan.train"]
+    config = ConfigManager().parse_args(words[5:])
+    assert config.optimizer.drift.settings["prior"] == "prior"
+    assert config.checkpoint.initial_load_in_hf
+    assert config.checkpoint.initial_load_path == "/path/to/the/base"
 
 
 # What is refused
