@@ -1,4 +1,4 @@
-"""The command that builds a compiled extension for the package that is installed."""
+"""The command that builds a compiled extension for the installed package."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[1]  # a checkout, or site-packages
 
 
 def reinstall_command(extension: str) -> str:
-    """The shell command that reinstalls this version of the package, for this Python, with an extension: "cpu" or
-    "cuda".
+    """Return the shell command that reinstalls this version of the package, for this Python, with an extension: "cpu"
+    or "cuda".
 
-    `DRIFT_KERNELS_CPU=1` makes it an error, which shows what the compiler says, if the extension cannot be built.
-    Without `--no-cache-dir` pip would install the wheel that it built before there was a compiler, and without
-    `--no-binary` one that an index may have.
+    `DRIFT_KERNELS_CPU=1` makes it an error, with the compiler's output, if the extension cannot be built. Without
+    `--no-cache-dir`, pip could install a wheel that it built when there was no compiler; without `--no-binary`, one
+    from an index.
     """
     options = f"--no-cache-dir --force-reinstall --no-deps --no-binary {NAME}"
     return f"DRIFT_KERNELS_{extension.upper()}=1 {_installer()} {options} {_source()}"
@@ -30,12 +30,12 @@ def reinstall_command(extension: str) -> str:
 
 def _installer() -> str:
     python = shlex.quote(sys.executable)
-    # Environments that uv makes have no pip.
+    # Environments created by uv have no pip.
     return f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
 
 
 def _source() -> str:
-    """Where the package was installed from: a folder, an archive, a commit, or an index."""
+    """The source that the package was installed from: a folder, an archive, a commit, or an index."""
     if (ROOT / "setup.py").is_file():
         return f"-e {shlex.quote(str(ROOT))}"
     (text, *_) = [found.read_text("direct_url.json") for found in distributions(name=NAME, path=[str(ROOT)])] or [None]

@@ -1,4 +1,4 @@
-"""The record of a combined prior, and its fingerprint."""
+"""What the record of a combined prior says, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ def test_what_any_of_the_priors_was_asked_for(family: Family) -> None:
     record = combine_priors([first, family.prior("c")], family.folder / "out", weights=[1, 1], overwrite=True).record
     assert record["layers"] is None
     contrary = family.prior("b", name_map={"h.": "y."})
-    with pytest.raises(PriorError, match=r"name maps of the priors disagree: h\. is mapped to 'x\.' and 'y\.'"):
+    with pytest.raises(PriorError, match=r"the name maps of the priors disagree: h\. is mapped to 'x\.' and 'y\.'"):
         combine_priors([first, contrary], family.folder / "other", weights=[1, 1])

@@ -320,7 +320,7 @@ def test_errors_name_the_call_or_the_missing_kernel(extension: Path) -> None:
 
 def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda:0")
-    assert "not on mps" in str(backend.unavailable(torch.device("mps")))
+    assert "NVIDIA GPUs only, not mps" in str(backend.unavailable(torch.device("mps")))
     if DEVICE.type == "cpu" and backend._reason is None:
         without_a_gpu = r"there is no CUDA driver|cuda\w+ failed: cudaError\w+: "
         assert re.search(without_a_gpu, str(backend.unavailable(cuda)))

@@ -227,19 +227,19 @@ def refused() -> None:
     """What would act on gradients before they are reduced; and a parameter that is a partial sum."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     shard = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)]))
-    with pytest.raises(ValueError, match="is for a single process"):
+    with pytest.raises(ValueError, match="supports a single process only"):
         FusedDriftAdamW([shard]).attach_to_backward()
-    with pytest.raises(TypeError, match="w is a DTensor, for which there are no hooks: use GradientBias"):
+    with pytest.raises(TypeError, match="hooks do not support DTensors, got parameter w: use GradientBias"):
         attach_prior(nn.ParameterDict({"w": shard}), {"w": torch.ones(4, 3)})
     plain = FusedDriftAdamW([nn.Parameter(torch.zeros(3))])
     if mesh.size() == 1:
         plain.attach_to_backward()
     else:
-        with pytest.raises(ValueError, match="is for a single process"):
+        with pytest.raises(ValueError, match="supports a single process only"):
             plain.attach_to_backward()
     partial = nn.Parameter(DTensor.from_local(torch.zeros(4, 3), mesh, [Partial()]))
     partial.grad = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])
-    with pytest.raises(ValueError, match=r"a partial sum .* cannot be updated"):
+    with pytest.raises(ValueError, match="a partial sum cannot be updated"):
         FusedDriftAdamW([partial]).step()
     assert not partial.to_local().any()
 

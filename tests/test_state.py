@@ -119,7 +119,7 @@ def test_a_state_belongs_to_the_prior_that_it_went_on_under(seed: int) -> None:
     train(net, first, 1, seed)
     second = FusedDriftAdamW(net.named_parameters(), prior={"0.weight": torch.ones(17, 9)})
     second.load_state_dict(through_a_file(first.state_dict()))
-    with pytest.raises(PriorMismatchError, match=r"under the prior .*, this optimizer has none"):
+    with pytest.raises(PriorMismatchError, match=r"saved with the prior .*, but this optimizer has none"):
         first.load_state_dict(through_a_file(second.state_dict()))
 
 

@@ -77,7 +77,7 @@ def check_devices(name: str, tensors: Iterable[Tensor]) -> None:
 
 
 def unavailable(device: torch.device) -> dict[str, str | None]:
-    """What "auto" tries on `device`, in this order: why each cannot run there, or None."""
+    """Map each backend that "auto" tries on `device`, in order, to why it cannot run there; None if it can."""
     return {name: load(name).unavailable(device) for name in AUTO.get(device.type, ("reference",))}
 
 
