@@ -43,7 +43,8 @@ def run(python: Path, backend: str, folder: Path) -> str:
     """What the package said on stderr, if the step went well in an empty folder."""
     empty = folder / "empty"
     empty.mkdir(exist_ok=True)
-    done = subprocess.run([python, "-c", step(backend)], cwd=empty, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", step(backend)], cwd=empty, env=env, capture_output=True, text=True)
     print(done.stdout + done.stderr, flush=True)
     done.check_returncode()
     return done.stderr

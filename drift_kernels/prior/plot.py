@@ -23,9 +23,7 @@ def plot_prior(prior: Prior, path: str | os.PathLike[str]) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError(
-            f"drawing a prior needs matplotlib: pip install 'drift_kernels[plot]' ({error})"
-        ) from error
+        raise ImportError(f"drawing a prior needs matplotlib: pip install 'drift_kernels[plot]' ({error})") from error
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
