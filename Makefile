@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # 4.57 checks the names of the older transformers: make test VENV=.venv-tf4 TRANSFORMERS='==4.57.*'
 TRANSFORMERS ?=
+# What is installed, and in which versions.
+EXTRAS ?= test,lint,docs,triton
+CONSTRAINTS ?= constraints.txt
 # What `simulate` compiles for.
 ARCH ?= 90
 
 SOURCES = $(shell git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh')
 
 .SECONDARY:
-.PHONY: demo docs test test-trainers simulate gpu lint format clean
+.PHONY: demo docs test test-oldest test-trainers dist dist-check wheels simulate gpu lint format clean
 
 demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real digit images
 	$(BIN)/python -m examples.digit_sums
@@ -21,6 +24,25 @@ docs: $(READY)  ## the documentation site, in build/docs; any warning is an erro
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+
+# Without Triton's kernels: torch 2.6 pins a Triton that is too old for them.
+test-oldest:  ## all tests with the oldest supported versions; PYTHON is to be Python 3.10
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test
+
+dist: .venv-dist/.ready  ## the sdist, and a wheel built from it, in dist/
+	rm -rf dist
+	.venv-dist/bin/python -m build
+
+dist-check: dist  ## installs both in fresh environments, with and without a compiler, and runs the README's first step there
+	$(PYTHON) tests/fresh.py dist/*.whl dist/*.tar.gz
+
+wheels: .venv-dist/.ready  ## the wheels of a release, in dist/; needs docker
+	.venv-dist/bin/python -m cibuildwheel --output-dir dist
+
+.venv-dist/.ready: Makefile
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --upgrade pip 'build>=1.2' 'cibuildwheel>=3'
+	touch $@
 
 # Trainers with an environment of their own: those of tests/trainers/requirements. One, or all of them.
 TRAINER ?= $(basename $(notdir $(wildcard tests/trainers/requirements/*.txt)))
@@ -59,12 +81,12 @@ format: $(READY)
 	$(BIN)/clang-format -i $(SOURCES)
 
 # torch first and pinned: nothing else may then pull another one.
-$(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+$(READY): pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch numpy 'transformers$(TRANSFORMERS)'
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,lint,docs,examples,triton]' 'transformers$(TRANSFORMERS)'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch numpy 'transformers$(TRANSFORMERS)'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[$(EXTRAS)]' 'transformers$(TRANSFORMERS)'
 	touch $@
 
 clean:
-	rm -rf build $(VENV) $(TRAINER:%=.venv-%) drift_kernels/*.so *.egg-info
+	rm -rf build dist .venv-dist .venv-oldest $(VENV) $(TRAINER:%=.venv-%) drift_kernels/*.so *.egg-info

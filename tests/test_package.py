@@ -1,18 +1,13 @@
-"""The installed package: with and without a compiler, and its imports."""
+"""The package: what it imports, and the sizes and names of its files."""
 
 from __future__ import annotations
 
 import ast
-import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from collections import Counter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {".py", ".h", ".inc", ".cpp", ".cu", ".cuh"}
@@ -139,58 +134,16 @@ def test_no_file_is_too_long() -> None:
 
 
 def test_importing_the_package_imports_no_triton_matplotlib_or_trainer() -> None:
-    unwanted = {"triton", "matplotlib", "transformers", "accelerate", "lightning"}
+    unwanted = {
+        "triton",
+        "matplotlib",
+        "rich",
+        "safetensors",
+        "huggingface_hub",
+        "transformers",
+        "accelerate",
+        "lightning",
+    }
     code = f"import sys, drift_kernels.integrations; print([m for m in {unwanted} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
-
-
-def build_wheel(tmp_path: Path, env: dict[str, str]) -> tuple[list[str], str]:
-    """The names in a wheel built from a copy of the sources, and the build's output."""
-    source = tmp_path / "source"
-    keep = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "runs", "results", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=keep)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-v",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(source),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    return zipfile.ZipFile(wheel).namelist(), done.stdout + done.stderr
-
-
-def has_extension(names: list[str]) -> bool:
-    return any(name.startswith("drift_kernels/_cpu") and not name.endswith(".pyi") for name in names)
-
-
-@pytest.mark.parametrize("reason", ["no C++ compiler was found", "failed with exit status"])
-def test_without_a_compiler_it_installs_and_says_so(tmp_path: Path, reason: str) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "CXX"}
-    if "found" in reason:
-        env["PATH"] = str(tmp_path)
-    else:
-        env["CXX"] = shutil.which("false") or "/bin/false"
-    names, output = build_wheel(tmp_path, env)
-    assert "drift_kernels/kernels/reference.py" in names
-    assert not has_extension(names)
-    assert "WITHOUT its compiled cpu backend" in output
-    assert reason in output
-
-
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [("1", "drift_kernels._cuda was asked for: "), ("yes", "DRIFT_KERNELS_CUDA must be 0 or 1, got 'yes'")],
-)
-def test_cuda_that_is_asked_for_and_cannot_be_built_is_an_error(tmp_path: Path, value: str, reason: str) -> None:
-    env = {**os.environ, "DRIFT_KERNELS_CUDA": value, "CXX": shutil.which("false") or "/bin/false"}
-    with pytest.raises(AssertionError, match=reason):
-        build_wheel(tmp_path, env)
