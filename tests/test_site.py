@@ -166,7 +166,7 @@ def definitions(path: Path) -> dict[str, Definition]:
 
 def public() -> Iterator[tuple[set[str], str, Definition]]:
     """Names of which the site has one, the name in its module, and the source."""
-    for name in drift_kernels.__all__:
+    for name in filter(lambda name: not name.startswith("_"), drift_kernels.__all__):
         module = getattr(drift_kernels, name).__module__.removeprefix("drift_kernels.").replace(".", "/")
         yield {f"drift_kernels.{name}"}, name, definitions(PACKAGE / f"{module}.py")[name]
     for module in ("ops", "footprint"):
