@@ -89,7 +89,7 @@ def table(model: nn.Module, how: FineTuning) -> list[Item]:
         how: how it is fine-tuned.
 
     Returns:
-        One `Item` per row: parameters, gradients, states, prior, ...
+        One `Item` per row (parameters, gradients, states, prior, ...).
 
     Raises:
         ValueError: the model has nothing of `how.modules`.

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit status: 2 for a wrong command line, 1 if the file cannot be trained as it is.
+        The exit status, which is 2 for a wrong command line and 1 if the file cannot be trained as it is.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) < 2 or arguments[0] not in ("train", "sft") or not arguments[1].endswith((".yaml", ".yml")):

@@ -45,7 +45,7 @@ def build_prior(
 ) -> Prior:
     """Build the prior `expert - base` (or `expert - reference`) and write it to the folder `out`.
 
-    Checkpoints are folders with safetensors files; Hub ids, org/name or org/name@revision, of which only the needed
+    Checkpoints are folders with safetensors files; Hub ids, `org/name` or `org/name@revision`, of which only the needed
     parts are fetched; or BASE+ADAPTER, two of these, where the second is a PEFT LoRA adapter that is merged in float32
     while it is read. FP8 codes with scales are read as float32. Tensors are paired by canonical name and deltas
     computed in float32. Memory stays constant whatever the size of the checkpoints.
