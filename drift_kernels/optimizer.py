@@ -272,7 +272,7 @@ class FusedDriftAdamW(Optimizer):
         """Return the memory that the last step worked on, without gradients; empty before the first step.
 
         Returns:
-            Allocated bytes per element of the parameters that had a gradient, for "param", "states", "scales" (of codes),
+            Bytes allocated per element of the parameters with a gradient, for "param", "states", "scales" (of codes),
             "param_residual" (masters), "prior" (with what changing deltas are made from) and "total".
         """
         binding = self._engine.binding

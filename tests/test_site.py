@@ -272,7 +272,7 @@ def test_docstring(name: str) -> None:
     assert {error for error in raised(function) if error not in doc} == set()
     if isinstance(node, ast.ClassDef) or "property" in decorators(node) or is_torchs:
         return
-    assert not re.search(r"^(Returns|Yields):\n.*:", doc, re.MULTILINE), "napoleon takes what precedes a colon for a type"
+    assert not re.search(r"^(Returns|Yields):\n.*:", doc, re.MULTILINE), "what precedes a colon becomes a type"
     returns = function.returns is not None and ast.unparse(function.returns) != "None"
     says = re.search(r"^(Returns|Yields):$|\A(Return|Yield|Open|A context) ", doc, re.MULTILINE)
     assert bool(says) == returns, doc
