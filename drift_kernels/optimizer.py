@@ -325,7 +325,7 @@ class FusedDriftAdamW(Optimizer):
             PriorMismatchError: the state was saved under another prior.
             ValueError: its groups, parameters, names or states do not fit; nothing has changed.
         """
-        # torch casts states to their parameter's dtype; this keeps what it was given, after the user's own hooks.
+        # torch casts states to their parameter's dtype; this keeps the originals, as the user's own hooks leave them.
         given: dict[str, Any] = {}
 
         def check(_: Optimizer, loaded: StateDict) -> StateDict:

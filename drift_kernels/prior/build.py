@@ -92,7 +92,7 @@ def build_prior(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
     form = Form(dtype, rank)
-    target = Path(out).expanduser().resolve()  # of a link, what it stands for
+    target = Path(out).expanduser().resolve()  # follows links
     new = NewFolder(target, RECORD_NAME, "prior", overwrite)
     new.check()
     chosen = {"expert": expert, "base": base} | ({} if reference is None else {"reference": reference})
