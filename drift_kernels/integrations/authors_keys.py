@@ -161,7 +161,7 @@ class AuthorsSettings:
         }
 
     def _left_out(self, names: Iterable[str]) -> list[str]:
-        """Patterns of what is in the prior and was not requested. What is in no layer (embedding, head) is never left out by layer."""
+        """Patterns of what was not requested. `only_layers` never leaves out the embedding and the head."""
         layers = {layer for name in names if (layer := layer_of(name)) is not None}
         wanted = layers if self.only_layers is None else self.only_layers
         if unknown := sorted(wanted - layers):
