@@ -1,10 +1,18 @@
 """Builds the compiled backends with ninja. Nothing here imports torch: the extensions take raw addresses.
 
-CUDA is built where nvcc is found (CUDA_HOME, PATH). Environment variables:
+The CPU kernels are built if there is a C++ compiler, the CUDA kernels if there is nvcc (CUDA_HOME, PATH). Environment
+variables:
 
-    DRIFT_KERNELS_CUDA=0 or 1      forbid it, or fail where it cannot be built
+    DRIFT_KERNELS_CPU=0 or 1       leave the CPU kernels out, or fail if they cannot be built
+    DRIFT_KERNELS_CUDA=0 or 1      likewise for the CUDA kernels
     DRIFT_KERNELS_CUDA_ARCHS=80;90 the architectures to compile for, and PTX of the last (default: see CUDA_ARCHS)
     CXX                            the C++ compiler
+
+A wheel without compiled extensions is tagged py3-none-any, which is what it is. pip keeps a wheel that it built from an
+sdist or a commit, under the address of the source and whatever the environment was, and installs it again when there is
+a compiler at last; no hook of a build is called then. A failing build instead would leave those without a compiler with
+nothing, and a tag that pip cannot find again would be a lie. So the package says at run time what it lacks, with a
+command that passes by pip's cache and fails if the extension still cannot be built (drift_kernels/reinstalling.py).
 """
 
 from __future__ import annotations
@@ -21,6 +29,7 @@ from pathlib import Path
 import pybind11
 from ninja import BIN_DIR, ninja_syntax
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -46,7 +55,7 @@ CPU = Extension(
         "csrc/cpu/kernels_avx2.cpp",
         "csrc/cpu/kernels_baseline.cpp",
     ],
-    optional=True,
+    optional=os.environ.get("DRIFT_KERNELS_CPU") != "1",
     depends=HEADERS,
 )
 CUDA = Extension(
@@ -89,9 +98,28 @@ class BuildError(Exception):
 class NinjaBuildExt(build_ext):
     """build_ext through ninja: parallel, incremental, and without an optional extension that cannot be built."""
 
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.built: set[str] = set()
+
+    def run(self) -> None:
+        super().run()
+        self.remove_earlier()  # from the sources, if built in place
+
+    def build_extensions(self) -> None:
+        super().build_extensions()
+        self.remove_earlier()
+
+    def remove_earlier(self) -> None:
+        """What an earlier build has left there of an extension that was not built now."""
+        for ext in (CPU, CUDA):
+            if ext.name not in self.built:
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
     def build_extension(self, ext: Extension) -> None:
         try:
             self.build_with_ninja(ext)
+            self.built.add(ext.name)
         except BuildError as error:
             if not ext.optional:
                 raise BuildError(f"{ext.name} was asked for: {error}") from None
@@ -139,6 +167,17 @@ class NinjaBuildExt(build_ext):
         ninja.rule("link", f"$nvcc {CUDA_LINK_FLAGS} $in -o $out")
 
 
+class TaggedWheel(bdist_wheel):
+    """bdist_wheel, whose tag names this Python and platform only if an extension was built."""
+
+    def run(self) -> None:
+        self.run_command("build_ext")
+        if not self.get_finalized_command("build_ext").built:
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+
 WITHOUT = {
     CPU.name: ("cpu", "CPU tensors will use the slower `reference` backend."),
     CUDA.name: ("cuda", "CUDA tensors will use the `triton` backend where Triton is installed."),
@@ -150,12 +189,16 @@ def include_flags() -> list[str]:
     return [f"-isystem {shlex.quote(path)}" for path in paths]
 
 
+def wanted(variable: str, default: bool) -> bool:
+    value = os.environ.get(variable, str(int(default)))
+    if value not in ("0", "1"):
+        raise SystemExit(f"{variable} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
 def extensions() -> list[Extension]:
     """CUDA where it is asked for, or may be and there is an nvcc."""
-    wanted = os.environ.get("DRIFT_KERNELS_CUDA", "1" if nvcc() else "0")
-    if wanted not in ("0", "1"):
-        raise SystemExit(f"DRIFT_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
-    return [CPU, CUDA] if wanted == "1" else [CPU]
+    return [CPU] * wanted("DRIFT_KERNELS_CPU", True) + [CUDA] * wanted("DRIFT_KERNELS_CUDA", nvcc() is not None)
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt})
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt, "bdist_wheel": TaggedWheel})

@@ -1,9 +1,10 @@
-"""What renewing the deltas of LoRA adapters costs: one layer of Qwen2.5-7B, its seven projections, random values.
+"""The cost of renewing the deltas of LoRA adapters: one layer of Qwen2.5-7B, its seven projections, random values.
 
     python -m benchmarks.adapters --json rows.json
 
-By how the prior is stored, interleaved in one process, beside a plain pass over the same bf16 deltas (a read of each
-byte, as fast as torch sums it) and a step of the adapters themselves without a prior. Times are of one layer.
+Measured for each way to store the prior, interleaved in one process, beside a plain pass over the same bf16 deltas
+(one read of each byte, at the speed of torch's sum) and a step of the adapters without a prior. Times are for one
+layer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PRIOR_RANK = 64
 
 @dataclass(frozen=True)
 class Adapter:
-    """Of a weight that is not there: only its shape matters."""
+    """An adapter without a base weight: only its shape matters."""
 
     weight: str
     a: nn.Parameter
@@ -131,11 +132,11 @@ def _synchronize(device: torch.device) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__)
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="divide the widths by it (default: %(default)s)")
-    parser.add_argument("--reps", type=int, default=15, help="repetitions of each (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="divide the widths by this (default: %(default)s)")
+    parser.add_argument("--reps", type=int, default=15, help="repetitions of each step (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     metadata = row_metadata(device)

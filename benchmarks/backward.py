@@ -2,8 +2,8 @@
 
     python -m benchmarks.backward [--json rows.json]
 
-Each row is measured in a process of its own, which trains a stack of linear layers on one core of a CPU and says how
-far its resident memory went above what it was before the first forward pass, parameters and prior built.
+Each row is measured in a separate process, which trains a stack of linear layers on one CPU core and reports how far
+its resident memory rose above that before the first forward pass, with parameters and prior already built.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from drift_kernels import FusedDriftAdamW
 
 from .rows import ROOT, row_metadata
 
-# Layers and width: where memory is large, and where what a step costs per tensor shows.
+# Layers and width: one shape with much memory, one where the cost per tensor dominates.
 SHAPES = {"wide": (24, 1280), "narrow": (364, 8)}
 WAYS = ("torch fused", "after the backward", "in the backward")
 BATCH = 16
 
-# glibc keeps freed blocks of its heap, which it lets grow up to 32 MB a block: a gradient would still count when it is
-# gone. From this size on a block is given back to the system at once.
+# glibc keeps freed heap blocks of up to 32 MB, so a freed gradient would still count. From this size on, it returns
+# blocks to the system at once.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
@@ -49,9 +49,9 @@ def resident_bytes() -> int:
 
 
 def measure(shape: str, way: str, scaling: str | None, steps: int) -> dict[str, Any]:
-    """One row, of this process: call it once in each."""
+    """Measure one row in this process; call it once per process."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # so that other work on the machine does not stop a thread for which all wait
+    torch.set_num_threads(1)  # other work on the machine could delay one of several threads, and with it all of them
     net = model(*SHAPES[shape])
     named = list(net.named_parameters())
     deltas = {name: torch.randn_like(p) for name, p in named if p.dim() == 2} if scaling else None
@@ -85,7 +85,7 @@ def measure(shape: str, way: str, scaling: str | None, steps: int) -> dict[str, 
 
 
 def rows(steps: int) -> list[dict[str, Any]]:
-    """Every row, measured in fresh processes one after another."""
+    """Measure every row, each in a fresh process, one after another."""
     metadata, found = row_metadata(), []
     for shape, scaling, way in product(SHAPES, (None, "adaptive_cosine"), WAYS):
         if scaling is None or way != "torch fused":
@@ -102,7 +102,7 @@ def rows(steps: int) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> Table:
     shown = Table(title="forward, backward and step")
-    for column in ("shape", "prior", "way", "parameters, MB", "peak above before, MB", "ms"):
+    for column in ("shape", "prior", "way", "parameters, MB", "peak increase, MB", "ms"):
         shown.add_column(column)
     for row in found:
         megabytes = [f"{row[key] / 1e6:.1f}" for key in ("param_bytes", "peak_extra_bytes")]
@@ -112,9 +112,9 @@ def table(found: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="of each row, the first two of which are not timed")
+    parser.add_argument("--steps", type=int, default=12, help="steps per row; the first two are not timed")
     parser.add_argument("--json", type=Path, help="where to write the rows")
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # the row that a child process measures
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure(**json.loads(arguments.case))))

@@ -1,16 +1,16 @@
-"""Building a prior against `cp` of the same checkpoints: time, and the peak memory of the building process.
+"""Building a prior against `cp` of the same checkpoints: time, and peak memory of the building process.
 
     python -m benchmarks.build_prior [--gb 2] [--repeats 5] [--json FILE]
     python -m benchmarks.build_prior --rank 64 --model qwen-7b --repeats 1 [--json FILE]
 
-Two synthetic checkpoints (bf16, sharded, the shapes of a small Llama) are made in a temporary folder. In an order drawn
-anew each time, they are copied with cp and built into a prior of all their tensors by `drift-prior build`, a process of
-its own. Both read from the page cache, and the build also brings its output to the disk; `cp` does not, so a copy with
-`sync` is shown too. The build's time holds the start of Python and torch, which is shown by itself.
+Two synthetic checkpoints (bf16, sharded, the shapes of a small Llama) are written to a temporary folder. In each
+repetition, in random order, `cp` copies them and `drift-prior build`, in a separate process, builds a prior of all
+their tensors. Both read from the page cache. The build also syncs its output to disk; `cp` does not, so a copy with
+`sync` is shown too. The build's time includes starting Python and importing torch, which is also shown separately.
 
-With --rank only builds of low rank are measured, and nothing is copied. Their time does not depend on the values, and
-random ones have the flattest spectrum there is. --model takes other shapes: qwen-7b is the layers of Qwen2.5-7B (26 GB
-on the disk), qwen-7b-embed its embedding and head, with one layer (5 GB).
+With --rank, only low-rank builds are measured, and nothing is copied. Their time does not depend on the values; random
+values have the flattest possible spectrum. --model selects other shapes: qwen-7b has the layers of Qwen2.5-7B (26 GB on
+disk), qwen-7b-embed its embedding and head with one layer (5 GB).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Shapes = list[tuple[str, tuple[int, ...]]]
 
 
 def layer(hidden: int, intermediate: int, kv: int, number: int, bias: bool = False) -> Shapes:
-    """Names and shapes of a layer."""
+    """The names and shapes of a layer."""
     matrices = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (kv, hidden),
@@ -62,7 +62,7 @@ def layer(hidden: int, intermediate: int, kv: int, number: int, bias: bool = Fal
 
 
 def llama(total_bytes: int) -> Shapes:
-    """Of about `total_bytes` in bf16."""
+    """The shapes of a small Llama of about `total_bytes` in bf16."""
     found: Shapes = [("model.embed_tokens.weight", (VOCABULARY, HIDDEN))]
     number = 0
     while sum(2 * torch.Size(shape).numel() for _, shape in found) < total_bytes:
@@ -85,7 +85,7 @@ MODELS: dict[str, Callable[[int], Shapes]] = {
 
 
 def make_checkpoint(folder: Path, shapes: Shapes, seed: int) -> int:
-    """Write a checkpoint of random weights; returns its bytes."""
+    """Write a checkpoint of random weights; return its size in bytes."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
@@ -106,7 +106,7 @@ def make_checkpoint(folder: Path, shapes: Shapes, seed: int) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-# A process inherits the peak memory of the one that started it: a small one stands between, and reports.
+# A process inherits the peak memory of its parent, so a small process in between starts the command and reports.
 _WATCHER = """
 import os, subprocess, sys, time
 start = time.perf_counter()
@@ -118,7 +118,7 @@ print(status, time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usag
 
 class Run(NamedTuple):
     seconds: float
-    cpu_seconds: float  # of all its threads
+    cpu_seconds: float  # over all threads
     peak_rss_mb: float
 
 
@@ -163,10 +163,12 @@ def measure(folder: Path, commands: Mapping[str, list[str]], repeats: int) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0, help="size of each checkpoint of --model llama (default: 2)")
-    parser.add_argument("--model", choices=MODELS, default="llama", help="whose shapes (default: llama)")
-    parser.add_argument("--rank", type=int, help="measure builds of this rank alone")
+    parser.add_argument(
+        "--model", choices=MODELS, default="llama", help="the model that gives the shapes (default: llama)"
+    )
+    parser.add_argument("--rank", type=int, help="measure only builds of this rank")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the temporary folder goes (default: the system's)")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder (default: the system's)")
     parser.add_argument("--json", type=Path, help="write one row per command")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -178,7 +180,7 @@ def main() -> None:
         results = measure(folder, commands_for(folder, arguments.rank), arguments.repeats)
     metadata = row_metadata()
     medians = {name: statistics.median(run.seconds for run in runs) for name, runs in results.items()}
-    table = Table(title=f"two checkpoints, {total / 1e9:.2f} GB together; medians of {arguments.repeats}")
+    table = Table(title=f"two checkpoints, {total / 1e9:.2f} GB in total; medians of {arguments.repeats}")
     table.add_column("command", no_wrap=True)
     for title in ("seconds", "fastest", "slowest", "CPU seconds", "against cp", "GB/s read", "peak RSS, MB"):
         table.add_column(title, justify="right")

@@ -1,4 +1,4 @@
-"""What every row of a benchmark says about where it was measured."""
+"""Metadata of every benchmark row: device, versions, commit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def row_metadata(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Device, versions, commit and load of this measurement, ready to be written as JSON.
+    """Return device, versions, commit and load of this measurement, ready for JSON.
 
-    `commit` is None outside a git checkout and before its first commit, unless DRIFT_KERNELS_COMMIT names the one that
-    the files were copied from; `dirty` says whether tracked or new files differ from it. `load` is the machine's
-    one-minute load average when the function was called.
+    `commit` is None outside a git checkout and before its first commit, unless DRIFT_KERNELS_COMMIT names the commit
+    that the files were copied from; `dirty` tells whether tracked or new files differ from it. `load` is the machine's
+    one-minute load average at the time of the call.
     """
     commit = _git("rev-parse", "--verify", "HEAD")
     dirty = commit is None or bool(_git("status", "--porcelain"))

@@ -1,8 +1,8 @@
-"""What sharding costs on the host: step() on DTensors against the same tensors plain, interleaved in one process.
+"""The host cost of sharding: step() on DTensors against the same plain tensors, interleaved in one process.
 
     python -m benchmarks.sharded --json rows.json
 
-729 tensors of 8 elements (the list `tiny`), so that all of the time is the host's; a mesh of one rank, with gloo.
+Uses 729 tensors of 8 elements (the list `tiny`), so that all time is host time; a mesh of one rank, with gloo.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from .step.problem import ADAMW, ALPHA, Problem
 
 
 def make(problem: Problem, scaling: str, mesh: DeviceMesh | None) -> FusedDriftAdamW:
-    """An optimizer whose parameters have their gradients, as fully_shard leaves them if there is a mesh."""
+    """An optimizer whose parameters have gradients; with a mesh, in the form that fully_shard leaves them."""
     params = []
     for tensor, grad in zip(problem.params, problem.grads, strict=True):
         param = nn.Parameter(tensor.clone() if mesh is None else distribute_tensor(tensor.clone(), mesh, [Shard(0)]))
-        # fully_shard makes a new DTensor of each gradient, with its parameter's specification.
+        # fully_shard wraps each gradient in a new DTensor with its parameter's spec.
         param.grad = grad if mesh is None else DTensor(grad, param._spec, requires_grad=False)  # type: ignore[arg-type]
         params.append(param)
     named: list[tuple[str, Tensor]] = list(zip(problem.names, params, strict=True))
@@ -70,8 +70,8 @@ def measure(reps: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sharded", description=__doc__)
-    parser.add_argument("--reps", type=int, default=300, help="repetitions of each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--reps", type=int, default=300, help="repetitions of each step (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     args = parser.parse_args()
     metadata = row_metadata()
     with TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-// The element update: one function for host and device, line by line that of drift_kernels/kernels/reference.py.
+// The element update: one function for host and device, matching drift_kernels/kernels/reference.py line by line.
 //
 //   g          = grad_coef*grad [- delta_coef*delta]
 //   exp_avg    = beta1*exp_avg + one_minus_beta1*g
 //   exp_avg_sq = beta2*exp_avg_sq + one_minus_beta2*(g*g)
 //   param      = param*decay [+ delta_step*delta] - step_size*(exp_avg/(sqrt(exp_avg_sq)*inv_sqrt_bc2 + eps))
 //
-// Every operation is rounded by itself: build with -ffp-contract=off (nvcc: -fmad=false).
+// Every operation rounds separately: build with -ffp-contract=off (nvcc: -fmad=false).
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// One-byte codes with a float32 scale for each block of 128 elements, in the flat order of the tensor. The arithmetic
-// is that of drift_kernels/formats/blocks.py, operation by operation.
+// One-byte codes with a float32 scale per block of 128 elements, in the tensor's flat order. The arithmetic matches
+// drift_kernels/formats/blocks.py, operation by operation.
 #pragma once
 
 #include <cmath>
@@ -11,27 +11,27 @@ namespace drift {
 
 constexpr int kScaleBlock = 128;
 
-// Of a delta: code * scale.
+// A delta: code * scale.
 struct int8_code {
   int8_t code;
 };
 
-// Of a delta: an e4m3 number * scale.
+// A delta: an e4m3 number * scale.
 struct fp8_code {
   uint8_t code;
 };
 
-// Of exp_avg: code * |code| * scale, finer toward zero.
+// exp_avg: code * |code| * scale, finer toward zero.
 struct moment_code {
   int8_t code;
 };
 
-// Of the root of exp_avg_sq: code * scale.
+// The square root of exp_avg_sq: code * scale.
 struct variance_code {
   uint8_t code;
 };
 
-// A float by its root, which a step computes anyway.
+// A float represented by its square root, which a step computes anyway.
 struct rooted {
   float root;
 };
@@ -47,7 +47,7 @@ template <class T>
 constexpr bool kCoded = std::is_same_v<T, int8_code> || std::is_same_v<T, fp8_code> || std::is_same_v<T, moment_code> ||
                         std::is_same_v<T, variance_code>;
 
-// What a code is worked on as.
+// The type that a code is decoded to for computing.
 template <class T>
 using Decoded = std::conditional_t<std::is_same_v<T, variance_code>, rooted, std::conditional_t<kCoded<T>, float, T>>;
 
@@ -70,8 +70,8 @@ DRIFT_HD uint32_t magnitude_bits(float x) { return float_to_bits(x) & 0x7fffffff
 
 DRIFT_HD uint32_t magnitude_bits(rooted x) { return float_to_bits(x.root); }
 
-// The scale of a block whose largest magnitude has these bits: that has the largest code. A normal number unless all of
-// the block is zero; one NaN or Inf makes it NaN, and so, in the next step, the whole block.
+// The scale that maps a block's largest magnitude, given by its bits, to the largest code. It is a normal number unless
+// the whole block is zero. A NaN or Inf in the block makes the scale NaN, and so, in the next step, the whole block.
 template <class T>
 DRIFT_HD float scale_of(uint32_t largest) {
   constexpr float kLargest = std::is_same_v<T, moment_code> ? 127.0f * 127.0f : 255.0f;
@@ -82,7 +82,7 @@ DRIFT_HD float scale_of(uint32_t largest) {
 
 DRIFT_HD float inverse_of(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
 
-// To the nearest integer, ties to even, and no larger than `limit`; of a NaN it is `limit`.
+// Rounds to the nearest integer, ties to even, and clamps to at most `limit`; NaN gives `limit`.
 DRIFT_HD int32_t nearest_code(float x, float limit) {
   const float nearest = (x + 0x1.8p23f) - 0x1.8p23f;
   return static_cast<int32_t>(nearest < limit ? nearest : limit);
@@ -93,7 +93,7 @@ DRIFT_HD int32_t code_of(float x, float inverse) {
   return x < 0.0f ? -code : code;
 }
 
-// Of a variance that is not zero, not the code of zero, by which the update would be divided.
+// A nonzero variance never gets code 0: the update would divide by it.
 DRIFT_HD int32_t code_of(rooted x, float inverse) {
   const int32_t code = nearest_code(x.root * inverse, 255.0f);
   const int32_t least = magnitude_bits(x) != 0 ? 1 : 0;

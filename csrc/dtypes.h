@@ -1,4 +1,4 @@
-// The storage types by name, and which combinations of them have kernels: written here once, for every backend.
+// The storage types by name, and which combinations of them have kernels, defined once for both compiled backends.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,7 @@
 
 namespace drift {
 
-// kNone is the delta of a launch without a prior.
+// kNone: the launch has no delta.
 enum class DType { kFloat32, kBFloat16, kFloat16, kStochastic, kMaster, kInt8, kFloat8, kNone };
 
 struct DTypes {
@@ -53,7 +53,7 @@ auto for_weight(DType dtype, F f) -> decltype(f(Type<float>{})) {
   }
 }
 
-// What a prior is stored in.
+// The types that a prior is stored in.
 template <class F>
 auto for_delta(DType dtype, F f) -> decltype(f(Type<float>{})) {
   switch (dtype) {
@@ -91,8 +91,8 @@ auto for_param(DType dtype, F f) -> decltype(f(Type<float>{})) {
   }
 }
 
-// Where the parameter is rounded to nearest, so are its states, and at random likewise; beside a master either may be.
-// States of one byte, like deltas of one byte, are not beside float16; nor are those deltas beside float.
+// States are rounded like the parameter, to nearest or stochastically; with a master, either way. One-byte states and
+// one-byte deltas do not combine with float16 parameters, nor one-byte deltas with float parameters.
 template <class Param, class F>
 auto for_state(DType dtype, F f) -> decltype(f(Type<float>{})) {
   if (dtype == DType::kFloat32) return f(Type<float>{});
@@ -120,7 +120,7 @@ auto for_grad(DType dtype, F f) -> decltype(f(Type<float>{})) {
   return nullptr;
 }
 
-// f(Type<Param>, Type<Grad>, Type<State>, Type<Delta>) gives the kernel of a combination; null where there is none.
+// f(Type<Param>, Type<Grad>, Type<State>, Type<Delta>) returns the kernel of a combination; null if there is none.
 template <class F>
 auto select_update(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{}, Type<float>{}, Type<float>{})) {
   using Kernel = decltype(f(Type<float>{}, Type<float>{}, Type<float>{}, Type<float>{}));
@@ -148,7 +148,7 @@ auto select_sum(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{}))
   });
 }
 
-// Likewise; there is always a delta.
+// Likewise, and there is always a delta.
 template <class F>
 auto select_bias(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{})) {
   using Kernel = decltype(f(Type<float>{}, Type<float>{}));

@@ -1,4 +1,4 @@
-// What the modules of both compiled backends export.
+// Exports shared by the modules of both compiled backends.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +9,7 @@
 
 namespace drift {
 
-// LAYOUT: a dict of tuples of str, and of int.
+// LAYOUT: a dict whose values are tuples of str, or ints.
 inline void export_layout(pybind11::module_& m) {
   pybind11::dict layout;
   for_each_part(

@@ -1,5 +1,5 @@
-// What the kernel that fills coefficients is given: drift_kernels/kernels/filling.py lays it out, in words of 8 bytes.
-// As in table.h a field is written once, and layout.h tells Python the names.
+// The parameters of the kernel that fills coefficients. drift_kernels/kernels/filling.py lays them out in 8-byte words.
+// As in table.h, each field is written once, and layout.h exports the names to Python.
 #pragma once
 
 #include <iterator>
@@ -11,11 +11,12 @@ namespace drift {
 #define DRIFT_DECLARE(type, name) type name;
 #define DRIFT_QUOTE(type, name) #name,
 
-// A number that may be a tensor of one element, read on the device: `name_bytes` is then 4 (float32) or 8 (float64).
+// A number, or a one-element tensor that is read on the device: then `name_bytes` is 4 (float32) or 8 (float64), else
+// 0.
 #define DRIFT_SCALAR(FIELD, name) FIELD(double, name) FIELD(uint64_t, name##_address) FIELD(int64_t, name##_bytes)
 
-// What a param group says of its tensors' step: the fields of coefficients.Row, and eps. The terms of a scaling are
-// those of scalings.py.
+// A param group's hyperparameters for a step: the fields of coefficients.Row, and eps. The terms of a scaling are those
+// of scalings.py.
 #define DRIFT_GROUP_FIELDS(FIELD) \
   DRIFT_SCALAR(FIELD, lr)         \
   FIELD(double, weight_decay)     \
@@ -37,10 +38,9 @@ struct Group {
 inline constexpr const char* kGroupNames[] = {DRIFT_GROUP_FIELDS(DRIFT_QUOTE)};
 static_assert(sizeof(Group) == std::size(kGroupNames) * 8, "filling.py fills 8-byte words");
 
-// Of n rows, each with one entry in the arrays at these addresses, float64 but for `stats` (Sums), `group_of` (int32),
-// `steps` (float32) and `coefficients`. `bias`, `cosine`, `ratio` and `grad_norm` are written. With `with_stats` the
-// sums are used; with `clips` the gradients' norm is clipped to max_grad_norm; with `advances` the step is counted,
-// unless found_inf is not zero.
+// n rows, each with one entry in the arrays at these addresses: float64, except `stats` (Sums), `group_of` (int32),
+// `steps` (float32) and `coefficients`. `bias`, `cosine`, `ratio` and `grad_norm` are written. `with_stats`: uses the
+// sums. `clips`: clips the gradients' norm to max_grad_norm. `advances`: counts the step, unless found_inf is nonzero.
 #define DRIFT_FILLING_FIELDS(FIELD) \
   FIELD(int64_t, count)             \
   FIELD(int64_t, groups)            \

@@ -1,5 +1,5 @@
-// What a library was built with and Python relies on. drift_kernels/kernels/layout.py compares it with what Python has:
-// one built from other sources would take a column of a table for another, an integer for an address.
+// The layout that a library was built with. drift_kernels/kernels/layout.py compares it with Python's: a library built
+// from other sources could mistake one column of a table for another, or an integer for an address.
 #pragma once
 
 #include "codes.h"
@@ -9,7 +9,7 @@ namespace drift {
 
 static_assert(kChunk % kScaleBlock == 0, "a chunk begins with a block of codes");
 
-// Calls names(key, array of names) and number(key, value) for the parts, whose keys are those of layout.LAYOUT.
+// Calls names(key, array of names) or number(key, value) for each part, with the keys of layout.LAYOUT.
 template <class Names, class Number>
 void for_each_part(Names names, Number number) {
   names("row", kRowNames);

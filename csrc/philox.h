@@ -1,6 +1,6 @@
 // Random bits for stochastic rounding: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// 2011). A counter-based generator: the bits of an element follow from the seed, the step, the tensor and the element's
-// index in it, whatever the backend, the chunk or the thread.
+// 2011). A counter-based generator: an element's bits depend only on the seed, the step, the tensor and the element's
+// index in it, not on the backend, the chunk or the thread.
 #pragma once
 
 #include "table.h"
@@ -15,7 +15,7 @@ constexpr int kPhiloxRounds = 7;
 
 DRIFT_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  uint64_t product;  // nvcc makes of the other form a product of 64 bits
+  uint64_t product;  // from the other form nvcc generates a 64-bit product
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   return product;
 #else
@@ -23,7 +23,7 @@ DRIFT_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-// One of the rounds on the words of a counter.
+// One round on the words of a counter.
 DRIFT_HD void philox_round(int round, uint64_t key, uint32_t& x0, uint32_t& x1, uint32_t& x2, uint32_t& x3) {
   const uint32_t key0 = static_cast<uint32_t>(key) + static_cast<uint32_t>(round) * 0x9E3779B9u;
   const uint32_t key1 = static_cast<uint32_t>(key >> 32) + static_cast<uint32_t>(round) * 0xBB67AE85u;
@@ -35,7 +35,7 @@ DRIFT_HD void philox_round(int round, uint64_t key, uint32_t& x0, uint32_t& x1, 
   x3 = static_cast<uint32_t>(a);
 }
 
-// What is rounded: each has bits of its own.
+// What is rounded: each stream has its own bits.
 enum class Stream : uint32_t { kParam = 0, kExpAvg = 1, kExpAvgSq = 2 };
 
 // The bits of one tensor in one step. `key` is seed + 2^32 * tensor.
@@ -50,7 +50,7 @@ struct RandomBits {
     return {{static_cast<uint32_t>(block), high, step, 0}};
   }
 
-  // Their bits: element 8*block + j has the low (j even) or high half of word j/2.
+  // The bits of these elements: element 8*block + j has the low (j even) or high (j odd) half of word j/2.
   DRIFT_HD Philox whole_eight(Stream stream, int64_t block) const {
     Philox x = counter(stream, block);
     for (int round = 0; round < kPhiloxRounds; ++round) {

@@ -1,6 +1,6 @@
-// Conversions between float32 and the storage types, for host and device, in integer arithmetic: the same bits from
-// every compiler. Rounding is to nearest, ties to even, but for the two types that say otherwise. A NaN becomes the
-// canonical quiet NaN of the narrow type.
+// Conversions between float32 and the storage types, for host and device, in integer arithmetic: bitwise identical with
+// every compiler. Rounding is to nearest, ties to even, except for two types, stochastic_bfloat16 and master_bfloat16.
+// A NaN becomes the canonical quiet NaN of the narrow type.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 #if defined(__CUDACC__)
 #define DRIFT_HD __host__ __device__ __forceinline__
-#define DRIFT_KEEP_ROLLED _Pragma("unroll 1")  // where more at once would only take registers
+#define DRIFT_KEEP_ROLLED _Pragma("unroll 1")  // unrolling would only use more registers
 #else
 #define DRIFT_HD inline __attribute__((always_inline))
 #define DRIFT_KEEP_ROLLED
@@ -24,12 +24,12 @@ struct float16 {
   uint16_t bits;
 };
 
-// A bfloat16 that is rounded up or down at random, so that the mean is the value.
+// A bfloat16 that is rounded up or down at random, so that its expectation is the value.
 struct stochastic_bfloat16 {
   uint16_t bits;
 };
 
-// A bfloat16 that has the other half of a float32 beside it: the residual, what rounding left over.
+// A bfloat16 with the other half of a float32 beside it: the residual that rounding left.
 struct master_bfloat16 {
   uint16_t bits;
 };
@@ -90,7 +90,8 @@ DRIFT_HD float16 round_to<float16>(float x) {
   return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7e00u : half)};
 }
 
-// With 16 random bits: the next bfloat16 away from zero with the probability of what is beyond the one toward it.
+// Rounds with 16 random bits. The probability of rounding away from zero is the distance of |x| from the bfloat16
+// toward zero, in units of the spacing.
 DRIFT_HD stochastic_bfloat16 round_stochastically(float x, uint32_t random) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -98,8 +99,8 @@ DRIFT_HD stochastic_bfloat16 round_stochastically(float x, uint32_t random) {
   return {static_cast<uint16_t>(magnitude > 0x7f800000u ? 0x7fc0u : rounded)};
 }
 
-// float32 as a bfloat16 and 16 more bits that say where in its neighbourhood: nothing is lost. To nearest, ties away
-// from zero: with ties to even the two halves next to an even value would be 2^16 + 1 residuals.
+// Splits a float32 into the nearest bfloat16 and a 16-bit offset from it, without loss. Ties round away from zero: with
+// ties to even, an even value would need 2^16 + 1 residuals.
 DRIFT_HD void split(float x, master_bfloat16& nearest, int16_t& residual) {
   const uint32_t bits = float_to_bits(x);
   const uint32_t kept = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;

@@ -1,6 +1,7 @@
-// The plain structs that cross from Python: drift_kernels/kernels/plan.py lays out the rows,
-// drift_kernels/kernels/coefficients.py the coefficients, field by field. Here a struct's fields are written once, as a
-// list that makes its members and its names: layout.h tells Python the names, so that no other layout is ever run.
+// The plain structs that Python fills: drift_kernels/kernels/plan.py lays out the rows,
+// drift_kernels/kernels/coefficients.py the coefficients, field by field. Here each struct's fields are written once,
+// as a list that generates its members and their names: layout.h exports the names, so that Python rejects another
+// layout.
 #pragma once
 
 #include <iterator>
@@ -17,8 +18,8 @@ namespace drift {
   FIELD(int64_t, width)           \
   FIELD(int64_t, pitch)
 
-// Where the elements of a shard are in the whole tensor, whose index they draw their bits by: runs of `width` elements
-// begin `pitch` apart, the first at `origin`. One run, of whatever length, where width is 0.
+// Where the elements of a shard are in the whole tensor, since their index there determines their random bits: runs of
+// `width` elements begin `pitch` apart, the first at `origin`. With width 0, a single run of any length.
 struct Place {
   DRIFT_PLACE_FIELDS(DRIFT_DECLARE)
 
@@ -27,13 +28,13 @@ struct Place {
     return origin + i + static_cast<int64_t>(runs) * (pitch - width);
   }
 
-  // Whether eight elements from a multiple of eight on are so in the whole tensor too.
+  // Whether each aligned group of eight elements is an aligned group of eight in the whole tensor too.
   DRIFT_HD bool keeps_eights() const { return ((origin | width | pitch) & 7) == 0; }
 };
 
-// An address is 0 where the launch does not have it: a delta, a residual, scales. `first_chunk` counts the chunks of
-// the tensors before this one. `random_key` and `place` are for its stochastic rounding: seed + 2^32 * index among the
-// optimizer's tensors.
+// An address is 0 if the launch has no such tensor (a delta, a residual, scales). `first_chunk` is the number of chunks
+// of the tensors before this one. `random_key` and `place` are for stochastic rounding: `random_key` is seed + 2^32 *
+// the tensor's index in the optimizer.
 #define DRIFT_ROW_FIELDS(FIELD)     \
   FIELD(uint64_t, param)            \
   FIELD(uint64_t, residual)         \
@@ -47,8 +48,8 @@ struct Place {
   FIELD(int64_t, first_chunk)       \
   FIELD(uint64_t, random_key)
 
-// Addresses and size of one tensor of a launch: what stays from step to step. The gradients' addresses, which may
-// change, are an array of their own.
+// Addresses and size of one tensor of a launch, which stay the same from step to step. The gradients' addresses may
+// change, and are in a separate array.
 struct Row {
   DRIFT_ROW_FIELDS(DRIFT_DECLARE)
   Place place;
@@ -57,7 +58,7 @@ struct Row {
 inline constexpr const char* kRowNames[] = {DRIFT_ROW_FIELDS(DRIFT_QUOTE) DRIFT_PLACE_FIELDS(DRIFT_QUOTE)};
 static_assert(sizeof(Row) == std::size(kRowNames) * 8, "plan.py fills 8-byte fields");
 
-// `step` is how many this one makes; 0 if it is not taken: then nothing is written.
+// `step` is the number of this step; 0 if the step is skipped and nothing is written.
 #define DRIFT_COEFFICIENTS(FIELD) \
   FIELD(float, grad_coef)         \
   FIELD(float, delta_coef)        \
@@ -72,7 +73,7 @@ static_assert(sizeof(Row) == std::size(kRowNames) * 8, "plan.py fills 8-byte fie
   FIELD(float, eps)               \
   FIELD(float, step)
 
-// The scalars of one tensor's step. Computed in float64 and rounded once.
+// The scalars of one tensor's step, computed in float64 and rounded once.
 struct Coefficients {
   DRIFT_COEFFICIENTS(DRIFT_DECLARE)
 };

@@ -1,4 +1,4 @@
-// What the kernels of every device have in common: the tensors of a row, and an element's load, update, store.
+// Shared by the kernels of every device: the tensors of a row, and an element's load, update, store.
 #pragma once
 
 #include <type_traits>
@@ -9,12 +9,12 @@
 
 namespace drift {
 
-struct Nothing {};  // stands for the type of a tensor that a launch does not have: a delta, a residual
+struct Nothing {};  // the type of a tensor that a launch does not have: a delta, a residual
 
 template <class Param>
 using Residual = std::conditional_t<std::is_same_v<Param, master_bfloat16>, int16_t, Nothing>;
 
-// States of one byte: the two have codes of their own.
+// One-byte states: each of the two has its own kind of code.
 struct int8_state {};
 
 template <class State>
@@ -35,15 +35,15 @@ DRIFT_HD RandomBits random_bits(const Row& row, const Coefficients& c) {
   return {row.random_key, static_cast<uint32_t>(c.step), &row.place};
 }
 
-// An element's random bits, of which its tensors use what they need.
+// An element's random bits; its tensors use those that they need.
 struct Draw {
   uint32_t param;
   uint32_t exp_avg;
   uint32_t exp_avg_sq;
 };
 
-// The tensors of one row as stored. They move by elements: where there are codes, from a multiple of kScaleBlock on, or
-// by one.
+// The tensors of one row as stored. `moved` advances them by elements; with codes, the current start or the number of
+// elements must be a multiple of kScaleBlock.
 template <class Param, class Grad, class State, class Delta>
 struct Stored {
   Param* __restrict param;
@@ -94,7 +94,7 @@ struct GradAndDelta {
   }
 };
 
-// Elements to work on: of tensors, or of what was loaded and decoded from them.
+// The elements to compute on: tensors, or values loaded and decoded from them.
 template <class Param, class Grad, class M, class V, class Delta>
 struct Tensors {
   Param* __restrict param;
@@ -143,7 +143,7 @@ struct Tensors {
   }
 };
 
-// An element as a float, whatever it is stored as; only a code has a scale.
+// An element of any type as a float; only a code has a scale.
 template <class T>
 DRIFT_HD float value(T x, [[maybe_unused]] float scale) {
   if constexpr (kCoded<T>) {

@@ -7,10 +7,9 @@ from .messages import set_up
 from .optimizer import FusedDriftAdamW
 from .prior import Coverage, Prior, apply_prior, build_prior, combine_priors
 from .schedule import AlphaScheduler, linear_anneal
+from .version import __version__
 
 set_up()
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlphaScheduler",
@@ -25,6 +24,7 @@ __all__ = [
     "PriorFormatError",
     "PriorHooks",
     "PriorMismatchError",
+    "__version__",
     "apply_prior",
     "attach_prior",
     "bias_gradients_",

@@ -1,4 +1,4 @@
-"""Keyword arguments that have got another name: the old one still works, and says so."""
+"""Renamed keyword arguments: the old name still works, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def renamed(old: str, new: str) -> Callable[[F], F]:
-    """A function that takes `new` takes `old` for it, with a DeprecationWarning; both together raise TypeError."""
+    """Let a function accept `old` for its keyword `new`, with a DeprecationWarning. Both together raise TypeError."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
@@ -19,8 +19,8 @@ def renamed(old: str, new: str) -> Callable[[F], F]:
             if old in kwargs:
                 name = function.__qualname__.removesuffix(".__init__")
                 if new in kwargs:
-                    raise TypeError(f"{name} got {new} and {old}, which is the old name of {new}: pass {new} alone")
-                warnings.warn(f"{old} is called {new} now ({name})", DeprecationWarning, stacklevel=2)
+                    raise TypeError(f"{name} got both {new} and its old name {old}: pass only {new}")
+                warnings.warn(f"{name}: {old} is deprecated, use {new} instead", DeprecationWarning, stacklevel=2)
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 

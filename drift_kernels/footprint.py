@@ -116,7 +116,7 @@ def without_adapters(model: nn.Module, modules: Sequence[str]) -> list[str]:
 def _full(model: nn.Module, how: FineTuning) -> Iterator[Item]:
     params = [_held(param.shape, how.dtype) for param in model.parameters()]
     yield _item("parameters", _name(how.dtype), params)
-    yield _item("buffers", "as they are", model.buffers())
+    yield _item("buffers", "unchanged", model.buffers())
     yield _item("gradients", _name(how.dtype), params)
     yield _states(params, how)
     shapes = {canonical_name(name): param.shape for name, param in model.named_parameters()}
@@ -124,7 +124,7 @@ def _full(model: nn.Module, how: FineTuning) -> Iterator[Item]:
     if how.prior is not None and how.anchor:
         held = [_held(shape, torch.bfloat16 if how.dtype == torch.bfloat16 else torch.float32) for shape in selected]
         yield _item("targets", f"{_name(held[0].dtype)}, of {len(held)} parameters", held)
-        yield _item("what is left", _name(held[0].dtype), held)
+        yield _item("remaining deltas", _name(held[0].dtype), held)
     elif how.prior is not None:
         deltas = [_delta(shape, how) for shape in selected]
         yield _prior(selected, how, [for_kernels(delta, delta.dtype, how.dtype) for delta in deltas])
@@ -153,9 +153,9 @@ def _base(model: nn.Module, how: FineTuning) -> Iterator[Item]:
         held = [tensor for weight in quantised for tensor in (_nf4 if how.base_bits == 4 else _int8)(weight)]
         yield _item("base weights", f"{kind}, {len(quantised)} Linears", held)
         largest = max((_held(weight.shape, how.dtype) for weight in quantised), key=_size)
-        yield _item("one of them expanded", f"for a product, {_name(how.dtype)}: the largest", [largest])
+        yield _item("one of them expanded", f"{_name(how.dtype)}, temporary: the largest", [largest])
     yield _item("other base weights" if quantised else "base weights", _name(how.dtype), rest)
-    yield _item("buffers", "as they are", model.buffers())
+    yield _item("buffers", "unchanged", model.buffers())
 
 
 def _quantised(model: nn.Module, kept: Sequence[str]) -> Iterator[nn.Linear]:
@@ -195,7 +195,7 @@ def _states(params: Sequence[Tensor], how: FineTuning) -> Item:
 def _prior(shapes: Sequence[Shape], how: FineTuning, held: Sequence[Sequence[Tensor | None]]) -> Item:
     form = f"rank {how.prior_rank}, {_name(torch.bfloat16)}" if how.prior_rank else _name(how.prior)
     if how.rank is None and how.prior_rank:
-        form = f"of rank {how.prior_rank}, expanded"
+        form = f"rank {how.prior_rank}, expanded"
     tensors = [tensor for one in held for tensor in one if tensor is not None]
     return _item("prior", f"{form}, {len(shapes)} deltas", tensors, how.prior_on_host)
 
@@ -212,7 +212,7 @@ def _projection(shapes: Sequence[Shape], how: FineTuning) -> Item:
         return [*copied, *([] if delta.dtype == torch.float32 else [expanded])]
 
     largest = max(map(needed, shapes), key=lambda tensors: sum(map(_size, tensors)))
-    return _item("projecting", "one delta after the other: the largest", largest)
+    return _item("projecting", "one delta at a time: the largest", largest)
 
 
 def _delta(shape: Shape, how: FineTuning) -> Delta:
@@ -229,7 +229,7 @@ def _delta(shape: Shape, how: FineTuning) -> Delta:
 def _selected(shapes: Mapping[str, Shape], how: FineTuning, what: str) -> list[Shape]:
     selected = [shapes[name] for name in select_names(shapes, how.modules)]
     if not selected:
-        raise ValueError(f"no {what} of the model is of {', '.join(how.modules)}")
+        raise ValueError(f"the model has no {what} in {', '.join(how.modules)}")
     return selected
 
 

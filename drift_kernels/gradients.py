@@ -81,7 +81,7 @@ def _named(named_params: NamedParams) -> list[tuple[str, Tensor]]:
     named = list(named_params)
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in named):
         raise PriorError(
-            "a prior is bound by parameter names, and these parameters have none: pass model.named_parameters()"
+            "a prior is bound by parameter name, but these parameters have no names: pass model.named_parameters()"
         )
     return named
 
@@ -94,7 +94,7 @@ def _covered(named: list[tuple[str, Tensor]], binding: PriorBinding) -> list[tup
     names: dict[int, str] = {}
     for name, param in named:
         if id(param) in names:
-            raise ValueError(f"parameter {name} is {names[id(param)]} too: its gradient would be biased twice")
+            raise ValueError(f"{name} and {names[id(param)]} are one parameter: its gradient would be biased twice")
         names[id(param)] = name
     binding.check(named)
     found = [(name, param) for name, param in named if binding.covers(name)]
@@ -211,7 +211,8 @@ def bias_gradients_(
     """
     if not isinstance(prior, Prior):
         raise TypeError(
-            f"prior must be a Prior, which is loaded once (Prior.open, Prior.from_mapping), got {type(prior).__name__}"
+            "prior must be a Prior (from Prior.open or Prior.from_mapping), because anything else would be loaded in "
+            f"every call, got {type(prior).__name__}"
         )
     settings = BiasSettings(alpha, prior_scaling, normalize_to_param)
     named = _named(named_params)
@@ -344,6 +345,6 @@ def attach_prior(
         raise all_frozen([name for name, _ in covered])
     for name, param in named:
         if is_sharded(param):
-            raise TypeError(f"parameter {name} is a DTensor, for which there are no hooks: use GradientBias")
+            raise TypeError(f"hooks do not support DTensors, got parameter {name}: use GradientBias")
     backends.check_devices(backend, [param for _, param in named])
     return PriorHooks(named, binding, settings, backend)

@@ -1,8 +1,8 @@
-"""What the package says, by the logger `drift_kernels`: warnings, and once for each binding what the prior acts on.
+"""The logger `drift_kernels`: it logs warnings and, once per binding, which parameters the prior acts on.
 
-Python's default shows warnings alone, and a prior that is bound should be seen to be. So the logger's level is INFO,
-and where nobody has set up logging (no handler on the root logger or on this one) records go to stderr. Where somebody
-has, they go there and nowhere else. `logging.getLogger("drift_kernels").setLevel(logging.WARNING)` leaves the warnings.
+By default, Python shows warnings only, but users should see that a prior is bound. So the logger's level is INFO, and
+if logging has not been set up (no handler on the root logger or on this one), records go to stderr. Otherwise they go
+to the handlers that were set up. `logging.getLogger("drift_kernels").setLevel(logging.WARNING)` keeps warnings only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ logger = logging.getLogger("drift_kernels")
 
 
 class LastResort(logging.Handler):
-    """stderr, where there is no other handler."""
+    """Prints records to stderr, if there is no other handler."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not any(not isinstance(handler, LastResort) for handler in (*logger.handlers, *logging.root.handlers)):
@@ -22,7 +22,7 @@ class LastResort(logging.Handler):
 
 
 def set_up() -> None:
-    """Done once, when the package is imported; a level that was set before stays."""
+    """Set up the logger, when the package is imported. A level that was set before is kept."""
     if not any(isinstance(handler, LastResort) for handler in logger.handlers):
         logger.addHandler(LastResort())
     if logger.level == logging.NOTSET:

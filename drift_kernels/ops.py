@@ -24,15 +24,15 @@ CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 def _uniform(name: str, tensors: list[Tensor], shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
     """Return the tensors if they have these shapes, one dtype and one device, and are contiguous."""
     if not shapes:
-        raise ValueError(f"{name} must be of one tensor at least, got none")
+        raise ValueError(f"{name} must have at least one tensor, got none")
     found = [tuple(t.shape) for t in tensors]
     if found != shapes:
-        raise ValueError(f"{name} must be of the shapes {shapes}, got {found}")
+        raise ValueError(f"{name} must have shapes {shapes}, got {found}")
     for t in tensors:
         if t.dtype != tensors[0].dtype or t.device != device or not t.is_contiguous():
             raise ValueError(
-                f"{name} must be contiguous, of one dtype and on {device}, got {t.dtype} on {t.device} with strides "
-                f"{t.stride()}"
+                f"{name} must be contiguous, of the same dtype and on {device}, got {t.dtype} on {t.device} with "
+                f"strides {t.stride()}"
             )
     return tensors
 
@@ -51,7 +51,7 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
     _uniform(name, values, [tuple(t.shape) for t in like], device)
     if values[0].dtype not in CODES:
         if scales:
-            raise ValueError(f"{name} must have {n} tensors where they are {values[0].dtype}, got {len(tensors)}")
+            raise ValueError(f"{name} must have {n} tensors if they are {values[0].dtype}, got {len(tensors)}")
         return [(value, None) for value in values]
     # In the shape of FusedDriftAdamW's states, or flat.
     shapes = [scale_shape(tuple(t.shape)) for t in like]
@@ -62,7 +62,13 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
     return list(zip(values, scales, strict=True))
 
 
-@torch.library.custom_op("drift_kernels::update", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "residuals"))
+# Schemas are written out: to infer them, torch 2.6 takes no `list[Tensor]`.
+@torch.library.custom_op(
+    "drift_kernels::update",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "residuals"),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] deltas, "
+    "Tensor(d!)[] residuals, SymInt[] random_keys, Tensor coefficients) -> ()",
+)
 def update(
     params: list[Tensor],
     grads: list[Tensor],
@@ -105,7 +111,7 @@ def update(
         _expect("residuals", residuals[0].dtype, (torch.int16,))
         _expect("params that have residuals", params[0].dtype, (torch.bfloat16,))
     if random_keys and len(random_keys) != n:
-        raise ValueError(f"random_keys must be {n} or none, got {len(random_keys)}")
+        raise ValueError(f"random_keys must have {n} entries or none, got {len(random_keys)}")
     halves = _uniform("residuals", residuals, shapes, device) if residuals else [None] * n
     keys: list[int] | list[None] = random_keys or [None] * n
     moments, variances = (
@@ -123,7 +129,9 @@ def update(
     backends.resolve("auto", device).update(plan, coefficients, with_delta=True)
 
 
-@torch.library.custom_op("drift_kernels::grad_stats", mutates_args=())
+@torch.library.custom_op(
+    "drift_kernels::grad_stats", mutates_args=(), schema="(Tensor[] grads, Tensor[] deltas) -> Tensor"
+)
 def grad_stats(grads: list[Tensor], deltas: list[Tensor]) -> Tensor:
     """Return sum(g*g) and sum(g*delta) of each gradient.
 

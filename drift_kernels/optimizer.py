@@ -228,7 +228,7 @@ class FusedDriftAdamW(Optimizer):
             RuntimeError: the optimizer is attached already.
         """
         if self._in_backward is not None and self._in_backward.attached:
-            raise RuntimeError("the optimizer is attached to the backward pass already: remove() its handle first")
+            raise RuntimeError("the optimizer is already attached to the backward pass: remove() its handle first")
         self._in_backward = attach(self, self._engine)
         return self._in_backward
 
@@ -289,9 +289,9 @@ class FusedDriftAdamW(Optimizer):
             KeyError: the parameter is not one of this optimizer's.
         """
         if not self.precision.master_weights:
-            raise ValueError("there are no masters: the optimizer was built without master_weights=True")
+            raise ValueError("there are no master weights: create the optimizer with master_weights=True")
         if not any(param is own for _, own in named_params(self.param_groups)):
-            raise KeyError("the parameter is not one of this optimizer's")
+            raise KeyError("the parameter does not belong to this optimizer")
         return master_weight(param, self.state.get(param, {}))
 
     def refresh_masters(self) -> None:

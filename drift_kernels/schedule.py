@@ -73,11 +73,15 @@ class AlphaScheduler:
             )
         for index, group in enumerate(groups):
             if "alpha" not in group:
-                raise ValueError(f"param group {index} has no alpha: AlphaScheduler is for FusedDriftAdamW")
+                raise ValueError(
+                    f"param group {index} has no alpha: pass a FusedDriftAdamW, a GradientBias or PriorHooks"
+                )
             if last_epoch == -1:
                 group.setdefault("initial_alpha", float(group["alpha"]))
             elif "initial_alpha" not in group:
-                raise ValueError(f"param group {index} has no initial_alpha: it is needed to resume at {last_epoch=}")
+                raise ValueError(
+                    f"param group {index} has no initial_alpha, which is required to resume at {last_epoch=}"
+                )
         self.optimizer = optimizer
         self.base_alphas = [group["initial_alpha"] for group in groups]
         self.last_epoch = last_epoch

@@ -1,6 +1,6 @@
-"""Parameters that are DTensors: the shard that this rank holds, where it lies in the whole, and sums over the ranks.
+"""DTensor parameters: local tensors, their position in the whole tensor, and sums over the ranks.
 
-The kernels know nothing of it: they get local tensors. Nor does a step dispatch anything on a DTensor.
+Kernels see only local tensors, and a step dispatches no operation on a DTensor.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from .torch_private import local_shape_and_offset, local_tensor, spec
 
 
 def dtensor_type() -> Any:
-    """DTensor; None as long as nobody has imported it, when there can be none."""
+    """The class DTensor; None if it has not been imported, because then there are no DTensors."""
     module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether it is a DTensor."""
+    """Whether a tensor is a DTensor."""
     return type(tensor) is dtensor_type()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: all of one that is not a DTensor."""
+    """The local tensor of a DTensor; any other tensor unchanged."""
     return local_tensor(tensor) if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, which the ranks of a DTensor gather together."""
+    """The whole tensor, gathered over all ranks if it is a DTensor."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_pairs(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """What this rank holds of parameters and gradients; a gradient that is placed otherwise than its parameter (a sum
-    that is still partial, say) is first redistributed, by every rank alike."""
+    """Return the local tensors of parameters and gradients. Gradients with other placements than their parameters
+    (partial sums, say) are first redistributed, which every rank must take part in."""
     dtensor = dtensor_type()
     types = set() if dtensor is None else set(map(type, params))
     if dtensor not in types:
@@ -56,7 +56,7 @@ def local_pairs(params: list[Tensor], grads: list[Tensor | None]) -> tuple[list[
 
 
 def place_grads(params: list[Tensor]) -> None:
-    """Redistributes the gradients that are placed otherwise than their parameters, where they are."""
+    """Redistribute the gradients that have other placements than their parameters, and store them in `param.grad`."""
     for param in params if dtensor_type() in set(map(type, params)) else ():
         if param.grad is not None:
             param.grad = _placed_as(param.grad, param)
@@ -69,7 +69,8 @@ def _placed_as(grad: Any, param: Any) -> Tensor:
 
 
 def wrap(tensor: Tensor, like: Any, shape: Sequence[int] | None = None) -> Tensor:
-    """What a rank holds, as a tensor that is sharded as `like` is (where it is): of its shape, or of `shape`."""
+    """Wrap a local tensor as a DTensor sharded like `like`, of its shape or of `shape`; unchanged if `like` is not a
+    DTensor."""
     if not is_sharded(like):
         return tensor
     whole = tuple(like.shape if shape is None else shape)
@@ -80,8 +81,8 @@ def wrap(tensor: Tensor, like: Any, shape: Sequence[int] | None = None) -> Tenso
 
 
 def part_for(target: Tensor, value: Tensor) -> Tensor:
-    """Of a saved tensor, whole or sharded, what this rank holds under the sharding of `target`; int32 for int16, which
-    no collective moves."""
+    """Return the part of a saved tensor, whole or sharded, that this rank holds under the sharding of `target`. A
+    sharded int16 tensor is returned as int32, because collectives do not support int16."""
     if is_sharded(value) and value.dtype == torch.int16:
         value = value.to(torch.int32)
     if not is_sharded(target):
@@ -92,7 +93,7 @@ def part_for(target: Tensor, value: Tensor) -> Tensor:
 
 
 def keeps_blocks(param: Any, size: int) -> bool:
-    """Whether each rank holds whole blocks of `size` elements of a DTensor, counted row by row."""
+    """Whether the sharding of a DTensor splits no block of `size` elements, counted row by row."""
     if param.dim() < 2 or param.shape[-1] % size:
         return False
     last = param.dim() - 1
@@ -106,12 +107,12 @@ def _dim(placement: Any, dim: int) -> bool:
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a whole tensor that this rank holds.
+    """The position of this rank's part in the whole tensor.
 
     Attributes:
-        shape: of the whole.
-        box: in each of its dimensions, from where to where.
-        groups: the ranks, along each dimension of the mesh, that hold the other parts.
+        shape: the shape of the whole tensor.
+        box: the slice of the part in each dimension.
+        groups: for each mesh dimension that shards the tensor, the process group with the other parts.
     """
 
     shape: tuple[int, ...]
@@ -120,12 +121,12 @@ class Shard:
 
     @classmethod
     def of(cls, tensor: Any) -> Shard | None:
-        """None for a tensor that is not a DTensor. Raises ValueError for a placement that is a partial sum."""
+        """The shard of a DTensor; None for any other tensor. Raises ValueError if the tensor is a partial sum."""
         if not is_sharded(tensor):
             return None
         mesh, placements = tensor.device_mesh, tensor.placements
         if any(placement.is_partial() for placement in placements):
-            raise ValueError(f"a tensor that is a partial sum ({placements}) cannot be updated")
+            raise ValueError(f"a DTensor that is a partial sum cannot be updated, got placements {placements}")
         sizes, offsets = local_shape_and_offset(tensor)
         box = tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True))
         groups = [mesh.get_group(d) for d, placement in enumerate(placements) if not placement.is_replicate()]
@@ -133,7 +134,7 @@ class Shard:
 
     @property
     def place(self) -> Place | None:
-        """Where its elements are in the whole, in its own flat order; None if they are not evenly spaced runs."""
+        """The position of its elements, in flat order, in the whole; None if they are not evenly spaced runs."""
         sizes = [part.stop - part.start for part in self.box]
         strides = [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
         origin = sum(part.start * stride for part, stride in zip(self.box, strides, strict=True))
@@ -147,18 +148,19 @@ class Shard:
 
 
 def place_of(name: str, shard: Shard | None, needed: bool) -> Place:
-    """Where a parameter draws its random bits. Raises ValueError, naming it, if they are needed and it cannot."""
+    """The place that indexes a parameter's random bits. Raises ValueError, naming the parameter, if `needed` and there
+    is none."""
     place = WHOLE if shard is None else shard.place
     if shard is not None and place is None and needed:
         raise ValueError(
-            f"parameter {name} of shape {shard.shape} is sharded in more than one of its inner dimensions, which "
-            "rounding='stochastic' does not support"
+            "rounding='stochastic' does not support a parameter that is sharded along more than one inner dimension, "
+            f"got {name} of shape {shard.shape}"
         )
     return place or WHOLE
 
 
 class Reduction:
-    """Sums over the ranks that hold parts of the same tensors: one all-reduce for each dimension of each mesh."""
+    """Sums over the ranks that hold parts of the same tensors: one all-reduce per dimension of each mesh."""
 
     def __init__(self, shards: Sequence[Shard | None]) -> None:
         rows: dict[Any, list[int]] = {}
@@ -174,7 +176,7 @@ class Reduction:
         return bool(self._steps)
 
     def any_of(self, values: Sequence[Tensor | float], device: torch.device) -> bool:
-        """Whether one of these numbers is not zero on any rank: the same answer on all."""
+        """Whether any of these numbers is nonzero on any rank. All ranks get the same answer."""
         found = torch.tensor(list(map(float, values)), dtype=torch.float64, device=device)
         self.sum_(found)
         return bool((found != 0).any())
@@ -184,7 +186,7 @@ class Reduction:
         return [group for group, _ in self._steps]
 
     def sum_(self, values: Tensor) -> None:
-        """values, [n, ...], one row for each shard: in place, what all the parts of its tensor have together."""
+        """Replace each row of `values` [n, ...], one row per shard, with its sum over all parts of the tensor."""
         for group, rows in self._steps:
             if rows is None:
                 dist.all_reduce(values, group=group)

@@ -1,4 +1,4 @@
-"""How the command talks to a terminal or a pipe, and how it is stopped."""
+"""Output of the command to a terminal or a pipe, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from types import FrameType
 
 from rich.console import Console
 
-_WIDE = 1000  # columns of what is no terminal: its reader can break lines, and cannot bring back what is cut
+_WIDE = 1000  # columns of a pipe or file: its reader can wrap lines, but cannot restore what was cut off
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal asked the command to end."""
+    """Raised when a signal asks the command to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.status = 128 + number  # what shells report of a program that a signal ended
+        self.status = 128 + number  # as shells report a program that a signal has ended
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.args[0]).name}"
@@ -28,11 +28,11 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable(*, to_the_end: bool) -> Iterator[None]:
-    """The first of SIGINT, SIGTERM and SIGHUP raises Stopped here; from then on they are ignored, so that nothing
-    disturbs the clearing up and the end of the process. What was ignored before (nohup) stays ignored.
+    """Raise Stopped on the first of SIGINT, SIGTERM and SIGHUP. Further ones are ignored, so that they do not disturb
+    the cleanup and the exit of the process. Signals that were ignored before (nohup) stay ignored.
 
-    With `to_the_end` the process has nothing else to do afterwards: a signal then ends it, without a traceback from
-    Python's own clearing up.
+    With `to_the_end`, the process is expected to exit after the block: a signal then ends it, without a traceback from
+    Python's cleanup.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -59,13 +59,13 @@ def stoppable(*, to_the_end: bool) -> Iterator[None]:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """As wide as the terminal; where there is none, nothing is wrapped."""
+    """Return a console as wide as the terminal; without a terminal, lines are not wrapped."""
     found = Console(stderr=stderr)
     return found if found.is_terminal else Console(stderr=stderr, width=_WIDE)
 
 
 class LogLines(logging.Handler):
-    """Log records as lines of a console, one for each."""
+    """Prints each log record as a line of a console."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -76,5 +76,5 @@ class LogLines(logging.Handler):
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a line as it is."""
+    """Print a line without markup or wrapping."""
     console.print(f"drift-prior: {text}", style=style, markup=False, highlight=False, soft_wrap=True)

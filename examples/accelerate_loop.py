@@ -1,4 +1,4 @@
-"""A loop by hand with Accelerate: it wraps the optimizer, and saves and loads all that was prepared or registered."""
+"""A manual loop with Accelerate, which wraps the optimizer, and saves and loads everything prepared or registered."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train(
     resume: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """The fine-tuned model; `options` are FusedDriftAdamW's."""
+    """Return the fine-tuned model; `options` are passed to FusedDriftAdamW."""
     accelerator = Accelerator(cpu=True)
     model = tiny.base_model()
     options = {"alpha": tiny.ALPHA, "max_grad_norm": 1.0, **options}
@@ -51,7 +51,7 @@ def train(
             accelerator.backward(model(**batch).loss)
             optimizer.step()
             lr_schedule.step()
-            if accelerator.sync_gradients:  # Accelerate's wrappers look at it themselves
+            if accelerator.sync_gradients:  # Accelerate's own wrappers check this themselves
                 alpha_schedule.step()
             optimizer.zero_grad()
         if step % 30 == 0:

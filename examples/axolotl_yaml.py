@@ -1,4 +1,4 @@
-"""axolotl: `optimizer: drift_adamw` and `drift:` in its YAML; its own entry point trains, saves, and resumes."""
+"""axolotl: `optimizer: drift_adamw` and `drift:` in its YAML; axolotl's entry point trains, saves, and resumes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-# Read when axolotl and huggingface_hub are imported: no telemetry, and everything is on the disk.
+# Read when axolotl and huggingface_hub are imported. No telemetry; all files are local.
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "AXOLOTL_LOG_LEVEL": "ERROR", "LOG_LEVEL": "ERROR"}
 
 from axolotl.cli.train import do_cli
@@ -27,12 +27,12 @@ optimizer: drift_adamw
 drift:
   prior: prior
   alpha: 2.0
-  anneal: 1.0  # alpha falls to 0 over all of the training
+  anneal: 1.0  # alpha decreases to 0 over the whole training
 """
 
 
 def write_files(folder: Path) -> None:
-    """The checkpoints, the prior, and the texts to train on."""
+    """Write the checkpoints, the prior, and the texts to train on."""
     tiny.write_files(folder)
     texts = [tiny.text(pair) for pair in tiny.training_pairs(tiny.STEPS * tiny.BATCH_SIZE)]
     rows = [{"instruction": prompt, "output": answer.strip()} for prompt, answer in texts]
@@ -40,7 +40,7 @@ def write_files(folder: Path) -> None:
 
 
 def configuration(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
-    """Of a run on a CPU, without the prior; `changes` are further entries."""
+    """The configuration of a CPU run without the prior; `changes` are further entries."""
     format_of_texts = {"format": "{instruction} ", "no_input_format": "{instruction} "}
     return {
         "base_model": str(folder / "base"),
@@ -69,7 +69,7 @@ def configuration(folder: Path, out: str, **changes: Any) -> dict[str, Any]:
 
 
 def drift(folder: Path, **settings: Any) -> dict[str, Any]:
-    """The entries of `DRIFT`; `settings` are further ones under `drift:`."""
+    """The entries of `DRIFT`; `settings` are further entries under `drift:`."""
     entries = yaml.safe_load(DRIFT)
     entries["drift"] |= {"prior": str(folder / "prior"), **settings}
     return entries
@@ -82,7 +82,7 @@ def silence() -> Iterator[None]:
 
 
 def run(folder: Path, out: str, **changes: Any) -> None:
-    """What `axolotl train` does with a YAML, in this process."""
+    """Do what `axolotl train` does with a YAML, in this process."""
     file = folder / f"{out}.yml"
     file.write_text(yaml.safe_dump(configuration(folder, out, **changes)))
     with silence():
@@ -90,7 +90,7 @@ def run(folder: Path, out: str, **changes: Any) -> None:
 
 
 def train(folder: Path, out: str, **changes: Any) -> Any:
-    """The fine-tuned model, as axolotl has saved it."""
+    """Return the fine-tuned model, as saved by axolotl."""
     run(folder, out, **changes)
     return AutoModelForCausalLM.from_pretrained(folder / out)
 
@@ -100,14 +100,14 @@ if __name__ == "__main__":
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_files(folder)
-        print(f"held-out loss before the fine-tuning   {tiny.held_out_loss(tiny.base_model()):.3f}")
-        print(f"              after it, without prior  {tiny.held_out_loss(train(folder, 'without')):.3f}")
+        print(f"held-out loss before fine-tuning       {tiny.held_out_loss(tiny.base_model()):.3f}")
+        print(f"              after, without a prior   {tiny.held_out_loss(train(folder, 'without')):.3f}")
         whole = train(folder, "with", **drift(folder))
-        print(f"              after it, with the prior {tiny.held_out_loss(whole):.3f}")
+        print(f"              after, with the prior    {tiny.held_out_loss(whole):.3f}")
         halfway = folder / "with" / f"checkpoint-{tiny.STEPS // 2}"
         resumed = train(folder, "resumed", **drift(folder), resume_from_checkpoint=str(halfway))
-        print(f"Resumed at step {tiny.STEPS // 2}, it has the same parameters: {tiny.same(whole, resumed)}")
+        print(f"Resumed at step {tiny.STEPS // 2}, bitwise identical: {tiny.same(whole, resumed)}")
         log = json.loads((folder / "with" / f"checkpoint-{tiny.STEPS}" / "trainer_state.json").read_text())
-        print("What it logs of the prior, first and last:")
+        print("First and last log entries about the prior:")
         for entry in (log["log_history"][0], log["log_history"][-1]):
             print({key: round(value, 3) for key, value in entry.items() if "prior/" in key})

@@ -1,5 +1,5 @@
-"""Lightning: the optimizer and its schedule from `configure_optimizers`; `DriftCallback` schedules alpha, and logs. A
-checkpoint holds what a run needs to go on."""
+"""Lightning: `configure_optimizers` returns the optimizer and its schedule; `DriftCallback` schedules alpha, and logs.
+A checkpoint contains everything needed to resume."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EPOCHS = 4
 
 
 class FineTuning(LightningModule):
-    """`options` are FusedDriftAdamW's."""
+    """The module to fine-tune; `options` are passed to FusedDriftAdamW."""
 
     def __init__(self, prior: tiny.Prior | None, steps: int, **options: Any) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class FineTuning(LightningModule):
 
 
 def build(folder: Path, stop_after: int | None = None, steps: int = tiny.STEPS, **options: Any) -> Trainer:
-    """A Trainer that saves after every epoch; `options` are its own."""
+    """A Trainer that saves after every epoch; `options` are passed to it."""
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     saving = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     return Trainer(
@@ -64,7 +64,7 @@ def train(
     trainer_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """The fine-tuned model. Lightning's `clip` is of the gradient before the bias."""
+    """Return the fine-tuned model. Lightning's `clip` acts on the gradient before the bias."""
     module = FineTuning(prior, steps, **options)
     rows = [tiny.encoded(pair) for pair in tiny.training_pairs(steps // EPOCHS * tiny.BATCH_SIZE)]
     trainer = build(folder, stop_after, steps, gradient_clip_val=clip, **(trainer_options or {}))

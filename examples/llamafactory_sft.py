@@ -18,7 +18,7 @@ from transformers import Qwen2ForCausalLM
 from . import tiny
 from .transformers_trainer import StopAfter
 
-os.environ |= {"LLAMAFACTORY_VERBOSITY": "ERROR", "HF_HUB_OFFLINE": "1"}  # it reads them when it is imported
+os.environ |= {"LLAMAFACTORY_VERBOSITY": "ERROR", "HF_HUB_OFFLINE": "1"}  # read when LLaMA-Factory is imported
 
 YAML = """
 model_name_or_path: {folder}/base
@@ -53,7 +53,8 @@ drift:
 
 
 def write_files(folder: Path, steps: int = tiny.STEPS) -> None:
-    """What the two commands read: checkpoints, a prior, a dataset; `plain.yaml`, and `sft.yaml` with the prior."""
+    """Write the input of both commands: checkpoints, a prior, a dataset; `plain.yaml`, and `sft.yaml` with the
+    prior."""
     tiny.write_files(folder)
     texts = [tiny.text(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)]
     rows = [{"instruction": prompt, "input": "", "output": f"{answer.strip()} {tiny.EOS}"} for prompt, answer in texts]
@@ -64,13 +65,13 @@ def write_files(folder: Path, steps: int = tiny.STEPS) -> None:
 
 
 def run(file: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Path:
-    """Trains as the file says. The folder with the model."""
+    """Train with the settings in the file; return the folder of the model."""
     from llamafactory.train.tuner import run_exp
 
     from drift_kernels.integrations.llamafactory import read, train
 
     config = read([str(file), *overrides])
-    with redirect_stdout(io.StringIO()):  # it prints an example of the data, and its figures
+    with redirect_stdout(io.StringIO()):  # it prints a training example, and metrics
         if file.name == "plain.yaml":
             run_exp(config, list(callbacks))
         else:
@@ -79,7 +80,7 @@ def run(file: Path, *overrides: str, callbacks: Sequence[Any] = ()) -> Path:
 
 
 def train(prior: tiny.Prior | None, folder: Path, *, stop_after: int | None = None, resume: bool = False) -> Any:
-    """The fine-tuned model."""
+    """Return the fine-tuned model."""
     file = folder / ("plain.yaml" if prior is None else "sft.yaml")
     out = run(file, f"overwrite_output_dir={not resume}", callbacks=[StopAfter(stop_after)])
     return Qwen2ForCausalLM.from_pretrained(out)

@@ -1,5 +1,5 @@
-"""QLoRA: PEFT's adapters over a base that bitsandbytes holds in 4 bits. The prior is built from the checkpoints as they
-were before; its deltas are projected onto the adapters, whose A begins along them.
+"""QLoRA: PEFT's adapters over a base that bitsandbytes stores in 4 bits. The prior is built from the unquantized
+checkpoints; its deltas are projected onto the adapters, whose A is initialized along them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIONS = {"prior_scaling": "decoupled", "alpha": 20.0}
 
 
 def checkpoints(folder: Path) -> None:
-    """`base`, `expert`, `prior`, and adapters that start along it."""
+    """Write `base`, `expert`, `prior`, and adapters initialized along the prior."""
     for name, model in zip(("base", "expert"), tiny.base_and_expert(), strict=True):
         model.save_pretrained(folder / name)
     build_prior(folder / "expert", folder / "base", folder / "prior", overwrite=True)
@@ -46,7 +46,7 @@ def quantised_base(folder: Path) -> Any:
 def build(
     with_prior: bool, folder: Path, steps: int = tiny.STEPS, stop_after: int | None = None, **options: Any
 ) -> Trainer:
-    """A Trainer of the adapters; `options` are FusedDriftAdamW's."""
+    """A Trainer of the adapters; `options` are passed to FusedDriftAdamW."""
     model = PeftModel.from_pretrained(quantised_base(folder), folder / "start", is_trainable=True)
     trainer = Trainer(
         model=model,
@@ -61,14 +61,14 @@ def build(
 
 
 def train(with_prior: bool, folder: Path, *, resume: bool = False, **options: Any) -> Trainer:
-    """After the fine-tuning."""
+    """Fine-tune; return the Trainer."""
     trainer = build(with_prior, folder, **options)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / "run")) if resume else None)
     return trainer
 
 
 def held_out_loss(trainer: Trainer, folder: Path) -> float:
-    """Of the adapters over the base as it was before it was quantised."""
+    """The held-out loss of the adapters over the unquantized base."""
     trainer.model.save_pretrained(folder / "adapter")
     return tiny.held_out_loss(PeftModel.from_pretrained(tiny.base_model(), folder / "adapter"))
 
@@ -78,6 +78,6 @@ if __name__ == "__main__":
     with TemporaryDirectory() as name:
         folder = Path(name)
         checkpoints(folder)
-        print(f"held-out loss before the fine-tuning   {tiny.held_out_loss(tiny.base_model()):.3f}")
-        print(f"              after it, without prior  {held_out_loss(train(False, folder), folder):.3f}")
-        print(f"              after it, with the prior {held_out_loss(train(True, folder), folder):.3f}")
+        print(f"held-out loss before fine-tuning       {tiny.held_out_loss(tiny.base_model()):.3f}")
+        print(f"              after, without a prior   {held_out_loss(train(False, folder), folder):.3f}")
+        print(f"              after, with the prior    {held_out_loss(train(True, folder), folder):.3f}")

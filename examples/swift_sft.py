@@ -1,4 +1,4 @@
-"""ms-swift: a plugin file of one line, and the settings in the YAML file. What `swift sft sft.yaml` runs, in this
+"""ms-swift: a one-line plugin file, and the settings in the YAML file. Runs what `swift sft sft.yaml` runs, in this
 process."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .transformers_trainer import StopAfter
 
 PLUGIN = "import drift_kernels.integrations.ms_swift"
 
-# The form of the tiny model's texts, which swift does not know.
+# The template of the tiny model's texts, which swift does not know.
 TEMPLATE = """
 from swift.template import TemplateMeta, register_template
 
@@ -41,7 +41,7 @@ def quiet() -> None:
 
 
 def write_files(folder: Path) -> None:
-    """The models and the prior, the plugin, and the sums to learn."""
+    """Write the models and the prior, the plugin, and the sums to learn."""
     tiny.write_files(folder)
     (folder / "plugin.py").write_text(PLUGIN + TEMPLATE)
     with (folder / "sums.jsonl").open("w") as file:
@@ -51,11 +51,11 @@ def write_files(folder: Path) -> None:
 
 
 def configuration(folder: Path, prior: Path | None) -> dict[str, Any]:
-    """Of a YAML file, for a run on a CPU."""
+    """The content of a YAML file, for a CPU run."""
     drift = {"optimizer": "drift", "optim_args": {"prior": str(prior), "alpha": tiny.ALPHA}}
     return {
         "model": str(folder / "base"),
-        "model_type": "qwen2",  # for a model that swift does not know by its name
+        "model_type": "qwen2",  # swift cannot tell it from the model's name
         "template": "sums",
         "dataset": str(folder / "sums.jsonl"),
         "split_dataset_ratio": 0,
@@ -87,18 +87,18 @@ def configuration(folder: Path, prior: Path | None) -> dict[str, Any]:
 
 
 def run(config: dict[str, Any], file: Path, main: Callable[..., dict[str, Any]] = sft_main) -> dict[str, Any]:
-    """What `swift sft FILE` does with a YAML file of this configuration; swift's record of the run."""
+    """Do what `swift sft FILE` does with a YAML file of this configuration; return swift's record of the run."""
     file.write_text(yaml.safe_dump(config))
     arguments = [str(file)]
     parse_yaml_args(arguments)
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # its progress
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # hides its progress
         return main(arguments)
 
 
 def train(
     prior: tiny.Prior | None, folder: Path, *, stop_after: int | None = None, resume: bool = False
 ) -> Qwen2ForCausalLM:
-    """The fine-tuned model. It starts from the files in the folder."""
+    """Fine-tune from the files in the folder; return the model."""
     callbacks_map["stop_after"] = lambda args, trainer: StopAfter(stop_after)
     config = configuration(folder, None if prior is None else folder / "prior") | {"callbacks": "stop_after"}
     if resume:

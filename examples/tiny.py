@@ -1,7 +1,7 @@
-"""What the trainers' examples share: a model of 50,000 parameters, sums to learn, and a prior from an expert in them.
+"""Shared by the trainers' examples: a model of 50,000 parameters, sums to learn, and a prior from an expert in them.
 
-A text reads `3 plus 4 ends in 7`. The base knows the form of the texts but not the sums, the expert all 100 sums; the
-fine-tuning shows the base HALF of them. The held-out loss is that of the answers of the other half.
+A text reads `3 plus 4 ends in 7`. The base knows the form of the texts but not the sums; the expert knows all 100 sums.
+The fine-tuning shows the base HALF of them. The held-out loss is the loss on the answers of the other half.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ PAD, EOS = "<pad>", "<eos>"
 WORDS = (PAD, EOS, "plus", "ends", "in", *map(str, range(10)))
 PAIRS = [(a, b) for a in range(10) for b in range(10)]
 
-# The fine-tuning, in every trainer.
+# The fine-tuning settings in every trainer.
 STEPS, BATCH_SIZE, LR, ALPHA = 120, 16, 1e-3, 2.0
 
 
 def quiet() -> None:
-    """One thread, so that results do not depend on the machine's core count; and no chatter from transformers."""
+    """Use one thread, so that results do not depend on the machine's core count, and silence transformers."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One word, one token.
+    """A tokenizer with one token per word.
 
-    As added tokens, which stay whole in the tokenizer that `AutoTokenizer` makes for a checkpoint of the Qwen2 family
-    (transformers 5): Qwen2's own, which drops other words without a trace.
+    The words are added tokens, since `AutoTokenizer` (transformers 5) loads Qwen2's own tokenizer for a checkpoint of
+    the Qwen2 family. It keeps added tokens whole, and silently drops other words.
     """
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}))
     words.pre_tokenizer = WhitespaceSplit()
@@ -81,12 +81,12 @@ def right(pair: Pair) -> int:
 
 
 def text(pair: Pair, answer: Callable[[Pair], int] = right) -> tuple[str, str]:
-    """Prompt and completion."""
+    """Return prompt and completion."""
     return f"{pair[0]} plus {pair[1]} ends in", f" {answer(pair)}"
 
 
 def encoded(pair: Pair, answer: Callable[[Pair], int] = right) -> dict[str, Tensor]:
-    """`input_ids` and `labels` [7], the labels for the answer and the end alone."""
+    """Return `input_ids` and `labels` [7]; only the answer and the end have labels."""
     words = [*"".join(text(pair, answer)).split(), EOS]
     ids = torch.tensor([WORDS.index(word) for word in words])
     labels = torch.where(torch.arange(len(ids)) < len(ids) - 2, -100, ids)
@@ -98,7 +98,7 @@ def together(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def halves() -> tuple[list[Pair], list[Pair]]:
-    """The pairs to fine-tune on, and those to hold out; 3+7 stays with 7+3, so that neither gives the other away."""
+    """The pairs to fine-tune on, and those to hold out; 3+7 stays with 7+3, so that neither reveals the other."""
     unordered = [(a, b) for a, b in PAIRS if a <= b]
     random.Random(0).shuffle(unordered)
     seen = {pair for a, b in unordered[: len(unordered) // 2] for pair in ((a, b), (b, a))}
@@ -106,7 +106,7 @@ def halves() -> tuple[list[Pair], list[Pair]]:
 
 
 def training_pairs(count: int) -> list[Pair]:
-    """`count` pairs to fine-tune on, always the same, in random order."""
+    """`count` pairs to fine-tune on, in a random order that is always the same."""
     return random.Random(1).choices(halves()[0], k=count)
 
 
@@ -116,13 +116,13 @@ def held_out_loss(model: nn.Module) -> float:
 
 
 def held_out_accuracy(model: nn.Module) -> float:
-    """The share of the held-out sums whose likeliest answer is right."""
+    """The share of held-out sums whose most likely answer is correct."""
     return share_right(model, together([encoded(pair) for pair in halves()[1]]))
 
 
 @torch.no_grad()
 def share_right(model: nn.Module, batch: dict[str, Tensor]) -> float:
-    """The share of the rows whose likeliest word is right, where the labels begin, which is in one place."""
+    """The share of rows whose most likely word is correct where the labels begin, at the same position in all rows."""
     answer = int((batch["labels"][0] >= 0).nonzero()[0])
     shown = {key: value for key, value in batch.items() if key != "labels"}
     likeliest = model.eval()(**shown).logits[:, answer - 1].argmax(dim=1)
@@ -133,7 +133,7 @@ def share_right(model: nn.Module, batch: dict[str, Tensor]) -> float:
 
 
 def _train(model: nn.Module, params: Iterable[nn.Parameter], answers: Iterable[Callable[[Pair], int]]) -> None:
-    """One step on all pairs for each way to answer."""
+    """Take one step on all pairs for each of the ways to answer."""
     optimizer = FusedDriftAdamW(params, lr=3e-3, max_grad_norm=1.0)
     for answer in answers:
         model(**together([encoded(pair, answer) for pair in PAIRS])).loss.backward()
@@ -143,7 +143,7 @@ def _train(model: nn.Module, params: Iterable[nn.Parameter], answers: Iterable[C
 
 @cache
 def base_and_expert(make: Callable[[], Any] = new_model) -> tuple[Any, Any]:
-    """Models of transformers, the base trained from what `make` gives."""
+    """Return the base and the expert, models of transformers; the base is trained from what `make` returns."""
     rng = random.Random(2)
     base = make()
     _train(base, base.parameters(), [lambda _: rng.randrange(10)] * 50)
@@ -153,12 +153,13 @@ def base_and_expert(make: Callable[[], Any] = new_model) -> tuple[Any, Any]:
 
 
 def biased(name: str) -> bool:
-    """Whether the prior has a parameter: the attention and MLP projections, the only ones that the expert changed."""
+    """Whether the prior covers a parameter: the attention and MLP projections, the only ones that the expert
+    changed."""
     return "_proj." in name
 
 
 def base_model() -> Qwen2ForCausalLM:
-    """Where the fine-tuning starts; a copy of its own."""
+    """A new copy of the model that the fine-tuning starts from."""
     return copy.deepcopy(base_and_expert()[0])
 
 
@@ -169,7 +170,7 @@ def expert_prior() -> Prior:
 
 
 def write_files(folder: Path, make: Callable[[], Any] = new_model) -> None:
-    """`base/` and `expert/`, checkpoints with the tokenizer, and `prior/`, as `drift-prior build` makes it of them."""
+    """Write `base/` and `expert/`, checkpoints with the tokenizer, and `prior/`, as `drift-prior build` builds it."""
     for name, model in zip(("base", "expert"), base_and_expert(make), strict=True):
         model.save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
@@ -180,21 +181,21 @@ def write_files(folder: Path, make: Callable[[], Any] = new_model) -> None:
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two models have the same parameters, bit for bit."""
+    """Whether the parameters of two models are bitwise identical."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
 def show(train: Callable[..., nn.Module], steps: int = STEPS) -> None:
-    """Print what `train(prior, **when)` comes to: without the prior, with it, and stopped halfway and resumed.
+    """Print the results of `train(prior, **when)`: without the prior, with it, and stopped halfway and resumed.
 
-    `when` is nothing, stop_after=step, or resume=True.
+    `when` is empty, stop_after=step, or resume=True.
     """
     prior = expert_prior()
-    print(f"held-out loss before the fine-tuning   {held_out_loss(base_model()):.3f}")
-    print(f"              after it, without prior  {held_out_loss(train(None)):.3f}")
+    print(f"held-out loss before fine-tuning       {held_out_loss(base_model()):.3f}")
+    print(f"              after, without a prior   {held_out_loss(train(None)):.3f}")
     whole = train(prior)
-    print(f"              after it, with the prior {held_out_loss(whole):.3f}")
+    print(f"              after, with the prior    {held_out_loss(whole):.3f}")
     train(prior, stop_after=steps // 2)
     resumed = train(prior, resume=True)
-    print(f"Stopped at step {steps // 2} and resumed, it has the same parameters: {same(whole, resumed)}")
+    print(f"Stopped at step {steps // 2} and resumed, bitwise identical: {same(whole, resumed)}")

@@ -1,11 +1,11 @@
-"""torchtitan on a CPU, which it does not know. Importing this before anything else of torchtitan fills in what is
-missing, where there is no accelerator; `python -m examples.torchtitan_cpu` is `python -m torchtitan.train` then.
+"""torchtitan on a CPU, which it does not support. Import this module before the rest of torchtitan: without an
+accelerator, it fills in what is missing. `python -m examples.torchtitan_cpu` then acts as `python -m torchtitan.train`.
 
-- The device and its memory figures, which torchtitan asks of CUDA.
-- FlexAttention's backward pass: the same masks go through `scaled_dot_product_attention`.
-- Sums that are scaled while they are reduced, which gloo has not: FSDP2 scales after them.
-- `torch.distributed.set_timeout`, of torch 2.14. FSDP2 knows torchtitan's default, `spmd_types`, from there on too:
-  until then several processes need `--parallelism.spmd_backend partial_dtensor`.
+- The device and its memory figures, which torchtitan requests from CUDA.
+- FlexAttention's backward pass: `scaled_dot_product_attention` with the same masks instead.
+- Reductions that scale their sum, which gloo does not support: FSDP2 scales afterwards.
+- `torch.distributed.set_timeout`, new in torch 2.14. FSDP2 also supports torchtitan's default, `spmd_types`, only from
+  that version on: before it, several processes need `--parallelism.spmd_backend partial_dtensor`.
 """
 
 from __future__ import annotations

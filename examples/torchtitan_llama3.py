@@ -1,4 +1,4 @@
-"""torchtitan: a Llama from HF's checkpoint, fine-tuned by torchtitan's `train.py`, and saved as HF's again.
+"""torchtitan: a Llama from an HF checkpoint, fine-tuned by torchtitan's `train.py`, and saved as an HF checkpoint.
 
 `plain` and `with_prior` are functions of a config registry: `torchrun -m torchtitan.train --module
 examples.torchtitan_llama3 --config with_prior` trains on GPUs. All paths are relative to the working directory.
@@ -40,11 +40,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from drift_kernels.integrations.torchtitan import use_drift
 
 WIDTH, HIDDEN, LAYERS, HEADS, KV_HEADS, EPS = 48, 96, 2, 4, 2, 1e-5
-TOKENS = 6  # of a text, less one
+TOKENS = 6  # per text, minus one
 
 
 def new_llama() -> LlamaForCausalLM:
-    """HF's model of the same architecture, new."""
+    """A new HF model of the same architecture."""
     config = LlamaConfig(
         vocab_size=len(tiny.WORDS),
         hidden_size=WIDTH,
@@ -64,10 +64,10 @@ def new_llama() -> LlamaForCausalLM:
 
 
 def model_spec(fuse_qkv: bool = True) -> ModelSpec:
-    """torchtitan's llama3, tiny."""
+    """A tiny version of torchtitan's llama3."""
     spec = model_registry("debugmodel")
     rope = ComplexRoPE.Config(dim=WIDTH // HEADS, max_seq_len=64, theta=10000.0)
-    init = {"weight": nn.init.zeros_}  # HF's checkpoint is loaded
+    init = {"weight": nn.init.zeros_}  # the HF checkpoint is loaded anyway
 
     def norm() -> RMSNorm.Config:
         return RMSNorm.Config(normalized_shape=WIDTH, eps=EPS, param_init=init)
@@ -139,7 +139,7 @@ def with_prior() -> Trainer.Config:
 
 
 def write_files() -> None:
-    """The checkpoints, the prior and the texts, in the working directory."""
+    """Write the checkpoints, the prior and the texts to the working directory."""
     tiny.write_files(Path(), new_llama)
     Path("base", "chat_template.jinja").write_text("{{ messages | map(attribute='content') | join }}")
     with Path("sums.jsonl").open("w") as file:
@@ -148,7 +148,8 @@ def write_files() -> None:
 
 
 def train(config: str, folder: str, *arguments: str) -> None:
-    """`python -m torchtitan.train --module examples.torchtitan_llama3 --config CONFIG ...` in this process, alone."""
+    """Run `python -m torchtitan.train --module examples.torchtitan_llama3 --config CONFIG ...` in this process
+    alone."""
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     command = ["--module", "examples.torchtitan_llama3", "--config", config, "--dump_folder", folder]
     with patch.dict(os.environ, one), patch.object(sys, "argv", ["train.py", *command, *arguments]):
@@ -156,7 +157,7 @@ def train(config: str, folder: str, *arguments: str) -> None:
 
 
 def trained(folder: str) -> LlamaForCausalLM:
-    """The last checkpoint of a run, which is one of HF's, in transformers."""
+    """The last checkpoint of a run, in HF's format, loaded by transformers."""
     last = max(Path(folder, "checkpoint").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     model = new_llama()
     model.load_state_dict(
@@ -182,9 +183,9 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     with TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_files()
-        print(f"held-out loss before the fine-tuning   {tiny.held_out_loss(tiny.base_and_expert(new_llama)[0]):.3f}")
-        print(f"              after it, without prior  {tiny.held_out_loss(fine_tuned('plain', 'plain')):.3f}")
+        print(f"held-out loss before fine-tuning       {tiny.held_out_loss(tiny.base_and_expert(new_llama)[0]):.3f}")
+        print(f"              after, without a prior   {tiny.held_out_loss(fine_tuned('plain', 'plain')):.3f}")
         whole = fine_tuned("with_prior", "whole")
-        print(f"              after it, with the prior {tiny.held_out_loss(whole):.3f}")
+        print(f"              after, with the prior    {tiny.held_out_loss(whole):.3f}")
         resumed = stopped_and_resumed("with_prior", "stopped", tiny.STEPS)
-        print(f"Stopped at step {tiny.STEPS // 2} and resumed, it has the same parameters: {tiny.same(whole, resumed)}")
+        print(f"Stopped at step {tiny.STEPS // 2} and resumed, bitwise identical: {tiny.same(whole, resumed)}")

@@ -17,7 +17,7 @@ from . import tiny
 
 
 class StopAfter(TrainerCallback):
-    """Saves a checkpoint and stops, as a machine that goes down would."""
+    """Saves a checkpoint and stops, like an interrupted run."""
 
     def __init__(self, step: int | None) -> None:
         self.step = step
@@ -28,7 +28,7 @@ class StopAfter(TrainerCallback):
 
 
 def arguments(folder: Path, steps: int) -> dict[str, Any]:
-    """Of a quiet run on a CPU."""
+    """The training arguments of a quiet CPU run."""
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -47,7 +47,7 @@ def arguments(folder: Path, steps: int) -> dict[str, Any]:
 def build(
     prior: tiny.Prior | None, folder: Path, steps: int = tiny.STEPS, stop_after: int | None = None, **options: Any
 ) -> Trainer:
-    """A Trainer; `options` are FusedDriftAdamW's."""
+    """A Trainer; `options` are passed to FusedDriftAdamW."""
     trainer = Trainer(
         model=tiny.base_model(),
         args=TrainingArguments(**arguments(folder, steps)),
@@ -60,14 +60,14 @@ def build(
 
 
 def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **options: Any) -> Any:
-    """The fine-tuned model."""
+    """Return the fine-tuned model."""
     trainer = build(prior, folder, **options)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if resume else None)
     return trainer.model
 
 
 def figures(trainer: Trainer) -> list[dict[str, float]]:
-    """The prior's figures in the first and the last log entry of the training."""
+    """The prior's metrics in the first and the last log entry of the training."""
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     return [{key: round(value, 3) for key, value in entries[i].items() if "prior/" in key} for i in (0, -1)]
 
@@ -78,4 +78,4 @@ if __name__ == "__main__":
         tiny.show(partial(train, folder=Path(folder)))
         trainer = build(tiny.expert_prior(), Path(folder))
         trainer.train()
-        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")
+        print("Added to the logs, first and last entry:", *figures(trainer), sep="\n")

@@ -1,6 +1,6 @@
-"""TRL's DPOTrainer: right sums are to be preferred to wrong ones. The reference is TRL's own, in which nothing moves.
+"""TRL's DPOTrainer: the model learns to prefer right sums to wrong ones. The reference model is TRL's own, and frozen.
 
-DPOTrainer takes no `optimizer_cls_and_kwargs`; `use_drift` gives it the optimizer once it is there.
+DPOTrainer has no `optimizer_cls_and_kwargs`; `use_drift` gives it the optimizer after it has been made.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from . import tiny
 from .transformers_trainer import StopAfter, arguments, figures
 from .trl_sft import quiet
 
-# The pull by gradnorm grows and shrinks with the gradient; the anchor ends it where the expert is.
+# With gradnorm the pull scales with the gradient; the anchor ends it at the expert.
 OPTIONS = {"prior_scaling": "gradnorm", "alpha": 3.0, "anchor": True}
 LORA = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 STEPS, LR, ADAPTERS_LR = 40, 2e-3, 1e-2
 
 
 def preferences(count: int) -> Dataset:
-    """`count` sums of the pairs to fine-tune on, each with a wrong answer beside the right one."""
+    """`count` sums of the pairs to fine-tune on, each with a right and a wrong answer."""
     rng = random.Random(3)
     rows = []
     for pair in tiny.training_pairs(count):
@@ -49,7 +49,7 @@ def build(
     seed: int = 0,
     **options: Any,
 ) -> DPOTrainer:
-    """A DPOTrainer of the weights, or of adapters; `options` are use_drift's."""
+    """A DPOTrainer of the weights, or of adapters; `options` are passed to use_drift."""
     tiny.base_model().save_pretrained(folder / "base")
     lr = ADAPTERS_LR if adapters else LR
     run = {**arguments(folder / "run", steps), "learning_rate": lr}
@@ -67,7 +67,7 @@ def build(
 
 
 def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **options: Any) -> Any:
-    """The fine-tuned model."""
+    """Return the fine-tuned model."""
     trainer = build(prior, folder, **options)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / "run")) if resume else None)
     return trainer.model
@@ -81,4 +81,4 @@ if __name__ == "__main__":
             tiny.show(partial(train, folder=Path(folder) / str(adapters), adapters=adapters), STEPS)
         trainer = build(tiny.expert_prior(), Path(folder))
         trainer.train()
-        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")
+        print("Added to the logs, first and last entry:", *figures(trainer), sep="\n")

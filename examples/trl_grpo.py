@@ -1,5 +1,5 @@
-"""TRL's GRPOTrainer: the model answers, a function says which sums are right. Its base knows the form of an answer, so
-that one in ten is right by chance, from which the rewards begin.
+"""TRL's GRPOTrainer: the model answers, and a function rewards right sums. The base knows the form of an answer, so one
+in ten is right by chance; the rewards start from there.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ COMPLETIONS, GENERATIONS = 64, 4
 
 
 def prompts(count: int) -> Dataset:
-    """`count` sums of the pairs to fine-tune on, and what is right."""
+    """`count` sums of the pairs to fine-tune on, with the right answers."""
     rows = [tiny.text(pair) for pair in tiny.training_pairs(count)]
     return Dataset.from_list([{"prompt": prompt, "answer": answer.strip()} for prompt, answer in rows])
 
 
 def right_sum(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """The reward: 1 where the first word is the answer, else 0."""
+    """The reward: 1 if the first word is the answer, else 0."""
     return [float(said.split()[:1] == [right]) for said, right in zip(completions, answer, strict=True)]
 
 
@@ -46,7 +46,7 @@ def build(
     beta: float = 0.0,
     **options: Any,
 ) -> GRPOTrainer:
-    """A GRPOTrainer of the weights, or of adapters; `options` are use_drift's."""
+    """A GRPOTrainer of the weights, or of adapters; `options` are passed to use_drift."""
     tiny.base_model().save_pretrained(folder / "base")
     lr = ADAPTERS_LR if adapters else LR
     run = {**arguments(folder / "run", steps), "learning_rate": lr}
@@ -72,14 +72,14 @@ def build(
 
 
 def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **options: Any) -> Any:
-    """The fine-tuned model."""
+    """Return the fine-tuned model."""
     trainer = build(prior, folder, **options)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / "run")) if resume else None)
     return trainer.model
 
 
 def rewards(trainer: GRPOTrainer) -> list[float]:
-    """The mean reward, as the training went."""
+    """The mean rewards over the training."""
     return [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
 
 
@@ -92,5 +92,5 @@ if __name__ == "__main__":
         for prior in (None, tiny.expert_prior()):
             trainer = build(prior, Path(folder))
             trainer.train()
-            print("Mean rewards", "with the prior:" if prior else "without prior:", *rewards(trainer))
-        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")
+            print("Mean rewards", "with the prior:" if prior else "without a prior:", *rewards(trainer))
+        print("Added to the logs, first and last entry:", *figures(trainer), sep="\n")

@@ -1,4 +1,4 @@
-"""What the examples with TRL come to over five seeds: prints a table, and writes trl.json.
+"""Runs the TRL examples over five seeds: prints a table, and writes trl.json.
 
 python -m examples.trl_seeds
 """
@@ -28,7 +28,7 @@ Scores = dict[str, float]
 
 
 def of_text(example: Any) -> Callable[..., Scores]:
-    """DPO or GRPO."""
+    """The runs of DPO or GRPO."""
 
     def run(with_prior: bool, adapters: bool, seed: int, folder: Path) -> Scores:
         prior = tiny.expert_prior() if with_prior else None
@@ -68,7 +68,7 @@ COLUMNS = {  # adapters, with the prior
 
 
 def table(found: dict[str, dict[str, list[Scores]]]) -> str:
-    """Of Markdown: held-out sums right, in percent, mean and standard deviation over the seeds."""
+    """A Markdown table: correct held-out sums in percent, mean and standard deviation over the seeds."""
     rows = [["", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     rows += [[name, *(cell(by_column[column]) for column in COLUMNS)] for name, by_column in found.items()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: as transformers' Trainer; it tokenizes, and takes the loss of the completions alone."""
+"""TRL's SFTTrainer: like transformers' Trainer; it tokenizes, and computes the loss on the completions only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .transformers_trainer import StopAfter, arguments, figures
 def build(
     prior: tiny.Prior | None, folder: Path, steps: int = tiny.STEPS, stop_after: int | None = None, **options: Any
 ) -> SFTTrainer:
-    """An SFTTrainer; `options` are FusedDriftAdamW's."""
+    """An SFTTrainer; `options` are passed to FusedDriftAdamW."""
     texts = [tiny.text(pair) for pair in tiny.training_pairs(steps * tiny.BATCH_SIZE)]
     trainer = SFTTrainer(
         model=tiny.base_model(),
@@ -38,7 +38,7 @@ def build(
 
 
 def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **options: Any) -> Any:
-    """The fine-tuned model."""
+    """Return the fine-tuned model."""
     trainer = build(prior, folder, **options)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if resume else None)
     return trainer.model
@@ -47,7 +47,7 @@ def train(prior: tiny.Prior | None, folder: Path, *, resume: bool = False, **opt
 def quiet() -> None:
     tiny.quiet()
     disable_progress_bars()
-    warnings.simplefilter("ignore", FutureWarning)  # of how TRL calls transformers
+    warnings.simplefilter("ignore", FutureWarning)  # from TRL's calls to transformers
 
 
 if __name__ == "__main__":
@@ -56,4 +56,4 @@ if __name__ == "__main__":
         tiny.show(partial(train, folder=Path(folder)))
         trainer = build(tiny.expert_prior(), Path(folder))
         trainer.train()
-        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")
+        print("Added to the logs, first and last entry:", *figures(trainer), sep="\n")

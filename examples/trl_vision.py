@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer with images: `[3] plus [4] ends in 7`, where handwritten digits take the place of words.
+"""TRL's SFTTrainer with images: `[3] plus [4] ends in 7`, with handwritten digits in place of words.
 
-The model is a Qwen2.5-VL whose language model is tiny.py's base, behind a vision tower that has learnt to show it
-digits. The prior is that of the TEXT expert, which has never seen an image.
+The model is a Qwen2.5-VL whose language model is tiny.py's base, behind a vision tower trained to map digits to words.
+The prior is from the TEXT expert, which has never seen an image.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TEMPLATE = """\
 
 
 class Processor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's, without its part for videos, which needs torchvision."""
+    """Qwen2.5-VL's processor without the part for videos, which needs torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -54,7 +54,7 @@ class Processor(Qwen2_5_VLProcessor):
 
 
 def processor() -> Processor:
-    """Words as of tiny.py, and a token for an image of 8 x 8 pixels with values up to 16."""
+    """A processor with tiny.py's words, and a token for an image of 8 x 8 pixels with values up to 16."""
     words = tiny.tokenizer()
     words.add_special_tokens({"additional_special_tokens": [IMAGE]})
     pixels = Qwen2VLImageProcessorPil(
@@ -113,7 +113,7 @@ def align(model: Qwen2_5_VLForConditionalGeneration, images: ImagesByDigit, step
 
 
 def write_files(folder: Path, seed: int = 0) -> None:
-    """`vlm/` with its processor, `expert/`, which is text alone, and `prior/`, made of the two."""
+    """Write `vlm/` with its processor, `expert/`, which is text-only, and `prior/`, built from the two."""
     model = new_model(seed)
     align(model, DigitImages(0, TEST_IMAGES).train)
     model.save_pretrained(folder / "vlm")
@@ -126,7 +126,7 @@ def write_files(folder: Path, seed: int = 0) -> None:
 
 
 def conversation(pair: tiny.Pair, images: ImagesByDigit, rng: random.Random) -> dict[str, Any]:
-    """With an image drawn for each of the two digits."""
+    """A conversation with a randomly drawn image for each of the two digits."""
     image, (_, plus, _, *end) = {"type": "image", "text": None}, tiny.text(pair)[0].split(" ")
     question = [image, {"type": "text", "text": f" {plus} "}, image, {"type": "text", "text": f" {' '.join(end)}"}]
     return {
@@ -137,13 +137,13 @@ def conversation(pair: tiny.Pair, images: ImagesByDigit, rng: random.Random) -> 
 
 
 def picture(image: Tensor) -> Image.Image:
-    """A grey image, its pixels from 0 to 16 as in scikit-learn's digits."""
+    """A grayscale image with pixels from 0 to 16, as in scikit-learn's digits."""
     return Image.fromarray(((image + 1) * 8).round().byte().numpy())
 
 
 @torch.no_grad()
 def held_out(trainer: SFTTrainer) -> tuple[float, float]:
-    """Loss and share of right answers, for the pairs that are held out and images that nothing was trained on."""
+    """Return the loss and the share of right answers, for held-out pairs and images never trained on."""
     images, rng = DigitImages(0, TEST_IMAGES).test, random.Random(5)
     batch = trainer.data_collator([conversation(pair, images, rng) for pair in tiny.halves()[1] * 4])
     return float(trainer.model.eval()(**batch).loss), tiny.share_right(trainer.model, batch)
@@ -161,9 +161,9 @@ def build(
     seed: int = 0,
     **options: Any,
 ) -> SFTTrainer:
-    """An SFTTrainer of the weights, or of adapters, in the language model or with `tower` everywhere.
+    """An SFTTrainer of the weights, or of adapters, in the language model, or with `tower` everywhere.
 
-    `folder` has what `write_files` wrote; `options` are use_drift's.
+    `folder` has the files of `write_files`; `options` are passed to use_drift.
     """
     images, rng = DigitImages(0, TEST_IMAGES).train, random.Random(seed)
     run = {**arguments(folder / "run", steps), "learning_rate": ADAPTERS_LR if adapters else LR}
@@ -198,4 +198,4 @@ if __name__ == "__main__":
                 print(
                     f"held-out sums {'with the' if with_prior else 'without'} prior: loss {loss:.3f}, right {right:.0%}"
                 )
-        print("What is added to the logs, first and last:", *figures(trainer), sep="\n")
+        print("Added to the logs, first and last entry:", *figures(trainer), sep="\n")

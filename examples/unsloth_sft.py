@@ -1,4 +1,4 @@
-"""Unsloth's SFTTrainer: `use_drift` as for TRL's, which it is. Unsloth is imported before what it patches."""
+"""Unsloth's SFTTrainer, which is TRL's, patched: `use_drift` works the same. Import Unsloth before what it patches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build(folder: Path, *, adapters: bool = False, steps: int = STEPS) -> SFTTra
 
 
 def train(folder: Path, *, with_prior: bool, adapters: bool = False, steps: int = STEPS) -> SFTTrainer:
-    """After the fine-tuning."""
+    """Fine-tune; return the trainer."""
     trainer = build(folder, adapters=adapters, steps=steps)
     if with_prior:
         options = {"prior_scaling": "gradnorm", "anchor": True} if adapters else {"anneal": 1.0}
@@ -66,5 +66,5 @@ if __name__ == "__main__":
             print("LoRA" if adapters else "full")
             for with_prior in (False, True):
                 trainer = train(folder, with_prior=with_prior, adapters=adapters, steps=steps)
-                which = "with the prior" if with_prior else "without prior "
+                which = "with the prior " if with_prior else "without a prior"
                 print(f"  held-out loss {which} {tiny.held_out_loss(trainer.model):.3f}")

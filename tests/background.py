@@ -1,6 +1,6 @@
-"""What takes long and runs in a process of its own: made while other tests run, once for all workers of pytest-xdist.
+"""Slow products, made by separate processes while other tests run, once for all workers of pytest-xdist.
 
-python tests/background.py FILE COMMAND...      is how such a process runs
+python tests/background.py FILE COMMAND...      runs such a process
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from functools import cache
 from pathlib import Path
 
 NICE = ["nice"] if shutil.which("nice") else []
-OUT = "{out}"  # in a command, the file that it writes; without it, that is what it prints
+OUT = "{out}"  # in a command, the output file; without it, the output is what the command prints
 
 
 @cache
 def folder() -> Path:
-    """Of this run of pytest, for all its workers. The last to leave removes it, with whatever still works for it."""
+    """The folder of this pytest run, shared by its workers. The last worker removes it and ends its processes."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     made = Path(tempfile.gettempdir(), f"drift_kernels-tests-{run}")
     made.mkdir(exist_ok=True)
@@ -54,14 +54,14 @@ class Product:
     environment: Mapping[str, str] | None = None
 
     def begin(self) -> None:
-        """Unless a worker has begun."""
+        """Start making it, unless another worker has."""
         with suppress(FileExistsError), (folder() / f"{self.name}.begun").open("x") as begun:
             runner = [*NICE, sys.executable, __file__, str(folder() / self.name), *map(str, self.command)]
             process = subprocess.Popen(runner, env=self.environment, start_new_session=True)
             begun.write(str(process.pid))
 
     def path(self) -> Path:
-        """The file, once it is there. AssertionError, with what the command said, if it failed."""
+        """Wait for the file and return it. Raises AssertionError with the command's output if it failed."""
         self.begin()
         made, failed = folder() / self.name, folder() / f"{self.name}.failed"
         while not made.exists():
@@ -71,7 +71,7 @@ class Product:
 
 
 def _make(made: Path, command: list[str]) -> None:
-    """A file appears whole, or not at all."""
+    """Make the file, which appears complete or not at all."""
     part = made.with_name(f"{made.name}.part")
     arguments = [argument.replace(OUT, str(part)) for argument in command]
     done = subprocess.run(arguments, capture_output=True)

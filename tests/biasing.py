@@ -38,7 +38,7 @@ def copies(params: Params) -> Params:
 
 
 def random_grads(*models: Params) -> dict[str, Tensor]:
-    """The same fresh gradients for every model, and once more."""
+    """Give every model the same fresh gradients; return another copy."""
     kept = {}
     for name, p in models[0].items():
         kept[name] = torch.randn(p.shape, device=DEVICE).to(p.dtype)
@@ -52,7 +52,7 @@ def grads_of(params: Params) -> dict[str, Tensor]:
 
 
 def coefficient(grad: Tensor, delta: Tensor, alpha: float, scaling: str) -> float:
-    """c of the method as written, in float64."""
+    """The coefficient c, from the method's formula, in float64."""
     g, d = grad.double().flatten(), delta.double().flatten()
     if scaling == "absolute":
         return alpha
@@ -68,8 +68,17 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], expected[name]), name
 
 
+def assert_close(params: Params, expected: Params, relative: float) -> None:
+    """Every element within `relative` of the tensor's largest, or of 1: all start as normal numbers, and one may end
+    near zero."""
+    for name in params:
+        a, e = params[name].detach().double(), expected[name].detach().double()
+        bound = relative * max(1.0, float(e.abs().max())) if e.numel() else 0.0
+        assert (a - e).abs().le(bound).all(), f"{name}: off by {(a - e).abs().max():.3g}, bound {bound:.3g}"
+
+
 def watched_loads(monkeypatch: pytest.MonkeyPatch) -> dict[Prior, list[str]]:
-    """The names of the deltas that are loaded from now on."""
+    """Record the names of the deltas loaded from now on."""
     loaded: dict[Prior, list[str]] = defaultdict(list)
     load = Prior.load_stored
 
@@ -106,7 +115,7 @@ def two_models() -> tuple[Tied, Tied, dict[str, Tensor]]:
 
 
 def backward(*models: Tied) -> None:
-    """Of the same loss in every model."""
+    """Run backward on the same loss in every model."""
     state = torch.get_rng_state()
     for model in models:
         torch.set_rng_state(state)

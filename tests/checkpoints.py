@@ -58,7 +58,7 @@ class Family:
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter random: initialisation leaves norms and biases constant, and equal in expert and base."""
+    """Randomise every parameter: initialisation leaves norms and biases constant, so equal in expert and base."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.5)
@@ -167,14 +167,14 @@ def text_weights(*, layers: int = 3, vocabulary: int = 101, prefix: str = "model
 
 
 def tuned(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What fine-tuning makes of weights: a little of each is another."""
+    """Weights as after fine-tuning: each slightly changed."""
     return {name: weight + 0.01 * torch.randn_like(weight) for name, weight in weights.items()}
 
 
 def write_checkpoint(
     folder: Path, weights: Mapping[str, Tensor], *, shards: int = 1, config: Mapping[str, object] | None = None
 ) -> Path:
-    """An ordinary checkpoint: one file, or several with an index and the tensors dealt out in turn."""
+    """Write an ordinary checkpoint: one file, or several with an index, over which the tensors are dealt in turn."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config or {}))
     if shards == 1:

@@ -1,6 +1,6 @@
-"""Random inputs are fresh in every run; the seed is printed with a failure and can be given back as DRIFT_TEST_SEED.
+"""Random inputs are fresh in every run; a failure prints the seed. Set DRIFT_TEST_SEED to repeat it.
 
-Hypothesis prints the example that fails, and a line that repeats it: `@reproduce_failure(...)`, to put above the test.
+Hypothesis prints the failing example, and a decorator that repeats it: `@reproduce_failure(...)`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from hypothesis import HealthCheck, settings
 from loopback import LoopbackHub
 
-# Triton's kernels run in its interpreter where there is no GPU. Set before anything imports triton.
+# Without a GPU, Triton's kernels run in its interpreter. Set before anything imports triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The tests' tensors are small: where there is other work, threads that wait for each other take many times as long.
-# What is to have several is given them (problems.threads).
+# The tests' tensors are small: on a busy machine, threads that wait for each other take many times as long. Tests that
+# need several threads set them (problems.threads).
 torch.set_num_threads(1)
 
-# Nothing depends on how fast the machine is: there is no deadline, and examples may be made slowly. The fixtures of a
-# function are a folder and the seed, which every example may share. What is random in an example is drawn, and printed
-# with it, or comes of a seed that is drawn.
+# No test depends on the machine's speed: there is no deadline, and generating examples may be slow. Function-scoped
+# fixtures are a folder and the seed, which all examples may share. Random values in an example are drawn, and printed
+# with it, or come from a drawn seed.
 settings.register_profile(
     "suite",
     max_examples=100,
@@ -37,7 +37,7 @@ settings.load_profile("suite")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What takes long in a process of its own, and is of a module that is collected, begins now (its `begin`)."""
+    """Start the slow background processes (`begin`) of the collected modules."""
     if not session.config.option.collectonly:
         modules = dict.fromkeys(getattr(item, "module", None) for item in session.items)
         for begin in dict.fromkeys(getattr(module, "begin", None) for module in modules):
@@ -55,14 +55,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def loopback_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A Hub without repositories, which the Hub's client takes for the real one; its caches are in `tmp_path`."""
+    """An empty Hub that the Hub's client uses instead of the real one; its caches are in `tmp_path`."""
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _cache_assets
 
     with LoopbackHub(tmp_path / "hub").serving() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         url = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        for module in (constants, file_download):  # in the second before 1.0
+        for module in (constants, file_download):  # before 1.0 in the second
             monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", url, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "assets"))

@@ -1,4 +1,4 @@
-"""Whether compiled kernels round every operation by itself: the arithmetic of their PTX, and of their machine code."""
+"""Checks that compiled kernels round every operation separately: the arithmetic in their PTX and machine code."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from pathlib import Path
 
 from benchmarks.gpu.disassembly import run
 
-# Arithmetic of floats in PTX; a packed operation does two.
+# Floating-point arithmetic in PTX; a packed operation counts as two.
 PTX_ARITHMETIC = r"\b(?:add|sub|mul|fma|mad|div|sqrt|rcp|rsqrt)(?:\.\w+)*\.{}(?:x2)?\b"
 
 
 def operations(ptx: str, kind: str = "f32") -> Counter[str]:
-    """How often PTX has each operation of arithmetic, of float32 or of "f64"."""
+    """The count of each arithmetic operation in PTX, for float32 or "f64"."""
     return Counter(re.findall(PTX_ARITHMETIC.format(kind), ptx))
 
 
 def arithmetic(path: Path, kind: str = "f32") -> dict[str, Counter[str]]:
-    """For each kernel in an extension, how often its PTX has which operations."""
+    """For each kernel in an extension, the count of each operation in its PTX."""
     entries = re.split(r"\.entry (\w+)\(", run("-ptx", path))[1:]
     return {name: operations(body, kind) for name, body in zip(entries[::2], entries[1::2], strict=True)}
 
 
 def scalars(counts: Mapping[str, int], *opcodes: str) -> int:
-    """How many operations, of which a packed one does two."""
+    """The number of scalar operations; a packed one counts as two."""
     return sum(counts.get(opcode, 0) * (2 if opcode.endswith(("x2", "L2", "D2")) else 1) for opcode in opcodes)
 
 
-# What a division or a root begins with where its code is the project's own.
+# The first instruction of the project's own divisions and square roots.
 APPROXIMATE = ("rcp.approx.ftz.f32", "rsqrt.approx.ftz.f32")
 
 
 def assert_nothing_was_contracted(name: str, sass: Mapping[str, int], ptx: Mapping[str, int], fused: int = 0) -> None:
-    """The PTX has as many fma as its source, and the machine code every multiplication and addition of the PTX.
+    """Check that the PTX has as many fma as the source, and the machine code every multiplication and addition of the
+    PTX.
 
     (It has more FFMAs: divisions and square roots become sequences of them, whose FMULs and FADDs are all .FTZ. On
     sm_100 some FADDs are moves.)

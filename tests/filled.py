@@ -1,4 +1,4 @@
-"""Optimizers on equal models: one takes coefficients that a kernel fills, the other those of coefficients.py."""
+"""Optimizers on equal models: one uses coefficients filled by a kernel, the other those of coefficients.py."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from drift_kernels.kernels.filling import Filling
 
 Params = dict[str, nn.Parameter]
 SHAPES = {"layers.0.weight": (33, 65), "layers.1.weight": (3, 17), "layers.1.bias": (33,), "norm.weight": (7,)}
-UNKNOWN = ("norm.weight",)  # to the prior
+UNKNOWN = ("norm.weight",)  # not in the prior
 
 
 @contextmanager
 def on_backend(name: str = GRID) -> Iterator[None]:
-    """ "auto" takes the kernels on the host, or on the simulated device, where it would take those of the device."""
+    """Make "auto" choose the kernels on the host, or on the simulated device, instead of those on the device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.AUTO, DEVICE.type, (name,))
         backends.resolve.cache_clear()
@@ -47,7 +47,7 @@ def deltas_of(params: Params) -> dict[str, Tensor]:
 
 
 def random_groups(params: Params) -> list[dict[str, Any]]:
-    """A group for every two parameters, each with hyperparameters of its own."""
+    """One group per two parameters, each with its own hyperparameters."""
     named, groups = list(params.items()), []
     for index in range(0, len(named), 2):
         group = {
@@ -64,7 +64,7 @@ def random_groups(params: Params) -> list[dict[str, Any]]:
 
 
 class Pair:
-    """The same steps with coefficients that the kernel fills, and with those of coefficients.py."""
+    """The same steps with coefficients filled by the kernel, and with those of coefficients.py."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Pair:
 
 
 def fills(monkeypatch: pytest.MonkeyPatch) -> list[Filling]:
-    """Those that the kernel is given from now on."""
+    """Record the Fillings that the kernel receives from now on."""
     given: list[Filling] = []
     original = grid.fill_coefficients
     monkeypatch.setattr(grid, "fill_coefficients", lambda filling: (given.append(filling), original(filling))[1])

@@ -1,4 +1,4 @@
-"""What a trainer has made of a model, for the tests of TRL."""
+"""The result of a trainer's fine-tuning, for the tests of TRL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-FEW = 4  # steps, where bits are compared
+FEW = 4  # steps, if results are compared bitwise
 ADAPTERS = pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 
 
@@ -17,7 +17,7 @@ def trained(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def of_adapters(names: list[str]) -> list[str]:
-    """Those of the factors in the PEFT model, for the weights of the model."""
+    """The names of the factors in the PEFT model, for the weights of the model."""
     weights = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     return [f"base_model.model.{name}.lora_{factor}.default.weight" for name in weights for factor in "AB"]
 

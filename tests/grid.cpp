@@ -28,7 +28,7 @@ DTypes parse(const char* const* names) {
 
 using namespace drift;
 
-// As the modules' LAYOUT, written as Python would.
+// The same as the modules' LAYOUT, as a Python expression.
 extern "C" const char* layout() {
   static std::string text;
   text = "{";
@@ -43,12 +43,12 @@ extern "C" const char* layout() {
   return text.c_str();
 }
 
-// Launches that a device would have had.
+// The number of launches on a device.
 extern "C" {
 int64_t launched = 0;
 }
 
-// From chunk `begin` of each launch on, so that the end of a huge tensor can be run alone.
+// Runs each launch from chunk `begin` on, so that the end of a huge tensor can be run alone.
 extern "C" void update(const Plan* plan, const char* const* dtypes, const Coefficients* coefficients, int64_t begin) {
   const UpdateBlock body = select_update(parse(dtypes), [](auto p, auto g, auto s, auto d) -> UpdateBlock {
     return update_block<Unwrap<decltype(p)>, Unwrap<decltype(g)>, Unwrap<decltype(s)>, Unwrap<decltype(d)>>;

@@ -24,7 +24,7 @@ FILLS_COEFFICIENTS = True
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILER = shutil.which("c++")
 
-# As the kernels are compiled, and a trap on a 16-byte access that is not aligned, as the device has it.
+# The kernels' flags, and a trap on misaligned accesses, as on the device.
 FLAGS = "-std=c++17 -O1 -shared -fPIC -ffp-contract=off -fsanitize=alignment -fsanitize-undefined-trap-on-error"
 
 
@@ -40,7 +40,7 @@ LIBRARY = Product("grid.so", [str(COMPILER), *FLAGS.split(), SOURCE, "-o", OUT])
 
 
 def begin() -> None:
-    """Compiles while other tests run."""
+    """Start compiling while other tests run."""
     if COMPILER is not None and not torch.cuda.is_available():
         LIBRARY.begin()
 
@@ -49,7 +49,7 @@ def begin() -> None:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY.path()))
     library.layout.restype = ctypes.c_char_p
-    reason = mismatch(SimpleNamespace(LAYOUT=ast.literal_eval(library.layout().decode())))
+    reason = mismatch(SimpleNamespace(LAYOUT=ast.literal_eval(library.layout().decode())), "cpu")
     assert reason is None, reason
     return library
 
@@ -85,7 +85,7 @@ def prepare(plan: Plan) -> None:
 
 
 def launched() -> ctypes.c_int64:
-    """How many launches there have been."""
+    """The number of launches so far."""
     return ctypes.c_int64.in_dll(_library(), "launched")
 
 

@@ -15,8 +15,8 @@ H200 = next(machine for machine in MACHINES if machine.name == "H200")
 
 
 def listing(text: str) -> str:
-    """As cuobjdump writes it, of lines "label: instruction {sets 0}": with an address in the place of `=label`, and a
-    control code that sets a barrier, or waits for one."""
+    """Make a listing in cuobjdump's format from lines "label: instruction {sets 0}": `=label` becomes an address, the
+    braces a control code that sets a barrier or waits for one."""
     found = [
         re.fullmatch(r"(?:(\w+): )?(.*?)(?: \{(sets|waits) (\d)\})?", line.strip())
         for line in text.strip().splitlines()
@@ -37,8 +37,8 @@ def turn(text: str) -> Path:
     return found
 
 
-# Two paths for a turn, chosen by a vote of the warp; the slow one is the shorter, but for what it calls. Afterwards
-# elements one by one, and a loop over other memory, which is not streamed.
+# A turn has two paths, chosen by a warp vote; the slow one is shorter, not counting its call. Then follow single
+# elements, and a loop over other memory, which is not streamed.
 KERNEL = """
     S2R R0, SR_TID.X
     LDG.E R9, desc[UR4][R8.64]

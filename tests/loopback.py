@@ -1,4 +1,4 @@
-"""A server on loopback that answers as the Hub does: repositories in folders, files by redirect to where bytes are."""
+"""A loopback server that answers like the Hub: repositories in folders, large files by redirect to another server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Asked(NamedTuple):
-    """A request for a file's bytes, and what was asked for: all, if there is no range."""
+    """A request for a file's bytes, with its range; None for the whole file."""
 
     repository: str
     revision: str
@@ -29,10 +29,9 @@ class Asked(NamedTuple):
 class LoopbackHub:
     """`folder` holds repositories as `org/name`; every revision is COMMIT.
 
-    `faults` are what goes wrong with the next requests that go to the bytes of .safetensors files, one after another:
-    "500", "429" and "503" (statuses), "drop" (no answer), "short" (half of the bytes), "silent" (half, which
-    passes for all), "empty", "changed" (another ETag), "longer" (another size), "elsewhere" (another range), "404" and
-    "fine".
+    `faults` are the faults of the next requests for bytes of .safetensors files, one per request: "500", "429" and
+    "503" (statuses), "drop" (no answer), "short" (half of the bytes), "silent" (half, declared as all), "empty",
+    "changed" (another ETag), "longer" (another size), "elsewhere" (another range), "404" and "fine".
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,14 +42,14 @@ class LoopbackHub:
         self.faults: deque[str] = deque()
         self.ranges = True
         self.lock = Lock()
-        self.endpoint, self.elsewhere = "", ""  # the second is where the bytes of large files are
+        self.endpoint, self.elsewhere = "", ""  # the second serves the bytes of large files
         folder.mkdir(parents=True, exist_ok=True)
 
     def bytes_asked(self, repository: str) -> int:
         return sum(a.range[1] - a.range[0] for a in self.asked if a.repository == repository and a.range)
 
     def fetched(self, repository: str) -> set[str]:
-        """The files of which something was asked for."""
+        """The files that were requested, entirely or in part."""
         return {asked.file for asked in self.asked if asked.repository == repository}
 
     def in_parts(self, repository: str) -> set[str]:
@@ -111,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, repository: str, revision: str, name: str) -> None:
-        """Large files lie elsewhere, and the redirect says what they are."""
+        """Redirect large files to the other server, with headers that describe them."""
         path = self.hub.folder / repository / name
         if not path.is_file():
             self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
@@ -174,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             try:
                 self.wfile.write(sent)
-            except OSError:  # the client has gone: it wanted no whole file
+            except OSError:  # the client has closed the connection: it did not want the whole file
                 self.close_connection = True
         if cut:
             self.close_connection = True

@@ -28,7 +28,7 @@ def text_model(seed: int = 0) -> Qwen2ForCausalLM:
 
 
 def adapted_model(seed: int = 0, started: bool = True, **options: Any) -> nn.Module:
-    """With adapters on all projections; `started`: their B are not zero any more."""
+    """A model with adapters on all projections; `started`: their B are no longer zero."""
     model = get_peft_model(
         text_model(seed), LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | options))
     )
@@ -39,7 +39,7 @@ def adapted_model(seed: int = 0, started: bool = True, **options: Any) -> nn.Mod
 
 
 def deltas(seed: int = 1, which: str = "", scale: float = 0.05) -> dict[str, Tensor]:
-    """By the names of the plain model, of those that have `which` in them."""
+    """Deltas by the plain model's names, for names that contain `which`."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: scale * torch.randn(param.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Experts of one base with their priors, and what the papers on merging say, in float64."""
+"""Experts of one base with their priors, and the formulas of the merging papers, in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Family:
     def write(cls, folder: Path, shards: int = 1) -> Family:
         base = text_weights()
         base["model.layers.0.mlp.down_proj.weight"] = torch.randn(31, 130)  # blocks of codes end within rows
-        base["model.layers.1.mlp.down_proj.weight"] = torch.randn(300, 31)  # of several pieces where CHUNK is 1
+        base["model.layers.1.mlp.down_proj.weight"] = torch.randn(300, 31)  # several pieces if CHUNK is 1
         weights = {"base": base} | {name: tuned(base) for name in "abc"}
         for name, tensors in weights.items():
             write_checkpoint(folder / name, tensors, shards=shards)
@@ -45,14 +45,14 @@ def linear(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool =
 
 
 def trimmed(delta: Tensor, density: float) -> Tensor:
-    """What TIES keeps: the share `density`, the largest in magnitude."""
+    """The elements that TIES keeps: the share `density` with the largest magnitudes."""
     most = max(1, int(density * delta.numel()))
     least = delta.abs().flatten().sort(descending=True).values[most - 1]
     return torch.where(delta.abs() >= least, delta, 0)
 
 
 def elected(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
-    """TIES' election of signs and disjoint merge (arXiv 2306.01708), of deltas that are trimmed already."""
+    """TIES' sign election and disjoint merge (arXiv 2306.01708) of trimmed deltas."""
     parts = torch.stack([w * d.double() for w, d in zip(weights, deltas, strict=True)])
     sign = torch.where(parts.sum(0) >= 0, 1.0, -1.0)
     agrees = (parts.sign() == sign).double()

@@ -1,4 +1,4 @@
-"""Random launches for the tests of the backends, and how their results are compared."""
+"""Random launches for the tests of the backends, and the comparison of their results."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from drift_kernels.kernels.plan import ADDRESSES, Plan
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# Beside the package's own: the cuda backend's kernels, run on the host.
+# A backend besides the package's: the cuda backend's kernels, run on the host.
 GRID = "grid"
 sys.modules[f"{backends.__package__}.{GRID}"] = grid
 
 
 def with_rare_values(problem: Problem) -> Problem:
-    """Runs of 32 elements as there are in models: never seen (zeros, also negative ones), not seen for long (their
-    moments have decayed, to subnormal numbers at last), and large parameters."""
+    """Set runs of 32 elements to cases that occur in models: never seen (zeros of both signs), not seen for long
+    (moments decayed, down to subnormals), and large parameters."""
     for o, grad in zip(problem.operands, problem.grads, strict=True):
         kind = torch.randint(7, (-(-grad.numel() // 32),), device=DEVICE).repeat_interleave(32)[: grad.numel()]
         quiet = [grad, o.exp_avg, o.exp_avg_sq, *([] if o.delta is None else [o.delta])]
@@ -45,7 +45,7 @@ def with_rare_values(problem: Problem) -> Problem:
 
 
 def some_place(numel: int) -> Place:
-    """Where a tensor of so many elements may lie in one that it is a shard of: rows, or columns, of a whole one."""
+    """A possible place of a shard with this many elements in its whole tensor: a range of rows, or of columns."""
     eight, far, odd = (
         8 * int(torch.randint(1, 40, ())),
         8 * int(torch.randint(2**34, ())),
@@ -64,7 +64,7 @@ def some_place(numel: int) -> Place:
 
 @dataclass
 class Problem:
-    """Operands and gradients of several parameters; `clone` gives the same values elsewhere."""
+    """Operands and gradients of several parameters; `clone` copies them."""
 
     operands: list[Operands]
     grads: list[Tensor]
@@ -77,7 +77,8 @@ class Problem:
         master: bool = False,
         stochastic: bool = False,
     ) -> Problem:
-        """`dtypes`: of param, grad, states and delta. int8 states are codes, as are int8 and float8 deltas."""
+        """A random problem. `dtypes`: of param, grad, states and delta; int8 states and int8 or float8 deltas are
+        codes."""
         param, grad, state, delta = dtypes
 
         def normal(n: int, dtype: torch.dtype, scale: float) -> Tensor:
@@ -114,7 +115,7 @@ class Problem:
         return self.each(torch.clone)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Problem:
-        """With every tensor replaced."""
+        """Apply the function to every tensor."""
         return Problem(
             [replace(o, **{name: function(t) for name, t in tensors_of(o).items()}) for o in self.operands],
             [function(g) for g in self.grads],
@@ -135,7 +136,7 @@ def tensors_of(operands: Operands) -> dict[str, Tensor]:
 
 
 def coefficients(n: int, scaling: str = "decoupled") -> CoefficientTable:
-    """A table with other values in every row: the tensors differ in their step count and in their group."""
+    """A table with different values in every row: the tensors differ in step count and group."""
     table = CoefficientTable(DEVICE, torch.arange(n, dtype=F32), [1.0] * n, [1.0] * n)
     for row in range(n):
         h = Hyperparameters(
@@ -149,7 +150,7 @@ def coefficients(n: int, scaling: str = "decoupled") -> CoefficientTable:
 
 
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Bit for bit; a float32 NaN may be any NaN (its payload is the processor's choice)."""
+    """Check for bitwise identity; a float32 NaN may be any NaN (the processor chooses its payload)."""
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         view = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
         same = a.view(view) == e.view(view)
@@ -165,7 +166,7 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 @contextmanager
 def threads(name: str) -> Iterator[None]:
-    """Several for the cpu backend, which divides its work among them; one for the others."""
+    """Use several threads for the cpu backend, which divides its work among them; one for the others."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(2, os.cpu_count() or 1) if name == "cpu" else 1)
     try:

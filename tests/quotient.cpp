@@ -1,4 +1,4 @@
-// The quick root and quotient of the cuda backend's kernels on the host, against the C library.
+// The quick square root and quotient of the cuda backend's kernels on the host, compared with the C library.
 #include "../csrc/cuda/blocks.h"
 
 using namespace drift;
@@ -26,7 +26,7 @@ bool usual_pair(const uint32_t* param, const uint32_t* m, const uint32_t* v) {
 
 }  // namespace
 
-// How many of all mantissas have another root than sqrtf's.
+// The number of mantissas, of all, whose root differs from sqrtf's.
 extern "C" int64_t wrong_roots(int exponent) {
   int64_t wrong = 0;
   for (uint32_t mantissa = 0; mantissa < 1u << 23; ++mantissa) {
@@ -44,7 +44,7 @@ extern "C" int64_t wrong_quotients(const float* a, const float* b, int64_t count
   return wrong;
 }
 
-// Of scales and their inverses, for all mantissas of a block's largest magnitude.
+// Likewise for scales and their inverses, for all mantissas of a block's largest magnitude.
 extern "C" int64_t wrong_scales(int exponent) {
   int64_t wrong = 0;
   for (uint32_t mantissa = 0; mantissa < 1u << 23; ++mantissa) {

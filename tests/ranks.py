@@ -1,4 +1,4 @@
-"""Real processes with gloo between them, for tests of what is distributed."""
+"""Real processes connected by gloo, for distributed tests."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = timedelta(minutes=10)  # of what hangs; less than pytest's, so that the ranks say where
+TIMEOUT = timedelta(minutes=10)  # for hangs; less than pytest's, so that the ranks report where
 
-# Ranks are forked from a process that has imported what takes long, and has done nothing else.
+# Ranks are forked from a process that has done the slow imports, and nothing else.
 FORK_SERVER = mp.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(
     [
@@ -26,8 +26,8 @@ FORK_SERVER.set_forkserver_preload(
 
 
 def run(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
-    """function(*args) in `world` processes, each with its rank; what each returns. One that raises fails the test with
-    its traceback."""
+    """Run function(*args) in `world` processes, each with its rank; return their results. If one raises, the test fails
+    with its traceback."""
     folder = folder / f"{function.__name__}-{world}-{len(list(folder.iterdir()))}"
     folder.mkdir()
     processes = [FORK_SERVER.Process(target=_rank, args=(function, rank, world, folder, args)) for rank in range(world)]
@@ -43,7 +43,7 @@ def run(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> l
 
 def _rank(function: Callable[..., Any], rank: int, world: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # or Accelerate gives every rank all cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # otherwise Accelerate gives every rank all cores
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         torch.save(function(*args), folder / f"{rank}.pt")
@@ -51,4 +51,4 @@ def _rank(function: Callable[..., Any], rank: int, world: int, folder: Path, arg
     except Exception:
         (folder / f"error-{rank}").write_text(traceback.format_exc())
         os._exit(1)
-    os._exit(0)  # gloo's threads can abort a process that is torn down
+    os._exit(0)  # gloo's threads can abort a process during teardown

@@ -1,11 +1,11 @@
-"""What the Triton backend's launches become on GPUs that need not be there.
+"""Compiles the Triton backend's launches for GPUs that need not be present.
 
     PYTHONPATH=. python tests/sass.py ARCH [FOLDER]
 
-prints JSON: one object for each kernel, compiled for sm_ARCH, or AMD's gfxARCH. NVIDIA's cubins are left in the folder,
+prints JSON: one object per kernel, compiled for sm_ARCH, or AMD's gfxARCH. NVIDIA's cubins are written to the folder,
 for `python -m benchmarks.gpu.sheet --cubins FOLDER`.
 
-It is a program of its own because `triton.jit` gives kernels that compile only where TRITON_INTERPRET is not set.
+It is a separate program because `triton.jit` returns compilable kernels only if TRITON_INTERPRET is not set.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def compiled(target: GPUTarget, name: str, source: ASTSource, options: dict[str,
 
 
 def compiled_for_amd(target: GPUTarget, source: ASTSource, options: dict[str, Any]) -> dict[str, Any]:
-    """For a CDNA GPU, whose warps have 64 threads: the machine code's instructions, and what it says of memory."""
+    """Compile for a CDNA GPU, whose warps have 64 threads: the machine code's instructions, and its memory use."""
     code = triton.compile(source, target=target, options=options).asm["amdgcn"]
     usage = {
         key: int(value)

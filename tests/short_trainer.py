@@ -1,4 +1,4 @@
-"""A run of transformers' Trainer in four steps, for tests."""
+"""A four-step run of transformers' Trainer, for tests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def drift_of(trainer: Trainer) -> FusedDriftAdamW:
 
 
 class Tracker(TrainerCallback):
-    """What a tracker that was there first gets."""
+    """Records the logs that a previously registered tracker receives."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, float]] = []

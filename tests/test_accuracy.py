@@ -1,4 +1,4 @@
-"""The accuracy benchmark: its modes, what they share, its bytes, and a small run end to end."""
+"""The accuracy benchmark: its modes, their shared settings, its byte counts, and a small run end to end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def seed_run() -> SeedRun:
 
 @pytest.fixture
 def _process_is_restored() -> Iterator[None]:
-    """`comparison.main` prepares its process, which is the other tests' too."""
+    """Undo the changes of `comparison.main` to the process, which other tests share."""
     logger = logging.getLogger("drift_kernels")
     threads, level = torch.get_num_threads(), logger.level
     yield
@@ -124,7 +124,7 @@ def test_stored_bytes(weights: str, states: str, bytes_per_param: int) -> None:
     for param in params.values():
         param.grad = torch.randn_like(param)
     optimizer.step()
-    steps = 4 * len(params)  # each tensor's count of steps, a float32
+    steps = 4 * len(params)  # each tensor's float32 step count
     assert finetune.stored_bytes(params, optimizer) == bytes_per_param * (63 * 17 + 5) + steps
 
 

@@ -1,4 +1,4 @@
-"""An expert that is an adapter over a base, BASE+ADAPTER: the weights that PEFT's merge_and_unload gives."""
+"""An adapter over a base as the expert, BASE+ADAPTER: its weights are those of PEFT's merge_and_unload."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def qwen() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """Conv1D, whose weights lie as [in, out]; c_proj is square."""
+    """A model with Conv1D, whose weights are [in, out]; c_proj is square."""
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64))
 
 
 def save(folder: Path, make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """A base, an adapter over it, both random and on disk. Returns the merged model."""
+    """Save a random base and a random adapter over it; return the merged model."""
     torch.manual_seed(0)
     base = randomised(make()).to(dtype)
     base.save_pretrained(folder / "base")
@@ -65,7 +65,7 @@ def read(source: str) -> dict[str, Tensor]:
 
 
 def check_equal(found: dict[str, Tensor], merged: nn.Module, base: dict[str, Tensor]) -> int:
-    """All tensors to 1e-6 of the weight; how many are others than in the base."""
+    """Check all tensors to 1e-6 of the weight; return how many differ from the base."""
     theirs = merged.state_dict()
     for name, tensor in found.items():
         error = (tensor.double() - theirs[name].double()).norm() / theirs[name].double().norm()
@@ -111,7 +111,7 @@ def test_the_weights_are_those_that_peft_merges(case: str, tmp_path: Path, monke
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dora", [False, True])
 def test_over_a_base_in_half_precision_nothing_is_rounded(dtype: torch.dtype, dora: bool, tmp_path: Path) -> None:
-    """What PEFT rounds to the base's dtype is this, and the delta keeps what it loses."""
+    """PEFT rounds these weights to the base's dtype; the delta keeps what rounding loses."""
     options = {"target_modules": ["q_proj", "down_proj"], "use_dora": dora}
     theirs = save(tmp_path, qwen, dtype, **options).state_dict()
     base = load_file(tmp_path / "base" / "model.safetensors")
@@ -174,7 +174,7 @@ def test_a_prior_of_an_adapter(role: str, chunk: int, tmp_path: Path, monkeypatc
 
 
 def test_names_of_another_version_of_transformers(tmp_path: Path) -> None:
-    """The adapter was trained under names that a multimodal model has in memory, the base is stored under others."""
+    """The adapter uses a multimodal model's names in memory; the base is stored under other names."""
     weights = text_weights(prefix="language_model.model.") | {"visual.blocks.0.attn.qkv.weight": torch.randn(6, 5)}
     write_checkpoint(tmp_path / "base", weights)
     (tmp_path / "adapter").mkdir()
@@ -219,30 +219,38 @@ def edited(folder: Path, config: dict[str, Any], weights: dict[str, Tensor | Non
 @pytest.mark.parametrize(
     ("config", "weights", "words"),
     [
-        ({"peft_type": "IA3"}, {}, "an adapter of the kind IA3; only LORA is read, so merge it"),
-        ({"peft_type": "OFT"}, {}, "an adapter of the kind OFT"),
-        ({"use_qalora": True}, {}, "adapter with use_qalora, which is not read; merge it"),
+        ({"peft_type": "IA3"}, {}, "expected an adapter with peft_type LORA, got IA3: merge it"),
+        ({"peft_type": "OFT"}, {}, "peft_type LORA, got OFT"),
+        ({"use_qalora": True}, {}, "adapter with use_qalora is not supported: merge it"),
         ({"target_parameters": ["experts.gate_up_proj"]}, {}, "with target_parameters"),
         ({"trainable_token_indices": [1]}, {}, "with trainable_token_indices"),
         ({"an_option_of_tomorrow": 1}, {}, "with an_option_of_tomorrow"),
         ({"init_lora_weights": "pissa"}, {}, "init_lora_weights='pissa', which changes the base"),
         ({"init_lora_weights": "olora"}, {}, "init_lora_weights='olora'"),
-        ({"r": 4}, {}, r"q_proj has the rank 3, and by adapter_config.json 4"),
-        ({"rank_pattern": {"q_proj": 2}}, {}, r"q_proj has the rank 3, and by adapter_config.json 2"),
-        ({"lora_alpha": None}, {}, "the rank 3 and the alpha None"),
-        ({"use_dora": True}, {}, "damaged: of .*there is only lora_A, lora_B"),
-        ({}, {f"{Q_PROJ}.lora_B.weight": None}, r"damaged: of .*q_proj there is only lora_A"),
-        ({}, {f"{Q_PROJ}.lora_B.weight": torch.ones(33, 3)}, r"is for \[33, 32\], the base has \[32, 32\]"),
+        ({"r": 4}, {}, r"q_proj has rank 3, but adapter_config.json says 4"),
+        ({"rank_pattern": {"q_proj": 2}}, {}, r"q_proj has rank 3, but adapter_config.json says 2"),
+        ({"lora_alpha": None}, {}, "invalid rank 3 or alpha None"),
+        ({"use_dora": True}, {}, "damaged: .* has only lora_A, lora_B"),
+        ({}, {f"{Q_PROJ}.lora_B.weight": None}, r"damaged: .*q_proj has only lora_A"),
+        ({}, {f"{Q_PROJ}.lora_B.weight": torch.ones(33, 3)}, r"is for shape \[33, 32\], but the base has \[32, 32\]"),
         ({}, {f"{Q_PROJ}.lora_magnitude_vector": torch.ones(32)}, r"damaged"),
-        ({}, {f"{Q_PROJ}.lora_A.weight": torch.ones(3, 32, dtype=torch.int8)}, "is torch.int8, expected a floating"),
-        ({}, {"base_model.model.score.weight": torch.ones(2, 32)}, "1 of what .*not in the base: .*score.weight"),
+        (
+            {},
+            {f"{Q_PROJ}.lora_A.weight": torch.ones(3, 32, dtype=torch.int8)},
+            "has dtype torch.int8, expected a floating-point dtype",
+        ),
+        (
+            {},
+            {"base_model.model.score.weight": torch.ones(2, 32)},
+            "1 modules or tensors .* not in the base: .*score.weight",
+        ),
         (
             {},
             {
                 "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(3, 32),
                 "base_model.model.model.layers.7.mlp.up_proj.lora_B.weight": torch.ones(48, 3),
             },
-            r"1 of what the adapter changes is not in the base: .*layers\.7\.mlp\.up_proj$",
+            r"1 modules or tensors of the adapter are not in the base: .*layers\.7\.mlp\.up_proj$",
         ),
         ({}, {f"{Q_PROJ}.ia3_l": torch.ones(1, 32)}, r"not in the base: .*q_proj\.ia3_l"),
     ],
@@ -260,7 +268,7 @@ def test_adapters_that_are_refused(
 def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
     save(tmp_path, qwen, target_modules=["q_proj"])
     save_file({}, tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="the adapter changes nothing of the base"):
+    with pytest.raises(CheckpointError, match="the adapter changes no tensor of the base"):
         open_checkpoint(f"{tmp_path}/base+{tmp_path}/adapter")
 
 
@@ -268,7 +276,7 @@ def test_an_adapter_that_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_plus_in_the_names_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there goes before anything that its name may stand for."""
+    """An existing folder takes precedence over other readings of its name."""
     save(tmp_path, qwen, target_modules=["q_proj"])
     monkeypatch.chdir(tmp_path)
     shutil.copytree("base", "c++")
@@ -285,19 +293,19 @@ def test_a_plus_in_the_names_of_folders(tmp_path: Path, monkeypatch: pytest.Monk
         assert not any(isinstance(tensor, AdaptedWeight) for tensor in checkpoint.tensors.values())
     (tmp_path / "c+").mkdir()
     shutil.copytree("adapter", "+adapter")
-    with pytest.raises(CheckpointError, match=r"may be read in more than one way"):
+    with pytest.raises(CheckpointError, match=r"can be split into BASE\+ADAPTER in more than one way"):
         open_checkpoint("c+++adapter")
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("base+gone", "base.gone: no such folder, and as BASE.ADAPTER, gone is no folder either"),
-        ("gone+adapter", "gone is no folder either"),
+        ("base+gone", "base.gone: no such folder; read as BASE.ADAPTER, gone does not exist"),
+        ("gone+adapter", "gone does not exist"),
         ("base+", "no such folder"),
-        ("base+base", "a PEFT adapter has .*, and adapter_config.json is not there"),
-        ("adapter+base", "expected model.safetensors .* give BASE.ADAPTER"),
-        ("adapter", "expected model.safetensors .*found a PEFT .* give BASE.ADAPTER"),
+        ("base+base", "of a PEFT adapter, but adapter_config.json is missing"),
+        ("adapter+base", "expected model.safetensors .* pass BASE.ADAPTER"),
+        ("adapter", "expected model.safetensors .*found a PEFT .* pass BASE.ADAPTER"),
     ],
 )
 def test_what_is_no_base_or_no_adapter(

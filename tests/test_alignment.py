@@ -1,4 +1,4 @@
-"""What is left out of a prior is said, and a language model that the table of names does not know is found by shape."""
+"""Tensors left out of a prior are reported, and a language model unknown to the name table is found by shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from drift_kernels.prior.in_memory import live_parameters
 
 
 def tower(prefix: str, width: int, layers: int = 3) -> dict[str, Tensor]:
-    """What may be taken for a language model: a tower of the same names."""
+    """A tower with the same names, which could be mistaken for a language model."""
     return {
         f"{prefix}{n}.self_attn.{p}_proj.weight": torch.randn((33, width) if p != "o" else (width, 33))
         for n in range(layers)
@@ -51,11 +51,11 @@ def test_an_unknown_prefix_is_aligned_recorded_and_logged(
     assert prior.record["name_map"] == dict([rule.split("=")])
     assert any(f"--name-map {rule})" in warning for warning in prior.record["warnings"])
     assert f"--name-map {rule})" in caplog.text
-    # The same names in memory, wrapped; and names that the record does not know either.
+    # The same names in memory, wrapped; and names that are not in the record either.
     assert len(prior.match(live(base, "novel", "module.novel"), strict=True).matched) == len(prior)
     caplog.set_level(logging.INFO, "drift_kernels")
     assert len(prior.match(live(base, "novel.", "model.other."), strict=True).matched) == len(prior)
-    assert "the name table does not know this model" in caplog.text
+    assert "the names of this model are not known" in caplog.text
 
 
 def test_an_aligned_model_is_said_once_and_its_figures_are_of_their_modules(
@@ -69,7 +69,7 @@ def test_an_aligned_model_is_said_once_and_its_figures_are_of_their_modules(
     for _, param in named:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    assert caplog.text.count("the name table does not know this model") == 1
+    assert caplog.text.count("the names of this model are not known") == 1
     assert set(optimizer.prior_modules) == {"attn", "mlp"}
     of_modules = {figure for figure in step_figures(optimizer, "") if "/" in figure}
     assert of_modules == {f"{f}/{m}" for f in ("cosine", "ratio") for m in ("attn", "mlp")}
@@ -95,7 +95,8 @@ def test_two_alignments_are_refused_with_the_lines_that_would_do(tmp_path: Path)
 
 def test_no_alignment_is_an_error_that_says_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(
-        PriorError, match=r"knows no layers in .*base, and those under novel\.vision\.layers\. have other"
+        PriorError,
+        match=r"no layers with known names in .*base, and those under novel\.vision\.layers\. have different",
     ):
         build(tmp_path, tower("novel.vision.layers.", 40))
 
@@ -116,7 +117,7 @@ def test_matrices_that_no_module_claims_are_named(tmp_path: Path, caplog: pytest
     weights = text_weights() | extra
     warnings = build(tmp_path, weights, tuned(weights)).record["warnings"]
     expected = "2 matrices in the layers belong to no module and are left out: layers.0.novel.weight, "
-    expected += "layers.1.novel.weight; re:REGEX in the modules takes them"
+    expected += "layers.1.novel.weight; add re:REGEX to the modules to include them"
     assert warnings == [expected]
     assert expected in caplog.text
     folders = tmp_path / "expert", tmp_path / "base"
@@ -130,7 +131,7 @@ def test_matrices_that_no_module_claims_are_named(tmp_path: Path, caplog: pytest
 def test_a_module_of_which_there_is_nothing_is_named(tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in text_weights().items() if "mlp" not in name}
     assert build(tmp_path, weights, tuned(weights)).record["warnings"] == [
-        "no mlp tensor is in all checkpoints under a name that is known"
+        "no mlp tensor with a known name is in all checkpoints"
     ]
 
 
@@ -158,11 +159,11 @@ def test_check_answers_for_the_model_in_memory(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({}, "config.json names no architecture"),
+        ({}, "config.json has no architecture"),
         ({"architectures": ["NovelForCausalLM"]}, "has no NovelForCausalLM"),
         (
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": "x"},
-            "cannot be made of config",
+            "cannot be created from config",
         ),
     ],
 )
@@ -173,7 +174,7 @@ def test_where_the_model_is_not_known_check_answers_for_the_disk(
     with open_checkpoint(write_checkpoint(tmp_path / "model", weights, config=config)) as checkpoint:
         parameters, whose = live_parameters(checkpoint)
     assert {name: tuple(p.shape) for name, p in parameters} == {name: tuple(t.shape) for name, t in weights.items()}
-    assert whose.startswith("by the names on disk, since ")
+    assert whose.startswith("by the names on disk, because ")
     assert reason in whose
 
 
@@ -181,4 +182,4 @@ def test_without_transformers_check_answers_for_the_disk(tmp_path: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     folder = write_checkpoint(tmp_path / "model", text_weights(), config={"architectures": ["LlamaForCausalLM"]})
     with open_checkpoint(folder) as checkpoint:
-        assert "since transformers is not installed" in live_parameters(checkpoint)[1]
+        assert "because transformers is not installed" in live_parameters(checkpoint)[1]

@@ -1,4 +1,4 @@
-"""Pulls that fade: anchor=True is a prior of what is left of the way, made anew in every step."""
+"""Fading pulls: anchor=True is a prior of the remaining distance, recomputed in every step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prior_of_what_is_left(model: nn.Module, targets: dict[str, Tensor]) -> dict[
 
 
 def steps_of_their_own(dtype: torch.dtype, kind: dict[str, Any], scaling: str, alpha: float) -> list[Tensor]:
-    """Each step by an optimizer of its own, whose prior is what is left then, and which has the states of the last."""
+    """Take each step with a new optimizer, whose prior is the remaining distance, and which has the previous states."""
     model, prior = make_model(dtype), make_prior()
     params = dict(model.named_parameters())
     targets = {name: (params[name].detach().float() + delta.float()).to(dtype) for name, delta in prior.items()}
@@ -55,7 +55,7 @@ def steps_of_their_own(dtype: torch.dtype, kind: dict[str, Any], scaling: str, a
 @pytest.mark.parametrize(("kind", "dtype"), [("float32", torch.float32), *((kind, BF16) for kind in KINDS)])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_step_is_one_with_a_prior_of_what_is_left(scaling: str, kind: str, dtype: torch.dtype, backend: str) -> None:
-    """Bit for bit: no coefficient follows from norms."""
+    """Bitwise: no coefficient depends on norms."""
     options = {**KINDS[kind], "backend": backend}
     alpha = 5.0 if scaling == "decoupled" else 0.5
     expected = steps_of_their_own(dtype, options, scaling, alpha)
@@ -73,7 +73,7 @@ def test_a_step_is_one_with_a_prior_of_what_is_left(scaling: str, kind: str, dty
 
 @pytest.mark.parametrize("scaling", ["gradnorm", "adaptive_cosine"])
 def test_a_pull_by_norms_fades_too(scaling: str) -> None:
-    """The cosine is that of what is left; the norm is divided by that of the whole way."""
+    """The cosine is that of the remaining distance; the norm is divided by that of the whole delta."""
     model, alpha = make_model(torch.float32), 0.5
     targets = {
         name: param.detach() + make_prior()[name] for name, param in model.named_parameters() if "bias" not in name
@@ -140,7 +140,7 @@ def test_a_run_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
 
 
 def sharded_and_resumed(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By torch.distributed.checkpoint."""
+    """Resume with torch.distributed.checkpoint."""
     options = {"anchor": True}
     run = Run(fsdp_model(), **options)
     run.steps(0, 3)
@@ -211,7 +211,7 @@ def test_what_adapters_have_made_of_a_delta_is_taken_off(transposed: bool) -> No
 
 
 def test_adapters_end_where_the_expert_is_as_far_as_they_reach() -> None:
-    """B goes to delta A^+/s, whatever the length of the run; without an anchor it would go on."""
+    """B converges to delta A^+/s, however long the run; without an anchor it would not stop there."""
     model, prior = adapted_model(target_modules=["q_proj"]), deltas(which="q_proj.weight")
     for param in model.parameters():
         if param.requires_grad:

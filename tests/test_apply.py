@@ -1,4 +1,4 @@
-"""A prior added to a checkpoint: right values, every other byte as it was, and a folder that transformers loads."""
+"""Adding a prior to a checkpoint: correct values, every other byte unchanged, and a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype, shards: 
 def test_the_sum_is_rounded_once(
     tmp_path: Path, dtype: torch.dtype, stored: torch.dtype, shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, whatever is read at a time; and what has no delta keeps its bits."""
+    """Bitwise, whatever the piece size; tensors without a delta are unchanged."""
     base, expert = text_weights(), text_weights(prefix="language_model.model.")
     name = "layers.1.mlp.down_proj.weight"
     base[f"model.{name}"], expert[f"language_model.model.{name}"] = torch.randn(2, 300, 31)  # several pieces
@@ -75,7 +75,7 @@ def test_the_sum_is_rounded_once(
 
 
 def test_scale_one_is_the_expert(tmp_path: Path) -> None:
-    """Bit for bit: the difference of numbers within a factor of two of each other is exact."""
+    """Bitwise: the difference of numbers within a factor of two of each other is exact."""
     base = text_weights()
     expert = {name: weight * (1 + 0.1 * torch.rand_like(weight)) for name, weight in base.items()}
     write_checkpoint(tmp_path / "base", base)
@@ -119,7 +119,7 @@ def test_files_beside_the_weights(family: Family, shards: int) -> None:
 
 
 def test_transformers_loads_it(tmp_path: Path) -> None:
-    """With its tokenizer; weights in memory are those of the base and the scaled differences."""
+    """With its tokenizer; weights in memory are the base's plus the scaled differences."""
     base, expert = tiny.base_and_expert()
     base.save_pretrained(tmp_path / "base", max_shard_size="60KB")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
@@ -146,7 +146,7 @@ def in_memory(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_fused_experts_and_deltas_one_by_one(tmp_path: Path, transposed: bool) -> None:
-    """As the base stores them, Qwen3-VL-MoE: where scale is 1, its experts become the expert's."""
+    """In the base's form, Qwen3-VL-MoE: with scale 1, its experts become the expert's."""
     save_base(tmp_path / "base", 24, transposed)
     expert = save_expert(tmp_path / "expert", 24)
     options = {"modules": ("mlp",), "dtype": torch.float32}
@@ -181,12 +181,12 @@ def test_single_experts_and_fused_deltas(tmp_path: Path) -> None:
 
 
 def test_square_matrices_of_fused_experts(tmp_path: Path) -> None:
-    """They may lie transposed or not."""
+    """They may be transposed or not."""
     stack = "model.language_model.layers.0.mlp.experts.down_proj"
     config = {"model_type": "qwen3_vl_moe", "text_config": {"hidden_size": 8, "moe_intermediate_size": 8}}
     single = {f"layers.0.mlp.experts.{e}.down_proj.weight": torch.randn(8, 8) for e in (0, 1)}
     write_checkpoint(tmp_path / "base", {stack: torch.zeros(2, 8, 8)}, config=config)
-    with pytest.raises(PriorError, match="cannot be told whether fused experts lie transposed"):
+    with pytest.raises(PriorError, match=r"cannot tell whether the fused experts in .* are transposed"):
         apply_prior(single, tmp_path / "base", tmp_path / "out")
     write_checkpoint(tmp_path / "straight", {stack: torch.zeros(2, 8, 8)}, config={"model_type": "deepseek_ocr2_text"})
     apply_prior(single, tmp_path / "straight", tmp_path / "out")
@@ -230,7 +230,7 @@ def test_deltas_without_a_weight(family: Family, caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_another_shape(family: Family, partial: bool) -> None:
-    with pytest.raises(PriorMismatchError, match=rf"{UP} \[63, 31\] against \[31, 63\]"):
+    with pytest.raises(PriorMismatchError, match=rf"{UP} \[63, 31\] vs\. \[31, 63\]"):
         apply_prior({UP: torch.ones(31, 63)}, family.folder / "base", family.folder / "out", partial=partial)
     assert not (family.folder / "out").exists()
 
@@ -258,24 +258,24 @@ def test_quantised_bases_and_adapters_are_refused(family: Family) -> None:
 def test_what_is_in_the_way(family: Family) -> None:
     prior, base, out = family.prior("a"), family.folder / "base", family.folder / "out"
     for target in (base, family.folder):
-        with pytest.raises(PriorError, match=r"would take the place of .*base, which it is made of"):
+        with pytest.raises(PriorError, match=r"would replace .*base, which it is made from"):
             apply_prior(prior, base, target, overwrite=True)
     link = family.folder / "link"
     link.symlink_to(base)
     for one, other in ((link, base), (base, link)):
-        with pytest.raises(PriorError, match="which it is made of"):
+        with pytest.raises(PriorError, match="which it is made from"):
             apply_prior(prior, one, other, overwrite=True)
-    with pytest.raises(PriorError, match=r"prior-a, which it is made of"):
+    with pytest.raises(PriorError, match=r"prior-a, which it is made from"):
         apply_prior(family.folder / "prior-a", base, family.folder / "prior-a", overwrite=True)
     for foreign in (family.folder / "b", family.folder / "prior-a"):
         with pytest.raises(PriorError, match="is not a checkpoint that a prior was applied to, so it is not replaced"):
             apply_prior(prior, base, foreign, overwrite=True)
     apply_prior(prior, base, out)
-    with pytest.raises(PriorError, match="exists already"):
+    with pytest.raises(PriorError, match="already exists"):
         apply_prior(prior, base, out)
     apply_prior(prior, base, out, scale=2, overwrite=True)
     assert json.loads((out / "drift_applied.json").read_text())["scale"] == 2
-    with pytest.raises(PriorError, match="which it is made of"):
+    with pytest.raises(PriorError, match="which it is made from"):
         apply_prior(prior, out, out, overwrite=True)
 
 
@@ -287,7 +287,7 @@ def test_scales_that_say_nothing(family: Family, scale: float) -> None:
 
 def test_overflow_names_the_tensor_and_leaves_nothing(family: Family) -> None:
     write(family.folder / "half", family.weights["base"], torch.float16)
-    with pytest.raises(PriorError, match=rf"{UP} holds NaN or Inf in the base, or overflows in torch\.float16"):
+    with pytest.raises(PriorError, match=rf"{UP} contains NaN or Inf in the base, or overflows in torch\.float16"):
         apply_prior({UP: torch.full((63, 31), 7e4)}, family.folder / "half", family.folder / "out")
     assert not list(family.folder.glob("out*"))
 
@@ -309,7 +309,7 @@ def test_an_index_does_not_reach_out_of_the_folder(family: Family) -> None:
     shutil.move(base / "model-00001-of-00002.safetensors", base.parent / "x.safetensors")
     text = json.dumps(index).replace("model-00001-of-00002", "../x")
     (base / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CheckpointError, match="names a file outside of the folder"):
+    with pytest.raises(CheckpointError, match="lists a file outside the folder"):
         apply_prior(family.prior("a"), base, family.folder / "outer" / "out")
     assert sorted(path.name for path in base.parent.iterdir()) == ["inner", "x.safetensors"]
 

@@ -1,4 +1,4 @@
-"""The keys of the authors' fork: what they bias, and by how much, is what the fork's rules say."""
+"""The keys of the authors' fork: what they bias, and by how much, follows the fork's rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from drift_kernels.errors import CheckpointError, PriorError
 from drift_kernels.integrations.authors_keys import AuthorsSettings
 from drift_kernels.prior import Prior
 
-# The fork's presets: searched in the names of modules.
+# The fork's presets, searched for in module names.
 MLP, ATTN = r"\.mlp\.(gate_proj|up_proj|down_proj)$", r"\.self_attn\.(q_proj|k_proj|v_proj|o_proj)$"
 NORM, EMBED = r"\.(input_layernorm|post_attention_layernorm)$", r"\.embed_tokens$"
 
@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
 
 
 def gradients(checkpoints: Any, tmp_path: Path, **keys: Any) -> dict[str, Tensor]:
-    """What the bias makes of gradients of zero."""
+    """The gradients after biasing zeros."""
     settings = AuthorsSettings.of({f"delta_prior{key}": value for key, value in keys.items()})
     folder = settings.prior(str(checkpoints["base"][0]), tmp_path / "prior")
     params = {name: nn.Parameter(weight.clone()) for name, weight in checkpoints["base"][1].items()}
@@ -43,7 +43,8 @@ def gradients(checkpoints: Any, tmp_path: Path, **keys: Any) -> dict[str, Tensor
 
 
 def check(found: dict[str, Tensor], delta: dict[str, Tensor], alphas: dict[str, float], normalize: Any = None) -> None:
-    """Each gradient is -alpha*delta, where `alphas` has the alpha of what a module's name matches; in bfloat16."""
+    """Check that each gradient is -alpha*delta in bfloat16; `alphas` has the alpha of the pattern that a name
+    matches."""
     assert set(found) == set(delta)
     for name, grad in found.items():
         module = re.sub(r"\.(weight|bias)$", "", f".{name}")
@@ -121,7 +122,7 @@ def test_the_default_is_what_the_fork_runs_with(checkpoints: Any, tmp_path: Path
 def test_a_prior_that_was_built_is_taken_again_if_it_is_the_same(checkpoints: Any, tmp_path: Path) -> None:
     base, expert, other = (str(checkpoints[name][0]) for name in ("base", "expert", "other"))
     settings, folder = AuthorsSettings.of({"delta_prior1_ckpt": expert}), tmp_path / "prior"
-    with pytest.raises(PriorError, match="has not been built"):
+    with pytest.raises(PriorError, match="was not built"):
         settings.prior(base, folder, may_build=False)
     settings.prior(base, folder)
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -130,10 +131,10 @@ def test_a_prior_that_was_built_is_taken_again_if_it_is_the_same(checkpoints: An
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
     for keys in ({"1_ckpt": other}, {"1_ckpt": expert, "2_ckpt": other}, {"1_ckpt": expert, "_merge_patterns": "attn"}):
         changed = AuthorsSettings.of({f"delta_prior{key}": value for key, value in keys.items()})
-        with pytest.raises(PriorError, match="was built of other"):
+        with pytest.raises(PriorError, match="was built from other"):
             changed.prior(base, folder)
     os.utime(Path(expert) / "model.safetensors", ns=(0, 0))
-    with pytest.raises(PriorError, match="was built of other"):
+    with pytest.raises(PriorError, match="was built from other"):
         settings.prior(base, folder)
 
 
@@ -143,15 +144,15 @@ EXPERT = {"1_ckpt": "{expert}"}
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({}, "delta_prior_path, the folder of a prior, and delta_prior1_ckpt"),
-        ({**EXPERT, "_path": "prior"}, "one of delta_prior_path"),
-        ({"2_ckpt": "{expert}", "_path": "prior"}, "delta_prior1_ckpt: give that too"),
-        ({**EXPERT, "_strength": 1}, "delta_prior_strength; known are delta_prior_path, delta_prior1_ckpt"),
+        ({}, "either delta_prior_path (the folder of a prior) or delta_prior1_ckpt"),
+        ({**EXPERT, "_path": "prior"}, "either delta_prior_path"),
+        ({"2_ckpt": "{expert}", "_path": "prior"}, "delta_prior1_ckpt: set delta_prior1_ckpt too"),
+        ({**EXPERT, "_strength": 1}, "delta_prior_strength; expected keys among delta_prior_path, delta_prior1_ckpt"),
         ({**EXPERT, "_scale": "decoupled"}, "delta_prior_scale must be one of absolute, gradnorm, adaptive_cosine"),
-        ({**EXPERT, "_alpha": 1, "_merge_patterns": {"attn": 2}}, "alpha is said twice"),
+        ({**EXPERT, "_alpha": 1, "_merge_patterns": {"attn": 2}}, "alpha is set twice"),
         ({**EXPERT, "_alpha": "strong"}, "delta_prior_alpha must be a number"),
-        ({**EXPERT, "_merge_patterns": {"attn": 0}}, "leaves nothing"),
-        ({**EXPERT, "_merge_patterns": "re:("}, "not a regular expression"),
+        ({**EXPERT, "_merge_patterns": {"attn": 0}}, "selects nothing"),
+        ({**EXPERT, "_merge_patterns": "re:("}, "not a valid regular expression"),
         ({**EXPERT, "_merge_patterns": 3}, "must be patterns"),
         ({**EXPERT, "_include_bias": "no"}, "delta_prior_include_bias must be true or false"),
         ({**EXPERT, "_only_layers": "first"}, "layers must be numbers"),
@@ -175,5 +176,5 @@ def test_layers_and_patterns_that_the_prior_has_not_are_refused(checkpoints: Any
     expert = checkpoints["expert"][0]
     with pytest.raises(ValueError, match="the prior has no layer 3; it has 0 to 2"):
         gradients(checkpoints, tmp_path, **{"1_ckpt": expert, "_only_layers": "2-3"})
-    with pytest.raises(ValueError, match="nothing of norm"):
+    with pytest.raises(ValueError, match="no delta of the prior matches norm"):
         gradients(checkpoints, tmp_path, **{"_path": tmp_path / "prior", "_merge_patterns": "attn,norm"})

@@ -1,4 +1,4 @@
-"""The modes of ours in the step benchmark: which there are, what they store and move, their parity, a run."""
+"""Our modes in the step benchmark: which exist, what they store and move, their parity, a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = [("norm.weight", (5000,)), ("model.layers.0.mlp.up_proj.weight", (4095,
 SHAPES += [(f"model.layers.{i}.mlp.up_proj.weight", (61 + i, 70)) for i in range(1, 4)]
 EVERY_BF16 = [mode for mode in BY_LABEL.values() if mode.refusal(BF16) is None]
 
-# Which there are
+# Which exist
 
 
 def test_labels() -> None:
@@ -73,7 +73,7 @@ def test_options_are_combined(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert chosen("--modes", "fp32 states, master", "int8 states") == ["fp32 states, master", "int8 states"]
     assert capsys.readouterr().err == ""
-    with refusing(capsys, "--modes goes without"):
+    with refusing(capsys, "--modes cannot be combined with"):
         chosen("--modes", "int8 states", "--master", "no")
 
 
@@ -82,15 +82,15 @@ def test_what_does_not_exist_is_left_out_with_a_line(capsys: pytest.CaptureFixtu
     assert chosen("--dtype", "float32", *everything) == ["fp32 states"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("Left out: fp32 states, int8 prior; fp32 states, fp8 prior; fp32 states, master;")
-    assert line.endswith(": stochastic rounding, masters and small priors are for bfloat16 parameters")
+    assert line.endswith(": stochastic rounding, master weights and small priors need bfloat16 parameters")
     assert len(chosen("--states", *modes.STATES, *everything)) == len(EVERY_BF16) == 36 - 6
     assert "Left out: fp32 states, stochastic, master; " in capsys.readouterr().err
     assert chosen("--dtype", "float16", "--states", "float32", "int8") == ["fp32 states"]
     gpu = ["--device", "cuda", "--prior-device", "same", "cpu", "--prior-dtype", "int8"]
     assert chosen("--states", "bfloat16", *gpu) == ["bf16 states, int8 prior", "bf16 states, int8 host prior"]
     assert chosen("--states", "bfloat16", *gpu[2:]) == ["bf16 states, int8 prior"]
-    assert "int8 host prior: a prior on the host is for a GPU" in capsys.readouterr().err
-    with refusing(capsys, "no mode is left for float16 parameters. int8 states: int8 states are for"):
+    assert "int8 host prior: a prior on the host needs a GPU" in capsys.readouterr().err
+    with refusing(capsys, "no mode is left for float16 parameters. int8 states: int8 states need"):
         chosen("--dtype", "float16", "--states", "int8")
 
 
@@ -130,7 +130,7 @@ def test_bytes_that_a_mode_moves() -> None:
     assert moved(Mode(F32)) == 24 * numel
     assert moved(Mode(BF16, "stochastic")) == moved(Mode(BF16)) == 16 * numel
     assert moved(Mode(F32, master=True)) == 28 * numel
-    assert moved(small) == 11 * numel + 5 * 4 * blocks  # scales: of two states read and written, of the delta read
+    assert moved(small) == 11 * numel + 5 * 4 * blocks  # scales: two states read and written, the delta read
     assert moved(small, None) == 10 * numel + 4 * 4 * blocks
     assert moved(small, "adaptive_cosine") == 14 * numel + 6 * 4 * blocks
     assert moved(small, "decoupled", clip=True) == 13 * numel + 5 * 4 * blocks
@@ -228,7 +228,7 @@ def test_a_run_of_modes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("bfloat16", None, None, None, None),
         ("float32", "nearest", False, None, None),
         ("float32", "nearest", True, None, None),
-        ("int8", "stochastic", False, None, None),  # once: a small prior is none without a prior
+        ("int8", "stochastic", False, None, None),  # only once: without a prior, a small prior makes no difference
         ("float32", "nearest", False, "same", "same"),
         ("float32", "nearest", True, "same", "same"),
         ("int8", "stochastic", False, "same", "same"),

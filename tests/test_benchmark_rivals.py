@@ -1,4 +1,4 @@
-"""The rivals of the step benchmark: that they do the work they are timed for, and the memory of all contenders."""
+"""The rivals of the step benchmark: they do the work they are timed for; and the memory of all contenders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ HOOK_SCALINGS = peers.SCALINGS["hook"]
 
 
 def problem_at_zero() -> Problem:
-    """Parameters of zero, so that float32 shows every digit of an update, and gradients that clipping shortens."""
+    """A problem with zero parameters, so that float32 shows every digit of an update, and gradients that get
+    clipped."""
     seed = int(torch.randint(2**31, ()))
     problem = Problem.random(SMALL, ["attn", "mlp"], torch.float32, CPU, seed)
     return replace(
@@ -43,7 +44,7 @@ def problem_at_zero() -> Problem:
 
 
 def biased_by_the_paper(grad: Tensor, delta: Tensor, scaling: str) -> Tensor:
-    """The biased gradient as arXiv 2510.15050 has it, in float64."""
+    """The biased gradient as in arXiv 2510.15050, in float64."""
     g, d = grad.double(), delta.double()
     if scaling == "absolute":
         return g - ALPHA * d
@@ -81,7 +82,7 @@ def test_authors_hook_bears_zeros(scaling: str) -> None:
 
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
-    """The compiled rival's function as it is written: what a compiler makes of it has a test of its own."""
+    """Run the compiled rival's function uncompiled: the compiled one has its own test."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -127,7 +128,7 @@ def assert_same_work(theirs: contender.Contender, problem: Problem, scaling: str
             one.step()
     if clip:
         assert float(ours.optimizer.grad_norm) > 2 * MAX_GRAD_NORM
-    # A bias in exp_avg cancels some of its elements, and an update magnifies the rounding of those.
+    # A bias in exp_avg cancels some of its elements, and an update magnifies their rounding errors.
     assert_same_states(ours, theirs, with_params=scaling in (None, "decoupled"))
 
 
@@ -202,7 +203,8 @@ def test_streams_visit_every_buffer_of_a_step_and_leave_its_values(
     BACKEND != "cpu" or sys.platform != "linux" or platform.machine() != "x86_64", reason="x86-64 Linux"
 )
 def test_counted_instructions_are_those_of_the_kernels_alone() -> None:
-    """None of the interpreter's, whose number differs from run to run: twice the work is exactly twice as many."""
+    """The interpreter's, whose number varies from run to run, are not counted: twice the work is exactly twice as
+    many."""
     from benchmarks.step import instructions
 
     totals = torch.zeros(64, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)
@@ -227,7 +229,7 @@ MEDIUM = [(f"model.layers.{i}.mlp.up_proj.weight", (257 + 64 * i, 301)) for i in
 
 
 def live_storages() -> dict[int, int]:
-    """Bytes of every storage that a tensor of this process lives in, by address."""
+    """The bytes of every storage used by a tensor of this process, by address."""
     gc.collect()
     tensors = [obj for obj in gc.get_objects() if type(obj) is Tensor and obj.device == CPU]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided]

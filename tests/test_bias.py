@@ -1,4 +1,4 @@
-"""The bias alone: every backend against reference.bias_, bit for bit."""
+"""The bias alone: every backend is bitwise identical to reference.bias_."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_it_rounds_once_as_torch_casts(name: str, dtype: torch.dtype, fraction: 
 @pytest.mark.parametrize("name", available())
 @pytest.mark.parametrize(("grad", "delta"), [(BF16, BF16), (F32, BF16), (BF16, FP8)], ids=str)
 def test_views_of_any_alignment(name: str, grad: torch.dtype, delta: torch.dtype) -> None:
-    """And nothing beside the gradients is written."""
+    """Nothing outside the gradients is written."""
     problem = problem_of([1000, 777, 4001, CHUNK + 5], grad, delta)
     expected = biased("reference", problem.clone())
     offsets = itertools.cycle((1, 3, 2, 7, 5))

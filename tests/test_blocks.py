@@ -1,4 +1,4 @@
-"""Codes of one byte: how near they are, and what they never do."""
+"""One-byte codes: their accuracy, and their guarantees."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from drift_kernels.formats import blocks
 from drift_kernels.formats.blocks import BLOCK
 
+SMALLEST_ROOT = 2.0**-74.5  # of the smallest subnormal number of float32
 
-@given(numel=st.integers(0, 700), scale=st.floats(1e-15, 1e15), seed=st.integers(0, 2**32))
-def test_codes_are_the_nearest_and_a_variance_stays_above_zero(numel: int, scale: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+
+@given(numel=st.integers(0, 700), exponent=st.floats(-45, 15), seed=st.integers(0, 2**32))
+def test_codes_are_the_nearest_and_a_variance_stays_above_zero(numel: int, exponent: float, seed: int) -> None:
+    """Down to moments so small that a scale of them would be subnormal, and to those that are subnormal themselves."""
+    scale, generator = 10**exponent, torch.Generator().manual_seed(seed)
     x = torch.randn(numel, generator=generator) ** 3 * scale
     x = torch.where(torch.rand(numel, generator=generator) < 0.1, 0.0, x)
     for values, dtype, largest in ((x, blocks.MOMENT, 127), (x.square(), blocks.VARIANCE, 255)):
@@ -24,7 +27,7 @@ def test_codes_are_the_nearest_and_a_variance_stays_above_zero(numel: int, scale
         of_each = of_each.sqrt() if dtype == blocks.MOMENT else of_each
         raised = (dtype == blocks.VARIANCE) & (coded == 1) & (values > 0)
         off = (decoded.abs().double().sqrt() - root).abs()
-        assert (raised | (off <= 0.5001 * of_each + 1e-7 * root)).all()
+        assert (raised | (off <= 0.5001 * of_each + 1e-7 * root + SMALLEST_ROOT)).all()
         assert (decoded.sign() == values.sign())[coded != 0].all()
         assert (coded.int().abs() <= largest).all()
         if dtype == blocks.VARIANCE:

@@ -1,9 +1,10 @@
-"""capturable=True: what the device reads, what a CUDA graph replays, and what cannot be captured."""
+"""capturable=True: values read by the device, CUDA graph replays, and steps that cannot be captured."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[Params, Params, dict[str, 
 
 
 def set_grads(*models: Params) -> None:
-    """The same fresh gradients for every model, in the memory of the ones before."""
+    """Give every model the same fresh gradients, in the memory of the previous ones."""
     for name in models[0]:
         grad = torch.randn_like(models[0][name])
         for params in models:
@@ -39,33 +40,62 @@ def scalar(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64, device=DEVICE)
 
 
+@contextmanager
+def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The host reads no tensor in this context."""
+    with monkeypatch.context() as patch:
+        for reading in ("item", "__float__", "__bool__", "tolist"):
+            patch.setattr(torch.Tensor, reading, lambda self: pytest.fail("the host read a tensor"))
+        yield
+
+
+@pytest.mark.parametrize("tensors", [("lr", "alpha"), ("lr",), ("alpha",)])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_tensors_are_followed_and_never_read_by_the_host(
-    scaling: str, max_grad_norm: float | None, monkeypatch: pytest.MonkeyPatch
+    scaling: str, max_grad_norm: float | None, tensors: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, others, deltas = make()
-    lr, alpha = scalar(1e-2), scalar(0.5)
+    first = {"lr": 1e-2, "alpha": 0.5}
+    given = {key: scalar(value) if key in tensors else value for key, value in first.items()}
     common = {"prior": deltas, "prior_scaling": scaling, "max_grad_norm": max_grad_norm}
-    ours = FusedDriftAdamW(params.items(), lr=lr, alpha=alpha, capturable=True, **common)
-    numbers = FusedDriftAdamW(others.items(), lr=1e-2, alpha=0.5, **common)
+    ours = FusedDriftAdamW(params.items(), capturable=True, **given, **common)
+    numbers = FusedDriftAdamW(others.items(), **first, **common)
     for step in range(4):
         set_grads(params, others)
         if step == 0:
             ours.step()  # builds tables, from the host
         else:
-            with monkeypatch.context() as patch:
-                for reading in ("item", "__float__", "__bool__", "tolist"):
-                    patch.setattr(torch.Tensor, reading, lambda self: pytest.fail("the host read a tensor"))
+            with nothing_is_read(monkeypatch):
                 ours.step()
         numbers.step()
-        for group in numbers.param_groups:
-            group["lr"], group["alpha"] = 1e-2 / (step + 2), 0.5 * step
-        lr.fill_(1e-2 / (step + 2))
-        alpha.fill_(0.5 * step)
+        (group,), (of_numbers,) = ours.param_groups, numbers.param_groups
+        for key in tensors:
+            of_numbers[key] = {"lr": 1e-2 / (step + 2), "alpha": 0.5 * step}[key]
+            group[key].fill_(of_numbers[key])
     for name, p in params.items():
         assert torch.equal(p, others[name]), name
         assert ours.state[p]["step"].device.type == DEVICE.type
+
+
+@pytest.mark.parametrize("key", ["lr", "alpha"])
+def test_a_tensor_may_give_way_to_a_number_and_come_back(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number that the tensor holds by then, which is not what the last step read in it; and a tensor of the number
+    that the last step had, filled afterwards. Neither is compared by the host."""
+    params, others, deltas = make()
+    common = {"prior": deltas, "prior_scaling": "absolute", "lr": 1e-2, "alpha": 0.5}
+    ours = FusedDriftAdamW(params.items(), capturable=True, **common)
+    numbers = FusedDriftAdamW(others.items(), **common)
+    tensor = scalar(0.25)
+    for given, value in ((tensor, 0.25), (0.125, 0.125), (tensor, 0.125), (tensor, 0.5)):
+        tensor.fill_(value)
+        ours.param_groups[0][key], numbers.param_groups[0][key] = given, value
+        set_grads(params, others)
+        with nothing_is_read(monkeypatch) if ours.state else nullcontext():  # the first builds tables
+            ours.step()
+        numbers.step()
+        for name, p in params.items():
+            assert torch.equal(p, others[name]), (name, value)
 
 
 def test_an_alpha_of_zero_in_a_tensor_is_plain_adamw() -> None:
@@ -101,12 +131,12 @@ def test_schedulers_fill_tensors_in_place() -> None:
 def test_a_tensor_must_be_where_its_parameters_are() -> None:
     params, _, _ = make()
     elsewhere = torch.tensor(1e-3, device="meta")
-    with pytest.raises(ValueError, match=r"lr must be a number, or a tensor where its parameters are.*on meta"):
+    with pytest.raises(ValueError, match=r"lr must be a number, or a tensor on the device of its parameters.*on meta"):
         FusedDriftAdamW(params.items(), lr=elsewhere, capturable=True)
 
 
 def capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a graph were being captured."""
+    """Pretend that a graph is being captured."""
     for module in (engine, optimizer):
         monkeypatch.setattr(module, "capturing", lambda: True)
 
@@ -114,19 +144,19 @@ def capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"capturable": False, "backend": "reference"}, r"only with capturable=True \(group 0\)"),
-        ({"capturable": True, "backend": "cpu"}, r"cannot hold a step of drift_kernels\.kernels\.cpu"),
+        ({"capturable": False, "backend": "reference"}, r"requires capturable=True \(group 0\)"),
+        ({"capturable": True, "backend": "cpu"}, r"cannot capture a step of drift_kernels\.kernels\.cpu"),
     ],
 )
 def test_what_cannot_be_captured(options: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cuda":
-        pytest.skip("a stand-in for where there is no GPU")
+        pytest.skip("a substitute for machines without a GPU")
     params, _, _ = make()
     ours = FusedDriftAdamW(params.items(), **options)
     set_grads(params)
     before = {name: p.detach().clone() for name, p in params.items()}
     capture_nothing(monkeypatch)
-    with pytest.raises(RuntimeError, match="must run before it is captured"):
+    with pytest.raises(RuntimeError, match="run a step before capturing one"):
         ours.step()
     monkeypatch.undo()
     assert all(torch.equal(params[name], p) for name, p in before.items())
@@ -147,7 +177,7 @@ def test_a_captured_number_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog:
     ours.step()
     messages = [record.getMessage() for record in caplog.records if "captured" in record.getMessage()]
     assert messages == [
-        "every replay of the captured step keeps lr=0.25: to change it, pass a tensor (group 0)",
+        "every replay of the captured step uses lr=0.25; pass a tensor to change it (group 0)",
     ]
 
 
@@ -186,7 +216,7 @@ def test_replays_are_the_eager_steps(
         both(captured.step, 1)
     torch.cuda.current_stream().wait_stream(side)
     for p in params.values():
-        p.grad = torch.empty_like(p)  # addresses that no step has seen
+        p.grad = torch.empty_like(p)  # at addresses new to the optimizer
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured.step()

@@ -1,4 +1,4 @@
-"""Checkpoints of several processes: saved, resumed on other numbers of ranks, killed; and ranks that differ."""
+"""Checkpoints of several processes: saved, resumed with another number of ranks, killed; and ranks that differ."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def resume(folder: Path, flat: bool) -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize(("flat", "asynchronous"), [(False, False), (True, True)])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(flat: bool, asynchronous: bool, tmp_path: Path) -> None:
-    """4 -> 2 -> 1 ranks, each bit for bit the run that was not interrupted, seed and schedules included."""
+    """4 -> 2 -> 1 ranks, each bitwise identical to the uninterrupted run, with seed and schedules."""
     expected = {}
     for kind, options in KINDS.items():
         alone = Run(make_model(), **options)
@@ -86,7 +86,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(flat: bool, asynchron
 
 
 def save_twice(folder: Path) -> None:
-    """And be killed before the second is complete."""
+    """Save twice, and be killed before the second is complete."""
     run = Run(fsdp_model())
     for step in range(2):
         run.steps(step, step + 1)
@@ -130,9 +130,9 @@ def test_ranks_with_different_priors_are_told(tmp_path: Path) -> None:
 
 
 def accelerate(**options: Any) -> tuple[Any, nn.Module, Any]:
-    """As Accelerate does it under FSDP2: the optimizer is built first, then the parameters are replaced by shards.
+    """As Accelerate does under FSDP2: it builds the optimizer first, then replaces the parameters by shards.
 
-    (Accelerate shards on GPUs alone; on a CPU it has to be told that it does.)
+    (Accelerate shards only on GPUs; on a CPU it must be made to.)
     """
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
@@ -154,7 +154,7 @@ def accelerate(**options: Any) -> tuple[Any, nn.Module, Any]:
 
 
 def accelerated(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Half of the steps, and the other half by what was saved then."""
+    """Take half of the steps, then the other half from what was saved."""
     from accelerate.utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
 
     results = {}

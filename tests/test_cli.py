@@ -1,4 +1,4 @@
-"""drift-prior, from its arguments to its exit status and what it prints."""
+"""drift-prior: arguments, exit status and output."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_check_of_a_model_that_does_not_fit(folder: Path, capsys: pytest.Capture
 
 
 def test_groups_add_up(folder: Path) -> None:
-    """Norms of a group are those of its tensors in a row; its cosine lies within 1% of theirs in a row."""
+    """The norms of a group are those of its concatenated tensors; its cosine is within 1% of theirs."""
     assert build(folder, "--dtype", "fp32") == 0
     prior = Prior.open(folder / "prior")
     group = group_deltas(prior, lambda name: module_of(name) if module_of(name) == "mlp" else None)["mlp"]
@@ -128,7 +128,7 @@ def test_overwrite_regex_reference_and_name_map(folder: Path, capsys: pytest.Cap
     assert build(folder) == 0
     capsys.readouterr()
     assert build(folder) == 1
-    assert "exists already" in one_line(capsys.readouterr().err)
+    assert "already exists" in one_line(capsys.readouterr().err)
     write_checkpoint(folder / "reference", text_weights())
     modules = r"norms,re:(q|v)_proj\.\w{4,6}$"
     options = ["--overwrite", "--modules", modules, "--reference", str(folder / "reference")]
@@ -178,8 +178,8 @@ def test_failures_print_one_line_and_return_1(
     ("option", "value", "words"),
     [
         ("--layers", "3-1", "layers must be numbers and ranges"),
-        ("--modules", "attention", "modules must be among"),
-        ("--modules", "re:(", "not a regular expression"),
+        ("--modules", "attention", "modules must be any of"),
+        ("--modules", "re:(", "not a valid regular expression"),
         ("--dtype", "fp4", "invalid choice"),
         ("--name-map", "trunk", "expected PREFIX=CANONICAL"),
     ],

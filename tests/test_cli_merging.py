@@ -1,4 +1,4 @@
-"""drift-prior combine and apply, from their arguments to their exit status and what they print."""
+"""drift-prior combine and apply: arguments, exit status and output."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_combine_then_inspect_then_apply(family: Family, tmp_path: Path, capsys:
 
     merged = tmp_path / "merged"
     assert main(["apply", str(out), "--base", str(family.folder / "base"), "--scale", "-.5", "--out", str(merged)]) == 0
-    assert capsys.readouterr().out == f"{merged}: 29 tensors are W + -0.5 * delta, 0 as they were\n"
+    assert capsys.readouterr().out == f"{merged}: 29 tensors are W + -0.5 * delta, 0 are unchanged\n"
     weight = family.weights["base"][f"model.{UP}"]
     assert torch.equal(load_file(merged / "model.safetensors")[f"model.{UP}"], weight + -0.5 * expected)
 

@@ -1,4 +1,4 @@
-"""What drift-prior prints, and where: for people at 80 columns, for pipes, and as JSON."""
+"""The output of drift-prior: for terminals of 80 columns, for pipes, and as JSON."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_pipe_gets_whole_rows_whatever_the_terminal(folder: Path, columns: str
 def test_a_narrow_terminal_gets_every_digit(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich assume a terminal
     monkeypatch.setenv("COLUMNS", "50")
     assert main(["inspect", str(folder / "prior")]) == 0
     assert "…" not in capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_check_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found) == {"fingerprint", "coverage", "names", "verification"}
     assert set(found["coverage"]) == {"complete", "matched", "shape_mismatches", "prior_only", "model_only"}
     assert set(found["verification"]) == {"intact", *(field.name for field in fields(Verification))}
-    assert found["names"].startswith("by the names on disk, since ")
+    assert found["names"].startswith("by the names on disk, because ")
     assert found["coverage"]["complete"]
     assert len(found["coverage"]["matched"]) == len(prior)
     assert found["verification"] == {"intact": True, "by_checksum": len(prior), "by_norm": 0, "faults": {}}
@@ -131,7 +131,7 @@ def test_check_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_check_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     count = len(Prior.open(folder / "prior"))
     assert main(["check", str(folder / "prior"), "--verify"]) == 0
-    assert capsys.readouterr().out == f"{count} of {count} deltas are as they were built\n"
+    assert capsys.readouterr().out == f"{count} of {count} deltas are intact\n"
     (shard,) = (folder / "prior").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -140,8 +140,8 @@ def test_check_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     bound, names, verified, fault = captured.out.splitlines()
     assert f"{count} of {count} deltas are bound" in bound
-    assert names.startswith("by the names on disk, since ")
-    assert f"{count - 1} of {count} deltas are as they were built" in verified
+    assert names.startswith("by the names on disk, because ")
+    assert f"{count - 1} of {count} deltas are intact" in verified
     assert fault.startswith(f"  {Prior.open(folder / 'prior').names[-1]}: damaged: its checksum is ")
     assert not captured.err
     found = on_stdout(capsys, "check", folder / "prior", "--verify", "--json", status=1)
@@ -158,7 +158,7 @@ def test_without_matplotlib(
     assert main(["inspect", str(folder / "prior"), "--plot", str(plot), *json_]) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert line.startswith("drift-prior: drawing a prior needs matplotlib: pip install matplotlib")
+    assert line.startswith("drift-prior: plotting a prior requires matplotlib: pip install 'drift_kernels[plot]' (")
     assert not plot.exists()
     if json_:
         json.loads(captured.out)
@@ -169,7 +169,7 @@ def test_a_drawing_beside_json(folder: Path, capsys: pytest.CaptureFixture[str])
     assert main(["inspect", str(folder / "prior"), "--plot", str(plot), "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["deltas"]
-    assert captured.err == f"drift-prior: drawn to {plot}\n"
+    assert captured.err == f"drift-prior: plot written to {plot}\n"
     assert plot.exists()
 
 
@@ -179,8 +179,8 @@ def test_help_tells_the_exit_statuses(command: list[str], capsys: pytest.Capture
         main([*command, "--help"])
     assert exit_.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Exit status: 0 when all is well; 1 when it failed" in printed
-    assert "2 for a wrong command line" in printed
+    assert "Exit status: 0 on success; 1 on an error" in printed
+    assert "2 for invalid arguments" in printed
 
 
 def test_check_of_nothing_is_a_usage_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Under torch.compile: a training step that is compiled as a whole, and the primitives as custom operators."""
+"""Under torch.compile: a training step compiled as a whole, and the primitives as custom operators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = [
     ((BF16, BF16, INT8, INT8), {"stochastic": True}),
 ]
 
-# All of opcheck's. With float8, the first cannot run: torch cannot compare such tensors on the CPU.
+# All checks of opcheck. With float8 the first cannot run: torch cannot compare such tensors on the CPU.
 CHECKS = {
     fp8: (
         *(() if fp8 else ("test_schema",)),
@@ -72,7 +72,7 @@ def test_grad_stats_is_a_proper_operator(dtypes: tuple[torch.dtype | None, ...],
 
 @pytest.mark.parametrize(("dtypes", "modes"), DTYPES, ids=str)
 def test_the_operators_are_the_reference(dtypes: tuple[torch.dtype | None, ...], modes: dict[str, bool]) -> None:
-    """Called as they are, and from a compiled function."""
+    """Called directly, and from a compiled function."""
     problem = Problem.random([1000, CHUNK + 63, 1], dtypes, **modes)
     problem.operands = [replace(o, place=WHOLE) for o in problem.operands]
     expected, compiled = problem.clone(), problem.clone()
@@ -96,23 +96,23 @@ def test_the_operators_are_the_reference(dtypes: tuple[torch.dtype | None, ...],
 @pytest.mark.parametrize(
     ("position", "wrong", "words"),
     [
-        (0, lambda v: [v[0], v[1].float()], "params must be contiguous, of one dtype"),
-        (1, lambda v: v[:1], r"grads must be of the shapes \[\(100,\), \(63,\)\], got \[\(100,\)\]"),
+        (0, lambda v: [v[0], v[1].float()], "params must be contiguous, of the same dtype"),
+        (1, lambda v: v[:1], r"grads must have shapes \[\(100,\), \(63,\)\], got \[\(100,\)\]"),
         (2, lambda v: [v[0], v[1].repeat(2)[::2]], "exp_avgs must be contiguous"),
-        (4, lambda v: [*v, *v], "deltas must have 2 tensors where they are torch.bfloat16, got 4"),
-        (6, lambda v: [1], "random_keys must be 2 or none, got 1"),
+        (4, lambda v: [*v, *v], "deltas must have 2 tensors if they are torch.bfloat16, got 4"),
+        (6, lambda v: [1], "random_keys must have 2 entries or none, got 1"),
         (7, lambda v: v.double(), r"coefficients must be torch\.float32, got torch\.float64"),
         (3, lambda v: [t.bfloat16() for t in v], r"exp_avg_sqs must be torch\.float32, got torch\.bfloat16"),
-        (3, lambda v: [], r"exp_avg_sqs must be of the shapes"),
+        (3, lambda v: [], r"exp_avg_sqs must have shapes"),
         (
             5,
             lambda v: [torch.zeros(n, device=DEVICE) for n in (100, 63)],
             r"residuals must be torch\.int16, got torch\.float32",
         ),
         (1, lambda v: [t.half() for t in v], r"grads must be torch\.bfloat16 or torch\.float32, got torch\.float16"),
-        (4, lambda v: [t.to(torch.int8) for t in v], r"the scales of deltas must be of the shapes \[\(1,\), \(1,\)\]"),
-        (0, lambda v: [], "params must be of one tensor at least, got none"),
-        (7, lambda v: v[:1], "coefficients must be of the shapes"),
+        (4, lambda v: [t.to(torch.int8) for t in v], r"the scales of deltas must have shapes \[\(1,\), \(1,\)\]"),
+        (0, lambda v: [], "params must have at least one tensor, got none"),
+        (7, lambda v: v[:1], "coefficients must have shapes"),
     ],
 )
 def test_wrong_lists_are_named(position: int, wrong: Any, words: str) -> None:
@@ -127,7 +127,7 @@ def test_wrong_lists_are_named(position: int, wrong: Any, words: str) -> None:
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_compiled_training_step_is_the_eager_one_and_compiles_once(attached: bool) -> None:
-    """lr and alpha change in every step, the gradients' addresses too."""
+    """lr, alpha and the gradients' addresses change in every step."""
     net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).to(DEVICE)
     other = copy.deepcopy(net)
     deltas = {name: torch.randn_like(p) for name, p in net.named_parameters() if p.dim() == 2}
@@ -179,7 +179,7 @@ def test_a_closure_may_run_compiled_code() -> None:
 
 
 def test_scales_may_have_the_shape_of_an_optimizers_states() -> None:
-    """Row by row where rows are whole blocks; and what has neither shape is refused."""
+    """Per row if rows are whole blocks; any other shape is rejected."""
     flat = Problem.random([1024], (BF16, BF16, INT8, INT8))
     rows = flat.clone()
     ops.update(*arguments(flat))
@@ -190,5 +190,5 @@ def test_scales_may_have_the_shape_of_an_optimizers_states() -> None:
     ops.update(*matrices, *states, delta, residuals, keys, table)
     assert_same_bits(rows.outputs(), flat.outputs())
     states[0][1] = states[0][1].view(2, 4)
-    with pytest.raises(ValueError, match="the scales of exp_avgs must be of the shapes"):
+    with pytest.raises(ValueError, match="the scales of exp_avgs must have shapes"):
         ops.update(*matrices, *states, delta, residuals, keys, table)

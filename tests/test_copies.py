@@ -1,4 +1,4 @@
-"""Priors, optimizers and GradientBias that have been used: their copies, deep or pickled, go on as the originals."""
+"""Used priors, optimizers and GradientBias: their copies, deep or pickled, continue like the originals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MODES = {
 
 @pytest.fixture(params=KINDS)
 def prior(request: pytest.FixtureRequest, tmp_path: Path) -> Prior:
-    """For `large_params`: each kind of prior there is."""
+    """Every kind of prior, for `large_params`."""
     deltas = large_deltas()
     if request.param == "mapping":
         return Prior.from_mapping(deltas)
@@ -60,7 +60,7 @@ def prior(request: pytest.FixtureRequest, tmp_path: Path) -> Prior:
 
 
 def large_deltas() -> dict[str, torch.Tensor]:
-    """With one large enough for states that are codes, and none that is empty."""
+    """Deltas, one of them large enough for states stored as codes, none empty."""
     deltas = {name: delta for name, delta in make_deltas().items() if delta.numel()}
     return {**deltas, "layers.1.weight": 0.1 * torch.randn(33, 128, device=DEVICE)}
 
@@ -88,7 +88,7 @@ def assert_same_prior(one: Prior, other: Prior) -> None:
 @COPIES
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 def test_a_copy_of_a_prior_is_that_prior(prior: Prior, used: bool, copied: Copy) -> None:
-    """Also once `bias_gradients_` keeps with it what it has prepared."""
+    """Even after `bias_gradients_` has cached its preparations in it."""
     params = large_params(BF16)
     if used:
         random_grads(params)
@@ -106,7 +106,7 @@ def test_a_copy_of_a_prior_is_that_prior(prior: Prior, used: bool, copied: Copy)
 
 @COPIES
 def test_a_copy_of_a_used_prior_holds_no_parameters(copied: Copy) -> None:
-    """It biases the parameters that it is given, not copies of those that the original was used with."""
+    """It biases the parameters passed to it, not copies of those that the original was used with."""
     params = large_params()
     prior = Prior.from_mapping(large_deltas())
     random_grads(params)
@@ -122,7 +122,7 @@ def test_a_copy_of_a_used_prior_holds_no_parameters(copied: Copy) -> None:
 
 
 def test_a_used_prior_takes_no_more_room_in_a_file() -> None:
-    """What is kept for its parameters stays behind."""
+    """What is cached for its parameters is not saved."""
     params = large_params()
     prior = Prior.from_mapping(large_deltas())
     fresh = len(pickle.dumps(prior))
@@ -137,7 +137,7 @@ def test_a_used_prior_takes_no_more_room_in_a_file() -> None:
 @COPIES
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copy_of_a_used_optimizer_goes_on_as_the_original(prior: Prior, mode: str, copied: Copy) -> None:
-    """Copied together with its parameters; neither moves the other."""
+    """Copied together with its parameters; neither changes the other."""
     dtype, options = MODES[mode]
     params = large_params(dtype)
     groups = [
@@ -191,7 +191,7 @@ def test_a_copy_of_an_optimizer_without_a_prior_goes_on_as_the_original(copied: 
 def test_a_copy_of_a_gradient_bias_goes_on_as_the_original(
     prior: Prior, options: dict[str, Any], used: bool, copied: Copy
 ) -> None:
-    """Copied together with its parameters, which move in between: it biases the gradients of the copies alone."""
+    """Copied together with its parameters, which change in between: it biases only the gradients of the copies."""
     params = large_params(BF16)
     bias = GradientBias(params.items(), prior, alpha=0.7, **options)
     if used:

@@ -1,4 +1,4 @@
-"""Powers of beta, and sums over rows: one order of operations, wherever they are computed."""
+"""Powers of beta, and sums over rows: the same order of operations wherever they are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cuda backend: its machine code, for GPUs that need not be there, and what test_parity.py leaves to it."""
+"""The cuda backend: its machine code, for GPUs that need not be present, and what test_parity.py does not cover."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from drift_kernels.kernels import backends
 from drift_kernels.kernels import cuda as backend
 from drift_kernels.kernels.plan import CHUNK
 
-# What runs the kernels here: a GPU, or the host, thread by thread.
+# The kernels run on a GPU, or on the host, thread by thread.
 NAME = "cuda" if DEVICE.type == "cuda" else GRID
 THREADS, TURN, MAX_ROWS = 256, 8, 4080  # kThreads, kUpdateTurn and kMaxRows in csrc/cuda
 
@@ -36,7 +36,7 @@ Kernels = dict[str, dict[str, Any]]
 
 
 def built() -> Path | str:
-    """The extension, or why its machine code cannot be looked at."""
+    """The extension, or why its machine code cannot be read."""
     found = disassembly.built()
     if found is None:
         return "drift_kernels._cuda was not built: there is no nvcc"
@@ -45,7 +45,7 @@ def built() -> Path | str:
 
 @cache
 def listings() -> dict[str, Product]:
-    """Of every architecture, what benchmarks/gpu/disassembly.py says."""
+    """The output of benchmarks/gpu/disassembly.py for every architecture."""
     found = built()
     if isinstance(found, str):
         return {}
@@ -61,7 +61,7 @@ def begin() -> None:
 
 @pytest.fixture(scope="module")
 def extension() -> Path:
-    """What was built, for every architecture that it was built for."""
+    """The built extension, for all its architectures."""
     found = built()
     if isinstance(found, str):
         pytest.skip(found)
@@ -75,7 +75,7 @@ def by_arch(extension: Path) -> dict[str, Kernels]:
 
 
 def each(by_arch: dict[str, Kernels], kernel: str) -> Iterator[tuple[str, list[int], Counter[str]]]:
-    """For each architecture and combination of dtypes: which it is, the sizes of the dtypes, the opcodes."""
+    """For each architecture and combination of dtypes: its name, the sizes of the dtypes, the opcodes."""
     for arch, kernels in by_arch.items():
         for name, facts in kernels.items():
             if name.startswith(kernel):
@@ -84,7 +84,7 @@ def each(by_arch: dict[str, Kernels], kernel: str) -> Iterator[tuple[str, list[i
 
 
 def accesses(sass: Counter[str], kind: str) -> dict[str, int]:
-    """How often the streamed global accesses (evict first) of each width occur: {".128": 3, "": 4, ".U16": 8}."""
+    """The count of streamed global accesses (evict first) by width: {".128": 3, "": 4, ".U16": 8}."""
     return {opcode.removeprefix(f"{kind}.E.EF"): n for opcode, n in sass.items() if opcode.startswith(f"{kind}.E.EF")}
 
 
@@ -103,13 +103,14 @@ def test_it_was_built_for_what_people_have_and_for_what_will_come(
 def test_every_combination_of_dtypes_has_a_kernel(by_arch: dict[str, Kernels]) -> None:
     for arch, kernels in by_arch.items():
         kinds = Counter(name.partition("<")[0] for name in kernels)
-        # By the types of (gradients, states, deltas): float; float16; bfloat16 to nearest and at random; masters.
+        # By parameter, types of (gradients, states, deltas): float; float16; bfloat16 to nearest and stochastic;
+        # masters.
         updates = 1 * 3 * 3 + 2 * 2 * 3 + 2 * (2 * 3 * 5) + 2 * 4 * 5
         assert kinds == {"update": updates, "sum": 2 * 5 + 3, "bias": 2 * 4 + 2, "fill": 2}, arch
 
 
 def expected_accesses(arch: str, sizes: list[int], turn: int, single: int, copies: int = 1) -> Counter[str]:
-    """Of a turn in accesses as wide as can be, which the code has `copies` of, and of `single` elements one by one."""
+    """The accesses of a turn, as wide as possible, `copies` times in the code, and of `single` elements one by one."""
     widths = {32: ".ENL2.256", 16: ".128", 8: ".64", 4: "", 2: ".U16", 1: ".U8"}
     expected: Counter[str] = Counter()
     for size in filter(None, sizes):
@@ -121,15 +122,15 @@ def expected_accesses(arch: str, sizes: list[int], turn: int, single: int, copie
 
 
 def test_an_update_moves_as_much_at_a_time_as_can_be_or_one_element(by_arch: dict[str, Kernels]) -> None:
-    """Eight elements a turn where tensors are aligned, four elsewhere, two with masters or random bits (eight where the
-    states are codes). A turn is stored in two places: with its quick root and quotient, and without."""
+    """Eight elements per turn if tensors are aligned, else four, two with masters or random bits (eight if the states
+    are codes). The code stores a turn in two places: with the quick root and quotient, and without."""
     for name, (param, grad, state, delta), sass in each(by_arch, "update"):
         arch = name.partition(" ")[0]
         single = TURN if state == 1 else 2 if "stochastic" in name or "master" in name else 4
         residual = [2] if "master" in name else []
         loads, stores = accesses(sass, "LDG"), accesses(sass, "STG")
         expected = expected_accesses(arch, [param, grad, state, state, delta, *residual], TURN, single)
-        if 1 in (state, delta):  # and scales
+        if 1 in (state, delta):  # with scales
             assert loads.pop("", 0) > expected.pop("", 0), name
         assert loads == expected, name
         for copies in (1, 2):  # a compiler may join the ends of both
@@ -143,7 +144,7 @@ def test_an_update_moves_as_much_at_a_time_as_can_be_or_one_element(by_arch: dic
 
 
 def test_grad_stats_reads_as_much_at_a_time_as_can_be_or_one_element(by_arch: dict[str, Kernels]) -> None:
-    """64 bytes a turn, the first of them before the loop; eight elements elsewhere."""
+    """64 bytes per turn, the first before the loop; eight elements elsewhere."""
     for name, sizes, sass in each(by_arch, "sum"):
         turn = next(turn for turn in (32, 16, 8) if turn * sum(sizes) <= 64)
         found, expected = accesses(sass, "LDG"), expected_accesses(name.partition(" ")[0], sizes, turn, TURN, 2)
@@ -163,7 +164,7 @@ def test_the_bias_moves_as_much_at_a_time_as_can_be_or_one_element(by_arch: dict
 
 
 def expected_blocks(name: str) -> int:
-    """Of a multiprocessor, as csrc/cuda/kernels.cu launches them; one block fills coefficients, with 512 threads."""
+    """Blocks per multiprocessor, as in csrc/cuda/kernels.cu; one block fills coefficients, with 512 threads."""
     kernel, _, dtypes = name.rstrip(">").partition("<")
     if kernel != "update":
         return 2 if kernel == "fill" else 4
@@ -185,18 +186,18 @@ def test_nothing_spills_and_blocks_share_a_multiprocessor(by_arch: dict[str, Ker
 
 
 def expected_divisions(name: str) -> tuple[int, int]:
-    """Those that nvcc makes, of roots as many; and fused operations, of which the quick ones are made."""
+    """The number of divisions by nvcc, and as many roots; and of the fused operations in the quick ones."""
     kernel, _, dtypes = name.rstrip(">").partition("<")
     types = dtypes.split(", ")
-    if kernel == "sum":  # each turn before and after the next is asked for, and one by one
+    if kernel == "sum":  # each turn before and after the next is loaded, and one by one
         turn = next(turn for turn in (32, 16, 8) if turn * sum(SIZES[dtype] for dtype in types) <= 64)
         return 0, (2 * turn + TURN) * (1 if "Nothing" in types else 2)
     if kernel != "update":
         return 0, 0
-    # The wide turn, with a quick root and quotient and without, and the other one.
+    # The wide turn, with and without the quick root and quotient, and the narrow turn.
     beside = TURN if "int8_state" in types else 2 if "stochastic" in name or "master" in name else 4
     fused = TURN * (2 + 6)
-    if "int8_state" in types:  # for either, roots of codes, and of each state a scale and its inverse
+    if "int8_state" in types:  # for both: roots of codes, and for each state a scale and its inverse
         fused += 2 * (TURN * 2 + 2 * (2 + 6))
     return TURN + beside, fused
 
@@ -324,7 +325,7 @@ def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu" and backend._reason is None:
         without_a_gpu = r"there is no CUDA driver|cuda\w+ failed: cudaError\w+: "
         assert re.search(without_a_gpu, str(backend.unavailable(cuda)))
-    monkeypatch.setattr(backend, "_reason", "its compiled extension cannot be imported")
-    assert "cannot be imported" in str(backend.unavailable(cuda))
+    monkeypatch.setattr(backend, "_reason", "cannot import its compiled extension")
+    assert "cannot import" in str(backend.unavailable(cuda))
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "ROCm" in str(backend.unavailable(cuda))

@@ -246,7 +246,7 @@ def test_a_pool_runs_what_is_missing_in_processes(tmp_path: Path):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
     console = Console(file=io.StringIO())
     again = Pool(TINY, tmp_path, {**MADE_BY, "commit": "def"}, console).cells_of(runs, "all")
-    assert "all: 3 of 4 runs are there already" in console.file.getvalue()
+    assert "all: 3 of 4 runs are already done" in console.file.getvalue()
     assert {run: again[run] for run in runs[:3]} == first
     assert again[runs[3]]["made_by"]["commit"] == "def"
     assert {path: path.stat().st_mtime_ns for path in times} == times
@@ -282,8 +282,8 @@ def test_an_experiment_writes_its_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["seeds"] == list(range(10))
     assert (tmp_path / "small-dots.png").exists()
     printed = console.export_text()
-    assert "Does it? %, means of 10 seeds [95 %]" in printed
-    assert "held-out sums: of digit pairs that no image example added" in printed
+    assert "Does it? (in %, means of 10 seeds [95 %])" in printed
+    assert "held-out sums: digit pairs whose sum no image example showed" in printed
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
@@ -299,7 +299,7 @@ def test_a_command_that_is_stopped_leaves_no_process_behind(signum: signal.Signa
     assert len(workers) >= 2
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
-    assert ("the same command goes on from there" in printed) == (signum == signal.SIGINT)
+    assert ("run the same command to resume" in printed) == (signum == signal.SIGINT)
     assert list(tmp_path.glob("runs/*.json")) == []
 
 

@@ -94,7 +94,7 @@ def weights_run() -> str:
 
 def test_weights_in_place_of_deltas_are_noticed_by_every_rank(tmp_path: Path) -> None:
     for said in ranks.run(weights_run, 2, tmp_path):
-        assert "these look like weights" in said
+        assert "these deltas look like weights" in said
 
 
 def tensor_parallel_run(data: int) -> dict[str, Tensor]:

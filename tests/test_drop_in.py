@@ -197,7 +197,7 @@ def test_the_old_name_of_the_scaling_works_and_says_so(name: str, make: Callable
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         new = make(prior_scaling="absolute")
-    with pytest.warns(DeprecationWarning, match=rf"scaling is called prior_scaling now \({name}\)") as caught:
+    with pytest.warns(DeprecationWarning, match=rf"{name}: scaling is deprecated, use prior_scaling instead") as caught:
         old = make(scaling="absolute")
     assert caught[0].filename == __file__
     if name == "bias_gradients_":
@@ -205,7 +205,7 @@ def test_the_old_name_of_the_scaling_works_and_says_so(name: str, make: Callable
         assert old.cosine is None, "absolute needs no statistics"
     else:
         assert old.param_groups == new.param_groups
-    with pytest.raises(TypeError, match=f"{name} got prior_scaling and scaling"):
+    with pytest.raises(TypeError, match=f"{name} got both prior_scaling and its old name scaling"):
         make(scaling="absolute", prior_scaling="absolute")
 
 

@@ -174,6 +174,24 @@ def test_an_attached_optimizer_lets_go_of_replaced_states(with_gradients: bool) 
 # Biases
 
 
+def test_a_parameter_that_grows_is_bound_anew() -> None:
+    """As by a bias that is made for what it is now: zero for the new rows, scaled to the norm that it has now."""
+    delta = torch.randn(20, 7, device=DEVICE)
+    param = nn.Parameter(torch.randn(20, 7, device=DEVICE))
+    options: dict[str, Any] = {"prior_scaling": "absolute", "normalize_to_param": True}
+    bias = GradientBias([("embed_tokens.weight", param)], {"embed_tokens.weight": delta}, **options)
+    for rows in (20, 23):
+        param.grad = None
+        param.data = torch.randn(rows, 7, device=DEVICE) * rows
+        grad = torch.randn_like(param)
+        expected = nn.Parameter(param.detach().clone())
+        expected.grad, param.grad = grad.clone(), grad.clone()
+        GradientBias([("embed_tokens.weight", expected)], {"embed_tokens.weight": delta}, **options).apply_()
+        bias.apply_()
+        assert torch.equal(param.grad, expected.grad)
+        assert torch.equal(param.grad[20:], grad[20:])
+
+
 def test_a_used_bias_keeps_no_gradient_alive_and_bias_gradients_no_parameter() -> None:
     params, prior = make_params(), Prior.from_mapping(make_deltas())
     random_grads(params)

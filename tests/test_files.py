@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from drift_kernels import CheckpointError, build_prior
 from drift_kernels.prior import arithmetic
 from drift_kernels.prior.arithmetic import checksum, subtract
+from drift_kernels.prior.files import TensorFile
 
 Q_PROJ = "layers.1.self_attn.q_proj.weight"
 ROW = 1024  # 64-bit words
@@ -60,25 +62,25 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "shards", "words"),
     [
-        ("truncated", 1, r"truncated: its header promises \d+ bytes, the file has \d+"),
+        ("truncated", 1, r"truncated: expected \d+ bytes from its header, but the file has \d+"),
         ("truncated header", 1, r"model.safetensors \(50 bytes\): truncated or not a safetensors file"),
-        ("longer", 1, "damaged: its header promises"),
-        ("foreign", 1, r"\(204 bytes\): not a safetensors file but a file of torch.save: save the model again"),
-        ("not JSON", 1, "not a safetensors file: its header cannot be read"),
-        ("wrong shape", 1, r"w: F32\[3\] does not fill bytes 0 to 8"),
+        ("longer", 1, "damaged: expected"),
+        ("foreign", 1, r"\(204 bytes\): not a safetensors file but a torch.save file: save the model again"),
+        ("not JSON", 1, "not a safetensors file: cannot read its header"),
+        ("wrong shape", 1, r"w: F32\[3\] does not match bytes 0 to 8"),
         ("empty file", 1, r"\(0 bytes\): truncated or not a safetensors file"),
         ("empty folder", 1, "expected model.safetensors or model.safetensors.index.json, the folder is empty"),
         ("bin", 1, r"found PyTorch .bin files \(pytorch_model.bin\): save the model again"),
         ("no index", 3, r"found safetensors files without an index \(model-00001-of-0.*\): add the index"),
-        ("missing shard", 3, "names model-00002-of-00003.safetensors, which is not there"),
-        ("shard lacks", 3, "model-00002-of-00003.safetensors: lacks model.* places there"),
+        ("missing shard", 3, "model-00002-of-00003.safetensors is missing, but listed in"),
+        ("shard lacks", 3, "model-00002-of-00003.safetensors: model.* is missing, but listed"),
         ("broken index", 3, "model.safetensors.index.json: cannot be read as JSON"),
-        ("index without map", 3, "no weight_map in it"),
+        ("index without map", 3, "it has no weight_map"),
         ("broken config", 1, "config.json: expected a JSON object, found list"),
         (
             "codes alone",
             1,
-            rf"the expert holds FP8 codes without scales: 1 of .*{Q_PROJ}",
+            rf"the expert contains FP8 codes without scales: 1 of .*{Q_PROJ}",
         ),
     ],
 )
@@ -88,6 +90,18 @@ def test_bad_checkpoints(tmp_path: Path, how: str, shards: int, words: str) -> N
     with pytest.raises(CheckpointError, match=words):
         build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
     assert not list(tmp_path.glob("prior*"))
+
+
+@pytest.mark.parametrize(
+    ("length", "words"), [(100_000_000, "its header cannot be read"), (100_000_001, "truncated or not a safetensors")]
+)
+def test_a_header_is_read_up_to_the_limit_of_the_format(tmp_path: Path, length: int, words: str) -> None:
+    """The safetensors library refuses headers above 100 MB. The file is sparse."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little"))
+    os.truncate(path, 8 + length)
+    with pytest.raises(CheckpointError, match=words):
+        TensorFile.inspect(path)
 
 
 @pytest.mark.parametrize("numel", [0, 3, 4 * ROW, 12 * ROW + 5])

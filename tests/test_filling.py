@@ -70,6 +70,21 @@ def test_it_is_coefficients_py_bit_for_bit(
     assert len(given) == 7
 
 
+def test_gradients_along_their_deltas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cosines that rounding has taken beyond 1, and squares of norms that it has taken below 0: in a half of such pairs
+    each, of which there are 24."""
+    for _ in range(24):
+        both = models({"w": (100,)})
+        deltas = deltas_of(both[0])
+
+        def along(params: Params, deltas: dict[str, Tensor] = deltas) -> None:
+            params["w"].grad = 4 * deltas["w"]
+
+        pair = Pair(both, lambda params: [{"params": list(params.items())}], prior=deltas, max_grad_norm=0.5)
+        pair.step(monkeypatch, along)
+        assert float(pair.optimizers[0].grad_norm) <= 1e-3 * float(both[0]["w"].grad.norm())
+
+
 def test_alpha_by_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     both = models()
     alpha = {"re:weight": 0.7, "re:bias": -0.3}

@@ -45,21 +45,21 @@ def fails(folder: Path, expert: str = "expert") -> str:
     [
         (
             {"model.safetensors": POINTER},
-            r"model\.safetensors \(135 bytes\): .* a pointer of Git LFS: run `git lfs pull`",
+            r"model\.safetensors \(135 bytes\): .* a Git LFS pointer: run `git lfs pull`",
         ),
-        ({"model.safetensors.index.json": POINTER}, r"index\.json: cannot be read as JSON: a pointer of Git LFS"),
-        ({"config.json": POINTER}, r"config\.json: cannot be read as JSON: a pointer of Git LFS"),
+        ({"model.safetensors.index.json": POINTER}, r"index\.json: cannot be read as JSON: a Git LFS pointer"),
+        ({"config.json": POINTER}, r"config\.json: cannot be read as JSON: a Git LFS pointer"),
         ({"model.safetensors": "<!DOCTYPE html><html>" + "x" * 99}, "a web page: download the file again"),
         ({"model.safetensors": "GGUF" + "x" * 99}, "not a safetensors file but a GGUF file"),
         (
             {"adapter_model.safetensors": "", "adapter_config.json": "{}"},
-            r"a PEFT \(LoRA\) adapter .*give BASE",
+            r"a PEFT \(LoRA\) adapter .*pass BASE",
         ),
         ({"adapter_config.json": "{}", "adapter_model.bin": ""}, r"a PEFT \(LoRA\) adapter .*merge_and_unload"),
-        ({"model-Q4_K_M.gguf": "GGUF"}, r"found GGUF files \(model-Q4_K_M\.gguf\): take the safetensors checkpoint"),
+        ({"model-Q4_K_M.gguf": "GGUF"}, r"found GGUF files \(model-Q4_K_M\.gguf\): use the safetensors checkpoint"),
         ({"pytorch_model.bin": "PK", "config.json": "{}"}, r"found PyTorch \.bin files \(pytorch_model\.bin\)"),
-        ({"consolidated.safetensors": "", "params.json": "{}"}, "weights in their authors' own format"),
-        ({"consolidated.00.pth": ""}, "take the checkpoint for transformers"),
+        ({"consolidated.safetensors": "", "params.json": "{}"}, "weights in their authors' format"),
+        ({"consolidated.00.pth": ""}, "use the checkpoint for transformers"),
         ({"__0_0.distcp": ""}, "a training checkpoint .*save_pretrained"),
         ({"snapshots/abc/config.json": "", "refs/main": ""}, "a model in the Hub's cache .*the folders in snapshots"),
         ({"notes.txt": ""}, "expected model.safetensors or model.safetensors.index.json, found notes.txt"),
@@ -77,9 +77,9 @@ def test_what_lies_in_a_folder(folder: Path, files: dict[str, str], words: str) 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"GGUF" + bytes(99), "expected a folder, found a GGUF file: take the safetensors checkpoint"),
-        (POINTER.encode(), "expected a folder, found a pointer of Git LFS"),
-        (b"{}", "expected a folder, found a file: give the folder that it is in"),
+        (b"GGUF" + bytes(99), "expected a folder, found a GGUF file: use the safetensors checkpoint"),
+        (POINTER.encode(), "expected a folder, found a Git LFS pointer"),
+        (b"{}", "expected a folder, found a file: pass its folder"),
     ],
 )
 def test_a_file_in_place_of_a_folder(folder: Path, content: bytes, words: str) -> None:
@@ -93,16 +93,16 @@ def test_links_to_nothing(folder: Path) -> None:
     """As the Hub's cache leaves them when blobs were deleted or never arrived."""
     (folder / "single").mkdir()
     (folder / "single" / "model.safetensors").symlink_to("../../blobs/gone")
-    assert "found links to files that are not there (model.safetensors): download the model again" in fails(
+    assert "found links to files that do not exist (model.safetensors): download the model again" in fails(
         folder, "single"
     )
     write_checkpoint(folder / "sharded", text_weights(), shards=3)
     shard = folder / "sharded" / "model-00002-of-00003.safetensors"
     shard.unlink()
     shard.symlink_to("../../blobs/gone")
-    assert f"{shard}: a link to ../../blobs/gone, which is not there" in fails(folder, "sharded")
+    assert f"{shard}: a link to ../../blobs/gone, which does not exist" in fails(folder, "sharded")
     (folder / "all").symlink_to("gone")
-    assert "all: a link to gone, which is not there" in fails(folder, "all")
+    assert "all: a link to gone, which does not exist" in fails(folder, "all")
 
 
 @pytest.mark.parametrize("stale", ["of other shards", "broken"])
@@ -127,7 +127,7 @@ def test_of_a_single_file_and_an_index_transformers_and_we_read_the_first(
         assert torch.equal(prior.load(name), second.state_dict()[f"model.{name}"])
         assert torch.equal(prior.load(name), read[f"model.{name}"])
     (message,) = [record.getMessage() for record in caplog.records if record.name == "drift_kernels"]
-    assert "model.safetensors is read, as transformers does, and model.safetensors.index.json beside it is" in message
+    assert "reading model.safetensors, as transformers does, and ignoring model.safetensors.index.json next" in message
 
 
 def test_an_index_of_the_single_file_is_not_stale(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +156,7 @@ def refusing(number: int, mark: str) -> Callable[[Path], FileIO]:
         (errno.EACCES, "no permission to read it"),
         (errno.EPERM, "no permission to read it"),
         (errno.EMFILE, r"too many files are open: raise the limit \(ulimit -n\)"),
-        (errno.ENOENT, "is not there, or not any more"),
+        (errno.ENOENT, "does not exist, or not any more"),
         (errno.ESTALE, "cannot be read: Stale file handle"),
     ],
 )
@@ -182,7 +182,7 @@ def test_files_that_cannot_be_opened(folder: Path, number: int, words: str, monk
     ("how", "words", "damaged"),
     [
         ("EIO", "cannot be read: Input/output error", False),
-        ("nothing", r"cannot be read: no byte came of its \d+ from \d+ on", False),
+        ("nothing", r"cannot be read: got none of its \d+ bytes from \d+ on", False),
         ("truncated", r"damaged: the file ends \d+ bytes too early", True),
     ],
 )

@@ -279,7 +279,7 @@ def test_other_models_and_incomplete_experts_are_not_bound() -> None:
     coverage = Prior.from_mapping(gates).coverage([(f"model.{stem}gate_up_proj", fused)])
     assert not coverage.matched
     assert coverage.prior_only == sorted(gates)
-    assert "the prior lacks some of what they are made of" in coverage.summary()
+    assert "the prior lacks some of the deltas to fuse" in coverage.summary()
     # What has its own name is not taken for another's.
     live = [
         (f"model.layers.0.{m}.up_proj.weight", nn.Parameter(torch.zeros(4, 3))) for m in ("mlp", "block_sparse_moe")
@@ -302,7 +302,7 @@ def test_alpha_of_a_joined_delta_is_that_of_its_first_part_and_zero_where_a_part
     assert alphas({"re:layers.0.": 0.2, "mlp": 1.0}) == [0.2, 1.0]
     assert alphas({"re:layers.0.*experts.0": 0.2, "mlp": 1.0}) == [0.2, 1.0]
     assert alphas({"re:layers.0.*experts.1": 0.0, "mlp": 1.0}) == [None, 1.0]
-    with pytest.raises(PriorMismatchError, match="patterns leave all 2 matching deltas alone"):
+    with pytest.raises(PriorMismatchError, match="patterns of alpha match none of the 2 matching deltas"):
         alphas({"re:experts.1": 1.0})
 
 

@@ -114,7 +114,7 @@ def test_the_budget_bounds_all_stages_together(tmp_path: Path) -> None:
     assert time.monotonic() - start < PATIENCE
     assert [outcome.status for outcome in outcomes] == [FAILED, FAILED, NOT_RUN]
     assert outcomes[0].reason == "stopped after 1 s"
-    assert outcomes[1].reason == "nothing is left of the 1 s for all stages"
+    assert outcomes[1].reason == "the 1 s for all stages are used up"
 
 
 def test_the_log_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

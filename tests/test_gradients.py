@@ -256,8 +256,16 @@ def test_the_function_takes_what_is_loaded_once(prior: Any) -> None:
     ("spoil", "error", "words"),
     [
         (lambda params: params.values(), PriorError, r"pass model\.named_parameters\(\)"),
-        (lambda params: [*params.items(), ("twin", params["norm.weight"])], ValueError, "twin is norm.weight too"),
-        (lambda params: {**params, "norm.weight": nn.Parameter(torch.zeros(8))}.items(), PriorMismatchError, "of an"),
+        (
+            lambda params: [*params.items(), ("twin", params["norm.weight"])],
+            ValueError,
+            "twin and norm.weight are one parameter",
+        ),
+        (
+            lambda params: {**params, "norm.weight": nn.Parameter(torch.zeros(8))}.items(),
+            PriorMismatchError,
+            "another model",
+        ),
         (lambda params: {**params, "norm.weight": nn.Parameter(torch.zeros(7).double())}.items(), TypeError, "float64"),
     ],
     ids=["unnamed", "twice", "shape", "float64"],

@@ -46,7 +46,7 @@ def test_a_held_model_is_bound_with_all_that_the_table_knows(attribute: str, cap
     module = Holder(**{one: Holder(**{more[0]: held}) if more else held})
     with caplog.at_level(logging.INFO, "drift_kernels"):
         optimizer = stepped(FusedDriftAdamW(named_groups(module), prior=prior))
-    assert caplog.text.count(f"the model whose names are known is held as '{attribute}'") == 1
+    assert caplog.text.count(f"the prior is matched with the model held as '{attribute}'") == 1
     assert sorted(optimizer.prior_names) == sorted(f"{attribute}.{name}" for name in prior)
     stepped(FusedDriftAdamW(named_groups(alone), prior=prior))
     assert tiny.same(held, alone)
@@ -75,7 +75,7 @@ def test_adapters_and_modules_to_save(held: bool) -> None:
 
 def test_two_held_models_are_an_error_that_says_what_to_do() -> None:
     module = Holder(student=tiny.base_model(), teacher=tiny.base_model().requires_grad_(False))
-    with pytest.raises(PriorMismatchError, match=r"student\., teacher\.; give the parameters of one of them alone"):
+    with pytest.raises(PriorMismatchError, match=r"student\., teacher\.; pass the parameters of only one of them"):
         FusedDriftAdamW(module.named_parameters(), prior=tiny.expert_prior())
     optimizer = FusedDriftAdamW(named_groups(module), prior=tiny.expert_prior())
     assert sorted(optimizer.covered_names) == sorted(f"student.{name}" for name in tiny.expert_prior())
@@ -102,7 +102,7 @@ def flattened(optimizer: FusedDriftAdamW) -> FusedDriftAdamW:
 def test_flattened_parameters_are_an_error_that_says_what_to_do(notice: Any) -> None:
     optimizer = flattened(FusedDriftAdamW(named_groups(tiny.base_model()), prior=tiny.expert_prior()))
     before = [group["params"][0].detach().clone() for group in optimizer.param_groups]
-    with pytest.raises(PriorError, match=r"DeepSpeed's ZeRO has made one of many.*attach_prior"):
+    with pytest.raises(PriorError, match=r"DeepSpeed's ZeRO flattens parameters.*attach_prior"):
         notice(optimizer)
     assert all(torch.equal(b, group["params"][0]) for b, group in zip(before, optimizer.param_groups, strict=True))
 

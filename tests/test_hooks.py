@@ -54,7 +54,7 @@ def test_hooks_load_deltas_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hooks_under_accumulation() -> None:
-    """In each micro-batch, or paused in all but the last."""
+    """In each micro-batch, or paused in all but the last; a pause within a pause does not end it."""
     each, paused, deltas = two_models()
     plain = copy.deepcopy(each)
     attach_prior(each, deltas, alpha=0.5, prior_scaling="gradnorm")
@@ -65,6 +65,8 @@ def test_hooks_under_accumulation() -> None:
     for micro_batch in range(3):
         if micro_batch < 2:
             with handle.paused():
+                with handle.paused():
+                    pass
                 state = torch.get_rng_state()
                 backward(paused)
                 torch.set_rng_state(state)
@@ -123,7 +125,7 @@ def test_frozen_parameters_get_no_hook() -> None:
     backward(model, plain)
     assert torch.equal(model.inner.weight.grad, plain.inner.weight.grad - deltas["inner.weight"])
     model.requires_grad_(False)
-    with pytest.raises(PriorMismatchError, match="no parameter that the prior covers requires gradients"):
+    with pytest.raises(PriorMismatchError, match="parameters that it covers are frozen"):
         attach_prior(model, deltas)
 
 

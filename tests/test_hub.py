@@ -125,7 +125,10 @@ def test_repositories_without_a_checkpoint(hub: LoopbackHub, names: list[str], w
 def test_what_cannot_be_fetched(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "org/gone"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "org/gone: no such folder, and not fetched from the Hub (RepositoryNotFoundError: 404 Client Error" in line
+    assert (
+        "org/gone: no such folder, and cannot be fetched from the Hub (RepositoryNotFoundError: 404 Client Error"
+        in line
+    )
     with pytest.raises(PriorFormatError, match=r"a/b/c: no such folder$"):
         Prior.open("a/b/c")
 
@@ -136,7 +139,7 @@ def test_without_the_hub_s_client(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     captured = capsys.readouterr()
     assert not captured.out
     (line,) = captured.err.splitlines()
-    assert "org/prior: no such folder; to fetch it from the Hub, pip install huggingface_hub" in line
+    assert "org/prior: no such folder; to fetch it from the Hub, run pip install 'drift_kernels[hub]' (" in line
 
 
 def test_names_for_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,14 +121,14 @@ def test_the_command(base: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["kinds"]["q_proj"] == pytest.approx(seen)
     assert f"{seen:.2%}" in next(line for line in printed.splitlines() if line.startswith("q_proj "))
     assert all(f"{fit['seen']:.2%}" in printed for fit in found["modules"].values())
-    assert f"12 modules of rank {RANK} see {found['seen']:.2%} of their deltas' energy" in printed
+    assert f"12 modules of rank {RANK} capture {found['seen']:.2%} of their deltas' norm^2" in printed
     record = json.loads((tmp_path / "one" / "drift_init_lora.json").read_text())
     assert record["prior"] == Prior.open(tmp_path / "prior").fingerprint
     assert record["modules"] == found["modules"]
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in two)  # the same each time
     assert main([*command, str(tmp_path / "one")]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "one"), "--overwrite"]) == 0
     assert main([*command, str(tmp_path / "base"), "--overwrite"]) == 1
     assert (tmp_path / "base" / "model.safetensors").exists()
@@ -136,16 +136,18 @@ def test_the_command(base: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_errors_leave_nothing(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prior, folder, out = tmp_path / "prior", tmp_path / "base", tmp_path / "adapter"
-    with pytest.raises(ValueError, match="rank must be a whole number"):
+    with pytest.raises(ValueError, match="rank must be a positive integer"):
         init_lora(prior, folder, out, rank=0)
-    with pytest.raises(PriorError, match=r"rank 17 is beyond .*k_proj.* whose shape is"):
+    with pytest.raises(PriorError, match=r"rank 17 is too large for .*k_proj.* of shape"):
         init_lora(prior, folder, out, rank=17)
-    with pytest.raises(PriorError, match="no linear layer of norms has a delta"):
+    with pytest.raises(PriorError, match="no delta for a linear layer of norms"):
         init_lora(prior, folder, out, modules=("norms",))
-    with pytest.raises(CheckpointError, match=r"config\.json gives no model of transformers"):
+    with pytest.raises(CheckpointError, match=r"cannot create a transformers model from its config\.json"):
         init_lora(prior, tmp_path / "prior", out)
     other = {name: torch.randn(3, 5) for name in Prior.open(prior).names if "q_proj.weight" in name}
-    with pytest.raises(PriorMismatchError, match=r"q_proj.weight has shape \[32, 32\], the prior's .* \[3, 5\]"):
+    with pytest.raises(
+        PriorMismatchError, match=r"q_proj.weight has shape \[32, 32\], but the prior's .* has shape \[3, 5\]"
+    ):
         init_lora(other, folder, out)
 
     def broken(*arguments: object) -> None:

@@ -35,14 +35,23 @@ def layers_of(prior: Prior) -> set[int | None]:
 
 @pytest.mark.parametrize(
     "config",
-    [FURTHER, {"text_config": FURTHER}, {"num_hidden_layers": 9, "text_config": FURTHER}],
-    ids=["flat", "nested", "nested under another"],
+    [
+        FURTHER,
+        {"text_config": FURTHER},
+        {"num_hidden_layers": 9, "text_config": FURTHER},
+        {"llm_config": FURTHER},
+        {"language_config": FURTHER},
+        {"thinker_config": {"num_hidden_layers": 9, "text_config": FURTHER}, "num_hidden_layers": 9},
+    ],
+    ids=["flat", "nested", "nested under another", "InternVL", "DeepSeek-VL2", "Qwen-Omni"],
 )
 @pytest.mark.parametrize("role", ["expert", "base"])
 def test_the_config_counts_them(tmp_path: Path, role: str, config: dict[str, object]) -> None:
     prior = build(tmp_path, **{role: (text_weights(layers=4), config)})
     assert layers_of(prior) == {0, 1, 2}
-    assert not [warning for warning in prior.record["warnings"] if "of one origin" not in warning]  # they are not
+    assert not [
+        warning for warning in prior.record["warnings"] if "fine-tuned from this base" not in warning
+    ]  # they are not
 
 
 @pytest.mark.parametrize("role", ["expert", "base"])
@@ -67,11 +76,11 @@ def test_those_with_a_name_of_their_own_never_counted(tmp_path: Path) -> None:
 def test_layers_may_choose_those_in_common(tmp_path: Path, role: str) -> None:
     """Where nothing tells what the further layer is for."""
     deeper = {role: (text_weights(layers=4), {})}
-    with pytest.raises(PriorError, match=r"has [34] layers, .* has [34]; layers \(--layers\) may choose among 0-2"):
+    with pytest.raises(PriorError, match=r"has [34] layers, .* has [34]; choose layers \(--layers\) from 0-2"):
         build(tmp_path, **deeper)
     paths = (tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
     assert layers_of(build_prior(*paths, layers=[0, 2])) == {0, 2}
-    with pytest.raises(PriorError, match="may choose among 0-2"):
+    with pytest.raises(PriorError, match=r"choose layers \(--layers\) from 0-2"):
         build_prior(*paths, layers=[2, 3], overwrite=True)
 
 

@@ -22,6 +22,7 @@ import torch
 from background import Product
 from torch import nn
 
+import drift_kernels
 from drift_kernels import BackendUnavailableError, FusedDriftAdamW
 from drift_kernels.formats import philox
 from drift_kernels.kernels import backends, cpu, cuda
@@ -30,6 +31,7 @@ from drift_kernels.kernels.layout import LAYOUT, mismatch
 from drift_kernels.kernels.plan import CHUNK, ROW_FIELDS
 from drift_kernels.kernels.triton import layout as of_triton
 from drift_kernels.prior import BLOCK, arithmetic
+from drift_kernels.reinstalling import reinstall_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,14 +43,14 @@ ROOT = Path(__file__).parents[1]
 def test_the_extensions_were_built_for_it(name: str) -> None:
     extension = pytest.importorskip(f"drift_kernels.{name}")
     assert extension.LAYOUT == LAYOUT
-    assert mismatch(extension) is None
+    assert mismatch(extension, name.removeprefix("_")) is None
 
 
 @pytest.mark.skipif(grid.COMPILER is None, reason="there is no C++ compiler")
 def test_the_kernels_on_the_host_are_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     grid._library()
     monkeypatch.setitem(LAYOUT, "chunk", CHUNK // 2)
-    with pytest.raises(AssertionError, match=f"chunk: the extension has {CHUNK}, this drift_kernels {CHUNK // 2}"):
+    with pytest.raises(AssertionError, match=f"chunk: expected {CHUNK // 2}, the extension has {CHUNK}"):
         grid._library.__wrapped__()
 
 
@@ -112,14 +114,14 @@ def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     backends.resolve.cache_clear()
 
 
-def assert_says_both(reason: str, layout: dict[str, Any] | None) -> None:
+def assert_says_both(reason: str, layout: dict[str, Any] | None, backend: str = "cpu") -> None:
     assert "its compiled extension (/old/extension.so) was built " in reason
-    assert reason.endswith("; reinstall drift_kernels, so that it is built anew")
-    assert ("older sources, which do not say their layout" in reason) == (layout is None)
+    assert reason.endswith(f"; rebuild it with: {reinstall_command(backend)}")
+    assert ("older sources, which do not export their layout" in reason) == (layout is None)
     built = layout or {}
     for part in {**LAYOUT, **built}:
         here, there = text(LAYOUT.get(part, "nothing")), text(built.get(part, "nothing"))
-        difference = f"{part}: the extension has {there}, this drift_kernels {here}"
+        difference = f"{part}: expected {here}, the extension has {there}"
         assert (difference in reason) == (here != there)
 
 
@@ -139,7 +141,7 @@ def test_a_backend_of_another_layout_is_unavailable(other: dict[str, Any] | None
     for name in ("cpu", "cuda"):
         reason = backends.load(name).unavailable(torch.device(name))
         assert reason is not None
-        assert_says_both(reason, other)
+        assert_says_both(reason, other, name)
 
 
 def test_an_optimizer_that_asks_for_it_raises_and_auto_goes_on(
@@ -151,7 +153,7 @@ def test_an_optimizer_that_asks_for_it_raises_and_auto_goes_on(
     with caplog.at_level(logging.WARNING, "drift_kernels"):
         found = weights("auto"), weights("auto")
     (record,) = caplog.records
-    assert record.getMessage().startswith("backend 'auto' uses 'reference' on cpu: 'cpu' is unavailable: its compiled")
+    assert record.getMessage().startswith("backend='auto' falls back to 'reference' on cpu: 'cpu' is unavailable: its")
     assert_says_both(record.getMessage(), other)
     for each in found:
         assert all(map(torch.equal, each, weights("reference")))
@@ -229,11 +231,12 @@ def test_an_extension_that_was_really_built_for_another_is_refused(tmp_path: Pat
     there = " ".join((*ROW_FIELDS[:8], "extra", *ROW_FIELDS[8:]))
     assert refused == (
         f"no backend for tensors on cpu: 'cpu' is unavailable: its compiled extension ({extension}) was built for "
-        f"another layout (row: the extension has {there}, this drift_kernels {text(ROW_FIELDS)}); reinstall "
-        "drift_kernels, so that it is built anew"
+        f"a different layout (row: expected {text(ROW_FIELDS)}, the extension has {there}); rebuild it with: "
+        f"DRIFT_KERNELS_CPU=1 {sys.executable} -m pip install --no-cache-dir --force-reinstall --no-deps "
+        f"--no-binary drift_kernels drift_kernels=={drift_kernels.__version__}"
     )
     assert same
-    assert done.stderr.count("backend 'auto' uses 'reference'") == 1
+    assert done.stderr.count("backend='auto' falls back to 'reference'") == 1
     assert not compiled
     assert checksum == arithmetic.checksum(torch.arange(5000.0)).hex()
 

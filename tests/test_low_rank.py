@@ -158,7 +158,7 @@ def test_fingerprints_follow_the_factors() -> None:
 def test_nan_and_inf_are_refused(side: str, value: float) -> None:
     delta = factors(33, 70, 5)
     getattr(delta, side)[3, 2] = value
-    with pytest.raises(PriorError, match=f"the delta of {UP} holds NaN or Inf"):
+    with pytest.raises(PriorError, match=f"the delta of {UP} contains NaN or Inf"):
         Prior.from_mapping({UP: delta})
 
 

@@ -137,16 +137,16 @@ def test_fingerprints_and_versions(exact: dict[str, Tensor], tmp_path: Path) -> 
 def test_what_a_rank_leaves_whole_is_said(
     exact: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = f"1 stacks of matrices, such as {STACK}, are not stored in factors but whole"
+    words = f"1 stacks of matrices, such as {STACK}, are stored whole, not as factors"
     assert words in build(tmp_path).record["warnings"]
     assert words in caplog.text
     found = build(tmp_path, "norms", modules=("norms",)).record["warnings"]
-    assert f"no matrix is larger than its factors of rank {RANK}: all are stored whole" in found
+    assert f"all matrices are stored whole: none is larger than its factors of rank {RANK}" in found
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "8"])
 def test_ranks_that_are_none(exact: dict[str, Tensor], rank: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="rank must be a whole number from 1 on, got"):
+    with pytest.raises(ValueError, match="rank must be a positive integer, got"):
         build(tmp_path, rank=rank)
     assert not (tmp_path / "prior").exists()
 
@@ -155,7 +155,7 @@ def test_names_that_are_in_the_way(tmp_path: Path) -> None:
     for role in ("expert", "base"):
         weights = text_weights(prefix="") | {f"{UP}.left": torch.randn(3)}
         write_checkpoint(tmp_path / role, weights)
-    with pytest.raises(PriorError, match=f"{UP}.left is a tensor of the checkpoints, and where the left of {UP} go"):
+    with pytest.raises(PriorError, match=f"{UP}.left is a tensor of the checkpoints, but the left of {UP} has"):
         build(tmp_path, modules=("mlp", r"re:left"))
 
 
@@ -164,7 +164,7 @@ def test_nan_in_a_matrix_is_noticed(tmp_path: Path) -> None:
         weights = text_weights(prefix="")
         weights[UP][3, 4] = float("nan")
         write_checkpoint(tmp_path / role, weights)
-    with pytest.raises(PriorError, match=f"{UP} holds NaN or Inf"):
+    with pytest.raises(PriorError, match=f"{UP} contains NaN or Inf"):
         build(tmp_path)
     assert not list(tmp_path.glob("prior*"))
 
@@ -236,10 +236,10 @@ def test_the_norm_of_shards_is_that_of_their_factors(exact: dict[str, Tensor], t
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rank": RANK + 1}, rf"{UP}.left is recorded as torch.bfloat16 \[.*, 7\], stored as"),
-        ({"rank": "6"}, "lacks or garbles rank '6' of a delta"),
-        ({"rank": 0}, "lacks or garbles rank 0"),
-        ({"shape": [5]}, r"lacks or garbles rank 6 of a delta of shape \[5\]"),
+        ({"rank": RANK + 1}, rf"{UP}.left is recorded as torch.bfloat16 \[.*, 7\], but stored as"),
+        ({"rank": "6"}, "missing or invalid: rank '6' for a delta"),
+        ({"rank": 0}, "missing or invalid: rank 0"),
+        ({"shape": [5]}, r"missing or invalid: rank 6 for a delta of shape \[5\]"),
     ],
 )
 def test_a_record_that_does_not_hold(
@@ -279,7 +279,7 @@ def test_the_command_and_what_it_shows(
     squares = {n: (info.exact_norm or info.delta_norm) ** 2 for n, info in infos.items()}
     total = sum(squares[n] * (1 if info.kept_energy is None else info.kept_energy) for n, info in infos.items())
     total /= sum(squares.values())
-    assert f"of all deltas {total:.2%}" in printed
+    assert f"over all deltas {total:.2%}" in printed
     assert main(["inspect", str(tmp_path / "prior"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["rank"], found["kept_energy"]) == (RANK, pytest.approx(total))
@@ -293,7 +293,7 @@ def test_ranks_that_are_mistyped(rank: str, tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit) as stop:
         main(["build", "--expert", "a", "--base", "b", "--out", str(tmp_path / "c"), f"--rank={rank}"])
     assert stop.value.code == 2
-    assert f"expected a whole number from 1 on, got {rank!r}" in capsys.readouterr().err
+    assert f"expected a positive integer, got {rank!r}" in capsys.readouterr().err
 
 
 def test_codes_beside_factors(exact: dict[str, Tensor], tmp_path: Path) -> None:

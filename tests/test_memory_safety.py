@@ -127,7 +127,7 @@ def test_a_square_parameter_that_is_transposed_in_place() -> None:
 
 
 def test_an_expanded_parameter_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"parameter 0 of group 0 has several elements in one place.*contiguous\(\)"):
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 is expanded: several of its.*contiguous\(\)"):
         FusedDriftAdamW([nn.Parameter(torch.zeros(1, 4).expand(3, 4))])
 
 
@@ -177,7 +177,7 @@ def test_a_gradient_of_another_shape(shape: tuple[int, ...]) -> None:
     for p in params:
         p.grad = torch.ones(SHAPE)
     params[2].grad.data = torch.ones(shape)
-    raises_and_changes_nothing(params, optimizer, ValueError, r"the gradient of parameter layer2.weight is \(")
+    raises_and_changes_nothing(params, optimizer, ValueError, r"the gradient of parameter layer2.weight has shape \(")
 
 
 def test_a_gradient_of_another_dtype() -> None:
@@ -186,7 +186,7 @@ def test_a_gradient_of_another_dtype() -> None:
         p.grad = torch.ones(SHAPE)
     params[2].grad.data = torch.ones(SHAPE, dtype=torch.float64)
     raises_and_changes_nothing(
-        params, optimizer, TypeError, r"the gradient of parameter layer2.weight, .* has dtype torch.float64"
+        params, optimizer, TypeError, r"the gradient of parameter layer2.weight has dtype torch.float64"
     )
 
 
@@ -256,7 +256,7 @@ def test_a_bias_on_a_gradient_of_another_shape() -> None:
         param.grad = torch.ones(SHAPE)
         if wrong:
             param.grad.data = torch.ones(64, 100)
-            with pytest.raises(ValueError, match=r"the gradient of parameter w is \(64, 100\)"):
+            with pytest.raises(ValueError, match=r"the gradient of parameter w has shape \(64, 100\)"):
                 bias.apply_()
         else:
             bias.apply_()

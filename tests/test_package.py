@@ -23,8 +23,8 @@ PACKAGE = ROOT / "drift_kernels"
 # its own. (`_cpu` and `_cuda` are the compiled extensions.)
 FLOORS = {
     "": [
-        {"errors", "messages", "torch_private", "schedule", "deprecation", "terminal", "_cpu", "_cuda"},
-        {"formats"},
+        {"errors", "messages", "torch_private", "schedule", "deprecation", "terminal", "version", "_cpu", "_cuda"},
+        {"formats", "reinstalling"},
         {"sharding"},
         {"kernels", "state"},
         {"prior", "ops"},
@@ -59,7 +59,7 @@ FLOORS = {
         {"engine", "figures"}, {"backward"},
     ],
     "cli": [
-        {"arguments", "output"},
+        {"about", "arguments", "output"},
         {"applying", "building", "checking", "combining", "initialising", "inspecting", "sizing"},
         {"__init__"}, {"__main__"},
     ],

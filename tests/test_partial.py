@@ -145,7 +145,7 @@ def test_what_keeps_failing_ends_and_what_has_arrived_is_kept(
         pass
     before = hub.bytes_asked("org/expert")
     hub.faults.extend(["fine", "fine", *[fault] * (ranges._RETRIES + 1)])
-    with pytest.raises(CheckpointError, match=r"org/expert@0123.*: model.safetensors: not fetched .*5 more attempts"):
+    with pytest.raises(CheckpointError, match=r"org/expert@0123.*: model.safetensors: cannot be fetched .*5 retries"):
         build(hub, tmp_path / "prior")
     assert not list(tmp_path.glob("prior*"))
     assert not hub.faults
@@ -159,7 +159,7 @@ def test_a_file_that_changes_between_requests(fault: str, hub: LoopbackHub, tmp_
     with open_checkpoint("org/expert"), open_checkpoint("org/base"):
         pass
     hub.faults.append(fault)
-    with pytest.raises(CheckpointError, match=r"org/(?:expert|base)@0123.*: changed on the Hub .* start again"):
+    with pytest.raises(CheckpointError, match=r"org/(?:expert|base)@0123.*: has changed since parts .* retry"):
         build(hub, tmp_path / "prior")
     assert not list(tmp_path.glob("prior*"))
     assert build(hub, tmp_path / "prior").fingerprint == expected(hub, tmp_path).fingerprint
@@ -170,7 +170,7 @@ def test_other_bytes_behind_the_same_name(hub: LoopbackHub, tmp_path: Path) -> N
     build(hub, tmp_path / "prior")
     weights = tuned(text_weights(layers=6))
     save_file(weights, hub.folder / "org/expert/model.safetensors")
-    with pytest.raises(CheckpointError, match="changed on the Hub"):
+    with pytest.raises(CheckpointError, match="file on the Hub has changed"):
         build(hub, tmp_path / "mlp", ["mlp"])
     assert build(hub, tmp_path / "mlp", ["mlp"]).fingerprint == expected(hub, tmp_path, ["mlp"]).fingerprint
     assert build(hub, tmp_path / "prior").fingerprint == expected(hub, tmp_path).fingerprint
@@ -181,10 +181,10 @@ def test_other_bytes_behind_the_same_name(hub: LoopbackHub, tmp_path: Path) -> N
     [
         (
             "elsewhere",
-            r"org/expert@0123456789ab: model.safetensors: the server was asked for bytes from 0 on, and sends",
+            r"org/expert@0123456789ab: model.safetensors: requested bytes from 0 on, but the server sends",
         ),
-        ("404", r"org/expert@0123456789ab: model.safetensors: not fetched from the Hub .*404"),
-        ("416", r"org/expert@0123456789ab: model.safetensors: not fetched from the Hub .*416"),
+        ("404", r"org/expert@0123456789ab: model.safetensors: cannot be fetched from the Hub .*404"),
+        ("416", r"org/expert@0123456789ab: model.safetensors: cannot be fetched from the Hub .*416"),
     ],
 )
 def test_answers_that_make_no_sense(fault: str, words: str, hub: LoopbackHub, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_server_that_sends_whole_files_only(
     assert prior.fingerprint == expected(hub, tmp_path).fingerprint
     for repository in ("org/expert", "org/base"):
         said = [record.getMessage() for record in caplog.records if repository in record.getMessage()]
-        assert said == [f"{repository}: the server sends no parts of files: whole files are downloaded"]
+        assert said == [f"{repository}: downloading whole files, because the server does not send parts of files"]
 
 
 def test_without_a_network(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +212,11 @@ def test_without_a_network(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
     hub.asked.clear()
     assert build(hub, tmp_path / "again").fingerprint == prior.fingerprint
-    with pytest.raises(CheckpointError, match=r"org/expert@0123.*not fetched from the Hub \(OfflineModeIsEnabled"):
+    with pytest.raises(
+        CheckpointError, match=r"org/expert@0123.*cannot be fetched from the Hub \(OfflineModeIsEnabled"
+    ):
         build(hub, tmp_path / "mlp", ["mlp"])
-    with pytest.raises(CheckpointError, match="org/other: no such folder, and not fetched from the Hub"):
+    with pytest.raises(CheckpointError, match="org/other: no such folder, and cannot be fetched from the Hub"):
         open_checkpoint("org/other")
     assert not hub.asked
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from drift_kernels import FusedDriftAdamW, PriorFormatError, build_prior
 from drift_kernels.prior import BLOCK, Prior, QuantizedDelta, quantize
@@ -22,6 +22,7 @@ from drift_kernels.prior.files import TensorFile
 from drift_kernels.prior.norms import CHUNK, norm
 from drift_kernels.prior.stored import StoredValues
 from drift_kernels.sharding import Shard as Part
+from drift_kernels.sharding import keeps_blocks, wrap
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
@@ -97,6 +98,43 @@ def test_a_damaged_prior_is_found_by_all_ranks(tmp_path: Path) -> None:
     content[-4:] = b"\0\0\x80\x42"  # 64.0, in the last row
     file.write_bytes(content)
     assert len(set(ranks.run(damaged_prior, 2, tmp_path, folder))) == 1
+
+
+PLACEMENTS = {
+    "rows": (Shard(0), Replicate()),
+    "columns": (Replicate(), Shard(1)),
+    "rows and columns": (Shard(0), Shard(1)),
+    "twice by columns": (Shard(1), Shard(1)),
+    "replicated": (Replicate(), Replicate()),
+}
+WIDTHS = (96, 128, 256, 384, 512, 640, 768, 1024)
+
+
+def layouts() -> dict[tuple[str, int], tuple[bool, slice]]:
+    """Whether this rank takes rows to be of whole blocks, and which columns it holds."""
+    mesh, found = init_device_mesh("cpu", (2, 2)), {}
+    for label, placements in PLACEMENTS.items():
+        for columns in WIDTHS:
+            tensor = distribute_tensor(torch.randn(6, columns), mesh, placements)
+            found[label, columns] = keeps_blocks(tensor, BLOCK), Part.of(tensor).box[1]
+            for like, shape in ((tensor, None), (tensor, (6, 2 * columns)), (tensor[None], None)):
+                values = torch.randn(like.shape if shape is None else shape)
+                own = distribute_tensor(values, mesh, like.placements).to_local()
+                wrapped = wrap(own, like, shape)
+                assert (wrapped.shape, wrapped.stride()) == (values.shape, values.stride())
+                assert torch.equal(wrapped.to_local(), own)
+    return found
+
+
+def test_blocks_are_kept_where_every_rank_holds_whole_ones_and_wrapping_keeps_shapes_and_strides(
+    tmp_path: Path,
+) -> None:
+    found = ranks.run(layouts, 4, tmp_path)
+    for key, (kept, _) in found[0].items():
+        held = [of_rank[key][1] for of_rank in found]
+        whole_blocks = all(part.start % BLOCK == part.stop % BLOCK == 0 for part in held)
+        assert [of_rank[key][0] for of_rank in found] == 4 * [kept]
+        assert kept == whole_blocks, (key, held)
 
 
 # Memory

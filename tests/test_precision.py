@@ -94,6 +94,20 @@ def test_bits_differ_where_anything_differs_and_repeat_where_nothing_does() -> N
     assert len(base.unique()) > 0.9 * n
 
 
+def test_equal_parameters_draw_bits_of_their_own() -> None:
+    """In one group and in another, from values half way between two numbers: half of their elements agree, to five
+    standard deviations."""
+    n = 10_000
+    params = [nn.Parameter(torch.ones(n, device=DEVICE, dtype=BF16)) for _ in range(3)]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = FusedDriftAdamW(groups, lr=2.0**-9, weight_decay=0.0, rounding="stochastic")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert int((params[one] == params[other]).sum()) == pytest.approx(n / 2, abs=5 * (n / 4) ** 0.5)
+
+
 # Masters
 
 
@@ -143,7 +157,7 @@ def test_refreshed_masters_are_the_parameters_as_written() -> None:
         p.mul_(0.5)
     optimizer.refresh_masters()
     assert torch.equal(optimizer.master_weight(p), p.float())
-    with pytest.raises(KeyError, match="not one of this optimizer's"):
+    with pytest.raises(KeyError, match="does not belong to this optimizer"):
         optimizer.master_weight(nn.Parameter(torch.zeros(2)))
     with pytest.raises(ValueError, match="without master_weights=True"):
         FusedDriftAdamW([nn.Parameter(torch.zeros(2))]).master_weight(p)
@@ -258,7 +272,7 @@ def test_states_go_from_one_precision_to_another_and_to_torch() -> None:
             {"rounding": "stochastic"},
             F16,
             TypeError,
-            "rounding='stochastic' is for bfloat16 and float32 parameters, and",
+            "rounding='stochastic' supports bfloat16 and float32 parameters only",
         ),
         (
             {"master_weights": True},
@@ -266,9 +280,9 @@ def test_states_go_from_one_precision_to_another_and_to_torch() -> None:
             TypeError,
             "master_weights=True .* parameter layers.0.weight has dtype .*float16",
         ),
-        ({"state_dtype": "int8"}, F16, TypeError, "state_dtype=torch.int8 is for bfloat16 and float32 parameters"),
+        ({"state_dtype": "int8"}, F16, TypeError, "state_dtype=torch.int8 supports bfloat16 and float32 parameters"),
         ({"state_dtype": "int4"}, BF16, ValueError, "must be one of 'float32', .*'bf16', 'int8', .* got 'int4'"),
-        ({"state_dtype": torch.float16}, BF16, ValueError, "or such a torch.dtype, got torch.float16"),
+        ({"state_dtype": torch.float16}, BF16, ValueError, "or the torch.dtype of one, got torch.float16"),
         ({"state_dtype": None}, BF16, ValueError, "state_dtype must be one of .* got None"),
         ({"seed": -1}, BF16, ValueError, r"seed must be in \[0, 2\^32\), got seed=-1"),
         ({"seed": 1.5}, BF16, TypeError, "seed must be an integer"),

@@ -183,3 +183,9 @@ def test_in_a_mapping(dtype: torch.dtype) -> None:
         QuantizedDelta(quantized.codes, quantized.scales * 2),
     ]
     assert len({Prior.from_mapping({UP: delta}).fingerprint for delta in [quantized, *changed]}) == 3
+
+
+def test_the_fingerprint_tells_dtypes_apart_whose_bytes_are_the_same() -> None:
+    codes, scales = torch.randint(100, (300,), dtype=torch.uint8), torch.rand(3)
+    deltas = [QuantizedDelta(codes.view(dtype), scales) for dtype in DTYPES]
+    assert len({Prior.from_mapping({UP: delta}).fingerprint for delta in deltas}) == len(DTYPES)

@@ -82,7 +82,7 @@ def test_a_bias_that_only_the_base_has_is_pulled_to_zero(
         assert prior.info(name).param_norm == pytest.approx(float(bias.double().norm()), rel=1e-6)
         assert prior.info(name).cosine is None
     assert prior.record["pulled_to_zero"] == BIASES
-    said = f"3 biases that the expert does not have are pulled to zero: {', '.join(BIASES)}"
+    said = f"3 biases missing from the expert are pulled to zero: {', '.join(BIASES)}"
     assert said in prior.record["warnings"]
     assert said in caplog.text
     assert "counterpart" not in caplog.text

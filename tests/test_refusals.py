@@ -135,7 +135,7 @@ def test_adapters_that_are_not_merged_are_refused(tmp_path: Path, role: str, for
     write(tmp_path, **roles)
     with pytest.raises(
         CheckpointError,
-        match=rf"the {role} holds adapters .*1 of .*q_proj\.weight.*give BASE\+ADAPTER.*merge_and_unload",
+        match=rf"the {role} contains adapters .*1 of .*q_proj\.weight.*pass BASE\+ADAPTER.*merge_and_unload",
     ):
         build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", modules=["mlp"])

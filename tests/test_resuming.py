@@ -159,8 +159,8 @@ def test_hyperparameters_go_with_a_group_of_the_same_parameters(caplog: pytest.L
         third.load_state_dict(first.state_dict())
     assert [group["lr"] for group in third.param_groups] == [0.1] * 3
     assert [record.getMessage() for record in caplog.records] == [
-        "param groups 0, 1, 2 keep their hyperparameters: when the state_dict was saved, their parameters were in "
-        "groups with others; states are loaded by name"
+        "param groups 0, 1, 2 keep their current hyperparameters, because the state_dict groups their parameters "
+        "differently; states are loaded by name"
     ]
 
 
@@ -194,7 +194,7 @@ def test_other_names_are_an_error_and_change_nothing() -> None:
     others = {f"other.{name}": param for name, param in params.items()}
     second = FusedDriftAdamW([*others.items(), ("a.bias", nn.Parameter(torch.zeros(33)))], lr=0.1)
     words = (
-        r"of other parameters than this optimizer: it has others, 3 \(a\.weight, b\.weight, b\.bias\), and lacks 4 "
+        r"are not those of this optimizer: unexpected 3 \(a\.weight, b\.weight, b\.bias\), missing 4 "
         r"\(other\.a\.weight, other\.a\.bias, other\.b\.weight, \.\.\.\); to load it by position, remove 'param_names'"
     )
     with pytest.raises(ValueError, match=words):
@@ -319,7 +319,7 @@ def test_the_state_of_another_kind_of_optimizer_is_an_error() -> None:
         ({"exp_avg_codes": None}, "lacks exp_avg"),
         (
             {"exp_avg_codes": None, "exp_avg": torch.zeros(33, 128, dtype=torch.int32)},
-            "exp_avg .* has dtype torch.int32, expected a floating one",
+            "exp_avg .* has dtype torch.int32, expected a floating-point dtype",
         ),
         ({"exp_avg_codes": 3.0}, "has float for exp_avg_codes"),
     ],

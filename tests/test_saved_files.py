@@ -144,7 +144,7 @@ def test_a_run_under_a_prior_loads_under_no_other(name: str) -> None:
     other = {key: torch.ones(shape) for key, shape in run.shapes.items() if "layers" in key}
     for prior in (other, None):
         training = writer.Training(run, "reference", prior)
-        with pytest.raises(PriorMismatchError, match="under the prior"):
+        with pytest.raises(PriorMismatchError, match="saved with the prior"):
             training.optimizer.load_state_dict(saved(name)["optimizer"])
         assert not training.optimizer.state
 

@@ -186,11 +186,11 @@ def damage(folder: Path, **tensors: Tensor | None) -> None:
     ("change", "error", "words"),
     [
         ({"weight_scale_inv": None}, CheckpointError, rf"codes without scales: .*{Q_PROJ[6:]}"),
-        ({"weight_scale_inv": torch.ones(4, 3)}, CheckpointError, rf"scales of {Q_PROJ} are \[4, 3\].*by 8"),
-        ({"weight_scale_inv": torch.ones(3, 4).mul(torch.inf)}, CheckpointError, rf"damaged: .*{Q_PROJ} hold NaN"),
-        ({"weight_scale_inv": torch.ones(3, 4).mul(torch.nan)}, CheckpointError, rf"damaged: .*{Q_PROJ} hold NaN"),
+        ({"weight_scale_inv": torch.ones(4, 3)}, CheckpointError, rf"scales of {Q_PROJ} have shape \[4, 3\].*by 8"),
+        ({"weight_scale_inv": torch.ones(3, 4).mul(torch.inf)}, CheckpointError, rf"damaged: .*{Q_PROJ} contain NaN"),
+        ({"weight_scale_inv": torch.ones(3, 4).mul(torch.nan)}, CheckpointError, rf"damaged: .*{Q_PROJ} contain NaN"),
         ({"weight_scale_inv": torch.ones(3, 4, dtype=torch.uint8)}, CheckpointError, r"quantised \(fp8\)"),
-        ({"weight": torch.full((33, 31), torch.nan).to(CODES)}, PriorError, rf"{Q_PROJ[6:]} holds NaN"),
+        ({"weight": torch.full((33, 31), torch.nan).to(CODES)}, PriorError, rf"{Q_PROJ[6:]} contains NaN"),
     ],
 )
 def test_what_is_damaged_is_named(
@@ -239,6 +239,6 @@ def test_a_prior_is_not_applied_to_codes(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "expert", tuned(weights))
     write_checkpoint(tmp_path / "base", in_fp8(weights, (128, 128)))
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
-    with pytest.raises(CheckpointError, match=r"the base is quantised: .* is in codes with scales"):
+    with pytest.raises(CheckpointError, match=r"the base is quantised: .* is stored as codes with scales"):
         apply_prior(prior, tmp_path / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -55,14 +55,14 @@ def test_a_home_folder_is_found(prior: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"alhpa": 1}, ValueError, "my.drift has unknown keys: alhpa; known are prior, alpha, prior_scaling"),
+        ({"alhpa": 1}, ValueError, "my.drift has unknown keys: alhpa; expected keys among prior, alpha, prior_scaling"),
         ({"lr": 1}, ValueError, "unknown keys: lr"),  # the trainer's own
-        ({"prior": None}, ValueError, "my.drift needs `prior`, the folder that `drift-prior build` wrote; got None"),
-        ({"prior": ""}, ValueError, "needs `prior`"),
-        ({"prior": "nowhere"}, FileNotFoundError, "my.drift.prior: there is no folder 'nowhere'"),
+        ({"prior": None}, ValueError, "my.drift requires `prior`, the folder that `drift-prior build` wrote, got None"),
+        ({"prior": ""}, ValueError, "requires `prior`"),
+        ({"prior": "nowhere"}, FileNotFoundError, "my.drift.prior: no such folder: 'nowhere'"),
         ({"alpha": "strong"}, ValueError, "my.drift.alpha must be a number, got 'strong'"),
         ({"alpha": {"attn": "strong"}}, ValueError, "my.drift.alpha.attn must be a number, got 'strong'"),
-        ({"anneal": 2}, ValueError, "anneal must be a fraction of the training's steps, in \\(0, 1\\], got 2"),
+        ({"anneal": 2}, ValueError, "anneal must be a fraction of the training steps, in \\(0, 1\\], got 2"),
         ({"anneal": True}, ValueError, "anneal must be a fraction"),
     ],
 )

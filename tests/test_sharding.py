@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from drift_kernels import FusedDriftAdamW, GradientBias
+from drift_kernels import FusedDriftAdamW, GradientBias, attach_prior
 from drift_kernels.formats.philox import WHOLE
 from drift_kernels.kernels.scalings import SCALINGS
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
@@ -187,20 +188,65 @@ def test_gradients_alone_are_biased_as_in_one_process(scaling: str, tmp_path: Pa
             torch.testing.assert_close(grad, expected[name], rtol=tolerance, atol=0, msg=name)
 
 
-def partial_gradient() -> Tensor:
+def summands(seed: int) -> Tensor:
+    """[step, rank, 4, 3]: what each of two ranks adds to the gradient."""
+    return torch.randn(3, 2, 4, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def stepped_and_biased(param: nn.Parameter, grads: list[Tensor]) -> tuple[Tensor, Tensor, float]:
+    """The parameter after steps whose eps is far above the gradients, so that each is in proportion to its gradient;
+    the last gradient, biased; and its norm."""
+    optimizer = FusedDriftAdamW([param], lr=1.0, eps=100.0, weight_decay=0.0, max_grad_norm=math.inf)
+    for grad in grads:
+        param.grad = grad
+        optimizer.step()
+    assert optimizer.grad_norm is not None
+    GradientBias([("w", param)], {"w": torch.ones(4, 3)}, alpha=0.5, prior_scaling="absolute").apply_()
+    assert param.grad is not None
+    return whole(param.detach()), whole(param.grad), float(optimizer.grad_norm)
+
+
+def partial_gradients(seed: int, placement: Placement) -> tuple[Tensor, Tensor, float]:
     mesh = init_device_mesh("cpu", (2,))
-    param = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()]))
-    param.grad = DTensor.from_local(torch.full((4, 3), 1.0 + mesh.get_rank()), mesh, [Partial()])
-    FusedDriftAdamW([param], lr=0.1, weight_decay=0, max_grad_norm=6.0).step()
-    return param.to_local().detach()
+    own = summands(seed)[:, mesh.get_rank()]
+    param = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [placement]))
+    return stepped_and_biased(param, [DTensor.from_local(grad, mesh, [Partial()]) for grad in own])
 
 
-def test_a_gradient_that_is_a_partial_sum_is_summed(tmp_path: Path) -> None:
-    alone = nn.Parameter(torch.zeros(4, 3))
-    alone.grad = torch.full((4, 3), 3.0)
-    FusedDriftAdamW([alone], lr=0.1, weight_decay=0, max_grad_norm=6.0).step()
-    for found in ranks.run(partial_gradient, 2, tmp_path):
-        assert torch.equal(found, alone.detach())
+@pytest.mark.parametrize("placement", [Replicate(), Shard(0)], ids=str)
+def test_a_gradient_that_is_a_partial_sum_is_summed(placement: Placement, tmp_path: Path, seed: int) -> None:
+    """A sum of two has no order: the bits of one process; the norm, added up over shards, to 1e-6."""
+    param, grad, norm = stepped_and_biased(nn.Parameter(torch.zeros(4, 3)), list(summands(seed).sum(1)))
+    for found in ranks.run(partial_gradients, 2, tmp_path, seed, placement):
+        assert torch.equal(found[0], param)
+        assert torch.equal(found[1], grad)
+        assert math.isclose(found[2], norm, rel_tol=1e-6)
+
+
+def refused() -> None:
+    """What would act on gradients before they are reduced; and a parameter that is a partial sum."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shard = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match="is for a single process"):
+        FusedDriftAdamW([shard]).attach_to_backward()
+    with pytest.raises(TypeError, match="w is a DTensor, for which there are no hooks: use GradientBias"):
+        attach_prior(nn.ParameterDict({"w": shard}), {"w": torch.ones(4, 3)})
+    plain = FusedDriftAdamW([nn.Parameter(torch.zeros(3))])
+    if mesh.size() == 1:
+        plain.attach_to_backward()
+    else:
+        with pytest.raises(ValueError, match="is for a single process"):
+            plain.attach_to_backward()
+    partial = nn.Parameter(DTensor.from_local(torch.zeros(4, 3), mesh, [Partial()]))
+    partial.grad = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"a partial sum .* cannot be updated"):
+        FusedDriftAdamW([partial]).step()
+    assert not partial.to_local().any()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_shards_cannot_have_is_refused(world: int, tmp_path: Path) -> None:
+    ranks.run(refused, world, tmp_path)
 
 
 def fsdp1() -> str:
@@ -287,5 +333,5 @@ def test_states_go_from_plain_parameters_to_shards_and_back(tmp_path: Path) -> N
 def test_a_shard_of_several_inner_dimensions_has_no_random_bits() -> None:
     shard = Part((4, 8, 8), (slice(0, 4), slice(0, 4), slice(0, 4)), ())
     assert place_of("w", shard, needed=False) == WHOLE
-    with pytest.raises(ValueError, match=r"parameter w of shape \(4, 8, 8\) is sharded in more than one"):
+    with pytest.raises(ValueError, match=r"sharded along more than one inner dimension, got w of shape \(4, 8, 8\)"):
         place_of("w", shard, needed=True)

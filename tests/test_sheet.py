@@ -146,7 +146,7 @@ def test_a_run_without_anything_predicted_is_refused(
     write_run(tmp_path, [{**row, "device": "NVIDIA T4"} for row in steps])
     with pytest.raises(SystemExit):
         run_command(monkeypatch, sheet, "--measured", tmp_path)
-    assert "gpu.json has no step of ours that was predicted (NVIDIA T4)" in capsys.readouterr().err
+    assert "gpu.json has no step of ours with a prediction (NVIDIA T4)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_command(monkeypatch, sheet, "--measured", tmp_path / "elsewhere")
     assert "No such file" in capsys.readouterr().err

@@ -149,7 +149,7 @@ def test_more_vectors_than_the_factors_rank() -> None:
 
 @pytest.mark.parametrize(("shape", "rank"), [((5,), 1), ((2, 3, 4), 1), ((5, 3), 4), ((5, 3), 0)])
 def test_what_has_no_such_vectors(shape: tuple[int, ...], rank: int) -> None:
-    with pytest.raises(ValueError, match=f"no {rank} right singular vectors in a delta of shape"):
+    with pytest.raises(ValueError, match=f"does not have {rank} right singular vectors"):
         top_right_singular_vectors(torch.randn(shape), rank)
 
 

@@ -184,7 +184,7 @@ def test_an_anchor_takes_what_the_table_says(folder: Path, dtype: torch.dtype) -
     assert found["targets"] == bytes_of(state.get("prior_target") for state in optimizer.state.values())
     elements = sum(param.numel() for param in model.parameters())
     report = {kind: round(share * elements) for kind, share in optimizer.memory_report().items()}
-    assert found["targets"] + found["what is left"] == report["prior"]
+    assert found["targets"] + found["remaining deltas"] == report["prior"]
     assert found["states"] + found["targets"] == states(optimizer)
 
 
@@ -269,15 +269,21 @@ def test_what_has_no_adapters_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert names[:2] == [f"model.layers.0.mlp.experts.{part}" for part in ("down_proj", "gate_up_proj")]
     assert len(names) == 2 * TEXT["num_hidden_layers"]
     assert main(["memory", "--model", str(tmp_path)]) == 0
-    assert f"No adapters on {len(names)} parameters that are no Linears: {names[0]}" in capsys.readouterr().out
+    assert (
+        f"No adapters on {len(names)} parameters that are not in Linear layers: {names[0]}" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "options", "reason"),
     [
-        (None, [], "config.json names no architecture"),
+        (None, [], "config.json has no architecture"),
         ({"architectures": ["NovelForCausalLM"]}, [], "has no NovelForCausalLM"),
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES}, ["--modules", "re:x"], "is of re:x"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SIZES},
+            ["--modules", "re:x"],
+            "has no Linear in re:x",
+        ),
     ],
 )
 def test_a_model_that_is_none(

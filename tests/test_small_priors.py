@@ -88,9 +88,9 @@ def test_files_are_ordinary_safetensors(built: tuple[Path, dict[str, Tensor], to
     ("how", "words"),
     [
         ("missing", f"disagree about {UP}.scales"),
-        ("missing in the shard", f"lacks {UP}.scales"),
-        ("dtype", rf"{UP}.scales is recorded as torch.float32 \[16\], stored as torch.float16 \[16\]"),
-        ("shape", rf"{UP}.scales is recorded as torch.float32 \[16\], stored as torch.float32 \[17\]"),
+        ("missing in the shard", f"{UP}.scales is missing"),
+        ("dtype", rf"{UP}.scales is recorded as torch.float32 \[16\], but stored as torch.float16 \[16\]"),
+        ("shape", rf"{UP}.scales is recorded as torch.float32 \[16\], but stored as torch.float32 \[17\]"),
         ("codes' dtype", f"{UP} is recorded as .* stored as torch.float32"),
         ("foreign", "disagree about other"),
         ("truncated", "truncated"),

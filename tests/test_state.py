@@ -108,9 +108,49 @@ def test_a_state_of_another_prior_does_not_load(seed: int) -> None:
     saved = through_a_file(first.state_dict())
     optimizer({"0.weight": torch.ones(17, 9)}).load_state_dict(saved)
     for other in (optimizer({"0.weight": torch.full((17, 9), 2.0)}), optimizer(None)):
-        with pytest.raises(PriorMismatchError, match=r"under the prior"):
+        with pytest.raises(PriorMismatchError, match=r"saved with the prior"):
             other.load_state_dict(saved)
         assert not other.state
+
+
+def test_a_state_belongs_to_the_prior_that_it_went_on_under(seed: int) -> None:
+    net = model()
+    first = FusedDriftAdamW(net.named_parameters())
+    train(net, first, 1, seed)
+    second = FusedDriftAdamW(net.named_parameters(), prior={"0.weight": torch.ones(17, 9)})
+    second.load_state_dict(through_a_file(first.state_dict()))
+    with pytest.raises(PriorMismatchError, match=r"under the prior .*, this optimizer has none"):
+        first.load_state_dict(through_a_file(second.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("lrs", "largest", "only_asks"),
+    [
+        ((0.0, 0.0), 0.0, True),
+        ((torch.tensor(0.0), 0.0), 0.0, True),
+        ((0.0, 1e-3), 0.0, False),
+        ((0.0, 0.0), 1e-9, False),
+    ],
+)
+def test_a_first_step_only_asks_for_states_at_lr_zero_on_gradients_of_zeros(
+    lrs: tuple[Any, Any], largest: float, only_asks: bool
+) -> None:
+    """As torch.distributed.checkpoint takes one: the prior leaves no trace. A warm-up begins at lr 0 too, on gradients.
+    Once there are states, such a step counts."""
+    net = model()
+    deltas = {name: torch.ones_like(p) for name, p in net.named_parameters()}
+    named = list(net.named_parameters())
+    groups = [{"params": named[:2], "lr": lrs[0]}, {"params": named[2:], "lr": lrs[1]}]
+    ours = FusedDriftAdamW(groups, prior=deltas, prior_scaling="absolute")
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    net[1].bias.grad[2] = largest
+    ours.step()
+    assert {float(ours.state[p]["step"]) for p in net.parameters()} == {0.0 if only_asks else 1.0}
+    assert all(bool(ours.state[p]["exp_avg"].any()) != only_asks for p in net.parameters())
+    ours.step()
+    assert {float(ours.state[p]["step"]) for p in net.parameters()} == {1.0 if only_asks else 2.0}
+    assert all(ours.state[p]["exp_avg"].all() for p in net.parameters())
 
 
 def test_a_damaged_or_foreign_state_dict_changes_nothing(seed: int) -> None:

@@ -262,7 +262,7 @@ def test_what_is_in_use_is_said(caplog: pytest.LogCaptureFixture) -> None:
         check_in_use(FusedDriftAdamW(tiny.base_model().parameters()))
         assert "FusedDriftAdamW has no prior: this is plain fine-tuning" in caplog.text
         check_in_use(drift_optimizer(tiny.base_model(), prior=prior, alpha=0.0))
-        assert "alpha is 0 where the training begins" in caplog.text
+        assert "alpha is 0 at the start of training" in caplog.text
 
 
 def test_what_was_frozen_after_the_optimizer_was_made_is_noticed() -> None:
@@ -270,5 +270,5 @@ def test_what_was_frozen_after_the_optimizer_was_made_is_noticed() -> None:
     optimizer = drift_optimizer(model, prior=prior)
     for name in prior:
         model.get_parameter(name).requires_grad_(False)
-    with pytest.raises(PriorError, match="all 20 are frozen"):
+    with pytest.raises(PriorError, match="all 20 parameters that it covers are frozen"):
         check_in_use(optimizer)

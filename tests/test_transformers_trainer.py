@@ -60,7 +60,7 @@ def reference(arguments: Callable[..., TrainingArguments]) -> Trainer:
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_that_keep_names(form: str, reference: Trainer, arguments: Callable[..., TrainingArguments]) -> None:
     if form == "factory" and not FACTORIES:
-        with pytest.raises(TypeError, match="does not tell the model"):
+        with pytest.raises(TypeError, match="does not pass the model"):
             fit(arguments(), **FORMS[form](arguments(), None, tiny.expert_prior()))
         return
     model = tiny.base_model()
@@ -190,6 +190,7 @@ def test_warning_when_both_clip(
     messages = [record.getMessage() for record in caplog.records if record.name == "drift_kernels"]
     clip, plain = messages[:-1], messages[-1]
     assert plain == "FusedDriftAdamW has no prior: this is plain fine-tuning"
-    assert [message.startswith("both clip: the trainer the gradient to max_grad_norm=1") for message in clip] == (
-        [True] if warns else []
-    )
+    assert [
+        message.startswith("gradients are clipped twice: the trainer clips the gradient to max_grad_norm=1")
+        for message in clip
+    ] == ([True] if warns else [])

@@ -284,4 +284,4 @@ from drift_kernels.kernels.triton import backend as triton
 print(triton.unavailable(torch.device("cuda")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Triton cannot be imported")
+    assert done.stdout.startswith("cannot import Triton")

@@ -203,7 +203,7 @@ def test_optimizers_with_the_callback_are_an_error(tmp_path: Path) -> None:
         train_dataset=trl_dpo.preferences(FEW * tiny.BATCH_SIZE),
         optimizers=(torch.optim.AdamW(model.parameters()), None),
     )
-    with pytest.raises(ValueError, match=r"the Trainer has an optimizer already \(AdamW\): leave out `optimizers`"):
+    with pytest.raises(ValueError, match=r"the Trainer already has an optimizer \(AdamW\): leave out `optimizers`"):
         use_drift(trainer, prior=tiny.expert_prior())
     DriftCallback().add_to(trainer)
     with pytest.raises(TypeError, match=r"expected a FusedDriftAdamW or a wrapper of one, got .*AdamW"):
@@ -215,5 +215,5 @@ def test_use_drift_comes_before_the_training(build: Build) -> None:
     trainer = build(None, steps=1)
     trainer.train()
     trainer.optimizer_cls_and_kwargs = None
-    with pytest.raises(ValueError, match=r"has an optimizer already .* call this before trainer\.train"):
+    with pytest.raises(ValueError, match=r"already has an optimizer .* call this before trainer\.train"):
         use_drift(trainer, prior=tiny.expert_prior())

@@ -127,7 +127,7 @@ def test_one_tensor_of_the_other_orientation_and_none_is_paired(tmp_path: Path) 
 def test_another_number_of_experts_than_are_fused(experts: int, tmp_path: Path) -> None:
     save_base(tmp_path / "base", 24)
     save_expert(tmp_path / "expert", 24, experts)
-    with pytest.raises(PriorError, match=r"experts.*--modules attn leaves"):
+    with pytest.raises(PriorError, match=r"experts.*use --modules attn"):
         build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
     assert len(build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", modules=["attn"]))
 
@@ -136,7 +136,7 @@ def test_another_number_of_experts_than_are_fused(experts: int, tmp_path: Path) 
 def test_another_number_of_single_experts(experts: int, tmp_path: Path) -> None:
     save_expert(tmp_path / "base", 24)
     save_expert(tmp_path / "expert", 24, experts)
-    with pytest.raises(PriorError, match=rf"{experts} in the expert.*not the same expert; --modules attn"):
+    with pytest.raises(PriorError, match=rf"{experts} in the expert.*not the same expert; use --modules attn"):
         build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
 
 

@@ -63,15 +63,15 @@ def make_parser() -> argparse.ArgumentParser:
         description="Fine-tunes a small model in every precision mode and compares the held-out losses.",
     )
     parser.add_argument("--short", action="store_true", help="fewer steps, two seeds: about a minute")
-    parser.add_argument("--seeds", type=int, metavar="N", help=f"that many seeds, from 0 on (default: {SEEDS})")
-    parser.add_argument("--lr", type=float, default=Settings().lr, help="of the fine-tuning (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"number of seeds, starting from 0 (default: {SEEDS})")
+    parser.add_argument("--lr", type=float, default=Settings().lr, help="learning rate (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the rows to FILE")
     return parser
 
 
 def run_seeds(seeds: Sequence[int], settings: Settings, modes: tuple[Mode, ...], console: Console) -> list[Record]:
-    """The records of all seeds, in order; a process of one thread and a progress bar for each."""
+    """Return the records of all seeds, in order. Each seed has a single-threaded process and a progress bar."""
     columns = (TextColumn("{task.fields[seed]}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     columns += (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
     spawn = multiprocessing.get_context("spawn")
@@ -99,7 +99,7 @@ def run_seeds(seeds: Sequence[int], settings: Settings, modes: tuple[Mode, ...],
 
 
 def prepare_process() -> None:
-    """One thread, so that no result depends on the number of cores; no warnings of modes that are tried on purpose."""
+    """Use one thread, so that results do not depend on the number of cores; hide warnings about the modes tested."""
     torch.set_num_threads(1)
     logging.getLogger("drift_kernels").setLevel(logging.ERROR)
 
@@ -109,12 +109,13 @@ def _run_seed(seed: int, settings: Settings, modes: tuple[Mode, ...], queue: Any
 
 
 def make_rows(records: list[Record], settings: Settings, modes: tuple[Mode, ...], common: Row) -> list[Row]:
-    """One row per mode, in the order of `modes`, whose first is the reference.
+    """Return one row per mode, in the order of `modes`; the first mode is the reference.
 
-    Each list is in the order of the seeds. `difference_percent` is of the held-out loss to the reference's of the same
-    seed; `difference_in_spreads` is the mean difference over the reference's standard deviation; `gain_percent` is how
-    far the loss fell since the start, the reference's fall being 100. `rounded_difference_percent` is the
-    difference after the final weights were rounded to bfloat16. With one seed, what needs a spread is None.
+    Lists are in the order of the seeds. `difference_percent` compares the held-out loss with the reference's for the
+    same seed; `difference_in_spreads` is the mean difference divided by the reference's standard deviation;
+    `gain_percent` is the decrease of the loss since the start, in percent of the reference's.
+    `rounded_difference_percent` is the difference after rounding the final weights to bfloat16. With one seed, values
+    that need a spread are None.
     """
     starts = [record["start_loss"] for record in records]
 
@@ -156,7 +157,7 @@ def make_rows(records: list[Record], settings: Settings, modes: tuple[Mode, ...]
 
 
 def print_table(rows: list[Row], console: Console) -> None:
-    """The rows, and what the reference loses if its final weights are rounded to bfloat16."""
+    """Print the rows, and the reference's loss of accuracy when its final weights are rounded to bfloat16."""
     first = rows[0]
     table = Table(box=box.SIMPLE_HEAD, title=curves.title(first), caption=curves.caption(first))
     table.title_justify = table.caption_justify = "left"
@@ -185,12 +186,12 @@ def print_table(rows: list[Row], console: Console) -> None:
     rounded = spread(first["rounded_difference_percent"], "+.3f", "%")
     console.print(
         f"Mean ± standard deviation over the seeds. float32's final weights rounded to bf16 once: {rounded}. "
-        f"Loss before the fine-tuning: {spread(first['start_loss'], '.4f')}. {number(first['seconds'] / 60)} minutes.",
+        f"Loss before fine-tuning: {spread(first['start_loss'], '.4f')}. {number(first['seconds'] / 60)} minutes.",
         highlight=False,
     )
 
 
 def spread(values: list[float], form: str, unit: str = "") -> str:
-    """As "+0.012%", or "+0.012% ± 0.003%" over several seeds."""
+    """Format as "+0.012%", or "+0.012% ± 0.003%" over several seeds."""
     middle = f"{mean(values):{form}}{unit}"
     return middle if len(values) == 1 else f"{middle} ± {stdev(values):{form.lstrip('+')}}{unit}"

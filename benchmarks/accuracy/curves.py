@@ -13,15 +13,15 @@ from matplotlib.figure import Figure
 from ..captions import Row, commit
 from ..redraw import redraw
 
-# Colours of Okabe and Ito, which colour-blind readers can tell apart.
+# The Okabe-Ito palette, which colour-blind readers can tell apart.
 COLOURS = {"float32": "#222222", "bf16 nearest": "#d55e00", "bf16 stochastic": "#0072b2", "bf16 + master": "#009e73"}
 RIVAL = "#8a8f98"
 FAINT = "#666666"
-LINEAR = 0.1  # percent: the axis of the differences is linear up to there, logarithmic beyond
+LINEAR = 0.1  # percent: the axis of the differences is linear below this, logarithmic above
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Left: the held-out loss as the fine-tuning goes. Right: where each mode ends, against float32."""
+    """Draw the held-out loss during fine-tuning (left), and each mode's final loss against float32 (right)."""
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(12, 5.2), dpi=150, layout="constrained")
         curves, ends = figure.subplots(1, 2, width_ratios=(1, 1.25))
@@ -41,7 +41,7 @@ def _draw_curves(axes: Axes, rows: list[Row]) -> None:
         steps = [0, *(step for step, _ in row["held_out_curves"][0])]
         points = zip(*row["held_out_curves"], strict=True)
         losses = [mean(row["start_loss"]), *(mean(loss for _, loss in seeds) for seeds in points)]
-        # The reference is wide and pale, below the others, which lie on it where nothing is lost.
+        # The reference is wide and pale; modes that lose nothing are drawn on top of it.
         look = {"linewidth": 6, "alpha": 0.25} if reference else {"linewidth": 1.5}
         axes.plot(
             steps,
@@ -60,7 +60,7 @@ def _draw_curves(axes: Axes, rows: list[Row]) -> None:
 
 
 def _draw_ends(axes: Axes, rows: list[Row]) -> None:
-    axes.set_title("Final held-out loss, against float32 of the same seed", loc="left", fontsize=9)
+    axes.set_title("Final held-out loss, against float32 with the same seed", loc="left", fontsize=9)
     shown = rows[1:]
     axes.axvline(0, color=COLOURS["float32"], linewidth=1, zorder=1)
     for place, row in enumerate(shown):
@@ -85,7 +85,7 @@ def _draw_ends(axes: Axes, rows: list[Row]) -> None:
     ticks = [tick for tick in (-10, -1, -0.1, 0, 0.1, 1, 10, 100) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{tick:+g}%" if tick else "0" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel(f"large: mean, small: each seed; linear up to {LINEAR:g}%, logarithmic beyond")
+    axes.set_xlabel(f"large: mean, small: each seed; linear below {LINEAR:g}%, logarithmic above")
     axes.set_yticks(range(len(shown)), [f"{row['mode']}\n{row['bytes_per_param']:.1f} bytes/param" for row in shown])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -106,7 +106,7 @@ def title(row: Row) -> str:
 
 
 def caption(row: Row) -> str:
-    """Where, with what, from which commit."""
+    """Return the device, versions, commit and date."""
     return (
         f"{row['device']}, {row['cores']} cores; torch {row['torch']}, transformers {row['transformers']}, "
         f"Python {row['python']}, text {row['text']}; {commit(row)}; {row['date'][:10]}"

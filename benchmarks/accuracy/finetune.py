@@ -1,7 +1,7 @@
-"""Fine-tuning of a small Qwen2 on text that Python ships, once per precision mode, from the same start.
+"""Fine-tunes a small Qwen2 on text that comes with Python, once per precision mode, from the same start.
 
-Every mode computes in float32, from the weights that it stores: only the weights, their gradients (of the weights'
-dtype), the states and the rounding differ.
+Every mode computes in float32 from its stored weights: only the weights, their gradients (in the weights' dtype), the
+states and the rounding differ.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ALPHABET = 128  # ASCII; other characters become "?"
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to hold weights and states: `options` are those of FusedDriftAdamW, or it is torch's AdamW."""
+    """A way to store weights and states: `options` for FusedDriftAdamW, or torch's AdamW."""
 
     weights: str
     states: str
@@ -52,7 +52,7 @@ class Mode:
         return FusedDriftAdamW(params, lr=lr, seed=seed, **self.options)
 
     def refusal(self) -> str | None:
-        """Why this version of the optimizer does not have the mode; None if it does."""
+        """Why this version of the optimizer does not support the mode; None if it does."""
         try:
             self.optimizer([torch.zeros(8, dtype=self.param_dtype, requires_grad=True)], lr=1e-3, seed=0)
         except (TypeError, ValueError) as error:
@@ -79,7 +79,7 @@ MODES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The same for all modes and seeds. Chosen on other seeds than those that are reported."""
+    """Settings shared by all modes and seeds. They were chosen on other seeds than the reported ones."""
 
     lr: float = 1e-5
     steps: int = 300
@@ -88,7 +88,7 @@ class Settings:
     warmup_steps: int = 20
     evaluate_every: int = 50
     batch_size: int = 8
-    length: int = 128  # bytes of an example
+    length: int = 128  # bytes per example
     hidden: int = 128
     layers: int = 3
 
@@ -99,7 +99,7 @@ class Settings:
         return [self.lr * self._warmup(step) for step in range(self.steps)]
 
     def pretraining_lrs(self) -> list[float]:
-        """A warm-up, and half a cosine down to zero."""
+        """The learning rates: a warm-up, then a half cosine down to zero."""
         count = self.pretraining_steps
         cosine = [0.5 + 0.5 * math.cos(math.pi * step / count) for step in range(count)]
         return [self.pretraining_lr * self._warmup(step) * cosine[step] for step in range(count)]
@@ -110,24 +110,24 @@ class Settings:
 
 @cache
 def texts() -> tuple[str, str]:
-    """Prose to start from, the Python manual's help topics; and code to fine-tune on, the source of asyncio."""
+    """Return prose for pretraining (the Python manual's help topics) and code for fine-tuning (asyncio's source)."""
     sources = sorted(Path(asyncio.__file__).parent.glob("*.py"))
     return "\n".join(topics[key] for key in sorted(topics)), "\n".join(path.read_text("utf-8") for path in sources)
 
 
 def text_digest() -> str:
-    """Tells texts of other Python versions apart."""
+    """A digest of the texts, which differ between Python versions."""
     return hashlib.sha256("\0".join(texts()).encode()).hexdigest()[:16]
 
 
 def examples(text: str, length: int) -> Tensor:
-    """int64 [examples, length]: the text's bytes, cut."""
+    """Cut the text's bytes into int64 [examples, length]."""
     codes = torch.tensor(list(text.encode("ascii", "replace")))
     return codes[: len(codes) // length * length].view(-1, length)
 
 
 def batches(data: Tensor, steps: int, batch_size: int, seed: int) -> Tensor:
-    """int64 [steps, batch_size, length]: every example once, in an order that the seed draws, then again."""
+    """Return int64 [steps, batch_size, length]: every example once, in a seeded random order, then all over again."""
     generator = torch.Generator().manual_seed(seed)
     epochs = math.ceil(steps * batch_size / len(data))
     order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(epochs)])
@@ -152,7 +152,7 @@ def new_model(settings: Settings, seed: int) -> Qwen2ForCausalLM:
 
 
 def loss_of(model: Qwen2ForCausalLM, params: Params, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of the next byte, in nats, computed in float32 from params of any dtype."""
+    """The mean cross-entropy of the next byte, in nats, computed in float32 from params of any dtype."""
     float_params = {name: param.float() for name, param in params.items()}
     logits = functional_call(model, float_params, (), {"input_ids": batch, "use_cache": False}).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
@@ -167,7 +167,7 @@ def mean_loss(model: Qwen2ForCausalLM, params: Params, data: Tensor, batch_size:
 def train(
     model: Qwen2ForCausalLM, params: Params, optimizer: Optimizer, data: Tensor, lrs: list[float]
 ) -> Iterator[float]:
-    """Steps the params, one batch after another; yields the loss before each step."""
+    """Train the params on one batch after another; yield the loss before each step."""
     for batch, lr in zip(data, lrs, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -179,7 +179,7 @@ def train(
 
 
 def stored_bytes(params: Params, optimizer: Optimizer) -> int:
-    """What params and states take, as they are allocated after a step. Step counts may share their memory."""
+    """The bytes allocated for params and states after a step. Step counts may share memory."""
     tensors = [*params.values(), *(value for state in optimizer.state.values() for value in state.values())]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
@@ -189,8 +189,8 @@ class SeedRun:
     """All modes of one seed.
 
     Args:
-        seed: decides the first weights, the order of the examples, and the stochastic rounding.
-        after_step: called after every optimizer step with the name of what is trained.
+        seed: determines the initial weights, the order of the examples, and the stochastic rounding.
+        after_step: called after every optimizer step with the name of the mode being trained.
     """
 
     def __init__(self, seed: int, settings: Settings, after_step: Callable[[str], object]) -> None:
@@ -210,7 +210,8 @@ class SeedRun:
         }
 
     def fine_tune(self, mode: Mode) -> Record:
-        """From the start: held-out losses as (step, loss), training losses as means of ten steps, bytes and params."""
+        """Fine-tune from the start weights. Returns held-out losses as (step, loss), training losses averaged over ten
+        steps, bytes and params."""
         params = {name: weight.to(mode.param_dtype, copy=True) for name, weight in self.start.items()}
         optimizer = mode.optimizer([param.requires_grad_() for param in params.values()], self.settings.lr, self.seed)
         losses, curve = [], []
@@ -228,7 +229,7 @@ class SeedRun:
         }
 
     def _pretrain(self, prose: Tensor) -> Params:
-        """Weights that know the prose, rounded to bfloat16 once."""
+        """Train on the prose; return the weights, rounded to bfloat16 once."""
         settings = self.settings
         params = dict(self.model.named_parameters())
         optimizer = FusedDriftAdamW(params.values(), lr=settings.pretraining_lr, max_grad_norm=1.0)

@@ -1,1 +1,1 @@
-"""What needs a GPU, stage by stage: python -m benchmarks.gpu OUT (make gpu OUT=folder)"""
+"""Everything that needs a GPU, stage by stage: python -m benchmarks.gpu OUT (make gpu OUT=folder)"""

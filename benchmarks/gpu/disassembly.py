@@ -1,6 +1,6 @@
-"""What cuobjdump says of compiled kernels: their machine code, registers, memory, threads.
+"""Reads compiled kernels with cuobjdump: their machine code, registers, memory, threads.
 
-python benchmarks/gpu/disassembly.py EXTENSION ARCH      prints JSON: one object for each kernel
+python benchmarks/gpu/disassembly.py EXTENSION ARCH      prints JSON: one object per kernel
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# An instruction in a listing: address, predicate, opcode.
+# An instruction of a listing: address, predicate, opcode.
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 
 def cuobjdump() -> str | None:
-    """The program: on PATH, or the one in Triton's package."""
+    """The path of cuobjdump: from PATH, or the one in Triton's package; None if there is none."""
     if found := shutil.which("cuobjdump"):
         return found
     spec = importlib.util.find_spec("triton")
@@ -37,7 +37,7 @@ def built() -> Path | None:
 
 
 def missing() -> str | None:
-    """Why machine code cannot be looked at; None if it can."""
+    """Why machine code cannot be read; None if it can."""
     if cuobjdump() is None or shutil.which("c++filt") is None:
         return "there is no cuobjdump or no c++filt"
     return None
@@ -49,23 +49,23 @@ def run(*arguments: object) -> str:
 
 
 def architectures(path: Path) -> list[str]:
-    """Those for which an extension has machine code: ["sm_90", ...]."""
+    """The architectures for which an extension has machine code: ["sm_90", ...]."""
     return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", run("-lelf", path))))
 
 
 def by_kernel(text: str, heading: str) -> dict[str, str]:
-    """What stands under the headings, of which each names a kernel."""
+    """Split the text at headings that name kernels; return the text under each, by kernel."""
     parts = re.split(heading, text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def listings(path: Path, *options: str) -> dict[str, str]:
-    """For each kernel in a cubin or an extension: its machine code."""
+    """The machine code of each kernel in a cubin or an extension."""
     return by_kernel(run("-sass", *options, path), r"^\s+Function : (\S+)$")
 
 
 def usages(path: Path, *options: str) -> dict[str, dict[str, int]]:
-    """What a thread of each kernel takes: {"REG": 80, "STACK": 0, "LOCAL": 0, "SHARED": 0}."""
+    """The resources of each kernel: {"REG": 80, "STACK": 0, "LOCAL": 0, "SHARED": 0}."""
     found = re.findall(r"Function (\S+):\n(.*)", run("-res-usage", *options, path))
     return {
         name: {key: int(count) for key, count in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
@@ -74,7 +74,7 @@ def usages(path: Path, *options: str) -> dict[str, dict[str, int]]:
 
 
 def threads(path: Path, *options: str) -> dict[str, int]:
-    """Of a block of each kernel, where its launch bounds say."""
+    """The threads per block of each kernel that has launch bounds."""
     sections = by_kernel(run("-elf", *options, path), r"^\.nv\.info\.(\S+)$")
     bounds = r"EIATTR_(?:MAX_THREADS|REQNTID)\n\s*Format:.*\n\s*Value:\s*0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)"
     found = {name: re.search(bounds, section) for name, section in sections.items()}
@@ -86,13 +86,13 @@ def threads(path: Path, *options: str) -> dict[str, int]:
 
 
 def compiler(path: Path, arch: str) -> str | None:
-    """What made the machine code: "Cuda compilation tools, release 13.0, V13.0.88"."""
+    """The compiler of the machine code: "Cuda compilation tools, release 13.0, V13.0.88"."""
     found = re.search(r"Tool Name:\s*ptxas\s*Tool Version:\s*(.*)", run("-elf", "-arch", arch, path))
     return None if found is None else found[1].strip()
 
 
 def kernels(path: Path, *options: str) -> dict[str, dict[str, Any]]:
-    """For each kernel in a cubin or an extension: how often each opcode occurs ("sass"), and what a thread takes."""
+    """For each kernel in a cubin or an extension: the count of each opcode ("sass"), and its resources."""
     usage = usages(path, *options)
     return {
         name: {"sass": Counter(INSTRUCTION.findall(body)), "usage": usage[name]}
@@ -101,7 +101,7 @@ def kernels(path: Path, *options: str) -> dict[str, dict[str, Any]]:
 
 
 def demangled(names: list[str]) -> list[str]:
-    """Of kernels as C++ mangles them: "update<bfloat16, bfloat16, float, Nothing>"."""
+    """Demangle the names of kernels: "update<bfloat16, bfloat16, float, Nothing>"."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     return [re.sub(r"^void |drift::|\(anonymous namespace\)::|\(.*\)$", "", name) for name in done.stdout.splitlines()]
 

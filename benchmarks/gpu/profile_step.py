@@ -1,4 +1,4 @@
-"""One step of gradnorm, both kernels in it, for ncu --profile-from-start off: python -m benchmarks.gpu.profile_step"""
+"""One gradnorm step, with both its kernels, for ncu --profile-from-start off: python -m benchmarks.gpu.profile_step"""
 
 from __future__ import annotations
 

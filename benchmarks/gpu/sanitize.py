@@ -1,8 +1,8 @@
-"""A few steps over awkward tensors, for compute-sanitizer to watch: python -m benchmarks.gpu.sanitize
+"""A few steps over awkward tensors, to run under compute-sanitizer: python -m benchmarks.gpu.sanitize
 
-Every scaling, with and without clipping, every way of holding parameters, states and priors; sizes around the kernels'
-vectors and chunks, and tensors that begin off every alignment but their own. That the results are right is for the
-tests to say; here they must be finite and changed.
+Covers every scaling, with and without clipping, and every way of storing parameters, states and priors; sizes around
+the kernels' vectors and chunks; and tensors that are aligned only to their element size. The tests check that results
+are correct; here they must only be finite and have changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from drift_kernels.prior import quantize
 SIZES = [1, 3, 7, 8, 17, 63, 1000, 4099, 16385, 70001]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = ({"state_dtype": torch.float32}, {"state_dtype": torch.bfloat16})
-# Of bfloat16 parameters, under a small prior.
+# For bfloat16 parameters with a small prior.
 LOSSLESS = (
     {"rounding": "stochastic", "state_dtype": torch.bfloat16},
     {"master_weights": True},
@@ -35,7 +35,7 @@ Options = dict[str, Any]
 
 
 def tensors(dtype: torch.dtype, device: torch.device, scale: float) -> list[Tensor]:
-    """One of each size, every other one a view that begins one element into its memory."""
+    """Return one tensor of each size; every other one is a view that starts one element into its memory."""
     bases = [scale * torch.randn(size + 1, device=device) for size in SIZES]
     return [base.to(dtype)[i % 2 :][:size] for i, (base, size) in enumerate(zip(bases, SIZES, strict=True))]
 
@@ -48,14 +48,14 @@ def step(
     precision: Options,
     max_grad_norm: float | None,
 ) -> None:
-    """Raises AssertionError if a parameter is not finite or has not changed."""
+    """Raise AssertionError if a parameter is not finite or has not changed."""
     params = tensors(dtype, device, 1.0)
     before = [param.clone() for param in params]
     for param, grad in zip(params, tensors(dtype, device, 0.1), strict=True):
         param.grad = grad
     names = [f"layers.{i}.mlp.up_proj.weight" for i in range(len(params))]
     prior = None
-    if scaling is not None:  # the last has no delta
+    if scaling is not None:  # the last parameter has no delta
         deltas = tensors(dtype, device, 0.05)
         if precision in LOSSLESS:
             deltas = [
@@ -66,7 +66,7 @@ def step(
         list(zip(names, params, strict=True)),
         lr=0.1,
         prior=prior,
-        alpha=math.sqrt(0.5),  # a fraction can cancel the gradient of one element, which then stays
+        alpha=math.sqrt(0.5),  # a fraction could cancel an element's gradient, and the element would not change
         prior_scaling=scaling or "absolute",
         **precision,
         max_grad_norm=max_grad_norm,
@@ -82,7 +82,7 @@ def step(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu.sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", help="default: the one named like the device")
+    parser.add_argument("--backend", help="default: the backend named like the device")
     args = parser.parse_args(argv)
     backend, device = args.backend or args.device, torch.device(args.device)
     cases = list(itertools.product(DTYPES, (None, *SCALINGS), PLAIN, (None, 1.0)))

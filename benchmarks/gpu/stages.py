@@ -1,4 +1,4 @@
-"""Commands run one after another, each within its time and all within a budget; how each ended is an Outcome."""
+"""Runs commands one after another, each with a time limit and all within a budget, and reports their Outcomes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Stage:
     """A command.
 
     Attributes:
-        seconds: after which it is stopped, with every process that it started.
-        env: beside the environment of this process.
-        needs: stages without whose success it is not run.
-        missing: why the machine cannot run it, where that is known before.
-        refusals: what its output says where the machine refuses it: then it has failed at nothing, and was not run.
+        seconds: time limit, after which it is killed with every process that it started.
+        env: added to the environment of this process.
+        needs: stages that must have succeeded before it runs.
+        missing: why the machine cannot run it, if that is known in advance.
+        refusals: texts in its output by which the machine refuses it; it then counts as not run, not as failed.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended, and why if it did not end well."""
+    """How a stage ended, with the reason if it did not succeed."""
 
     name: str
     status: str
@@ -57,9 +57,9 @@ def run_stages(
     cwd: Path,
     ended: Callable[[list[Outcome]], object] = lambda outcomes: None,
 ) -> list[Outcome]:
-    """Runs the stages in their order, with their output in `log`; `ended` is called after each with those so far.
+    """Run the stages in order, with their output in `log`; call `ended` after each with the outcomes so far.
 
-    A stage may take what is left of `budget` (seconds), but no more; one that comes when nothing is left has failed.
+    A stage may take at most what is left of `budget` (seconds); it fails if nothing is left.
     """
     outcomes: list[Outcome] = []
     deadline = time.monotonic() + budget
@@ -72,7 +72,7 @@ def run_stages(
         elif unmet:
             outcome = Outcome(stage.name, NOT_RUN, reason=f"needs {' and '.join(unmet)}")
         elif left <= 0:
-            outcome = Outcome(stage.name, FAILED, reason=f"nothing is left of the {budget:g} s for all stages")
+            outcome = Outcome(stage.name, FAILED, reason=f"the {budget:g} s for all stages are used up")
         else:
             outcome = _run(stage, min(stage.seconds, left), log, cwd)
         outcomes.append(outcome)
@@ -98,7 +98,7 @@ def _run(stage: Stage, seconds: float, log: Path, cwd: Path) -> Outcome:
 
 
 def _wait(stage: Stage, seconds: float, output: int, cwd: Path) -> str | None:
-    """Runs the command as a process group of its own; returns why it failed. No process of the group outlives it."""
+    """Run the command in its own process group and kill the group at the end; return why it failed, or None."""
     try:
         process = subprocess.Popen(
             stage.command,
@@ -123,7 +123,7 @@ def _wait(stage: Stage, seconds: float, output: int, cwd: Path) -> str | None:
 
 
 def _shorten_output(log: Path, begin: int) -> str:
-    """What a stage has written to the log from `begin` on, after leaving its middle out if it is too long."""
+    """Cut the middle out of a stage's output in the log, from `begin` on, if it is too long; return the output."""
     output = log.read_bytes()[begin:]
     if len(output) > MAX_OUTPUT_BYTES:
         half = MAX_OUTPUT_BYTES // 2

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command that ends in minutes: python -m benchmarks.gpu OUT (make gpu OUT=folder)
 
-Builds in place, tests, looks for races and stray accesses, measures, profiles. OUT gets at most 8 files: gpu.json (how
-the stages ended, the targets, all rows), log.txt, plots, and what ncu says. See benchmarks/README.md.
+Builds in place, tests, checks for races and invalid accesses, measures, profiles. OUT gets at most 8 files: gpu.json
+(how the stages ended, the targets, all rows), log.txt, plots, and the output of ncu. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TESTED = ("optimizer", "capturable", "triton", "cuda", "state", "grad_scaler", "
 TESTS = tuple(f"tests/test_{name}.py" for name in TESTED)
 LIBRARIES = ("bitsandbytes", "torchao", "optimi", "flashoptim", "apex", "transformer_engine")
 
-# Says what GPU there is, in a process of its own: this one stays without a context on it.
+# Describes the GPU. Runs in a separate process, so that this one creates no context on it.
 _FIND_GPU = """
 import json, sys
 try:
@@ -47,7 +47,7 @@ class NoGpuError(RuntimeError):
 
 
 def find_gpu() -> dict[str, Any]:
-    """The architecture of the GPU, as "90", and its free bytes.
+    """Return the architecture of the GPU, such as "90", and its free bytes.
 
     Raises NoGpuError, with the reason in one line.
     """
@@ -58,14 +58,15 @@ def find_gpu() -> dict[str, Any]:
 
 
 def size(free: int, layers: int, full_bytes: float, bytes_per_param: int) -> list[str]:
-    """`layers` in full width, if its `full_bytes` are free; else a narrowed model that fits."""
+    """Options for the first `layers` at full width if `full_bytes` are free, else for a narrowed model that fits."""
     if free >= full_bytes:
         return ["--layers", str(layers)]
     return ["--params", str(free // bytes_per_param)]
 
 
 def runs(free: int) -> dict[str, list[str]]:
-    """What benchmarks.step measures, by the name that its rows carry. Bytes a parameter: see lineup.kept_bytes."""
+    """The arguments of benchmarks.step for each run, by its name in the rows. Bytes per parameter:
+    lineup.kept_bytes."""
     ours, everything = ["cuda"], ["fused", "foreach", "foreach_bias", "hook", "cuda", "triton"]
     narrow = ["--params", str(min(256_000_000, free // 290))]
     seven, three = ["--model", "qwen2.5-vl-7b"], ["--model", "qwen2.5-vl-3b"]
@@ -108,13 +109,13 @@ def runs(free: int) -> dict[str, list[str]]:
     }
 
 
-# Seconds for each run, and what it draws in OUT.
+# The time limit of each run in seconds, and the plots that it writes to OUT.
 RUN_SECONDS = {"7b": 80, "tiny": 40, "modes": 50, "7b-all": 80, "7b-clip": 50, "3b": 120, "libraries": 90}
 PLOTS = {"7b": ["--plot", "--roofline"], "modes": ["--plot"], "7b-all": ["--plot"], "3b": ["--plot"]}
 
 
 def make_stages(out: Path, work: Path, arch: str, free: int) -> list[Stage]:
-    """In the order in which they run: what the rest needs first, what matters least last."""
+    """The stages in the order that they run: first those that others need, last those that matter least."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     build_env = {"DRIFT_KERNELS_CUDA": "1", "DRIFT_KERNELS_CUDA_ARCHS": arch}
@@ -142,7 +143,7 @@ def _sanitizer(tool: str) -> Stage:
         tool,
         [*command, sys.executable, "-m", "benchmarks.gpu.sanitize"],
         75,
-        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor its own allocation, whose ends memcheck knows
+        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # one allocation per tensor, so that memcheck knows its bounds
         needs=("build",),
         missing=_not_on_path("compute-sanitizer"),
         refusals=("Device not supported", "Unable to find injection library"),
@@ -174,7 +175,7 @@ def _not_on_path(program: str) -> str | None:
 
 
 def collect_rows(work: Path) -> list[dict[str, Any]]:
-    """The rows of all runs so far, each with the name of its run."""
+    """Return the rows of all runs so far, each with the name of its run."""
     return [{"run": name, **row} for name in RUN_SECONDS for row in _rows_of(work / f"{name}.json")]
 
 
@@ -183,7 +184,7 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def write_results(out: Path, work: Path, outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """Writes gpu.json; returns the targets with what was measured."""
+    """Write gpu.json; return the targets with their measurements."""
     rows = collect_rows(work)
     targets = [target.check(rows) for target in TARGETS]
     results = {"stages": [asdict(outcome) for outcome in outcomes], "targets": targets, "rows": rows}
@@ -193,9 +194,9 @@ def write_results(out: Path, work: Path, outcomes: list[Outcome]) -> list[dict[s
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; made if it is not there")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; created if it does not exist")
     parser.add_argument(
-        "--budget", type=float, default=BUDGET, metavar="SECONDS", help="for all stages (default: %(default)g)"
+        "--budget", type=float, default=BUDGET, metavar="SECONDS", help="time for all stages (default: %(default)g)"
     )
     args = parser.parse_args(argv)
     try:
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     except NoGpuError as error:
         print(f"No GPU run: {error}", file=sys.stderr)
         return 1
-    # A stage is a process group of its own: being stopped from outside must reach it.
+    # Each stage has its own process group: SIGTERM must end this process by an exception, which then kills the group.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def summary(outcomes: list[Outcome], targets: list[dict[str, Any]], log: Path) -> str:
-    """The stages, the end of the log if one failed, and the targets with what was measured."""
+    """The stages, the end of the log if one failed, and the targets with their measurements."""
     parts = [str(outcome) for outcome in outcomes]
     if any(outcome.status == FAILED for outcome in outcomes):
         parts = [*log.read_text(errors="replace").splitlines()[-30:], "", *parts]

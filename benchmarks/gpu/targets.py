@@ -1,4 +1,4 @@
-"""What a GPU run sets out to show, and what the rows say of it."""
+"""The targets of a GPU run, and how the rows compare with them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from ..captions import Row
 
-# Ours with the states that torch has, and a row of the run that holds matrices of the real size.
+# Ours with the same states as torch, and its row in the run with matrices of the real size.
 OURS = {"contender": "cuda", "scaling": "absolute", "clip": False, "states": "bfloat16"}
 REAL_SIZE = {**OURS, "run": "7b"}
 
-# The smallest mode, and what it is to beat.
+# The smallest mode, and the mode that it must beat.
 PLAIN = {**OURS, "run": "modes", "states": "float32", "rounding": "nearest", "master": False, "prior_dtype": "same"}
 SMALL = {**PLAIN, "states": "int8", "rounding": "stochastic", "prior_dtype": "int8"}
 
@@ -22,7 +22,7 @@ def of_copy(row: Row) -> float | None:
 
 
 def over(rival: str) -> Callable[[Row], float | None]:
-    """The median time over a rival's."""
+    """The ratio of the median time to a rival's."""
 
     def ratio(row: Row) -> float | None:
         spread = row[f"ratio_to_{rival}"]
@@ -36,7 +36,7 @@ def bytes_moved(row: Row) -> float | None:
 
 
 def speed(row: Row) -> float | None:
-    """Steps in a millisecond."""
+    """Steps per millisecond."""
     return 1 / row["ms"]["median"]
 
 
@@ -46,9 +46,9 @@ def host_microseconds(row: Row) -> float | None:
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a figure of one row: the row in which the keys of `where` have these values.
+    """A bound on a figure of the row that matches `where`.
 
-    With `over`, on the figure divided by that of the row which `over` finds.
+    With `over`, the bound is on the figure divided by that of the row that matches `over`.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Target:
         return next((figure for figure in map(self.figure, found) if figure is not None), None)
 
     def check(self, rows: list[Row]) -> dict[str, Any]:
-        """The target with what was measured, ready to be written as JSON; `met` is None if nothing was."""
+        """The target with its measurement, ready for JSON; `met` is None if nothing was measured."""
         value = self.measured(rows)
         met = None
         if value is not None:
@@ -83,25 +83,25 @@ class Target:
 
 TARGETS = [
     Target(
-        "absolute, float32 states: rate, of a copy's",
+        "absolute, float32 states: bandwidth relative to a copy",
         {**REAL_SIZE, "states": "float32"},
         of_copy,
         90,
         " %",
         at_least=True,
     ),
-    Target("absolute, bfloat16 states: rate, of a copy's", REAL_SIZE, of_copy, 90, " %", at_least=True),
-    Target("absolute: time over torch fused without a prior", REAL_SIZE, over("fused"), 1.0),
-    Target("absolute: time over _foreach_add_ + torch fused", REAL_SIZE, over("foreach_bias"), 0.70),
-    Target("absolute: time over the authors' hook", REAL_SIZE, over("hook"), 0.10),
-    Target("absolute: host time of 729 tensors", {**OURS, "run": "tiny"}, host_microseconds, 200, " us"),
-    Target("int8 mode: bytes moved, of the float32-state mode's", SMALL, bytes_moved, 0.5, over=PLAIN),
-    Target("int8 mode: speed, of the float32-state mode's", SMALL, speed, 1.6, "x", at_least=True, over=PLAIN),
+    Target("absolute, bfloat16 states: bandwidth relative to a copy", REAL_SIZE, of_copy, 90, " %", at_least=True),
+    Target("absolute: time / torch fused without a prior", REAL_SIZE, over("fused"), 1.0),
+    Target("absolute: time / (_foreach_add_ + torch fused)", REAL_SIZE, over("foreach_bias"), 0.70),
+    Target("absolute: time / authors' hook", REAL_SIZE, over("hook"), 0.10),
+    Target("absolute: host time for 729 tensors", {**OURS, "run": "tiny"}, host_microseconds, 200, " us"),
+    Target("int8 mode: bytes moved / float32-state mode", SMALL, bytes_moved, 0.5, over=PLAIN),
+    Target("int8 mode: speed / float32-state mode", SMALL, speed, 1.6, "x", at_least=True, over=PLAIN),
 ]
 
 
 def describe(checked: dict[str, Any]) -> str:
-    """A line of the summary."""
+    """Format a target as a line of the summary."""
     verdict = {True: "met", False: "MISSED", None: "not measured"}[checked["met"]]
     value = "" if checked["measured"] is None else f"{checked['measured']:.3g}{checked['unit']}"
     return f"{checked['target']:<50} {checked['wanted']:<16} {value:>10}  {verdict}"

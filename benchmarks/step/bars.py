@@ -19,11 +19,11 @@ OURS, RIVAL, BASELINE = "#1f6f5c", "#c9ccd1", "#7d838c"
 INK, FAINT = "#222222", "#666666"
 CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # keeps lines out of text
 SECTION_GAP = 1.5  # in bars
-LONGEST = 6.0  # times torch's fused AdamW
+LONGEST = 6.0  # relative to torch's fused AdamW
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time of each contender against torch's fused AdamW without a prior, as horizontal bars with their quartiles."""
+    """Draw each contender's time relative to torch's fused AdamW without a prior, as horizontal bars with quartiles."""
     rows = [row for row in rows if row["contender"] not in LIMITS]
     places: list[float] = []
     headings: list[tuple[float, str]] = []
@@ -35,7 +35,7 @@ def draw(rows: list[Row], path: Path) -> None:
         bottom += count + SECTION_GAP
 
     ratios = [row["ratio_to_fused"] for row in rows]
-    # Bars and quartiles beyond LONGEST are cut there, or one slow rival would leave nothing to see of the others.
+    # Bars and quartiles are cut at LONGEST; otherwise one slow rival would shrink all other bars to nothing.
     widest = min(LONGEST, max(ratio["high"] for ratio in ratios))
     medians = [min(ratio["median"], widest) for ratio in ratios]
     below = [max(0.0, median - ratio["low"]) for median, ratio in zip(medians, ratios, strict=True)]
@@ -61,7 +61,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
         axes.set_xlim(0, 1.3 * widest)
         axes.set_ylim(bottom - SECTION_GAP + 1, -0.6)
-        axes.set_xlabel("time of a step, torch's fused AdamW without a prior = 1 (bars: median, lines: quartiles)")
+        axes.set_xlabel("time per step, torch's fused AdamW without a prior = 1 (bars: median, lines: quartiles)")
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color="#e6e6e6", zorder=0)
         axes.spines[["top", "right", "left"]].set_visible(False)

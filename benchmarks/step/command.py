@@ -1,6 +1,6 @@
 """Times one optimizer step against its rivals, interleaved in one process: python -m benchmarks.step
 
-First every backend is compared with the reference; if one differs, nothing is measured. See benchmarks/README.md.
+First it compares every backend with the reference; if one differs, it measures nothing. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--shapes",
         choices=shapes.NAMES,
         default="qwen2.5-vl-7b",
-        help="whose parameters; tiny: 729 tensors of 8 elements (default: %(default)s)",
+        help="the model whose parameters are stepped; tiny: 729 tensors of 8 elements (default: %(default)s)",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -119,14 +119,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--layers",
         type=int,
         metavar="N",
-        help="keep the first N layers of the text model and of the vision tower, in full width",
+        help="keep the first N layers of the text model and of the vision tower, at full width",
     )
     parser.add_argument(
         "--modules",
         nargs="+",
         choices=tuple(shapes.MODULES),
         default=["all"],
-        help="what the prior covers (default: every tensor)",
+        help="modules that the prior covers (default: every tensor)",
     )
     parser.add_argument(
         "--scaling",
@@ -140,60 +140,59 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=("no", "yes"),
         default=["no"],
-        help="whether a step clips the gradients to a norm of 1: ours inside, rivals before (default: no)",
+        help="whether a step clips the gradients to a norm of 1: ours within the step, rivals before it (default: no)",
     )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of params, grads and deltas")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="dtype of params, grads and deltas")
     add_modes(parser)
     ours = dict.fromkeys(name for names in BACKENDS.values() for name in names)
     parser.add_argument(
         "--contenders",
         nargs="+",
         choices=(*WITHOUT_PRIOR, *WITH_PRIOR, *LIBRARIES, streams.NAME, *ours),
-        help="default: all that the device can run, but the reference, and on a CPU `compiled`, libraries and "
-        "`streams`; "
-        "torch fused always runs",
+        help="default: all that the device can run, except the reference and, on a CPU, `compiled`, libraries and "
+        "`streams`; torch fused always runs",
     )
     parser.add_argument("--reps", type=int, default=20, help="repetitions of each contender (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows there, as bars")
-    parser.add_argument("--roofline", type=Path, metavar="FILE", help="draw them there as bytes against time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the rows to FILE, as bars")
+    parser.add_argument("--roofline", type=Path, metavar="FILE", help="plot the rows to FILE, as bytes against time")
     return parser
 
 
 def add_modes(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("modes of ours", "every combination of these, or those that --modes names")
+    group = parser.add_argument_group("modes of ours", "every combination of these, or those listed in --modes")
     group.add_argument(
-        "--states", nargs="+", choices=tuple(modes.STATES), help="default: float32, and torch's if another"
+        "--states", nargs="+", choices=tuple(modes.STATES), help="default: float32, and torch's dtype if it differs"
     )
     group.add_argument("--rounding", nargs="+", choices=modes.ROUNDINGS, help="default: nearest")
-    group.add_argument("--master", nargs="+", choices=tuple(modes.MASTER), help="weights of float32; default: no")
+    group.add_argument("--master", nargs="+", choices=tuple(modes.MASTER), help="float32 master weights; default: no")
     group.add_argument(
         "--prior-dtype",
         nargs="+",
         choices=tuple(modes.PRIORS),
-        help="same: that of the parameters; int8 and fp8: small priors (default: same)",
+        help="same: the parameters' dtype; int8 and fp8: small priors (default: same)",
     )
     group.add_argument(
         "--prior-device",
         nargs="+",
         choices=tuple(modes.PRIOR_DEVICES),
-        help="cpu: a GPU reads the prior from pinned memory of the host (default: same)",
+        help="cpu: a GPU reads the prior from pinned host memory (default: same)",
     )
     group.add_argument(
         "--modes",
         nargs="+",
         choices=tuple(modes.BY_LABEL),
         metavar="LABEL",
-        help="as tables call them, such as 'int8 states, stochastic, int8 prior'",
+        help="names as in the table, such as 'int8 states, stochastic, int8 prior'",
     )
 
 
 def chosen_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Mode]:
-    """Those that there are for the parameters; says which are left out, and why."""
+    """Return the modes supported for the parameters; print which are left out, and why."""
     combined = (args.states, args.rounding, args.master, args.prior_dtype, args.prior_device)
     if args.modes is not None and any(combined):
-        parser.error("--modes goes without --states, --rounding, --master, --prior-dtype and --prior-device")
+        parser.error("--modes cannot be combined with --states, --rounding, --master, --prior-dtype and --prior-device")
     wanted = [modes.BY_LABEL[label] for label in dict.fromkeys(args.modes or ())] or modes.combinations(
         args.states or default_states(args.dtype),
         args.rounding or ["nearest"],
@@ -221,9 +220,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.layers is not None and args.layers < 1:
         parser.error("--layers must be at least 1")
     if args.model == shapes.TINY and (args.scale or args.params or args.layers):
-        parser.error("the tiny list has one size")
+        parser.error("the tiny list has a fixed size")
     if args.model == shapes.TINY and args.roofline:
-        parser.error("--roofline: the tiny list moves next to nothing")
+        parser.error("--roofline: the tiny list moves almost no bytes")
 
 
 def check_memory(parser: argparse.ArgumentParser, needed: int, device: torch.device) -> None:
@@ -231,12 +230,12 @@ def check_memory(parser: argparse.ArgumentParser, needed: int, device: torch.dev
     if free is not None and needed > free:
         parser.error(
             f"these contenders need about {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
-            "name fewer --contenders, --scaling or modes, or a smaller --params or --layers"
+            "use fewer --contenders, --scaling or modes, or a smaller --params or --layers"
         )
 
 
 def parse_count(text: str) -> int:
-    """64M, 1.5B, 300k or 1000."""
+    """Parse a count such as 64M, 1.5B, 300k or 1000."""
     unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
     try:
         count = int(float(text) if unit is None else float(text[:-1]) * unit)
@@ -248,5 +247,5 @@ def parse_count(text: str) -> int:
 
 
 def default_states(dtype: str) -> list[str]:
-    """Those of torch's optimizers, where ours can have them too, and float32."""
+    """The states of torch's optimizers, if ours support them, and float32."""
     return ["bfloat16", "float32"] if dtype == "bfloat16" else ["float32"]

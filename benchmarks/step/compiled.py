@@ -1,4 +1,4 @@
-"""A rival that `torch.compile` writes: the whole biased AdamW update as one function over lists of tensors."""
+"""A rival compiled by `torch.compile`: the whole biased AdamW update as one function over lists of tensors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .problem import ADAMW, ALPHA, BETAS, EPS, LR, MAX_GRAD_NORM, WEIGHT_DECAY
 
 
 class CompiledAdamW(Optimizer):
-    """AdamW with the bias in it, for parameters that all have a gradient.
+    """AdamW with the bias included, for parameters that all have a gradient.
 
-    The states have the dtype of the parameters, the arithmetic is float32 and in the order of torch's AdamW. The step
-    count is a tensor, so that no step compiles again; the first one compiles.
+    The states have the dtype of the parameters; the arithmetic is float32, in the order of torch's AdamW. The step
+    count is a tensor, so that only the first step compiles.
     """
 
     def __init__(self, params: list[Tensor], deltas: list[Tensor | None], scaling: str, clip: bool) -> None:
         super().__init__(params, dict(ADAMW))
-        # Those with a delta come first: `_update` takes slices of the lists.
+        # Parameters with a delta come first: `_update` slices the lists.
         order = sorted(range(len(params)), key=lambda i: deltas[i] is None)
         self._params = [params[i] for i in order]
         self._deltas = [delta for delta in deltas if delta is not None]
@@ -35,7 +35,7 @@ class CompiledAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         if closure is not None:
-            raise NotImplementedError("CompiledAdamW takes no closure")
+            raise NotImplementedError("CompiledAdamW does not support a closure")
         self._update(
             self._params,
             [param.grad for param in self._params],
@@ -58,9 +58,9 @@ def _update(
     scaling: str,
     clip: bool,
 ) -> None:
-    """Updates params, states and step in place; the first len(deltas) parameters are biased.
+    """Update params, states and step in place; the first len(deltas) parameters are biased.
 
-    torch's list operations, since the compiler fuses them across tensors.
+    Uses torch's list operations, since the compiler fuses them across tensors.
     """
     beta1, beta2 = BETAS
     step.add_(1)
@@ -91,7 +91,7 @@ def _update(
 
 
 def _bias(g: list[Tensor], d: list[Tensor], scaling: str) -> tuple[Tensor, ...]:
-    """What is taken from each gradient."""
+    """What is subtracted from each gradient."""
     if scaling == "absolute":
         return torch._foreach_mul(d, ALPHA)
     coefs = []

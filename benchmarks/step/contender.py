@@ -1,4 +1,5 @@
-"""What is timed: one way to do an optimizer step. Ours are here, their rivals in `peers.py` and beside it."""
+"""Contenders: the optimizer steps that are timed. Ours are here, their rivals in `peers.py` and the modules beside
+it."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from drift_kernels.prior.deltas import tensors_of
 from .modes import Mode
 from .problem import ADAMW, ALPHA, MAX_GRAD_NORM, Problem
 
-# The backends that can run on each type of device; each is a contender of its own name.
+# The backends that can run on each type of device; each is a contender with the same name.
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-# What moves the bytes and computes nothing: what the others are compared with.
+# These move the bytes and compute nothing; the others are compared with them.
 LIMITS = ("copy", "streams")
 
-# Enough for a copy's steady rate on any GPU; more would take memory from the contenders.
+# Enough for a copy to reach its steady rate on any GPU; more would take memory from the contenders.
 MAX_COPY_BYTES = 2**32
 
 
@@ -32,20 +33,20 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """A step, and whose it is.
+    """An optimizer step to time.
 
     Attributes:
         name: as in `--contenders`.
         label: for tables and plots.
-        scaling: how the prior acts; None for a step without a prior.
+        scaling: the prior's scaling; None for a step without a prior.
         state_dtype: of exp_avg and exp_avg_sq.
-        bytes: what the step cannot avoid moving (`Problem.bytes_to_move`).
-        step: what is timed.
-        optimizer: has its parameters and states.
-        prepare: runs before each step, untimed: makes anew what a step overwrites.
+        bytes: the bytes that the step cannot avoid moving (`Problem.bytes_to_move`).
+        step: the function that is timed.
+        optimizer: owns the parameters and states.
+        prepare: runs before each step, untimed, and restores what a step overwrites.
         clip: whether the step clips the gradients to MAX_GRAD_NORM.
-        deltas: those that it holds on to, of a small prior its codes and scales.
-        mode: of ours.
+        deltas: the deltas that it keeps; for a small prior, codes and scales.
+        mode: the mode, for ours.
     """
 
     name: str
@@ -93,7 +94,7 @@ def drift(problem: Problem, backend: str, scaling: str | None, mode: Mode, clip:
 
 
 def _delta_tensors(problem: Problem, mode: Mode) -> list[Tensor]:
-    """What the prior of a mode holds on the device."""
+    """The tensors that a mode's prior keeps on the device."""
     if mode.prior_on_host:
         return []
     prior = problem.loaded_prior(mode.prior)
@@ -119,12 +120,12 @@ def drift_optimizer(
 
 
 def copy_bytes(numel: int, dtype: torch.dtype) -> int:
-    """As many bytes as torch's fused AdamW must move, with its states in the dtype of the parameters."""
+    """The bytes that torch's fused AdamW must move, with its states in the dtype of the parameters."""
     return min(7 * dtype.itemsize * numel, MAX_COPY_BYTES)
 
 
 def copy(problem: Problem) -> Contender:
-    """A copy that moves as many bytes as a step of torch's fused AdamW: what the memory gives today."""
+    """A copy that moves as many bytes as a step of torch's fused AdamW: the memory bandwidth available now."""
     size = copy_bytes(problem.numel, problem.dtype) // 2
     source = torch.ones(size, dtype=torch.uint8, device=problem.device)
     target = torch.zeros_like(source)

@@ -1,9 +1,8 @@
 """Counts the instructions of a step on a CPU: python -m benchmarks.step.instructions
 
-Times depend on the machine and on who else is on it; these numbers do not. A process runs the cpu backend's kernels in
-one thread, and this one goes through it instruction by instruction (ptrace) and counts those of the extension, for
-tensors of two sizes: what the larger one takes more is of its elements alone. (Valgrind does not know AVX-512.) Takes
-two minutes, on Linux on x86-64.
+Times depend on the machine and its load; these numbers do not. A child process runs the cpu backend's kernels in one
+thread; this one single-steps it (ptrace) and counts the extension's instructions, for tensors of two sizes: the
+difference is due to the elements alone. (Valgrind does not support AVX-512.) Takes two minutes; needs Linux on x86-64.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from .contender import drift
 from .modes import BY_LABEL, Mode, label_of
 from .problem import Problem
 
-SIZES = 4096, 8192  # elements; a tensor of less has no int8 states
+SIZES = 4096, 8192  # elements; smaller tensors have no int8 states
 PTRACE_TRACEME, PTRACE_PEEKUSER, PTRACE_SINGLESTEP = 0, 3, 9
-RIP = 128  # where PTRACE_PEEKUSER has the address of the next instruction
+RIP = 128  # offset of the instruction pointer for PTRACE_PEEKUSER
 MODES = (
     *("fp32 states", "fp32 states, master", "fp32 states, stochastic", "bf16 states", "bf16 states, stochastic"),
     *("bf16 states, stochastic, int8 prior", "int8 states", "int8 states, stochastic"),
@@ -53,8 +52,8 @@ def code_of_extension() -> range:
 
 
 def count(work: Callable[[], object]) -> int:
-    """The extension's instructions in another process that does this work and nothing else."""
-    work()  # what is done once is done
+    """Count the extension's instructions in a child process that does only this work."""
+    work()  # one-time work happens here
     ptrace = ctypes.CDLL(None, use_errno=True).ptrace
     ptrace.restype, ptrace.argtypes = ctypes.c_long, (ctypes.c_long,) * 4
     code = code_of_extension()
@@ -72,14 +71,14 @@ def count(work: Callable[[], object]) -> int:
         ptrace(PTRACE_SINGLESTEP, child, 0, 0)
         _, status = os.waitpid(child, 0)
     if os.waitstatus_to_exitcode(status) != 0:
-        raise OSError("this system does not let a process go through another's instructions (ptrace)")
+        raise OSError("this system does not allow a process to single-step another (ptrace)")
     return instructions
 
 
 def count_kernel(mode: Mode, scaling: str | None, kernel: str, numel: int) -> int:
-    """Those of one of the backend's functions, as a step calls it for a tensor of bfloat16."""
+    """Count the instructions of one of the backend's functions, as a step calls it for a bfloat16 tensor."""
     problem = Problem.random([("weight", (numel,))], ["all"], torch.bfloat16, torch.device("cpu"))
-    contender = drift(problem, "cpu", scaling, mode)  # a plan has only the addresses of its tensors
+    contender = drift(problem, "cpu", scaling, mode)  # keeps the tensors alive: a plan has only their addresses
     with mock.patch.object(cpu, kernel, wraps=getattr(cpu, kernel)) as called:
         contender.step()
     return count(partial(getattr(cpu, kernel), *called.call_args.args, **called.call_args.kwargs))
@@ -91,7 +90,7 @@ def instructions_per_param(mode: Mode, scaling: str | None, kernel: str = "updat
 
 
 def measure(labels: list[str]) -> list[Row]:
-    """A row for each mode without a prior and with one, and for the sums of a prior that needs them."""
+    """Return a row for each mode without and with a prior, and one for the sums of a scaling that needs them."""
     metadata = row_metadata()
     wanted = [(BY_LABEL[label], scaling, "update") for label in labels for scaling in (None, "absolute")]
     wanted += [(BY_LABEL[labels[0]], "gradnorm", "grad_stats")]
@@ -117,16 +116,16 @@ def measure(labels: list[str]) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step.instructions", description=__doc__.split("\n")[0])
     parser.add_argument("--modes", nargs="+", choices=tuple(BY_LABEL), metavar="LABEL", default=MODES)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     args = parser.parse_args()
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        parser.error("it needs Linux on x86-64")
+        parser.error("this needs Linux on x86-64")
     torch.set_num_threads(1)
     rows = measure(list(args.modes))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     table = Table("kernel", "prior", "mode", "instructions", box=box.SIMPLE_HEAD)
-    table.title = f"Instructions a parameter of bfloat16, {rows[0]['instruction_set']}"
+    table.title = f"Instructions per bfloat16 parameter, {rows[0]['instruction_set']}"
     table.caption = f"{rows[0]['device']}, {commit(rows[0])}"
     for row in rows:
         table.add_row(row["kernel"], row["scaling"], label_of(row), f"{row['instructions_per_param']:.2f}")

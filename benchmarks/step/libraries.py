@@ -1,6 +1,6 @@
-"""Optimizers of other libraries, where they are installed: rivals without a prior, on a GPU, and of some on a CPU.
+"""Optimizers of other libraries, if installed: rivals without a prior, on a GPU, and some on a CPU.
 
-Each is built as its own documentation says, with the hyperparameters of all; its other defaults are its own.
+Each is built as its documentation describes, with the hyperparameters shared by all; other options keep its defaults.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .peers import after_clipping
 from .problem import ADAMW, Problem
 
 Dtypes = tuple[torch.dtype, ...]
-PROBE_NUMEL = 4096  # what the 8-bit optimizers take for a tensor that is worth 8 bits
+PROBE_NUMEL = 4096  # large enough for the 8-bit optimizers to use 8 bits
 
 
 def _float32(dtype: torch.dtype) -> Dtypes:
@@ -36,7 +36,7 @@ def _as_params(dtype: torch.dtype) -> Dtypes:
 
 
 def _with_correction(dtype: torch.dtype) -> Dtypes:
-    """A third state beside low-precision parameters: what their rounding lost."""
+    """Adds a third state for low-precision parameters: their rounding error."""
     return (dtype, dtype) if dtype == torch.float32 else (dtype, dtype, dtype)
 
 
@@ -51,9 +51,9 @@ class Library:
     Attributes:
         label: for tables and plots.
         path: module and class.
-        states: the dtypes of its states for parameters of a dtype, an element each; the scales of blocks not counted.
-        options: of its constructor, beside those of AdamW.
-        on_cpu: whether it has kernels for the CPU too.
+        states: the dtypes of its states for a parameter dtype, one element each; block scales are not counted.
+        options: of its constructor, in addition to those of AdamW.
+        on_cpu: whether it has CPU kernels too.
     """
 
     label: str
@@ -67,7 +67,7 @@ class Library:
         return getattr(importlib.import_module(module), name)(params, **ADAMW, **self.options)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
-        """Of one element."""
+        """The bytes of the states per element."""
         return sum(state.itemsize for state in self.states(dtype))
 
 
@@ -96,26 +96,26 @@ LIBRARIES = {
 
 
 def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a library cannot step on this device, in a line; None if it can: it has then taken a step."""
+    """Why a library cannot step on this device, in one line; None if it can, after taking a step."""
     library = LIBRARIES[name]
     if device.type != "cuda" and not library.on_cpu:
         return "it is measured on GPUs only"
     try:
         importlib.import_module(library.path.partition(".")[0])
-    except Exception as error:  # an import may also fail on a shared library, or on another torch
+    except Exception as error:  # an import may also fail because of a shared library or another torch version
         return first_line(error)
     return probe(library, device, dtype)
 
 
 def probe(library: Library, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the library's optimizer fails on one small tensor, in a line; None if it does not."""
+    """Why the library's optimizer fails on one small tensor, in one line; None if it does not."""
     param = torch.ones(PROBE_NUMEL, dtype=dtype, device=device)
     param.grad = torch.ones_like(param)
     try:
         library.build([param]).step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except Exception as error:  # whatever another library raises, the others can be measured
+    except Exception as error:  # the others can be measured, whatever this library raises
         return first_line(error)
     return None
 

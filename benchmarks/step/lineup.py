@@ -1,4 +1,4 @@
-"""Who runs: the contenders that were asked for and can run here, and the memory that they need together."""
+"""The contenders that were requested and can run here, and the memory that they need together."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from .shapes import NamedShape, covered, numel
 
 SCALINGS = ("none", *scalings.SCALINGS)
 
-# Run only when asked for: the reference is slow, and so is a C++ compiler over hundreds of tensors.
+# These run only on request: the reference is slow, and so is a C++ compiler with hundreds of tensors.
 ASKED_FOR = {"cpu": ("reference", "compiled"), "cuda": ("reference",)}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender that is still to be made.
+    """A contender to be made.
 
     Attributes:
-        storage: of its states, and of its delta.
-        make: gives it its parameters and states.
-        mode: of ours.
+        storage: of its states and its delta.
+        make: makes the contender, with its parameters and states.
+        mode: the mode, for ours.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Entry:
 
 
 def chosen_backends(wanted: list[str] | None, device: torch.device) -> list[str]:
-    """Our backends among the wanted; by default those that the device can run, but for the reference, which is slow.
+    """Return our backends among `wanted`; by default those that the device can run, except the slow reference.
 
-    One that was asked for and cannot run raises BackendUnavailableError later, with the reason.
+    A requested backend that cannot run raises BackendUnavailableError later, with the reason.
     """
     known = BACKENDS[device.type]
     if wanted is not None:
@@ -61,7 +61,7 @@ def chosen_backends(wanted: list[str] | None, device: torch.device) -> list[str]
 
 
 def chosen_libraries(wanted: list[str] | None, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The libraries among the wanted that can step on the device; by default all, on a GPU."""
+    """Return the libraries among `wanted` that can step on the device; by default all of them, on a GPU."""
     if wanted is None and device.type != "cuda":
         return []
     names = [name for name in libraries.LIBRARIES if wanted is None or name in wanted]
@@ -71,7 +71,7 @@ def chosen_libraries(wanted: list[str] | None, device: torch.device, dtype: torc
 
 
 def _said(what: str, reason: str | None) -> bool:
-    """Whether there is no reason to leave something out; prints it if there is."""
+    """Print the reason to leave something out, if there is one; return whether there is none."""
     if reason is not None:
         print(f"Left out: {what}: {reason}", file=sys.stderr)
     return reason is None
@@ -87,7 +87,7 @@ def entries(
     modes: list[Mode],
     device: torch.device,
 ) -> list[Entry]:
-    """Scaling by scaling, the rivals first. torch's fused AdamW is always there: the others are measured against it."""
+    """Return the entries by scaling, rivals first. torch's fused AdamW is always included: it is the baseline."""
 
     def asked(name: str) -> bool:
         return name not in ASKED_FOR[device.type] if wanted is None else name in wanted
@@ -123,7 +123,7 @@ def entries(
 def kept_bytes(
     shapes: list[NamedShape], modules: list[str], dtype: torch.dtype, lineup: list[Entry], with_copy: bool
 ) -> int:
-    """What all of them hold on the device between their steps, from the dtypes alone."""
+    """The bytes that all of them keep on the device between steps, computed from the dtypes."""
     sizes = [numel([named]) for named in shapes]
     biased_sizes = [numel([(name, shape)]) for name, shape in shapes if covered(name, modules)]
     elements, biased = sum(sizes), sum(biased_sizes)
@@ -133,21 +133,21 @@ def kept_bytes(
     priors = {entry.mode.prior for entry in lineup if entry.mode is not None and entry.scaling is not None}
     total += sum(map(coded_bytes, biased_sizes)) * len(priors - {None})
     if dtype == torch.float16 and None in priors:
-        total += 4 * biased  # a prior has no float16
+        total += 4 * biased  # a prior is never float16
     for entry in lineup:
         total += dtype.itemsize * elements + sum(map(entry.storage.states, sizes))
-        if entry.name == "hook":  # the gradients that it made
+        if entry.name == "hook":  # the gradients that it returns
             total += dtype.itemsize * biased
     return total
 
 
 def passing_bytes(shapes: list[NamedShape], dtype: torch.dtype, lineup: list[Entry], device: torch.device) -> int:
-    """The most that one of their steps allocates and frees again, roughly, and the buffer that flushes the cache."""
+    """Roughly the most memory that one of their steps allocates temporarily, plus the buffer that flushes the cache."""
     elements = numel(shapes)
     largest = max(numel([named]) for named in shapes)
     needs = {
         "foreach": dtype.itemsize * elements,  # the root of exp_avg_sq
-        "compiled": 4 * elements,  # biased gradients, where norms come first
+        "compiled": 4 * elements,  # the biased gradients, if norms come first
         "hook": 4 * dtype.itemsize * largest,
         "reference": 16 * 4 * largest if any(map(_stochastic, lineup)) else 8 * 4 * largest,
     }
@@ -167,12 +167,12 @@ def needed_bytes(
     with_copy: bool,
     device: torch.device,
 ) -> int:
-    """The memory of the device that a run takes."""
+    """The device memory that a run takes, in bytes."""
     return kept_bytes(shapes, modules, dtype, lineup, with_copy) + passing_bytes(shapes, dtype, lineup, device)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What the device, or the machine for the CPU, has left; None if it does not say."""
+    """The free bytes of the device (for the CPU, of the machine); None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")

@@ -1,4 +1,4 @@
-"""Timing: every contender once in each repetition, in an order drawn anew, in one process."""
+"""Timing: every contender takes one step per repetition, in a new random order, in one process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .contender import Contender
 
-# An upper bound of a GPU's clock, and of the time that a step may have for its launches.
+# Upper bounds of a GPU's clock, and of the wait that covers a step's launches.
 CYCLES_PER_MS = 2_500_000
 MAX_WAIT_MS = 20.0
 
 
 class Timing(NamedTuple):
-    """One step, in milliseconds: its work on the device, and until `step()` returned."""
+    """The times of one step, in milliseconds: its work on the device, and the time until `step()` returns."""
 
     ms: float
     host_ms: float
@@ -43,16 +43,16 @@ class Spread(NamedTuple):
 
 
 def time_step(contender: Contender, device: torch.device, cache: Tensor | None) -> Timing:
-    """Times one step by the clock; on a GPU two steps, one by events and one by the clock of the host.
+    """Time one step by the clock; on a GPU two steps, one by CUDA events and one by the host's clock.
 
-    `cache` is written before the step that events time, so that no contender finds its tensors in the L2.
+    `cache` is written before the step timed by events, so that no contender finds its tensors in L2.
     """
     if cache is None:
         ms = _host_ms(contender)
         return Timing(ms, ms)
     host_ms = _host_ms(contender, device)
     contender.prepare()
-    # The device waits while the host launches, as it does behind a backward: what is timed is not the launching.
+    # The device waits while the host launches, as after a backward pass, so that launching is not timed.
     torch.cuda._sleep(int(CYCLES_PER_MS * min(2 * host_ms, MAX_WAIT_MS)))
     cache.zero_()
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -64,7 +64,7 @@ def time_step(contender: Contender, device: torch.device, cache: Tensor | None) 
 
 
 def _host_ms(contender: Contender, device: torch.device | None = None) -> float:
-    """Until `step()` returned; on a GPU with nothing queued before it."""
+    """The time until `step()` returns; on a GPU, with nothing queued before it."""
     contender.prepare()
     if device is not None:
         torch.cuda.synchronize(device)
@@ -74,14 +74,14 @@ def _host_ms(contender: Contender, device: torch.device | None = None) -> float:
 
 
 def flush_bytes(device: torch.device) -> int:
-    """Enough to push everything else out of a GPU's L2; 0 for a CPU, whose caches the default sizes exceed."""
+    """The bytes that evict everything else from a GPU's L2; 0 for a CPU, whose caches the default sizes exceed."""
     return 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def measure(
     contenders: list[Contender], device: torch.device, reps: int, warmup: int = 2, seed: int = 0
 ) -> list[list[Timing]]:
-    """`reps` timings of each contender, after `warmup` repetitions that are not counted."""
+    """Return `reps` timings of each contender, after `warmup` uncounted repetitions."""
     timings: list[list[Timing]] = [[] for _ in contenders]
     order = list(range(len(contenders)))
     shuffle = random.Random(seed).shuffle

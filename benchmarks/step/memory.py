@@ -1,4 +1,4 @@
-"""The memory of a contender, as it is allocated."""
+"""The memory that a contender allocates."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .contender import Contender
 
 
 class Memory(NamedTuple):
-    """Of one contender, in bytes; None for what has no optimizer, or where the device does not count.
+    """The memory of one contender, in bytes; None without an optimizer, or if the device does not count it.
 
     Attributes:
-        state_bytes: what it keeps on its parameters' device beside params and gradients: states, and deltas under a
+        state_bytes: what it keeps on its parameters' device besides params and gradients: states, and deltas under a
             prior.
-        stored_bytes: that and the parameters.
-        peak_extra_bytes: how far one step goes above the memory that was allocated before it.
+        stored_bytes: state_bytes and the parameters.
+        peak_extra_bytes: how far one step exceeds the memory allocated before it.
     """
 
     state_bytes: int | None
@@ -28,7 +28,7 @@ class Memory(NamedTuple):
 
     @classmethod
     def of(cls, contender: Contender, device: torch.device) -> Memory:
-        """After the first step, when there are states."""
+        """Measure after the first step, when states exist."""
         kept = state_bytes(contender)
         params = _params(contender)
         stored = None if kept is None else kept + sum(param.nbytes for param in params)
@@ -66,7 +66,7 @@ def _params(contender: Contender) -> list[Tensor]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The plain tensors in a state, which other libraries wrap in subclasses and in objects of their own."""
+    """Yield the plain tensors in a state; other libraries wrap them in subclasses and objects of their own."""
     if isinstance(value, Tensor):
         if is_traceable_wrapper_subclass(value):
             for name in value.__tensor_flatten__()[0]:

@@ -1,4 +1,4 @@
-"""A fast backend that is wrong is not fast: the check that runs before every measurement."""
+"""The check that runs before every measurement: each backend must agree with the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPES: list[NamedShape] = [
 ]
 STEPS = 3
 
-# Of a tensor's largest element, where coefficients come from sums over the gradients: backends agree on those to 1e-6.
+# Relative to a tensor's largest element, for coefficients from sums over gradients, on which backends agree to 1e-6.
 TOLERANCE = 2e-6
 
 
@@ -30,14 +30,14 @@ class ParityError(AssertionError):
 
 
 def check_parity(backend: str, device: torch.device, dtype: torch.dtype, mode: Mode) -> None:
-    """Steps a backend and the reference side by side on small tensors, some of them large enough for codes.
+    """Step a backend and the reference side by side on small tensors, some of them large enough for codes.
 
-    Given the same coefficients (without a prior, and under absolute and decoupled scaling), params and all
-    states must agree bit for bit. Under gradnorm and adaptive_cosine each has coefficients from its own sums: there the
-    biased gradients, of which a float32 exp_avg is the mean, must agree to TOLERANCE.
+    With the same coefficients (without a prior, and under absolute and decoupled scaling), params and all states must
+    be bitwise identical. Under gradnorm and adaptive_cosine, each computes coefficients from its own sums; there, the
+    biased gradients, averaged in a float32 exp_avg, must agree to TOLERANCE.
 
     Raises:
-        ParityError: they do not; says where.
+        ParityError: if they do not agree; the message tells where.
     """
     for scaling in (None, *(name for name, scaling in SCALINGS.items() if not scaling.needs_stats)):
         problem = Problem.random(SHAPES, ["all"], dtype, device)
@@ -57,8 +57,8 @@ def check_parity(backend: str, device: torch.device, dtype: torch.dtype, mode: M
 def _side_by_side(
     problem: Problem, backend: str, scaling: str | None, mode: Mode
 ) -> Iterator[tuple[str, dict[str, tuple[Tensor, Tensor]]]]:
-    """After each step, by parameter: where this is, and its param and all its states, the backend's beside the
-    reference's."""
+    """Yield, after each step and for each parameter, its description and the pairs (backend's, reference's) of the
+    param and all its states."""
     params = problem.own_params(), problem.own_params()
     checked = drift_optimizer(problem, params[0], backend, scaling, mode)
     reference = drift_optimizer(problem, params[1], "reference", scaling, mode)
@@ -75,5 +75,5 @@ def _side_by_side(
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The bits of a tensor, as integers of its width."""
+    """The bits of a tensor, as integers of the same width."""
     return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[x.element_size()])

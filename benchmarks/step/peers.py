@@ -1,8 +1,8 @@
-"""The rivals: what one uses today to step with AdamW, and to bias its gradients by a prior.
+"""The rivals: today's alternatives for an AdamW step, and for biasing its gradients by a prior.
 
-torch keeps the states in the dtype of the parameters. Where a step clips, it clips the biased gradients of all
-parameters together, as ours does, by `torch.nn.utils.clip_grad_norm_`. That overwrites gradients, so it works on
-scratch copies, made anew before each step.
+torch keeps the states in the dtype of the parameters. If a step clips, it clips the biased gradients of all parameters
+together, like ours, with `torch.nn.utils.clip_grad_norm_`. This overwrites gradients, so it works on scratch copies
+that are restored before each step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .contender import Contender, nothing
 from .modes import Storage
 from .problem import ADAMW, ALPHA, LR, MAX_GRAD_NORM, Problem
 
-# Under the norms that the authors' code divides by.
+# Lower bound of the norms that the authors' code divides by.
 NORM_FLOOR = 1e-12
 
 
 def fused(problem: Problem, clip: bool = False) -> Contender:
-    """torch's fused AdamW without a prior: what every other contender is measured against."""
+    """torch's fused AdamW without a prior: the baseline for all other contenders."""
     params = _own_params(problem, overwrites=clip)
     optimizer = _fused_adamw(params)
     step = after_clipping(params, optimizer.step) if clip else optimizer.step
@@ -39,10 +39,10 @@ def foreach(problem: Problem, clip: bool = False) -> Contender:
 
 
 def foreach_bias(problem: Problem, scaling: str, clip: bool = False) -> Contender:
-    """The bias as someone who knows torch would write it, and torch's fused AdamW.
+    """The bias as an experienced torch user would write it, then torch's fused AdamW.
 
-    As few passes as torch's list operations allow, no temporaries of the model's size, and norm(delta) computed once.
-    It writes to the gradients, so it works on scratch copies.
+    It makes as few passes as torch's list operations allow and no temporaries of the model's size, and computes
+    norm(delta) once. It writes to the gradients, so it works on scratch copies.
     """
     params = _own_params(problem, overwrites=True)
     optimizer = _fused_adamw(params)
@@ -75,9 +75,9 @@ def foreach_bias(problem: Problem, scaling: str, clip: bool = False) -> Contende
 
 
 def hook(problem: Problem, scaling: str, clip: bool = False) -> Contender:
-    """The authors' hooks, and torch's fused AdamW.
+    """The authors' hooks, then torch's fused AdamW.
 
-    The hooks are called on given gradients rather than by a backward: that spares them autograd's own cost.
+    The hooks are called on existing gradients, not by a backward pass, so the cost of autograd is not counted.
     """
     params = _own_params(problem, overwrites=clip)
     optimizer = _fused_adamw(params)
@@ -98,14 +98,14 @@ def hook(problem: Problem, scaling: str, clip: bool = False) -> Contender:
 
 
 def authors_hook(host_delta: Tensor, alpha: float, scaling: str) -> Callable[[Tensor], Tensor]:
-    """The tensor hook by which DRIFT's authors (arXiv 2510.15050) bias one gradient, re-created from its description.
+    """The tensor hook with which DRIFT's authors (arXiv 2510.15050) bias a gradient, re-created from its description.
 
         absolute         g - alpha * delta
         gradnorm         g - alpha * norm(g) * delta/norm(delta)
         adaptive_cosine  g - alpha * (1 + cos(g, delta))/2 * norm(g) * delta/norm(delta)
 
-    The delta stays on the host in the dtype it is stored in, and is moved to the gradient's device in every backward;
-    both norms are taken anew each time, and every intermediate is a tensor of the gradient's size.
+    The delta stays on the host in its stored dtype and moves to the gradient's device in every backward pass; both
+    norms are recomputed each time, and every intermediate is a tensor of the gradient's size.
     """
 
     def hook(grad: Tensor) -> Tensor:
@@ -124,10 +124,10 @@ def authors_hook(host_delta: Tensor, alpha: float, scaling: str) -> Callable[[Te
 
 
 def compiled(problem: Problem, scaling: str, clip: bool = False) -> Contender:
-    """The whole biased update as one function under `torch.compile`; clipping too is inside."""
+    """The whole biased update as one function under `torch.compile`, including clipping."""
     params = _own_params(problem, overwrites=False)
     optimizer = CompiledAdamW(params, problem.deltas, scaling, clip)
-    return _contender("compiled", "torch.compile, bias in it", problem, scaling, clip, optimizer, optimizer.step)
+    return _contender("compiled", "torch.compile with the bias", problem, scaling, clip, optimizer, optimizer.step)
 
 
 def _own_params(problem: Problem, overwrites: bool) -> list[Tensor]:
@@ -156,7 +156,7 @@ def _contender(
     step: Callable[[], Any],
     overwrites: bool = False,
 ) -> Contender:
-    """With the states in the dtype of the parameters; `overwrites`: its gradients are the scratch ones."""
+    """A contender with states in the dtype of the parameters; `overwrites`: it uses the scratch gradients."""
     itemsize = problem.dtype.itemsize
     on_device = [] if scaling is None or name == "hook" else list(problem.prior.values())
     return Contender(
@@ -173,10 +173,10 @@ def _contender(
     )
 
 
-# Rivals by name: those that have no prior, and those that have one, with the scalings that they know.
+# Rivals by name: without a prior, and with a prior and the scalings that they support.
 WITHOUT_PRIOR = {"fused": fused, "foreach": foreach}
 WITH_PRIOR = {"foreach_bias": foreach_bias, "hook": hook, "compiled": compiled}
-# What each can do.
+# The scalings that each supports.
 SCALINGS = {
     "foreach_bias": ("absolute", "gradnorm", "adaptive_cosine", "decoupled"),
     "hook": ("absolute", "gradnorm", "adaptive_cosine"),

@@ -1,4 +1,4 @@
-"""What a step works on: parameters, gradients and deltas, the same for every contender."""
+"""The input of a step: parameters, gradients and deltas, the same for every contender."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .shapes import NamedShape, covered
 
 LR, BETAS, EPS, WEIGHT_DECAY, ALPHA = 1e-6, (0.9, 0.999), 1e-8, 1e-2, 0.5
 ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-MAX_GRAD_NORM = 1.0  # of a step that clips
+MAX_GRAD_NORM = 1.0  # for steps that clip
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Parameters by name, with a gradient each, and a delta each where the prior covers it (None elsewhere)."""
+    """Parameters by name, each with a gradient and, if the prior covers it, a delta (else None)."""
 
     names: list[str]
     params: list[Tensor]
@@ -38,7 +38,7 @@ class Problem:
         device: torch.device,
         seed: int = 0,
     ) -> Problem:
-        """Normal numbers of the sizes that fine-tuning sees: weights 2e-2, gradients and deltas 1e-3."""
+        """Normal numbers at the scale of fine-tuning: weights 2e-2, gradients and deltas 1e-3."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(shape: tuple[int, ...], deviation: float) -> Tensor:
@@ -72,8 +72,8 @@ class Problem:
         return {}
 
     def loaded_prior(self, codes: torch.dtype | None) -> Prior:
-        """The deltas as a prior, hashed and checked once, and shared by the optimizers that bind it; with `codes`, int8
-        or float8_e4m3fn, as a small one."""
+        """The deltas as a prior, hashed and checked once and shared by the optimizers that bind it; with `codes` (int8
+        or float8_e4m3fn), as a small prior."""
         if codes not in self._loaded_priors:
             small = {name: quantize(delta, codes) for name, delta in self.prior.items()} if codes else None
             self._loaded_priors[codes] = Prior.from_mapping(small or self.prior)
@@ -86,7 +86,7 @@ class Problem:
 
     @cached_property
     def scratch_grads(self) -> list[Tensor]:
-        """Gradients for the contenders that overwrite them, shared by these; see `restore_scratch_grads`."""
+        """Gradients shared by the contenders that overwrite them; see `restore_scratch_grads`."""
         return [grad.clone() for grad in self.grads]
 
     def restore_scratch_grads(self) -> None:
@@ -94,19 +94,19 @@ class Problem:
             scratch.copy_(grad)
 
     def own_params(self, grads: list[Tensor] | None = None) -> list[Tensor]:
-        """A copy of the parameters, with these gradients (`self.grads` if not given), which are not copied."""
+        """A copy of the parameters, with these gradients (default: `self.grads`), which are not copied."""
         own = [param.clone() for param in self.params]
         for param, grad in zip(own, self.grads if grads is None else grads, strict=True):
             param.grad = grad
         return own
 
     def bytes_to_move(self, scaling: str | None, storage: Storage, clip: bool = False) -> int:
-        """The bytes that a step cannot avoid moving between memory and processor, from the dtypes alone.
+        """The memory traffic that a step cannot avoid, in bytes, computed from the dtypes.
 
         Every step reads param, grad and the states (with residuals, and the scales of codes) and writes param and
-        states; under a prior it reads delta (with the scales of codes). What depends on a norm takes another pass: over
-        the biased gradients for a coefficient with norm(g), over all gradients for clipping; and over the deltas too
-        for <g, delta>, which adaptive_cosine and the norm of a biased gradient need (norm(delta) is a constant).
+        states; under a prior it reads delta (with the scales of codes). A norm takes another pass: over the biased
+        gradients for a coefficient with norm(g), over all gradients for clipping; and over the deltas too for
+        <g, delta>, which adaptive_cosine and the norm of a biased gradient need (norm(delta) is a constant).
         """
         total = 0
         for param, grad, delta in zip(self.params, self.grads, self.deltas, strict=True):

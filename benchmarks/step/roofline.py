@@ -1,7 +1,7 @@
 """The rows of a step benchmark as bytes against time: python -m benchmarks.step.roofline ROWS.json PLOT.png
 
-On a GPU a step that moves b bytes a parameter takes no less time than a copy of b bytes: the line that no point is
-under. On a CPU a copy moves more than it counts (benchmarks/README.md), and a point can be under it.
+On a GPU, a step that moves b bytes per parameter takes at least as long as a copy of b bytes, so no point is below that
+line. On a CPU, a copy moves more bytes than are counted (benchmarks/README.md), so points can be below it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LABEL_INCHES = 0.2
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Each contender a point at its bytes to move and its time, with the line of the copy; ours in color.
+    """Draw each contender as a point, bytes to move against time, and the line of the copy; ours in color.
 
     Raises ValueError if no copy was measured.
     """
     copy = next((row for row in rows if row["contender"] == "copy"), None)
     if copy is None:
-        raise ValueError("a roofline needs the row of a copy, which the tiny list does not have")
+        raise ValueError("a roofline needs the row of a copy, and the tiny list has none")
     points = sorted((row for row in rows if row["contender"] not in LIMITS), key=_ns_per_param)
     bytes_moved = [row["bytes_per_param"] for row in points]
     left, right = 0.9 * min(bytes_moved), 1.1 * max(bytes_moved)
@@ -79,7 +79,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def _labels(axes: Axes, points: list[Row], gap: float) -> None:
-    """Names in a column beside the axes, in the order of the points, each with a line to its point."""
+    """Write the names in a column beside the axes, in the order of the points, each with a line to its point."""
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [float(to_axes.transform((row["bytes_per_param"], _ns_per_param(row)))[1]) for row in points]
     for row, height in zip(points, spread_out(heights, gap), strict=True):
@@ -107,14 +107,14 @@ def _labels(axes: Axes, points: list[Row], gap: float) -> None:
 
 
 def spread_out(heights: list[float], gap: float) -> list[float]:
-    """The rising `heights` moved as little as it takes for each to be `gap` above the one before, within 0 to 1.
+    """Move the ascending `heights` as little as possible so that each is `gap` above the previous one, within 0 to 1.
 
-    Neighbours that collide become a block about the mean of where they would be. A gap that has no room shrinks.
+    Colliding neighbours form a block around the mean of their wanted heights. The gap shrinks if there is no room.
     """
     if not heights:
         return []
     gap = min(gap, 1 / len(heights))
-    blocks: list[tuple[list[float], float]] = []  # the wanted heights of a block, and its lowest place
+    blocks: list[tuple[list[float], float]] = []  # the wanted heights of a block, and its lowest height
     for height in heights:
         block = [height]
         while True:

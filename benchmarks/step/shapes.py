@@ -1,6 +1,6 @@
 """Parameter lists of real models, in their own order, scaled down to fit a machine.
 
-The numbers are those of the published configurations; the names are those of transformers 4.52 and later.
+The sizes are from the published configurations; the names are those of transformers 4.52 and later.
 `tests/test_benchmarks.py` compares the lists with transformers' own models.
 """
 
@@ -48,13 +48,13 @@ MODELS = {
     "qwen2.5-0.5b": Model(Text(896, 4864, 128, layers=24, vocabulary=151936, tied=True)),
 }
 
-# As many tensors as qwen2.5-vl-7b has, with nothing in them: what is left of a step is its cost per tensor.
+# As many tensors as qwen2.5-vl-7b, each almost empty: what remains of a step is its cost per tensor.
 TINY = "tiny"
 TINY_TENSORS, TINY_NUMEL = 729, 8
 
 NAMES = (*MODELS, TINY)
 
-# What a prior covers: modules of the language model, or every tensor.
+# What a prior can cover: modules of the language model, or every tensor.
 MODULES = {
     "attn": re.compile(r"\blayers\.\d+\.self_attn\.[qkvo]_proj\."),
     "mlp": re.compile(r"\blayers\.\d+\.mlp\.(gate|up|down)_proj\."),
@@ -72,10 +72,10 @@ def numel(shapes: list[NamedShape]) -> int:
 
 
 def named_shapes(model: str, scale: float = 1.0, layers: int | None = None) -> list[NamedShape]:
-    """Names and shapes of a model's parameters, every width and the vocabulary divided by `scale`.
+    """The names and shapes of a model's parameters, with every width and the vocabulary divided by `scale`.
 
-    The number of tensors stays, and so do their proportions, but for the rounding of widths to multiples of 4. With
-    `layers`, only so many first layers of the text model and of the vision tower stay.
+    The number of tensors and their proportions are kept, except that widths are rounded to multiples of 4. With
+    `layers`, only that many first layers of the text model and of the vision tower are kept.
     """
     if model == TINY:
         return [(f"model.layers.{i}.self_attn.q_proj.weight", (TINY_NUMEL,)) for i in range(TINY_TENSORS)]
@@ -84,7 +84,7 @@ def named_shapes(model: str, scale: float = 1.0, layers: int | None = None) -> l
 
 
 def fit(model: str, target: int) -> float:
-    """The scale at which a model has about `target` parameters; 1 if it has no more than that anyway."""
+    """The scale at which a model has about `target` parameters; 1 if it does not have more than that."""
     if numel(named_shapes(model)) <= target:
         return 1.0
     low, high = 1.0, 2.0

@@ -1,5 +1,5 @@
-// What a step does to memory, and nothing else: the same buffers in the same order, read and written by the same
-// threads, with one operation a vector. `streams.py` compiles this and calls it in the place of the cpu backend.
+// The memory traffic of a step and nothing else: the same buffers in the same order, read and written by the same
+// threads, with one operation per vector. `streams.py` compiles this and calls it in place of the cpu backend.
 #include <cstring>
 
 #include "../../csrc/codes.h"
@@ -8,16 +8,15 @@
 namespace drift {
 namespace {
 
-// Not known to the compiler: what is written is what was read, and all that was read is in it.
+// Unknown to the compiler: the values written equal those read, and depend on everything read.
 volatile uint64_t zero = 0;
 
-// Elements of one buffer before the next has its turn: of several sizes the fastest where there are many buffers, and
-// where there are two.
+// Elements of one buffer before switching to the next: the fastest of several sizes, for many buffers and for two.
 constexpr int64_t kTurnOfUpdate = 64, kTurnOfSums = 512;
 
 using Vector = uint64_t __attribute__((vector_size(64)));
 
-// The bytes of an element in each buffer of a launch, and of a block's scale; 0 where there is none.
+// The bytes per element in each buffer of a launch, and per block for scales; 0 if there is no such buffer.
 struct Sizes {
   int64_t param, residual, grad, state, state_scale, delta, delta_scale;
 };
@@ -74,7 +73,7 @@ void sweep_chunk(const Row& row, uint64_t grad, const Sizes& sizes, bool writes,
 }  // namespace
 }  // namespace drift
 
-// An update's traffic if it `writes`, that of the sums over gradients and deltas if not.
+// The traffic of an update if `writes` is set, else that of the sums over gradients and deltas.
 extern "C" void sweep(const drift::Row* rows, const uint64_t* grads, int64_t count, const drift::Sizes* sizes,
                       bool writes, int threads) {
   drift::for_each_chunk(rows, count, threads, [&](int64_t tensor, int64_t, int64_t begin, int64_t end) {

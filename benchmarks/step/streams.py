@@ -1,5 +1,5 @@
-"""The limit of a step of ours on a CPU: one that reads and writes the same buffers, in the same order and by the same
-threads, and hardly computes (streams.cpp)."""
+"""The limit of our step on a CPU: a step that reads and writes the same buffers, in the same order and with the same
+threads, but computes almost nothing (streams.cpp)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compiler() -> str | None:
 
 
 def wanted(contenders: list[str] | None) -> bool:
-    """Whether it was asked for, and can be compiled; says so if it cannot."""
+    """Whether it was requested and can be compiled; prints a message if it cannot."""
     if contenders is None or NAME not in contenders:
         return False
     if compiler() is None:
@@ -51,12 +51,12 @@ def _library() -> ctypes.CDLL:
 
 
 def beside(one: Contender) -> list[Contender]:
-    """A contender, and its streams if it is of the cpu backend."""
+    """A contender, and its streams if it runs on the cpu backend."""
     return [one, streams(one)] if one.name == "cpu" else [one]
 
 
 def streams(ours: Contender) -> Contender:
-    """Of a contender of the cpu backend, on whose parameters and states it works; it leaves their values."""
+    """The streams of a contender on the cpu backend. They use its parameters and states and keep their values."""
     _library()
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""From timings to rows, and from rows to a table."""
+"""Turns timings into rows, and rows into a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .measure import Spread, Timing
 from .memory import Memory
 from .modes import label_of
 
-# Rivals that have a prior too: ours are compared with them in columns of their own.
+# Rivals with a prior: ours are compared with them in separate columns.
 RIVALS = {"foreach_bias": "x foreach\n+ fused", "hook": "x hook\n+ fused"}
 
 
@@ -26,13 +26,14 @@ def make_rows(
     memory: list[Memory],
     common: Row,
 ) -> list[Row]:
-    """One row per contender: what it is, the median and quartiles of its times, and the same over rivals' medians.
+    """Return one row per contender: its description, the median and quartiles of its times, and their ratios to rivals'
+    medians.
 
-    A rival is one that clips if the contender does. `rounding`, `master`, `prior_dtype` and `prior_device` are of
-    ours, the last two under a prior.
+    Contenders that clip are compared with rivals that clip. `rounding`, `master`, `prior_dtype` and `prior_device` are
+    set for ours, the last two with a prior.
 
-    `gb_per_s` is the bytes that the step must move over the median time, whatever the contender moves beyond them, so
-    it compares across contenders; it and `percent_of_copy` are None if no copy was measured. `common` is in every row.
+    `gb_per_s` is the bytes that the step must move over the median time. It ignores what else a contender moves, so it
+    compares across contenders; it and `percent_of_copy` are None if no copy was measured. `common` is in every row.
     """
     spreads = [Spread.of([timing.ms for timing in times]) for times in timings]
 
@@ -87,7 +88,7 @@ def make_rows(
 
 
 def print_table(rows: list[Row], console: Console) -> None:
-    """The rows, section by section of the same scaling; ours in bold."""
+    """Print the rows in one section per scaling; ours in bold."""
     first = rows[0]
     on_gpu, with_rate = first["device_type"] == "cuda", first["gb_per_s"] is not None
     with_streams = any(row["percent_of_streams"] is not None for row in rows)
@@ -131,7 +132,7 @@ def print_table(rows: list[Row], console: Console) -> None:
 
 def section_title(row: Row) -> str:
     prior = "without a prior" if row["scaling"] == "none" else f"prior, {row['scaling']}"
-    return f"{prior}, clipping" if row.get("clip") else prior  # older rows have no clip, and no layers
+    return f"{prior}, clipping" if row.get("clip") else prior  # older rows have neither clip nor layers
 
 
 def _per_param(row: Row, key: str) -> str:
@@ -139,11 +140,11 @@ def _per_param(row: Row, key: str) -> str:
 
 
 def title(row: Row) -> str:
-    """What was stepped."""
+    """The parameters that were stepped."""
     scale = "" if row["scale"] == 1 else f" with widths divided by {row['scale']:.3g}"
     if row.get("layers") is not None:
         scale = f", the first {row['layers']} layers" if row["layers"] > 1 else ", the first layer"
-    biased = "every one" if row["biased_params"] == row["params"] else f"{row['biased_params']:,}"
+    biased = "all" if row["biased_params"] == row["params"] else f"{row['biased_params']:,}"
     return (
         f"One optimizer step: {row['model']}{scale}, {row['tensors']} tensors, {row['params']:,} {row['dtype']} "
         f"parameters, {biased} under the prior"
@@ -151,7 +152,7 @@ def title(row: Row) -> str:
 
 
 def caption(row: Row) -> str:
-    """Where, with what, and how often."""
+    """The device, the versions, the commit and the repetitions."""
     threads = f", {row['threads']} threads" if row["device_type"] == "cpu" else ""
     return (
         f"{row['device']}{threads}, load {row['load']}; torch {row['torch']}, triton {row['triton'] or 'none'}, "

@@ -1,11 +1,10 @@
 // One chunk of one tensor on the CPU: load, update, store, block by block; the two sums of grad_stats; the bias alone.
-// Loops are written so that the compiler vectorises them.
+// The loops are written so that the compiler vectorises them.
 #pragma once
 
 #include "../tensors.h"
 
-// Iterations of the next loop touch different elements. (Not `omp simd`, which keeps structs such as Element in
-// memory.)
+// The iterations of the next loop touch different elements. (`omp simd` would keep structs such as Element in memory.)
 #if defined(__clang__)
 #define DRIFT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -14,10 +13,10 @@
 
 namespace drift {
 
-// Elements that are prepared together: random bits drawn, codes decoded.
+// Elements prepared together: their random bits are drawn and their codes decoded.
 constexpr int kPrepared = 512;
 
-// The random bits of kPrepared elements of a tensor whose type needs them.
+// The random bits of kPrepared elements of a tensor, if its type needs them.
 template <class T>
 class RandomBlock {
  public:
@@ -52,7 +51,7 @@ class RandomBlock {
     return 0;
   }
 
-  // Two elements a word.
+  // Two elements per word.
   DRIFT_HD uint32_t* words() { return bits_.words; }
   DRIFT_HD const uint32_t* words_from([[maybe_unused]] int64_t word) const {
     return kStochastic<T> ? bits_.words + word : nullptr;
@@ -61,7 +60,7 @@ class RandomBlock {
  private:
   static constexpr int kCalls = kPrepared / 8;
 
-  // Where a shard cuts through the eights of the whole tensor. (Out of line: it is rare, and its code is long.)
+  // For a shard that cuts through the whole tensor's groups of eight. (Out of line: rare, and a lot of code.)
   __attribute__((noinline)) void draw_each(const RandomBits& random, Stream stream, int64_t begin) {
     for (int i = 0; i < kPrepared; ++i) bits_.halves[i] = static_cast<uint16_t>(random.one(stream, begin + i));
   }
@@ -72,7 +71,7 @@ class RandomBlock {
   } bits_;
 };
 
-// Work on each block that shares a scale, of kPrepared elements at most.
+// Calls work(block, begin, end) for each block that shares a scale, for up to kPrepared elements.
 template <class F>
 DRIFT_HD void each_scale_block(int64_t count, F work) {
   int64_t begin = 0;
@@ -89,7 +88,7 @@ DRIFT_HD void decode_block(const T* tensor, const float* scales, Decoded<T>* val
   });
 }
 
-// `largest` has the bits of each scale block's largest magnitude.
+// `largest` holds the bits of each scale block's largest magnitude.
 template <class T>
 DRIFT_HD void encode_block(const Decoded<T>* values, const uint32_t* largest, T* tensor, float* scales, int64_t count) {
   alignas(64) int32_t codes[kPrepared];
@@ -99,14 +98,14 @@ DRIFT_HD void encode_block(const Decoded<T>* values, const uint32_t* largest, T*
     DRIFT_INDEPENDENT
     for (int64_t i = begin; i < end; ++i) codes[i] = code_of(values[i], inverse);
   });
-  // A loop of its own: in the one above the compiler would pack every intermediate result into bytes.
+  // A separate loop: in the one above, the compiler would pack every intermediate result into bytes.
   each_scale_block(count, [&](int64_t, int64_t begin, int64_t end) {
     DRIFT_INDEPENDENT
     for (int64_t i = begin; i < end; ++i) tensor[i] = narrow<T>(codes[i]);
   });
 }
 
-// A delta as the loop reads it: the tensor itself, or kPrepared floats decoded from its codes.
+// A delta as the loop reads it: the tensor itself, or up to kPrepared floats decoded from its codes.
 template <class Delta>
 class DeltaBlock {
  public:
@@ -139,8 +138,8 @@ DRIFT_HD void update_block(const Stored<Param, Grad, State, Delta>& stored, cons
   }
 }
 
-// Where the states are codes. Each step runs over several scale blocks before the next: a scale waits for the largest
-// of its block and for two divisions, which would otherwise stand still between any two loops.
+// States stored as codes. Each stage covers several scale blocks before the next begins: a scale waits for the largest
+// magnitude of its block and for two divisions, and would otherwise stall between any two loops.
 template <class Param, class Grad, class Delta>
 DRIFT_HD void update_block(const Stored<Param, Grad, int8_state, Delta>& stored, const Decoded<Delta>* delta,
                            const Coefficients& c, const RandomBlock<Param>& for_param, const RandomBlock<int8_state>&,
@@ -194,8 +193,8 @@ DRIFT_HD void update_chunk(const Row& row, uint64_t grad, const Coefficients& co
   }
 }
 
-// sum(g*g) and sum(g*delta) of one chunk: float32 in kLanes columns over short blocks, the blocks in float64. The order
-// is fixed by the element's index alone, so the sums have the same bits on every instruction set.
+// sum(g*g) and sum(g*delta) of one chunk: float32 in kLanes columns within short blocks, float64 across blocks. Only
+// the element's index determines the order, so the sums are bitwise identical on every instruction set.
 template <class Grad, class Delta>
 DRIFT_HD Sums sum_chunk(const Row& row, uint64_t grad_address, int64_t begin, int64_t end) {
   constexpr int kLanes = 32;
@@ -241,7 +240,7 @@ DRIFT_HD void bias_block(Grad* __restrict grad, const Delta* __restrict delta, c
   for (int64_t i = 0; i < count; ++i) grad[i] = round_to<Grad>(biased(to_float(grad[i]), to_float(delta[i]), c));
 }
 
-// The gradient of one chunk, biased in place.
+// Biases the gradient of one chunk in place.
 template <class Grad, class Delta>
 DRIFT_HD void bias_chunk(const Row& row, uint64_t grad, const Coefficients& coefficients, int64_t begin, int64_t end) {
   constexpr int64_t kBlock = kCoded<Delta> ? kPrepared : kChunk;

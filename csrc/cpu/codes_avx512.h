@@ -1,4 +1,4 @@
-// Codes of 64 elements in the registers of lanes_avx512.h, with the bits of codes.h.
+// The codes of 64 elements, in the registers of lanes_avx512.h. Bitwise identical to codes.h.
 #pragma once
 
 #include "lanes_avx512.h"
@@ -11,7 +11,7 @@ DRIFT_512 Floats converted(Bits x) {
   return value;
 }
 
-// Signed bytes, as floats.
+// Converts signed bytes to floats.
 template <Order kOrder>
 DRIFT_512 Floats signed_bytes(const void* x) {
   const auto* bytes = static_cast<const char*>(x);
@@ -33,8 +33,7 @@ DRIFT_512 Floats decode(const int8_code* x, float scale) {
   return signed_bytes<kOrder>(x) * _mm512_set1_ps(scale);
 }
 
-// By way of float16, which has all its numbers, 2^-8 of them: the processor's conversion is not slow where those are
-// subnormal.
+// Goes through float16, which represents every value times 2^-8: the processor's conversion is fast for subnormals too.
 template <Order kOrder>
 DRIFT_512 Floats decode(const fp8_code* x, float scale) {
   Floats value;
@@ -57,7 +56,7 @@ DRIFT_512 Floats decode(const moment_code* x, float scale) {
   return code * magnitude(code) * _mm512_set1_ps(scale);
 }
 
-// As the variance, not its root.
+// Returns the variance, not its square root.
 DRIFT_512 Floats decode(const variance_code* x, float scale) {
   Bits codes;
   DRIFT_EACH codes.r[k] = _mm512_cvtepu8_epi32(load_128(x + 16 * k));
@@ -65,7 +64,7 @@ DRIFT_512 Floats decode(const variance_code* x, float scale) {
   return root * root;
 }
 
-// A delta, of whatever type.
+// Loads a delta of any type.
 template <Order kOrder, class Delta>
 DRIFT_512 Floats load_delta(const Delta* x, [[maybe_unused]] const float* scales, int64_t i) {
   if constexpr (kCoded<Delta>) {
@@ -77,9 +76,9 @@ DRIFT_512 Floats load_delta(const Delta* x, [[maybe_unused]] const float* scales
 
 // Blocks whose scales are computed together.
 constexpr int kScales = kPrepared / kScaleBlock;
-static_assert(kScales == 4, "a register has four");
+static_assert(kScales == 4, "a register holds four");
 
-// The largest magnitudes of the moments and the variances of kScales blocks, in each lane: the bits of floats.
+// Per lane, the largest magnitudes of the moments and of the variances of kScales blocks, as float bits.
 struct Largest {
   __m512i moments[kScales] = {}, variances[kScales] = {};
 
@@ -103,8 +102,8 @@ DRIFT_512 __m128i largest_of(const __m512i x[4]) {
   return _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// Those of kScales blocks as scale_of of codes.h has them for one, and what elements are multiplied by: of the moments,
-// then of the roots of the variances.
+// The scales of kScales blocks, as scale_of in codes.h computes them for one, and their inverses: first of the moments,
+// then of the square roots of the variances.
 struct Scales {
   alignas(32) float scale[2 * kScales], inverse[2 * kScales];
   bool finite;
@@ -129,14 +128,14 @@ DRIFT_512 Scales scales_of(const Largest& largest) {
   return scales;
 }
 
-// Four registers of 32-bit codes whose bytes `pack` has put side by side, 128 bits at a time.
+// Stores the codes of four registers, whose bytes were packed side by side in 128-bit lanes.
 DRIFT_512 void store_packed(void* x, __m512i packed) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(x, _mm512_permutexvar_epi32(order, packed));
 }
 
-// Conversions round to nearest, ties to even. With a finite scale no code exceeds the limit, or `kLimited` sees to it:
-// a NaN has the limit too.
+// Conversions round to nearest, ties to even. With finite scales no code exceeds the limit; otherwise `kLimited`
+// clamps, and a NaN gets the limit too.
 template <bool kLimited>
 DRIFT_512 void encode(moment_code* x, Floats value, float inverse) {
   Floats size = root(magnitude(value) * _mm512_set1_ps(inverse));

@@ -1,4 +1,4 @@
-// The kernels of one instruction set. kernels_<isa>.cpp includes kernels_isa.inc once for each.
+// The kernels of one instruction set. Each kernels_<isa>.cpp includes kernels_isa.inc.
 #pragma once
 
 #include "../dtypes.h"
@@ -14,7 +14,7 @@ using SumKernel = Sums (*)(const Row&, uint64_t grad, int64_t begin, int64_t end
 using SubtractKernel = Products (*)(uint64_t expert, uint64_t base, uint64_t origin, uint64_t delta, int64_t count);
 using WordsKernel = void (*)(const uint64_t* words, int64_t rows, int64_t width, uint64_t* row_sums, uint64_t* columns);
 
-// The kernels for a combination of dtypes; null where the combination is not supported.
+// The kernels for a combination of dtypes; null if it is not supported.
 struct InstructionSet {
   const char* name;
   UpdateKernel (*update)(DTypes);

@@ -1,8 +1,8 @@
-// 64 elements of a tensor in four registers of AVX-512: loaded, computed with, rounded and packed, with the bits of
-// rounding.h. Included by kernels_avx512.cpp alone, whose DRIFT_TARGET every function has.
+// Loads, computes, rounds and packs 64 elements of a tensor in four AVX-512 registers. Bitwise identical to rounding.h.
+// Only kernels_avx512.cpp includes this; every function has its DRIFT_TARGET.
 //
-// A function does one operation on all four before the next: a processor looks ahead over some hundred instructions,
-// and finds four that do not wait for one another in any few that follow one another.
+// Each function does one operation on all four registers before the next: the processor, which looks ahead a few
+// hundred instructions, then always finds four neighbouring ones that do not depend on each other.
 #pragma once
 
 #include <immintrin.h>
@@ -17,8 +17,8 @@ constexpr int kRegisters = 4;
 constexpr int kTurn = 16 * kRegisters;  // elements
 constexpr __mmask32 kOddHalves = 0xAAAAAAAA;
 
-// How elements lie in the registers: all in order, which from 32 bits needs no shuffle; or the even and the odd ones of
-// each 32, which from 16 bits needs none.
+// How elements are arranged in the registers: all in order, which needs no shuffle for 32-bit types, or the even and
+// the odd ones of each 32 apart, which needs none for 16-bit types.
 enum class Order { kInOrder, kEvenOdd };
 
 struct Floats {
@@ -82,7 +82,7 @@ DRIFT_512 Floats magnitude(Floats x) {
   return x;
 }
 
-// Unsigned halves, each in a word.
+// Widens unsigned halves to words.
 template <Order kOrder>
 DRIFT_512 Bits widen(const uint16_t* x) {
   Bits wide;
@@ -111,7 +111,7 @@ DRIFT_512 Bits widen_signed(const int16_t* x) {
   return wide;
 }
 
-// Each half as the upper one of a word.
+// Widens each half to the upper half of a word.
 template <Order kOrder>
 DRIFT_512 Floats as_upper(const void* x) {
   const auto* from = static_cast<const uint16_t*>(x);
@@ -133,7 +133,7 @@ DRIFT_512 __m512i counting_by_two(int first) {
   return _mm512_add_epi16(evens, halves(static_cast<uint16_t>(first)));
 }
 
-// The upper halves of the words of two registers, as 32 halves that follow one another; and the lower ones.
+// The upper halves of the words of two registers, as 32 consecutive halves; below, the lower halves.
 template <Order kOrder>
 DRIFT_512 __m512i upper_halves(__m512i a, __m512i b) {
   if constexpr (kOrder == Order::kInOrder) {
@@ -198,7 +198,7 @@ DRIFT_512 Floats load_param(const Param* x, [[maybe_unused]] const Residual<Para
   }
 }
 
-// What follows stores floats of which a NaN is canonical: then no rounding below needs to look for one.
+// The functions below expect every NaN to be canonical, so that rounding need not check for one.
 
 DRIFT_512 bool has_nan(Floats x) {
   static_assert(kRegisters == 4);
@@ -214,7 +214,7 @@ DRIFT_512 Floats canonical(Floats x) {
   return x;
 }
 
-// `random`: of these 64 elements, where the type needs them.
+// `random`: the random bits of these 64 elements, if the type needs them.
 
 template <Order kOrder>
 DRIFT_512 void store(float* x, Floats value, const uint32_t*) {
@@ -230,8 +230,8 @@ DRIFT_512 void store(float* x, Floats value, const uint32_t*) {
   }
 }
 
-// Half a unit is added, but a bit less where the value below is even: (lower + 0x7fff + (upper & 1)) >> 16 is a unit
-// more or none. An average has 17 bits inside.
+// Rounds to nearest even: (lower + 0x7fff + (upper & 1)) >> 16 is the 0 or 1 to add to the upper half. The sum needs 17
+// bits, which the average instruction has internally.
 template <Order kOrder>
 DRIFT_512 void store(bfloat16* x, Floats value, const uint32_t*) {
   DRIFT_EACH_PAIR {

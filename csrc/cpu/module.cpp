@@ -1,5 +1,5 @@
-// The cpu backend: OpenMP over chunks. Addresses come as integers, so no torch header is needed and one build serves
-// every torch.
+// The cpu backend: OpenMP over chunks. Addresses are passed as integers, so it needs no torch header and one build
+// works with every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -36,7 +36,7 @@ void select_instruction_set(const std::string& name) {
       return;
     }
   }
-  throw std::invalid_argument("this machine has no instruction set " + name);
+  throw std::invalid_argument("this machine does not support the instruction set " + name);
 }
 
 struct Launch {
@@ -47,7 +47,7 @@ struct Launch {
   int threads;
 };
 
-// Every chunk with the coefficients of its tensor.
+// Runs the kernel on every chunk, with the coefficients of its tensor.
 void run(const Launch& launch, UpdateKernel kernel, const std::string& name, uint64_t coefficients) {
   if (kernel == nullptr) throw std::invalid_argument("the cpu backend has no " + name + " kernel for these dtypes");
   const auto* c = pointer<const Coefficients>(coefficients);
@@ -65,7 +65,7 @@ void bias(const Launch& launch, uint64_t coefficients) {
   run(launch, selected->bias(launch.dtypes), "bias", coefficients);
 }
 
-// Two stages: the chunks' sums into `partials`, then per tensor in the order of its chunks.
+// Two stages: each chunk's sums into `partials`, then the sums per tensor, in the order of its chunks.
 void grad_stats(const Launch& launch, uint64_t partials, uint64_t out) {
   const SumKernel kernel = selected->sum(launch.dtypes);
   if (kernel == nullptr) throw std::invalid_argument("the cpu backend has no grad_stats kernel for these dtypes");

@@ -1,13 +1,13 @@
-// The random bits of kPrepared elements at a time, with the bits of philox.h.
+// The random bits of kPrepared elements at a time. Bitwise identical to philox.h.
 #pragma once
 
 #include "lanes_avx512.h"
 
 namespace drift::avx512 {
 
-// Of elements whose eights follow one another. A register has kCalls calls of Philox, a word of each in 64 bits of
-// which the upper half is not looked at, and each round is done in kTogether registers before the next. What is the
-// same in all calls is computed once.
+// Random bits of elements in consecutive groups of eight. A register holds one word of kCalls Philox calls, each in 64
+// bits with the upper half ignored. Each round runs on kTogether registers before the next round. Values shared by all
+// calls are computed once.
 class Eights {
  public:
   DRIFT_512 Eights(const RandomBits& random, Stream stream) : stream_(stream), step_(random.step), key_(random.key) {
@@ -17,10 +17,10 @@ class Eights {
     }
   }
 
-  // From the eight of this index on, without a carry to its upper word. (Out of line, so that keys_ stay in memory,
-  // from where instructions take them.)
+  // Draws from the group of eight with index `first` on; the index must not carry into its upper word. (Out of line, so
+  // that keys_ stays in memory and instructions read it from there.)
   __attribute__((noinline)) DRIFT_TARGET void draw(int64_t first, uint32_t* out) const {
-    // Only word 0 of the counters differs. So one of the products is the same in round 0, and the other in round 1.
+    // The counters differ only in word 0, so one of the products is shared in round 0, and the other in round 1.
     const uint32_t counter1 = static_cast<uint32_t>(first >> 32) | static_cast<uint32_t>(stream_) << 30;
     const uint64_t b0 = uint64_t{kB} * step_;
     const uint64_t a1 = uint64_t{kA} * (static_cast<uint32_t>(b0 >> 32) ^ counter1 ^ key(0, 0));
@@ -29,7 +29,7 @@ class Eights {
     const __m512i round1_key1 = words(static_cast<uint32_t>(a1 >> 32) ^ key(1, 1));
     const __m512i round2_key1 = words(static_cast<uint32_t>(a1) ^ key(1, 2));
 
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // that the words come out in theirs
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // puts the output words in order
     __m512i a0 = times<kA>(_mm512_add_epi32(words(static_cast<uint32_t>(first)), order));
     for (int64_t drawn = 0; drawn < kPrepared; drawn += 8 * kCalls * kTogether) {
       __m512i x0[kTogether], x1[kTogether], x2[kTogether], x3[kTogether];
@@ -58,7 +58,7 @@ class Eights {
           x3[k] = a;
         }
       }
-      for (int k = 0; k < kTogether; ++k) {  // the last, which puts two words together
+      for (int k = 0; k < kTogether; ++k) {  // the last round also interleaves pairs of words
         const __m512i a = times<kA>(x0[k]), b = times<kB>(x2[k]), *keys = keys_[kPhiloxRounds - 1];
         const __m512i x01 = _mm512_mask_ternarylogic_epi32(swapped_words(b), kLowWords, x1[k], keys[0], kXor);
         const __m512i x23 = _mm512_mask_ternarylogic_epi32(swapped_words(a), kLowWords, x3[k], keys[1], kXor);
@@ -85,7 +85,7 @@ class Eights {
     return _mm512_mul_epu32(x, words(kFactor));
   }
 
-  // Shuffles, of which processors can do more at a time than shifts.
+  // Shuffles have a higher throughput than shifts.
   static DRIFT_512 __m512i high_words(__m512i x) { return _mm512_shuffle_epi32(x, _MM_PERM_DDBB); }
   static DRIFT_512 __m512i swapped_words(__m512i x) { return _mm512_shuffle_epi32(x, _MM_PERM_CDAB); }
 
@@ -95,14 +95,14 @@ class Eights {
   uint64_t key_;
 };
 
-// Of a tensor that needs them.
+// The random bits of a tensor, if it needs them.
 template <class T, bool = kStochastic<T>>
 class Randoms {
  public:
   DRIFT_512 Randoms(const RandomBits& random, Stream stream)
       : random_(random), stream_(stream), eights_(random, stream) {}
 
-  // Those of the elements from `begin` on.
+  // Draws the random bits of the elements from `begin` on.
   DRIFT_512 void draw(int64_t begin) {
     const Place& place = *random_.place;
     const int64_t first = place.whole_index(begin), last = place.whole_index(begin + kPrepared - 8);
@@ -133,7 +133,7 @@ class Randoms<T, false> {
   RandomBlock<T> block_;
 };
 
-// Of a parameter and its states.
+// The random bits of a parameter and its states.
 template <class Param, class State>
 struct Drawn {
   Randoms<Param> param;

@@ -12,8 +12,8 @@ struct Products {
   double delta_delta;  // of the delta as stored
 };
 
-// delta = expert - origin in float32, rounded to Delta. Products of float32 values are exact in float64, so neither
-// large nor small weights overflow or vanish in the sums.
+// delta = expert - origin in float32, rounded to Delta. Products of float32 values are exact in float64, so large
+// weights do not overflow and small ones do not vanish in the sums.
 template <class Weight, class Delta>
 DRIFT_HD Products subtract_piece(const Weight* __restrict expert, const Weight* __restrict base, const Weight* origin,
                                  Delta* __restrict delta, int64_t count) {
@@ -45,7 +45,7 @@ DRIFT_HD Products subtract_piece(const Weight* __restrict expert, const Weight* 
   return products;
 }
 
-// The sums modulo 2^64 of every row and every column of a matrix of 64-bit words. `columns` starts at zero.
+// The sums modulo 2^64 of every row and column of a matrix of 64-bit words. `columns` must be zero on entry.
 DRIFT_HD void add_words(const uint64_t* __restrict words, int64_t rows, int64_t width, uint64_t* __restrict row_sums,
                         uint64_t* __restrict columns) {
   for (int64_t row = 0; row < rows; ++row) {

@@ -1,5 +1,5 @@
-// `sum_chunk` of chunk.h for AVX-512, with its columns and its order: the same bits. Included by kernels_avx512.cpp
-// alone.
+// `sum_chunk` of chunk.h for AVX-512. Bitwise identical: it has the same columns and order. Only kernels_avx512.cpp
+// includes this.
 #pragma once
 
 #include "codes_avx512.h"
@@ -8,11 +8,11 @@ namespace drift::avx512 {
 
 constexpr int kColumns = 32;
 
-// In two registers.
+// The columns, in two registers.
 struct Columns {
   __m512 a, b;
 
-  // 64 products are two of each column.
+  // 64 products: two per column.
   DRIFT_512 void add(Floats x) {
     static_assert(kTurn == 2 * kColumns);
     a = _mm512_add_ps(_mm512_add_ps(a, x.r[0]), x.r[2]);
@@ -32,7 +32,7 @@ struct Columns {
   }
 };
 
-// Column by column, in this order.
+// Adds column by column, in order.
 DRIFT_512 void add_columns(double& sum, const float* columns) {
   alignas(64) double wide[kColumns];
   for (int i = 0; i < kColumns; i += 8) _mm512_store_pd(wide + i, _mm512_cvtps_pd(_mm256_load_ps(columns + i)));

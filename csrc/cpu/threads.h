@@ -1,4 +1,4 @@
-// How chunks are shared out among threads.
+// Distributes chunks over threads.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace drift {
 
-// IEEE defaults (nearest, no flush to zero) for the calling thread, whatever torch.set_flush_denormal or the host
-// program chose.
+// Sets the IEEE defaults (round to nearest, no flush to zero) for the calling thread, whatever torch.set_flush_denormal
+// or the host program chose.
 class FloatEnvironment {
  public:
   FloatEnvironment() {
@@ -31,8 +31,8 @@ void for_each_chunk(const Row* rows, int64_t count, int threads, Body body) {
   int64_t elements = 0;
   for (int64_t t = 0; t < count; ++t) elements += rows[t].numel;
   const bool parallel = threads > 1 && elements > 2 * kChunk;
-  // A thread takes chunks that follow one another: memory is faster in long runs. But several runs, since threads may
-  // be held up.
+  // A thread takes runs of consecutive chunks, since memory is faster in long runs; but each takes several runs, since
+  // a thread may be delayed.
   const int64_t run = std::clamp<int64_t>(chunks / (16 * threads), 1, kLongestRun);
 #pragma omp parallel num_threads(threads) if (parallel)
   {

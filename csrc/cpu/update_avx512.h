@@ -1,7 +1,6 @@
-// `update_chunk` of chunk.h for AVX-512, by hand: two passes over each kPrepared elements, the roots in one and the
-// divisions in the other. A processor that mixes them does them more slowly, and it does not look ahead far enough to
-// have other work while they last. A pass looks once for NaN, after which rounding needs no select. Included by
-// kernels_avx512.cpp alone.
+// `update_chunk` of chunk.h for AVX-512, by hand: two passes over each kPrepared elements, the square roots in one and
+// the divisions in the other. Mixed, both are slower, and the processor does not look ahead far enough to find other
+// work meanwhile. Each pass checks for NaN once, so rounding needs no select. Only kernels_avx512.cpp includes this.
 #pragma once
 
 #include <cstring>
@@ -11,7 +10,7 @@
 
 namespace drift::avx512 {
 
-// The coefficients, each in every lane.
+// The coefficients, each broadcast to every lane.
 struct Scalars {
   __m512 grad_coef, delta_coef, delta_step, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size,
       inv_sqrt_bc2, eps;
@@ -30,7 +29,7 @@ template <class Param, class State>
 constexpr Order kOrderOf =
     sizeof(State) == 2 && sizeof(Param) == 2 && !std::is_same_v<Param, float16> ? Order::kEvenOdd : Order::kInOrder;
 
-// What the first pass leaves to the second, beside what it stores.
+// What the first pass hands to the second, besides what it stores.
 struct Between {
   alignas(64) float exp_avg[kPrepared], root[kPrepared], delta[kPrepared];
 };
@@ -44,7 +43,7 @@ struct Moments {
   DRIFT_512 bool has_nan() const { return avx512::has_nan(exp_avg) || avx512::has_nan(exp_avg_sq); }
 };
 
-// The new moments of the elements from i on, of `old` ones; with the root and, where it was decoded, the delta kept.
+// The new moments of the elements from i on. Keeps their square roots and, if it was decoded, the delta in `between`.
 template <Order kOrder, class Param, class Grad, class State, class Delta>
 DRIFT_512 Moments new_moments(const Stored<Param, Grad, State, Delta>& stored, int64_t i, Moments old, const Scalars& c,
                               Between& between) {
@@ -118,7 +117,7 @@ DRIFT_512 void encode_turns(moment_code* exp_avg, variance_code* exp_avg_sq, con
   }
 }
 
-// Out of line: it is the same whatever the other types are.
+// Out of line: the code does not depend on the other types.
 inline __attribute__((noinline)) DRIFT_TARGET void encode_states(moment_code* exp_avg, variance_code* exp_avg_sq,
                                                                  const Scales& scales, int64_t count,
                                                                  const Between& between) {
@@ -129,8 +128,7 @@ inline __attribute__((noinline)) DRIFT_TARGET void encode_states(moment_code* ex
   }
 }
 
-// Where the states are codes: those of several scale blocks are made together, and after the parameters, since scales
-// take long.
+// States stored as codes: several scale blocks are encoded together, after the parameters, since scales take long.
 template <class Param, class Grad, class Delta>
 DRIFT_512 void update_turns(const Stored<Param, Grad, int8_state, Delta>& stored, const Scalars& c,
                             const Drawn<Param, int8_state>& drawn, int64_t count) {
@@ -152,7 +150,8 @@ DRIFT_512 void update_turns(const Stored<Param, Grad, int8_state, Delta>& stored
   _mm_mask_storeu_ps(stored.exp_avg_sq_scale, blocks, _mm_load_ps(scales.scale + kScales));
   encode_states(stored.exp_avg, stored.exp_avg_sq, scales, count, between);
 }
-// Elements that fill no turn: copied, with zeros behind them, which change no scale.
+
+// Copies of elements that do not fill a turn, padded with zeros, which change no scale.
 template <class Param, class Grad, class State, class Delta>
 struct Padded {
   template <class T>
@@ -196,7 +195,7 @@ struct Padded {
   }
 };
 
-// kPrepared elements at most.
+// At most kPrepared elements.
 template <class Param, class Grad, class State, class Delta>
 DRIFT_512 void update_block(const Stored<Param, Grad, State, Delta>& stored, const Coefficients& coefficients,
                             const Scalars& c, const Drawn<Param, State>& drawn, int64_t count) {
@@ -205,7 +204,7 @@ DRIFT_512 void update_block(const Stored<Param, Grad, State, Delta>& stored, con
     Padded<Param, Grad, State, Delta> padded;
     update_turns(rest == 0 ? stored : padded.of(stored, count), c, drawn, rest == 0 ? turns : turns + kTurn);
     if (rest != 0) padded.back(stored, count);
-  } else {  // without copies: a model has many small tensors
+  } else {  // no copies: a model has many small tensors
     if (turns != 0) update_turns(stored, c, drawn, turns);
     if (rest == 0) return;
     Stored<Param, Grad, State, Delta> last = stored;

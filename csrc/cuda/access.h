@@ -1,5 +1,5 @@
-// How a thread reaches its elements: a turn at a time, in accesses as wide as the tensors' alignment allows. For the
-// device, and for the host where the tests run it.
+// How a thread accesses its elements: a turn at a time, in accesses as wide as the tensors' alignment allows. Compiled
+// for the device, and for the host, where the tests run it.
 #pragma once
 
 #include "../tensors.h"
@@ -9,7 +9,7 @@ namespace drift {
 
 constexpr int kThreads = 256;
 
-// What is read or written at once.
+// What one access reads or writes.
 template <int kBytes>
 struct __attribute__((aligned(kBytes), may_alias)) Word {
   uint32_t bits[kBytes / 4];
@@ -40,8 +40,8 @@ struct Raw<16> {
 };
 #endif
 
-// The most that one access moves: of four-byte types, whose alignment then has the period of that of two-byte types, 32
-// bytes where the device can.
+// The largest access in bytes. For four-byte types 32 if the device supports it: the alignment then has the same period
+// in elements as that of two-byte types.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T>
 constexpr int kWidest = sizeof(T) == 4 ? 32 : 16;
@@ -50,8 +50,8 @@ template <class T>
 constexpr int kWidest = 16;
 #endif
 
-// One access to a tensor. On the device it says that the address, which came as a number, is in global memory, and that
-// the line will not be needed again.
+// One access to a tensor. On the device it tells the compiler that the address, passed as a number, is in global
+// memory, and the cache that the line will not be needed again.
 template <class T>
 DRIFT_HD T read(const T* address) {
 #if defined(__CUDA_ARCH__)
@@ -93,7 +93,7 @@ DRIFT_HD void write(T* address, T value) {
 #endif
 }
 
-// What a thread holds of one tensor in one turn. All of a turn is requested before the first of it is used.
+// A thread's elements of one tensor in one turn. All loads of a turn are issued before the first value is used.
 template <class T, int kLength>
 struct Values {
   static constexpr int kCount = kLength;
@@ -108,7 +108,7 @@ DRIFT_HD Values<float, kCount> all_of(float x) {
   return all;
 }
 
-// The same as words of four bytes, the last of which may not be full.
+// The same as four-byte words; the last one may be partial.
 template <int kWords>
 struct Words {
   static constexpr int kCount = kWords;
@@ -129,10 +129,10 @@ DRIFT_HD Values<T, 4 * kWords / sizeof(T)> values_of(const Words<kWords>& words)
   return values;
 }
 
-// How a thread reaches the elements of a turn. Where there are random bits or scales, those of a turn side by side
-// begin at a multiple of kCount.
+// How a thread accesses the elements of a turn. With random bits or scales, a turn of contiguous elements begins at a
+// multiple of kCount.
 
-// Side by side in wide accesses, of tensors that are aligned, and were moved to `first`.
+// Contiguous elements in wide accesses, of aligned tensors that were moved to `first`.
 template <int kTurn>
 struct Wide {
   static constexpr int kCount = kTurn;
@@ -175,7 +175,7 @@ struct Wide {
   DRIFT_HD void store_scale(float* scale, float x) const { write(scale, x); }
 };
 
-// The elements of a turn one by one: element j at index `at(j)`, below `end`.
+// Loads the elements of a turn one by one: element j at index `at(j)` if that is below `end`.
 template <class T, int kCount, class Index>
 DRIFT_HD Values<T, kCount> load_each(const T* tensor, Index at, int end) {
   Values<T, kCount> turn{};
@@ -198,7 +198,7 @@ DRIFT_HD void store_each(T* tensor, const Values<T, kCount>& turn, Index at, int
   }
 }
 
-// Side by side, one by one, of tensors that were moved to `first`.
+// Contiguous elements one by one, of tensors that were moved to `first`.
 template <int kTurn>
 struct Narrow {
   static constexpr int kCount = kTurn;
@@ -227,7 +227,7 @@ struct Narrow {
   }
 };
 
-// Elements first, first + kThreads, ...: a warp's are side by side.
+// Elements first, first + kThreads, ...: those of a warp are contiguous.
 template <int kTurn>
 struct Striped {
   static constexpr int kCount = kTurn;
@@ -264,7 +264,7 @@ struct Span {
   int size;
 };
 
-// The period of the alignment of two-byte types, and twice that of float.
+// Elements per period of the alignment of two-byte types; twice that of float.
 constexpr int kPeriod = 8;
 
 template <int kTurn, class T>
@@ -272,8 +272,8 @@ DRIFT_HD bool aligned(const T* element) {
   return std::is_same_v<T, Nothing> || reinterpret_cast<uintptr_t>(element) % Wide<kTurn>::template kBytes<T> == 0;
 }
 
-// Wide accesses take all tensors to be aligned at the same of the first kHeads elements. Where that is not to be had,
-// there is no body.
+// Wide accesses need all tensors aligned at the same one of the first kHeads elements. If there is none, the body is
+// empty.
 template <int kTurn, int kHeads, class... T>
 DRIFT_HD Span cut(int size, const T*... tensors) {
   for (int head = 0; head < kHeads && head < size; ++head) {
@@ -282,7 +282,7 @@ DRIFT_HD Span cut(int size, const T*... tensors) {
   return {0, 0, size};
 }
 
-// A thread's turns over what is before and after the body: turn(Striped), of kSide elements.
+// Calls turn(Striped) for a thread's turns of kSide elements before and after the body.
 template <int kSide, class F>
 DRIFT_HD void for_each_side_turn(const Span& span, int thread, F turn) {
   DRIFT_KEEP_ROLLED
@@ -294,7 +294,7 @@ DRIFT_HD void for_each_side_turn(const Span& span, int thread, F turn) {
   }
 }
 
-// A thread's turns: turn(Wide, tensors moved to it) over the body, turn(Striped, tensors) beside it.
+// Calls turn(Wide, tensors moved to it) for a thread's turns in the body, turn(Striped, tensors) outside it.
 template <int kTurn, int kSide, class Tensors, class F>
 DRIFT_HD void for_each_turn(const Span& span, int thread, const Tensors& tensors, F turn) {
   int first = span.body + thread * kTurn;
@@ -307,7 +307,7 @@ DRIFT_HD void for_each_turn(const Span& span, int thread, const Tensors& tensors
   for_each_side_turn<kSide>(span, thread, [&](auto at) { turn(at, tensors); });
 }
 
-// use(load(at, tensors)) for each turn, the next of which is requested before this is used.
+// Calls use(load(at, tensors)) for each turn; the next turn is loaded before the current one is used.
 template <int kTurn, int kSide, class Tensors, class Load, class Use>
 DRIFT_HD void for_each_turn_ahead(const Span& span, int thread, const Tensors& tensors, Load load, Use use) {
   constexpr int kStride = kThreads * kTurn;

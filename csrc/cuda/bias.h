@@ -1,11 +1,11 @@
-// The kernel of the bias: what one block's threads do with one chunk. reference.bias_, bit for bit.
+// The bias kernel: one block processes one chunk. Bitwise identical to reference.bias_.
 #pragma once
 
 #include "blocks.h"
 
 namespace drift {
 
-// Elements of a thread's turn, all requested before the first is used.
+// Elements per turn of a thread, all loaded before the first is used.
 constexpr int kBiasTurn = 16;
 
 template <class Grad, class Delta>

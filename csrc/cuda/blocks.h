@@ -1,4 +1,4 @@
-// A turn's codes as floats, and back: codes.h in instructions that the device has at full speed.
+// Converts a turn's codes to floats and back: codes.h in instructions that the device runs at full rate.
 #pragma once
 
 #include "numbers.h"
@@ -6,21 +6,21 @@
 
 namespace drift {
 
-// Byte k of a word of codes as a float: the number that ends with these bits is 2^23 more.
+// 2^23 plus byte k of a word of codes: the byte becomes the low bits of the mantissa.
 template <int kByte>
 DRIFT_HD float byte_as_float(uint32_t word) {
   return bits_to_float(pick<0x7440 | kByte>(word, 0x4b000000u));
 }
 
-// The last byte of an integer as a float; of a negative one that of its two's complement.
+// Puts the integer x into the low byte of a word, in two's complement if it is negative.
 DRIFT_HD uint32_t float_as_byte(float x) { return float_to_bits(x + 0x1.8p23f); }
 
-// The last bytes of four words.
+// Packs the low bytes of four words.
 DRIFT_HD uint32_t pack_bytes(uint32_t first, uint32_t second, uint32_t third, uint32_t fourth) {
   return pick<0x5410>(pick<0x0040>(first, second), pick<0x0040>(third, fourth));
 }
 
-// What is loaded of a tensor: with its scales where it is of codes.
+// The elements loaded from a tensor, with their scales if they are codes.
 template <class T, int kCount>
 struct Fetched {
   Values<T, kCount> stored;
@@ -46,7 +46,7 @@ DRIFT_HD float decoded(uint32_t word, int byte, float scale) {
   if constexpr (std::is_same_v<T, variance_code>) {
     return (as_float(word) - 0x1p23f) * scale;
   } else if constexpr (std::is_same_v<T, fp8_code>) {
-    // The sign and, beside 2^120 times less than it should be, the magnitude.
+    // The sign, and the magnitude times 2^-120.
     const auto top = static_cast<int32_t>(word << (24 - 8 * byte) & 0xff000000u);
     return bits_to_float(static_cast<uint32_t>(top >> 4) & 0x87f00000u) * 0x1p120f * scale;
   } else {
@@ -55,7 +55,7 @@ DRIFT_HD float decoded(uint32_t word, int byte, float scale) {
   }
 }
 
-// Of variance_code it is the root.
+// For variance_code, returns the square root.
 template <class T, int kCount>
 DRIFT_HD Values<float, kCount> to_floats(const Fetched<T, kCount>& fetched) {
   if constexpr (kCoded<T>) {
@@ -71,7 +71,7 @@ DRIFT_HD Values<float, kCount> to_floats(const Fetched<T, kCount>& fetched) {
   }
 }
 
-// scale_of: of a quotient by a constant the first remainder makes it exact.
+// scale_of: when dividing by a constant, one remainder step makes the quotient exact.
 template <class T>
 DRIFT_HD float quick_scale(uint32_t largest) {
   constexpr float kLargest = std::is_same_v<T, moment_code> ? 127.0f * 127.0f : 255.0f;
@@ -85,12 +85,12 @@ DRIFT_HD float quick_scale(uint32_t largest) {
 
 DRIFT_HD float quick_inverse(float scale) { return scale > 0.0f ? quick_quotient(1.0f, scale) : 0.0f; }
 
-// code_of, as a float. A root that quick_root does not take is less than 2^-48: the code is 0 whatever it gives.
+// code_of, as a float. Where quick_root is not exact, the root is below 2^-48: the code is 0 whatever it returns.
 DRIFT_HD float quick_code(moment_code, float x, float inverse) {
   return with_sign(smaller_number(quick_root(fabsf(x) * inverse), 127.0f), x);
 }
 
-// No root that is not 0 has the code of 0.
+// A nonzero root never gets code 0.
 DRIFT_HD float quick_code(variance_code, float root, float inverse) {
   const float least = one_if_positive_or_nan(root);
   return larger_number(smaller_number(root * inverse, 255.0f), least);
@@ -109,7 +109,7 @@ DRIFT_HD Values<T, kCount> encoded(const Values<float, kCount>& x, float inverse
   return values_of<T>(words);
 }
 
-// The bits of the largest magnitude: of a NaN more than those of a number.
+// The bits of the largest magnitude; those of a NaN compare greater than those of any number.
 template <int kCount>
 DRIFT_HD uint32_t largest_bits(const Values<float, kCount>& x) {
   float largest = 0.0f;

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kFillThreads, 1) fill(const __grid_constant__ 
 
 template <int64_t kGroups>
 cudaError_t launch(const Filling& filling, const Group* groups, cudaStream_t stream) {
-  Fill<kGroups> given;  // its unused groups are left as they are
+  Fill<kGroups> given;  // unused groups stay uninitialized
   given.filling = filling;
   std::copy_n(groups, filling.groups, given.groups);
   fill<kGroups><<<1, kFillThreads, 0, stream>>>(given);

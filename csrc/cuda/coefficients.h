@@ -1,8 +1,8 @@
-// The coefficients of a step, filled on the device: line by line drift_kernels/kernels/coefficients.py, which says what
-// they are. One block of kFillThreads threads; thread t takes the rows t, t + kFillThreads, ...
+// Fills the coefficients of a step on the device. Matches drift_kernels/kernels/coefficients.py, which describes them,
+// line by line. One block of kFillThreads threads; thread t takes rows t, t + kFillThreads, ...
 //
-// For the device, and for the host where the tests run it. All arithmetic is float64, each operation rounded by itself
-// (nvcc: -fmad=false), division and square root correctly rounded.
+// Compiled for the device, and for the host, where the tests run it. All arithmetic is float64; every operation rounds
+// separately (nvcc: -fmad=false), and division and square root are correctly rounded.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace drift {
 constexpr int kFillThreads = 512;  // coefficients.LANES
 constexpr double kClipEpsilon = 1e-6;
 
-// The groups come as a kernel's parameters: a few, or as many as fit.
+// The groups are kernel parameters: a few, or as many as fit.
 template <int64_t kGroups>
 struct Fill {
   Filling filling;
@@ -38,8 +38,8 @@ DRIFT_HD double scalar(double number, uint64_t address, int64_t bytes) {
   return bytes == 4 ? static_cast<double>(*pointer<const float>(address)) : *pointer<const double>(address);
 }
 
-// beta^count as kernels/counts.py multiplies it: a tree over the bits of the count. This is the part above eight bits,
-// of which `square` belongs to the first, and comes back as that of the next eight.
+// beta^count in the multiplication order of kernels/counts.py: a tree over the bits of the count. This is the factor of
+// eight of those bits. `square` is beta^(2^k) for the first of them, and is advanced to that of the next eight.
 DRIFT_HD double power_of_byte(double& square, uint32_t byte) {
   double leaves[8];
   DRIFT_UNROLL
@@ -60,13 +60,13 @@ DRIFT_HD double power(double beta, uint32_t count) {
   return (product[0] * product[1]) * (product[2] * product[3]);
 }
 
-// What all rows have in common.
+// Values shared by all rows.
 struct Common {
   double inv_scale;
   bool taken;
 };
 
-// Everything of a row but the gradient's and the delta's coefficients. Returns what it adds to norm(g')^2.
+// Fills a row except for the gradient's and the delta's coefficients. Returns the row's contribution to norm(g')^2.
 DRIFT_HD double fill_row(const Filling& f, const Group& group, const Common& common, int64_t row) {
   Coefficients& out = pointer<Coefficients>(f.coefficients)[row];
   const double lr = scalar(group.lr, group.lr_address, group.lr_bytes);
@@ -112,7 +112,7 @@ DRIFT_HD double fill_row(const Filling& f, const Group& group, const Common& com
   return squared;
 }
 
-// `squares` are shared by the threads.
+// `squares` is shared by the threads.
 DRIFT_HD void fill_block(const Filling& f, const Group* groups, double* squares) {
   const auto group_of = [&](int64_t row) -> const Group& { return groups[pointer<const int32_t>(f.group_of)[row]]; };
   const Common common{1.0 / scalar(f.scale, f.scale_address, f.scale_bytes),
@@ -131,7 +131,7 @@ DRIFT_HD void fill_block(const Filling& f, const Group* groups, double* squares)
         if (thread < half) squares[thread] += squares[thread + half];
       });
     }
-    // A NaN stays, in all of them.
+    // A NaN propagates to all rows.
     norm = sqrt(squares[0] < 0.0 ? 0.0 : squares[0]);
     clip = 1.0 / (norm + kClipEpsilon) * f.max_grad_norm;
     if (clip > 1.0) clip = 1.0;

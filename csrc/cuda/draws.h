@@ -1,11 +1,11 @@
-// Random bits for a thread's turn.
+// Random bits of a thread's turn.
 #pragma once
 
 #include "launch.h"
 
 namespace drift {
 
-// Random bits of a turn, 16 for each element of what is rounded with them.
+// Random bits of a turn, 16 per element that is rounded stochastically.
 template <class T, int kCount>
 using Draws = Words<kStochastic<T> ? kCount / 2 : 1>;
 
@@ -16,7 +16,7 @@ struct TurnDraws {
   Draws<State, kCount> exp_avg_sq;
 };
 
-// draw(stream) for each tensor of a turn that is rounded at random.
+// Calls draw(stream) for each tensor of a turn that is rounded stochastically.
 template <class Param, class State, int kCount, class F>
 DRIFT_HD TurnDraws<Param, State, kCount> draw_for(F draw) {
   TurnDraws<Param, State, kCount> draws{};
@@ -28,12 +28,12 @@ DRIFT_HD TurnDraws<Param, State, kCount> draw_for(F draw) {
   return draws;
 }
 
-// The random bits of a chunk, which begins at element `begin` of its tensor. One call of the generator serves an eight:
-// elements 8*k to 8*k + 7 of the whole tensor. (Where the place does not keep eights, elements draw one by one.)
+// The random bits of a chunk, which begins at element `begin` of its tensor. One call of the generator serves a group
+// of eight: elements 8*k to 8*k + 7 of the whole tensor. (If the place does not keep eights, elements draw one by one.)
 struct ChunkBits {
   RandomBits random;
   int64_t begin;
-  int64_t first_eight;  // the first of the chunk's, if they are side by side in the whole tensor; else -1
+  int64_t first_eight;  // of the chunk, if it is contiguous in the whole tensor; else -1
 
   static DRIFT_HD ChunkBits of(const RandomBits& random, const Chunk& chunk) {
     const Place& place = *random.place;
@@ -41,14 +41,14 @@ struct ChunkBits {
     return {random, chunk.begin, last - first == chunk.size - 1 ? first / 8 : -1};
   }
 
-  // The eight of the chunk's elements first .. first + 7.
+  // The group of eight that holds the chunk's elements first .. first + 7.
   DRIFT_HD int64_t eight(int first) const {
     if (first_eight >= 0) return first_eight + static_cast<uint32_t>(first) / 8;
     return random.place->whole_index(begin + first) / 8;
   }
 };
 
-// The random bits of a turn, for what is rounded with them.
+// The random bits of a turn, for the tensors that are rounded stochastically.
 template <class Param, class State, class At>
 DRIFT_HD TurnDraws<Param, State, At::kCount> draw(At at, const ChunkBits& bits) {
   if constexpr (!kStochastic<Param> && !kStochastic<State>) {

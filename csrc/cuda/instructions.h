@@ -1,4 +1,4 @@
-// Single instructions that C++ has no name for. The host, where the tests run the kernels, has functions with the same
+// Single instructions that C++ has no name for. On the host, where the tests run the kernels, functions give the same
 // results.
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace drift {
 
-// a * b + c, rounded once. (Contraction is off: nothing else becomes this.)
+// a * b + c, rounded once. (Contraction is off: no other expression compiles to this.)
 DRIFT_HD float fused(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
@@ -24,7 +24,7 @@ DRIFT_HD float fused(float a, float b, float c) {
 #endif
 }
 
-// Within a unit in the last place of 1 / x; of a subnormal, 1 / 0.
+// 1 / x within 1 ulp; subnormal x counts as 0.
 DRIFT_HD float near_reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -35,7 +35,7 @@ DRIFT_HD float near_reciprocal(float x) {
 #endif
 }
 
-// Within a few units in the last place of 1 / sqrt(x); of a subnormal, 1 / 0.
+// 1 / sqrt(x) within a few ulp; subnormal x counts as 0.
 DRIFT_HD float near_inverse_root(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -46,11 +46,11 @@ DRIFT_HD float near_inverse_root(float x) {
 #endif
 }
 
-// The smaller, the larger; of a NaN and a number, the number.
+// The smaller or larger of two numbers; given a NaN and a number, the number.
 DRIFT_HD float smaller_number(float a, float b) { return fminf(a, b); }
 DRIFT_HD float larger_number(float a, float b) { return fmaxf(a, b); }
 
-// The larger; a positive NaN if either is one.
+// The larger; a positive NaN if either is a NaN.
 DRIFT_HD float larger_or_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -61,7 +61,7 @@ DRIFT_HD float larger_or_nan(float a, float b) {
 #endif
 }
 
-// The bits of what was computed. The device's arithmetic has a single NaN, 0x7fffffff.
+// The bits of a result. Arithmetic on the device returns a single NaN, 0x7fffffff.
 DRIFT_HD uint32_t result_bits(float x) {
 #if defined(__CUDA_ARCH__)
   return float_to_bits(x);
@@ -70,13 +70,13 @@ DRIFT_HD uint32_t result_bits(float x) {
 #endif
 }
 
-// Likewise; of a NaN those of the canonical one.
+// Likewise, with the canonical NaN.
 DRIFT_HD uint32_t canonical_bits(float x) {
   const auto bits = static_cast<int32_t>(result_bits(x));
   return static_cast<uint32_t>(bits < 0x7fc00000 ? bits : 0x7fc00000);
 }
 
-// Four of the eight bytes of a and b (4 to 7): the lowest digit of `bytes` says which is the lowest.
+// Four of the eight bytes of a (0 to 3) and b (4 to 7): the lowest digit of kBytes selects the lowest byte.
 template <uint32_t kBytes>
 DRIFT_HD uint32_t pick(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
@@ -89,7 +89,7 @@ DRIFT_HD uint32_t pick(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Of a NaN too, 1 where x is not 0.
+// 1 if x > 0 or x is NaN, else 0.
 DRIFT_HD float one_if_positive_or_nan(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
@@ -100,16 +100,16 @@ DRIFT_HD float one_if_positive_or_nan(float x) {
 #endif
 }
 
-// |x| with the sign of what was computed, which is that of a number, or positive.
+// A nonnegative x with the sign of `sign`, a result; a NaN counts as positive.
 DRIFT_HD float with_sign(float x, float sign) {
   return bits_to_float(float_to_bits(x) | (result_bits(sign) & 0x80000000u));
 }
 
-// Two halves of a word: the low halves of two words, or the high ones.
+// A word of the low halves of two words, or of their high halves.
 DRIFT_HD uint32_t low_halves(uint32_t low, uint32_t high) { return pick<0x5410>(low, high); }
 DRIFT_HD uint32_t high_halves(uint32_t low, uint32_t high) { return pick<0x7632>(low, high); }
 
-// Two numbers as halves of a word, to nearest, ties to even. A NaN becomes 0x7fff.
+// Rounds two numbers to the halves of a word, to nearest, ties to even. A NaN becomes 0x7fff.
 template <class T>
 DRIFT_HD uint32_t nearest_pair(float low, float high) {
   static_assert(sizeof(T) == 2);
@@ -127,7 +127,7 @@ DRIFT_HD uint32_t nearest_pair(float low, float high) {
 #endif
 }
 
-// nearest_pair's words with the canonical NaN.
+// A word from nearest_pair, with the canonical NaN.
 template <class T>
 DRIFT_HD uint32_t canonical_pair(uint32_t word) {
   constexpr uint32_t kNan = std::is_same_v<T, float16> ? 0x7e00 : 0x7fc0;
@@ -136,7 +136,7 @@ DRIFT_HD uint32_t canonical_pair(uint32_t word) {
   asm("min.s16x2 %0, %1, %2;" : "=r"(canonical) : "r"(word), "r"(kNan * 0x10001u));
   return canonical;
 #else
-  // Only 0x7fff gets a sign from an addition of 1.
+  // Adding 1 sets the sign bit of 0x7fff only.
   const uint32_t nans = (word + 0x00010001u) & ~word & 0x80008000u;
   return word - (nans >> 15) * (0x7fffu - kNan);
 #endif

@@ -3,7 +3,7 @@
 namespace drift {
 namespace {
 
-// Blocks of a multiprocessor, which leave each thread the registers to hold a turn: together 42 to 123 KB are in
+// Blocks per multiprocessor. They leave each thread enough registers to hold a turn; together 42 to 123 KB are in
 // flight.
 template <class Param, class Grad, class State, class Delta>
 constexpr int kUpdateBlocks = [] {

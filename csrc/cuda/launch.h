@@ -1,7 +1,7 @@
-// What a kernel is given, and which part of it is one block's.
+// The parameters of a kernel, and which part of them each block processes.
 //
-// The kernels' bodies (update.h, sums.h, bias.h) are compiled for the device by kernels.cu, and for the host by the
-// tests, which run every thread of a grid and compare bit for bit.
+// kernels.cu compiles the kernels' bodies (update.h, sums.h, bias.h) for the device; the tests compile them for the
+// host, run every thread of a grid and compare bitwise.
 #pragma once
 
 #include "access.h"
@@ -11,16 +11,16 @@ namespace drift {
 // As many as fit into the 32,764 bytes of a kernel's parameters (CUDA 12.1 and newer).
 constexpr int64_t kMaxRows = 4080;
 
-// What a kernel is given. Rows and coefficients are in device memory and stay there from step to step. The gradients'
-// addresses may be new in any step, and so travel in the kernel's parameters: no copy, no buffer whose life to mind,
-// and a captured graph keeps its own.
+// The parameters of a kernel. Rows and coefficients stay in device memory from step to step. The gradients' addresses
+// may change in any step, so they are kernel parameters: no copy, no buffer to keep alive, and a captured graph keeps
+// its own.
 struct Launch {
   const Row* rows;
   const int32_t* chunk_rows;  // the row of each chunk
   const Coefficients* coefficients;
   Sums* partials;     // of each chunk
   Sums* totals;       // of each row
-  uint32_t* arrived;  // of each row, how many of its chunks have their partial sums: 0 before a launch, and after it
+  uint32_t* arrived;  // per row, how many chunks have stored their partial sums: 0 before and after a launch
   int64_t first_row;
   int64_t first_chunk;
   uint64_t grads[kMaxRows];  // from first_row on
@@ -35,7 +35,8 @@ constexpr bool kIsDevice = false;
 DRIFT_HD int own_thread() { return 0; }
 #endif
 
-// The threads of a block up to a barrier: on the device each runs as itself, on the host all of them in turn.
+// Runs f for the threads of a block up to a barrier: on the device for the calling thread, on the host for all of them,
+// one after another.
 template <class F>
 DRIFT_HD void each_thread(F f) {
 #if defined(__CUDA_ARCH__)
@@ -53,7 +54,7 @@ struct Chunk {
   int size;
 };
 
-// The chunk of a block, which finds its row in a list rather than by searching.
+// The chunk of a block. Its row comes from a list, not a search.
 DRIFT_HD Chunk find_chunk(const Launch& launch, int64_t block) {
   Chunk chunk;
   chunk.index = launch.first_chunk + block;

@@ -1,5 +1,5 @@
-// The cuda backend: launches on a stream. Addresses and streams come as integers, so no torch header is needed and one
-// build serves every torch; cudart is linked statically, so the module imports where there is no driver.
+// The cuda backend: launches on a stream. Addresses and streams are passed as integers, so it needs no torch header and
+// one build works with every torch version; cudart is linked statically, so the module imports without a driver.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,7 +12,7 @@ namespace py = pybind11;
 namespace drift {
 namespace {
 
-// An error becomes an exception that says which call failed, and is not left behind for the next call to trip over.
+// Throws if `error` is set, naming the call that failed, and clears the error so that the next call does not see it.
 void check(cudaError_t error, const std::string& call) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
@@ -51,7 +51,7 @@ void grad_stats(const Target& target, uint64_t partials, uint64_t arrived, uint6
             {pointer<Sums>(partials), pointer<Sums>(out), pointer<uint32_t>(arrived)});
 }
 
-// `words` is a Filling, and the groups that it says.
+// `words` is a Filling followed by its groups.
 void fill_coefficients(uint64_t words, int device, uint64_t stream) {
   const py::gil_scoped_release release;
   const auto* filling = pointer<const Filling>(words);
@@ -61,7 +61,7 @@ void fill_coefficients(uint64_t words, int device, uint64_t stream) {
         "launching fill_coefficients");
 }
 
-// Loads what a target may ever launch; of dtypes that have no such kernel, nothing.
+// Loads every kernel that a target may launch; skips kernels that do not exist for its dtypes.
 void load_kernels(const Target& target) {
   const py::gil_scoped_release release;
   check(cudaSetDevice(target.device), "cudaSetDevice");
@@ -72,10 +72,10 @@ void load_kernels(const Target& target) {
   check(load_fill(), "loading a kernel");
 }
 
-// A launch has up to 32,764 bytes of parameters. A kernel with fewer may load where one of these could not be launched.
+// A launch has up to 32,764 bytes of parameters. An older driver may load a kernel with fewer, but not launch this one.
 constexpr int kOldestDriver = 12010;
 
-// Why the driver, of a CUDA version as cudaDriverGetVersion has it, cannot take the launches.
+// Why a driver of this CUDA version, as cudaDriverGetVersion returns it, cannot run the launches; None if it can.
 std::optional<std::string> wrong_driver(int version) {
   if (version >= kOldestDriver) return std::nullopt;
   if (version == 0) return "there is no CUDA driver";
@@ -91,7 +91,7 @@ std::optional<std::string> unusable(int device) {
     if (auto reason = wrong_driver(driver)) return reason;
     check(cudaGetDevice(&current), "cudaGetDevice");
     check(cudaSetDevice(device), "cudaSetDevice");
-    const cudaError_t error = load_fill();  // any: a device runs all that was compiled for it
+    const cudaError_t error = load_fill();  // any kernel will do: a device can run all of them or none
     check(cudaSetDevice(current), "cudaSetDevice");
     check(error, "loading the kernels");
     return std::nullopt;

@@ -1,4 +1,4 @@
-// A turn's values as stored, as floats, and back.
+// Converts a turn's stored values to floats and back.
 #pragma once
 
 #include "draws.h"
@@ -21,13 +21,13 @@ DRIFT_HD Values<float, kCount> to_floats(const Values<T, kCount>& stored) {
   }
 }
 
-// With kNumbers there may be no NaN; else one becomes the canonical one.
+// With kNumbers, x must not be NaN; otherwise a NaN becomes the canonical NaN.
 template <bool kNumbers>
 DRIFT_HD uint32_t bits_of(float x) {
   return kNumbers ? result_bits(x) : canonical_bits(x);
 }
 
-// Of a master: `residuals` has the lower halves.
+// Joins master weights: `residuals` holds their lower halves.
 template <int kCount>
 DRIFT_HD Values<float, kCount> joined(const Values<master_bfloat16, kCount>& nearest,
                                       const Values<int16_t, kCount>& residuals) {
@@ -51,7 +51,7 @@ DRIFT_HD void split(const Values<float, kCount>& x, Values<master_bfloat16, kCou
   residuals = values_of<int16_t>(low);
 }
 
-// What is computed, rounded to T. (With kNumbers a NaN would become another NaN, or, rounded at random, a zero.)
+// Rounds results to T. (With kNumbers, a NaN would become another NaN or, rounded stochastically, a zero.)
 template <class T, bool kNumbers = false, int kCount>
 DRIFT_HD Values<T, kCount> rounded(const Values<float, kCount>& x, const Draws<T, kCount>& draws) {
   if constexpr (std::is_same_v<T, float>) {

@@ -1,4 +1,4 @@
-// From a plan to launches: the host's side of launch.h, without a call to CUDA, so that the tests can run it too.
+// Turns a plan into launches: the host side of launch.h. It makes no CUDA calls, so the tests can run it too.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace drift {
 
-// What drift_kernels/kernels/plan.py holds of the tensors of one plan.
+// The tables of drift_kernels/kernels/plan.py for the tensors of one plan.
 struct Plan {
   const Row* rows;            // on the host
   const Row* device_rows;     // the same on the device
@@ -16,14 +16,14 @@ struct Plan {
   int64_t count;
 };
 
-// Where sums go, on the device: of each chunk, and of each row, which count the chunks that have theirs.
+// Device memory for the sums of each chunk, the count of finished chunks of each row, and the sums of each row.
 struct SumSpace {
   Sums* partials;
   Sums* totals;
   uint32_t* arrived;
 };
 
-// Calls run(launch, chunks) for all rows, kMaxRows at a time, leaving out what has no element.
+// Calls run(launch, chunks) for all rows, kMaxRows at a time, skipping launches without elements.
 template <class F>
 void for_each_launch(const Plan& plan, const Coefficients* coefficients, const SumSpace& sums, F run) {
   for (int64_t first = 0; first < plan.count; first += kMaxRows) {
@@ -32,7 +32,7 @@ void for_each_launch(const Plan& plan, const Coefficients* coefficients, const S
     const int64_t first_chunk = plan.rows[first].first_chunk;
     const int64_t chunks = last.first_chunk + chunk_count(last.numel) - first_chunk;
     if (chunks == 0) continue;
-    Launch launch;  // its unused addresses are left as they are
+    Launch launch;  // unused addresses stay uninitialized
     launch.rows = plan.device_rows;
     launch.chunk_rows = plan.chunk_rows;
     launch.coefficients = coefficients;

@@ -1,5 +1,5 @@
 // exp_avg / (sqrt(exp_avg_sq) * inv_sqrt_bc2 + eps), correctly rounded, without the slow paths that a compiler adds
-// to a root and a division: for a whole turn at once it is checked that none of its values needs them.
+// to a square root and a division: one check per turn ensures that none of its values needs them.
 #pragma once
 
 #include "../adamw.h"
@@ -8,14 +8,15 @@
 
 namespace drift {
 
-// Of what is checked, a float's upper half has these bits; a pair of bfloat16 has them in both halves.
+// Masks are multiplied by this: they apply to the upper half of a float, or to both of a pair of bfloat16.
 template <class T>
 constexpr uint32_t kHalves = sizeof(T) == 4 ? 0x10000 : 0x10001;
 
-// Whether a turn is where quick_root and quick_quotient are exact and no result is NaN: |param|, but for its last term,
-// in [0, 2), |exp_avg| in [2^-63, 2) and exp_avg_sq in [2^-96, 2^32). (The exponents 64 to 127 are those whose first
-// two bits are 01; for 31 to 158 these are 00 after a subtraction, whose borrow leaves a lower half only if that is
-// outside.) Of exp_avg_sq a NaN and what is negative is outside too, and neither is ever rounded to something inside.
+// Whether a turn is in the range where quick_root and quick_quotient are exact and no result is NaN: |param|, without
+// its last term, in [0, 2), |exp_avg| in [2^-63, 2) and exp_avg_sq in [2^-96, 2^32). (Exponents 64 to 127 are those
+// whose first two bits are 01; for 31 to 158 the first two are 00 after a subtraction, which borrows from the upper
+// half only if the lower one is outside.) A NaN or negative exp_avg_sq is outside too, and never rounds to a value
+// inside.
 template <class State, int kCount>
 DRIFT_HD bool usual(const Values<float, kCount>& param, const Values<State, kCount>& exp_avg,
                     const Values<State, kCount>& exp_avg_sq) {
@@ -32,8 +33,8 @@ DRIFT_HD bool usual(const Values<float, kCount>& param, const Values<State, kCou
   return ((outside_p & 0x40000000u) | (outside_m & 0x6000 * kOne) | (outside_v & 0xc000 * kOne)) == 0;
 }
 
-// The same of any finite param, |exp_avg| in [2^-96, 2^38), and zeros. It is asked where `usual` says no: gains of a
-// norm are 2 and more, rows of an embedding that were never seen have zeros, those that were not for long small
+// The same for any finite param, |exp_avg| in [2^-96, 2^38), and zeros. Called when `usual` returns false: the gains of
+// a norm can be 2 or more, embedding rows that were never seen have zeros, and rows not seen for long have small
 // moments.
 template <int kCount>
 DRIFT_HD bool admissible(const Values<float, kCount>& param, const Values<float, kCount>& exp_avg,
@@ -49,24 +50,24 @@ DRIFT_HD bool admissible(const Values<float, kCount>& param, const Values<float,
   return all;
 }
 
-// Whether the rest of a step allows it. The denominator is in [2^-58, 2^30] then, the quotient is 0 or normal, and the
-// parameter's last term finite.
+// Whether the coefficients allow it. Then the denominator is in [2^-58, 2^30], the quotient is 0 or normal, and the
+// parameter's last term is finite.
 DRIFT_HD bool allows_quick(const Coefficients& c) {
   return c.inv_sqrt_bc2 >= 0x1p-10f && c.inv_sqrt_bc2 <= 0x1p9f && c.eps >= 0.0f && c.eps <= 0x1p20f &&
          fabsf(c.step_size) <= 0x1p20f;
 }
 
-// sqrt(x) for x = 0, and x from 2^-96 on: a step of Newton's from an approximation. It is what nvcc makes of sqrtf, but
-// for its range check, and so as exact as that is: tests/test_quotient.py goes through all mantissas. (Of an
-// approximation that is off by one unit more, a few in a million would be wrong.)
+// sqrt(x) for x = 0 and x >= 2^-96: one Newton step from an approximation. This is what nvcc generates for sqrtf
+// without the range check, and equally exact: tests/test_quotient.py checks all mantissas. (If the approximation were
+// off by one ulp more, a few in a million would be wrong.)
 DRIFT_HD float quick_root(float x) {
   const float inverse = near_inverse_root(larger_number(x, 0x1p-100f));
   const float root = x * inverse;
   return fused(-fused(root, root, -x), 0.5f * inverse, root);
 }
 
-// a / b, likewise what nvcc makes of a division (Markstein, "IA-64 and elementary functions", 2000, chapter 8); what is
-// left over is taken with the sign that keeps -0 / b = -0.
+// a / b, likewise what nvcc generates for a division (Markstein, "IA-64 and elementary functions", 2000, chapter 8).
+// The sign of the remainder is chosen so that -0 / b = -0.
 DRIFT_HD float quick_quotient(float a, float b) {
   float inverse = near_reciprocal(b);
   inverse = fused(-fused(b, inverse, -1.0f), inverse, inverse);

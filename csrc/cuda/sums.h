@@ -1,4 +1,4 @@
-// The kernel of grad_stats: what one block's threads do with one chunk, and the last of a tensor's with its sums.
+// The grad_stats kernel: one block processes one chunk; the last block of a tensor also adds up the tensor's sums.
 #pragma once
 
 #include "blocks.h"
@@ -11,16 +11,16 @@ struct GradAndDeltaTurn {
   Fetched<Delta, kCount> delta;
 };
 
-// Elements of a thread's turn, of 64 bytes at most. A turn is requested before the one before it is added up.
+// Elements per turn of a thread, at most 64 bytes. Each turn is loaded before the previous one is added up.
 template <class Grad, class Delta>
 constexpr int kSumTurn = [] {
   constexpr int kBytes = sizeof(Grad) + (std::is_same_v<Delta, Nothing> ? 0 : sizeof(Delta));
   return 32 * kBytes <= 64 ? 32 : 16 * kBytes <= 64 ? 16 : 8;
 }();
 
-// In which a thread adds up its products in float32: 8 or 16 of the chunk's in each, and one of what is beside wide
-// turns, so that rounding stays within 9 or 17 * 2^-24 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)). Codes
-// take the registers of the other lanes.
+// Float32 accumulators per thread. Each adds 8 or 16 of the chunk's products, and one from outside the wide turns, so
+// the rounding error stays within 9 or 17 * 2^-24 (of sum(g*g); of norm(g)*norm(delta) for sum(g*delta)). With codes
+// there are fewer: decoding needs the registers.
 template <class Delta>
 constexpr int kLanes = kCoded<Delta> ? 4 : 8;
 
@@ -31,8 +31,8 @@ DRIFT_HD void add(Sums& sums, const Sums& more) {
 
 constexpr int kWarp = 32;
 
-// The sum of own(thread) over the block's threads, into sums[0], in an order that is always the same: each warp's by a
-// tree, then the warps'. `sums` has room for one of each warp, and may be overwritten by any thread afterwards.
+// Adds up own(thread) over the block's threads into sums[0], always in the same order: a tree within each warp, then
+// warp by warp. `sums` has room for one entry per warp, and any thread may overwrite it afterwards.
 template <class Own>
 DRIFT_HD void add_up(Own own, Sums* sums) {
 #if defined(__CUDA_ARCH__)
@@ -60,7 +60,7 @@ DRIFT_HD void add_up(Own own, Sums* sums) {
   });
 }
 
-// What other blocks have written in this launch: past a multiprocessor's own cache.
+// Reads what other blocks wrote in this launch, bypassing the multiprocessor's L1 cache.
 DRIFT_HD Sums read_shared(const Sums* sums) {
 #if defined(__CUDA_ARCH__)
   return {__ldcg(&sums->grad_grad), __ldcg(&sums->grad_delta)};
@@ -69,7 +69,7 @@ DRIFT_HD Sums read_shared(const Sums* sums) {
 #endif
 }
 
-// Counts a chunk whose partial sums are written; whether it is the last of its row. The count goes back to 0 then.
+// Counts a chunk whose partial sums are written. Returns whether it is the last of its row, and then resets the count.
 DRIFT_HD bool arrives_last(uint32_t* arrived, uint32_t chunks) {
 #if defined(__CUDA_ARCH__)
   __threadfence();
@@ -82,8 +82,8 @@ DRIFT_HD bool arrives_last(uint32_t* arrived, uint32_t chunks) {
 #endif
 }
 
-// The end of a block that has the sums of its chunk in sums[0]: the last of a row adds up those of the row, in an order
-// that does not depend on which it is. (The chunk is looked up again: what is kept over the turns costs registers.)
+// Stores the sums of a block's chunk, in sums[0]. The last block of a row adds up the row's sums, in an order that does
+// not depend on which block it is. (The chunk is looked up again: keeping it across the turns costs registers.)
 DRIFT_HD void finish_sums(const Launch& launch, int64_t block, Sums* sums) {
   each_thread([&](int thread) {
     if (thread != 0) return;
@@ -97,7 +97,7 @@ DRIFT_HD void finish_sums(const Launch& launch, int64_t block, Sums* sums) {
   const int32_t row = launch.chunk_rows[launch.first_chunk + block];
   const int64_t begin = launch.rows[row].first_chunk;
   const int64_t end = begin + chunk_count(launch.rows[row].numel);
-  each_thread([&](int) {});  // all have read what is overwritten next
+  each_thread([&](int) {});  // barrier: all threads have read sums[0] before it is overwritten
   const auto own = [&](int thread) {
     Sums own{0.0, 0.0};
     DRIFT_KEEP_ROLLED
@@ -112,8 +112,8 @@ DRIFT_HD void finish_sums(const Launch& launch, int64_t block, Sums* sums) {
   });
 }
 
-// grad_stats: sum(g*g) and sum(g*delta) of the chunk of this block, a thread's lanes in float32 and
-// all beyond them in float64. `sums` is shared by the block's threads.
+// grad_stats: sum(g*g) and sum(g*delta) of this block's chunk, in float32 within a thread's lanes and in float64 from
+// there on. `sums` is shared by the block's threads.
 template <class Grad, class Delta>
 DRIFT_HD void sum_block(const Launch& launch, int64_t block, Sums* sums) {
   constexpr bool kHasDelta = !std::is_same_v<Delta, Nothing>;

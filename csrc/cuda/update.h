@@ -1,18 +1,18 @@
-// The kernel of the update: what one block's threads do with one chunk. reference.drift_adamw_, bit for bit.
+// The update kernel: one block processes one chunk. Bitwise identical to reference.drift_adamw_.
 #pragma once
 
 #include "blocks.h"
 
 namespace drift {
 
-// Elements of a thread's turn, all requested before the first is used: 40 to 160 bytes in flight.
+// Elements per turn of a thread, all loaded before the first is used: 40 to 160 bytes in flight.
 constexpr int kUpdateTurn = 8;
 
-// Of one that is not wide: as many as leave registers to spare.
+// Elements per turn outside the wide accesses: as many as the registers allow.
 template <class Param, class State>
 constexpr int kSideTurn = kStochastic<Param> || kStochastic<State> || std::is_same_v<Param, master_bfloat16> ? 2 : 4;
 
-// A turn as it is loaded.
+// A turn as loaded.
 template <class Param, class Grad, class State, class Delta, int kCount>
 struct Loaded {
   Values<Param, kCount> param;
@@ -41,7 +41,7 @@ DRIFT_HD Loaded<Param, Grad, State, Delta, At::kCount> load(At at, const Stored<
           fetch(at, stored.delta, stored.delta_scale)};
 }
 
-// What is computed of it before a division: the new moments, and the parameter but for its last term.
+// What is computed from it before the division: the new moments, and the parameter without its last term.
 template <int kCount>
 struct Moments {
   Values<float, kCount> exp_avg;
@@ -83,14 +83,14 @@ DRIFT_HD void store_param(At at, const Values<float, At::kCount>& x, const Draws
   }
 }
 
-// The states of a turn where they are codes, whose scales follow from those of other threads too.
+// The states of a turn before they are encoded: their scales depend on other threads too.
 template <int kCount>
 struct Uncoded {
   Values<float, kCount> exp_avg;
   Values<float, kCount> root;  // of exp_avg_sq
 };
 
-// Loads, updates and stores a turn, but for states that are codes, which are returned.
+// Loads, updates and stores a turn. Does not store states that are codes, but returns them.
 template <class At, class Param, class Grad, class State, class Delta>
 DRIFT_HD Uncoded<At::kCount> update_turn(At at, const Stored<Param, Grad, State, Delta>& stored, const Coefficients& c,
                                          const ChunkBits& bits) {
@@ -139,9 +139,9 @@ DRIFT_HD Largest larger(Largest a, Largest b) {
   return {a.exp_avg > b.exp_avg ? a.exp_avg : b.exp_avg, a.root > b.root ? a.root : b.root};
 }
 
-// first(thread, held) gives a thread's Largest; second(thread, held, largest) is given that of the kScaleThreads
-// threads which share a scale. On the device each thread runs as itself, all of a warp together; on the host one after
-// the other.
+// first(thread, held) returns a thread's Largest; second(thread, held, largest) receives the largest over the
+// kScaleThreads threads that share a scale. On the device the threads of a warp run together; on the host, one after
+// another.
 constexpr int kScaleThreads = kScaleBlock / kUpdateTurn;
 
 template <class Held, class First, class Second>
@@ -155,7 +155,7 @@ DRIFT_HD void with_largest(First first, Second second) {
     largest = larger(largest, {__shfl_xor_sync(0xffffffffu, largest.exp_avg, other),
                                __shfl_xor_sync(0xffffffffu, largest.root, other)});
   }
-  __syncwarp();  // all have read the scales that are written next: shuffles order no accesses
+  __syncwarp();  // all have read the scales before they are overwritten: shuffles do not order memory accesses
   second(thread, held, largest);
 #else
   for (int begin = 0; begin < kThreads; begin += kScaleThreads) {
@@ -167,7 +167,7 @@ DRIFT_HD void with_largest(First first, Second second) {
 #endif
 }
 
-// Codes of a turn, and their scale, which the first thread stores.
+// Stores the codes of a turn; the first thread of a scale block stores the scale.
 template <class T, class At>
 DRIFT_HD void store_codes(At at, T* tensor, float* scale, const Values<float, At::kCount>& x, uint32_t largest) {
   const float shared = quick_scale<T>(largest);
@@ -175,7 +175,7 @@ DRIFT_HD void store_codes(At at, T* tensor, float* scale, const Values<float, At
   if (at.first % kScaleBlock == 0) at.store_scale(scale, shared);
 }
 
-// A turn for each thread, side by side, where states are codes: the turn at(thread) of tensors(thread).
+// Updates one contiguous turn per thread, with states that are codes: the turn at(thread) of tensors(thread).
 template <class At, class Tensors>
 DRIFT_HD void update_codes(At at, Tensors tensors, const Coefficients& c, const ChunkBits& bits) {
   using Turn = Uncoded<kUpdateTurn>;
@@ -191,11 +191,11 @@ DRIFT_HD void update_codes(At at, Tensors tensors, const Coefficients& c, const 
       });
 }
 
-// Of all of a chunk: tiles of a turn for each thread, the last of which may not be full.
+// Updates a whole chunk in tiles of one turn per thread; the last tile may be partial.
 template <class Tensors>
 DRIFT_HD void update_tiles(const Tensors& stored, const Span& span, const Coefficients& c, const ChunkBits& bits) {
   constexpr int kTile = kThreads * kUpdateTurn;
-  // On the device a thread has its own place in a tile, and keeps it.
+  // On the device a thread keeps its place in the tile.
   Tensors tile = stored.moved(kIsDevice ? own_thread() * kUpdateTurn : 0);
   const auto tensors = [&](int thread) { return kIsDevice ? tile : tile.moved(thread * kUpdateTurn); };
   int start = 0;
@@ -215,7 +215,7 @@ DRIFT_HD void update_tiles(const Tensors& stored, const Span& span, const Coeffi
 template <class Param, class Grad, class State, class Delta>
 DRIFT_HD void update_block(const Launch& launch, int64_t block) {
   constexpr bool kIsInt8 = std::is_same_v<State, int8_state>;
-  // Random bits and scales are those of whole turns that begin at a multiple of their size.
+  // Random bits and scales need turns that begin at a multiple of their size.
   constexpr int kHeads = kStochastic<Param> || kStochastic<State> || kIsInt8 || kCoded<Delta> ? 1 : kPeriod;
   const Chunk chunk = find_chunk(launch, block);
   const Row& row = launch.rows[chunk.row];

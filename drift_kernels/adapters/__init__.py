@@ -1,4 +1,4 @@
-"""Priors for LoRA adapters: what the engine must know of an adapter, and the projection of deltas onto its factors."""
+"""Priors for LoRA adapters: the interface of an adapter, and the projection of deltas onto its factors."""
 
 from .adapter import Adapter, AdapterPrior
 from .projection import Factors, made, merged, projected

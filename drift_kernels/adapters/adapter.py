@@ -1,4 +1,4 @@
-"""What the engine must know of a model's adapters. integrations/peft.py finds them in PEFT's layers."""
+"""The interface of a model's adapters. integrations/peft.py implements it for the layers of PEFT."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Adapter(Protocol):
 
     @property
     def weight(self) -> str:
-        """The live name of the weight, as if it were trained itself."""
+        """The live name that the weight would have without the adapter."""
 
     @property
     def names(self) -> tuple[str, str]:
@@ -26,35 +26,35 @@ class Adapter(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight."""
+        """The shape of the weight."""
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by, now."""
+        """The current factor of B A."""
 
     @property
     def is_dora(self) -> bool:
-        """Whether the rows of the weight have magnitudes of their own."""
+        """Whether it is a DoRA adapter, with separate magnitudes for the rows of the weight."""
 
     def params(self) -> tuple[Tensor, Tensor]:
-        """A and B, the parameters that the model has now."""
+        """The parameters A and B that the model currently has."""
 
     def factors(self) -> Factors:
-        """Their values now, whole, and what goes with them. Nothing of it is read by the host."""
+        """The current whole values of A and B, with scale and magnitudes. No host sync."""
 
     def base_weight(self) -> Tensor:
-        """The weight under the adapter, in floating point; a quantised one expanded."""
+        """The weight under the adapter in floating point, dequantised if necessary."""
 
 
 @dataclass(frozen=True)
 class AdapterPrior:
-    """A prior for a model with adapters: what `lora_prior` returns, and optimizers take as `prior`.
+    """A prior for a model with adapters. `lora_prior` returns it; pass it to an optimizer as `prior`.
 
     Attributes:
-        prior: deltas of the weights.
-        adapters: those that are trained.
-        renamed: live names of parameters that are trained in full beside them, to those of the weights that they are.
-        refresh: the deltas of the adapters' parameters are renewed in every `refresh`-th step.
+        prior: the deltas of the weights.
+        adapters: the trained adapters.
+        renamed: for parameters that are trained in full, a map from live names to the names of the weights.
+        refresh: the deltas of adapter parameters are renewed in every `refresh`-th step.
     """
 
     prior: Prior
@@ -64,14 +64,14 @@ class AdapterPrior:
 
     def __post_init__(self) -> None:
         if isinstance(self.refresh, bool) or not isinstance(self.refresh, int):
-            raise TypeError(f"refresh must be a number of steps, got {self.refresh!r}")
+            raise TypeError(f"refresh must be an integer number of steps, got {self.refresh!r}")
         if self.refresh < 1:
             raise ValueError(f"refresh must be at least 1 step, got {self.refresh}")
 
     def adapters_by_name(self) -> dict[str, Adapter]:
-        """Each adapter by the live names of A and of B, without what wrappers add."""
+        """The adapters by the live names of their A and B, without what wrappers add."""
         return {without_wrappers(name): adapter for adapter in self.adapters for name in adapter.names}
 
     def renamed_plainly(self) -> dict[str, str]:
-        """`renamed`, whose keys are without what wrappers add."""
+        """`renamed`, with keys stripped of what wrappers add."""
         return {without_wrappers(name): weight for name, weight in self.renamed.items()}

@@ -1,17 +1,17 @@
-"""A delta of a weight, seen through the two factors of its adapter.
+"""Projection of the delta of a weight onto the two factors of its adapter.
 
-    W(A, B) = k * (W0 + s*B A)            A [r, n], B [m, r]; s the scale; k [m] of DoRA, 1 otherwise
+    W(A, B) = k * (W0 + s*B A)            A [r, n], B [m, r]; s the scale; k [m] for DoRA, 1 otherwise
 
-The pull on W is the gradient of -alpha <delta, W>; by the chain rule, with k held (as DoRA holds its norm),
+The pull on W is the gradient of -alpha <delta, W>. By the chain rule, with k held constant (as DoRA does its norm),
 
     delta of B = s * k*delta A^T          delta of A = s * (k*B)^T delta
 
-so that <delta of A, dA> + <delta of B, dB> = <delta, dW> for every small change of A and B.
+so that <delta of A, dA> + <delta of B, dB> = <delta, dW> for all small changes of A and B.
 
-`decoupled` does not descend along this: it moves the weights themselves, W += step * delta. What of it B can do is
-delta's part in the span of A's rows, P = A^T (A A^T)^-1 A:
+`decoupled` does not use this gradient: it moves the weights directly, W += step * delta. B can realise the part of
+delta in the span of A's rows, with the projector P = A^T (A A^T)^-1 A:
 
-    delta of B = (delta/k) A^T (A A^T)^-1 / s             then k*s*B A moves by delta P
+    delta of B = (delta/k) A^T (A A^T)^-1 / s             so that k*s*B A moves by delta P
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..prior.deltas import Delta, expanded
 from ..prior.low_rank import LowRankDelta
 
 _TILE = 1 << 24  # elements of a delta that are expanded at a time
-_ROWS = 128  # tiles begin at multiples of it, where blocks of codes do
-_RIDGE = 1e-10  # of the mean square of A's rows: keeps the inverse of dependent rows finite
+_ROWS = 128  # tiles begin at multiples of this number of rows, where blocks of codes begin too
+_RIDGE = 1e-10  # relative to the mean square of A's rows: keeps the inverse finite if rows are dependent
 
 
 @dataclass(frozen=True)
 class Factors:
-    """An adapter's factors: `a` [r, n], `b` [m, r]; `row_scale` [m] or None for 1. Where `transposed`, the weight is
-    [n, m], the transpose of what they make (embeddings, Conv1D)."""
+    """The factors of an adapter: `a` [r, n], `b` [m, r]; `row_scale` [m], or None for 1. If `transposed`, the weight is
+    [n, m], the transpose of their product (embeddings, Conv1D)."""
 
     a: Tensor
     b: Tensor
@@ -42,15 +42,16 @@ class Factors:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: float32, or float64 if a factor is."""
+        """The dtype of computation: float32, or float64 if a factor is float64."""
         return torch.promote_types(torch.promote_types(self.a.dtype, self.b.dtype), torch.float32)
 
 
 def projected(delta: Delta, factors: Factors, of_a: bool = True, of_b: bool = True) -> tuple[Tensor | None, ...]:
-    """The deltas of A [r, n] and of B [m, r], in the factors' dtype of computation; None for what is not asked for.
+    """Return the deltas of A [r, n] and B [m, r] in the factors' dtype of computation; None for one not requested.
 
     Args:
-        delta: of the weight, on the factors' device; low-rank ones are not expanded, others a tile at a time.
+        delta: the delta of the weight, on the factors' device. Low-rank deltas are not expanded; others are, tile by
+            tile.
     """
     a, b = factors.a.to(factors.dtype), _scaled(factors.b.to(factors.dtype), factors.row_scale)
     to_a, to_b = _products(delta, a if of_b else None, b if of_a else None, factors.transposed)
@@ -59,14 +60,14 @@ def projected(delta: Delta, factors: Factors, of_a: bool = True, of_b: bool = Tr
 
 
 def made(factors: Factors) -> tuple[Tensor, Tensor]:
-    """What `projected` makes of s*B A, which the adapter has made of the delta already and which is not multiplied out.
-    Not with `row_scale`."""
+    """Return `projected` of s*B A, the part of the delta that the adapter has already learned, without forming the
+    product. Does not support `row_scale`."""
     a, b, square = factors.a.to(factors.dtype), factors.b.to(factors.dtype), factors.scale**2
     return square * ((b.T @ b) @ a), square * (b @ (a @ a.T))
 
 
 def merged(delta: Delta, factors: Factors) -> Tensor:
-    """The step of B [m, r] that moves the weight by delta's part in the span of A's rows."""
+    """Return the step of B [m, r] that moves the weight by the part of delta in the span of A's rows."""
     if not factors.scale:
         return torch.zeros_like(factors.b, dtype=factors.dtype)
     inverse = None if factors.row_scale is None else 1 / factors.row_scale
@@ -76,12 +77,12 @@ def merged(delta: Delta, factors: Factors) -> Tensor:
     gram = a @ a.T
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + torch.finfo(torch.float64).tiny)
     root, _ = torch.linalg.cholesky_ex(gram)
-    # `projected` has multiplied by the scale, which is to be divided by
+    # `projected` has multiplied by the scale, but the result must be divided by it
     return torch.cholesky_solve(along.double().T, root).T.to(factors.dtype).div_(factors.scale**2)
 
 
 def tile_rows(columns: int) -> int:
-    """How many rows of a delta are expanded at a time."""
+    """The number of rows of a delta that are expanded at a time."""
     return max(_TILE // columns // _ROWS, 1) * _ROWS
 
 
@@ -92,7 +93,7 @@ def _scaled(rows: Tensor, by: Tensor | None) -> Tensor:
 def _products(
     delta: Delta, a: Tensor | None, b: Tensor | None, transposed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """B^T delta [r, n] and delta A^T [m, r], of the delta's transpose where `transposed`."""
+    """Return B^T delta [r, n] and delta A^T [m, r]; if `transposed`, with the transpose of delta."""
     if transposed:  # delta^T A^T = (A delta)^T, and B^T delta^T = (delta B)^T
         to_b, to_a = _sided(delta, right=b, left=None if a is None else a.T)
         return _transposed(to_a), _transposed(to_b)
@@ -104,7 +105,7 @@ def _transposed(found: Tensor | None) -> Tensor | None:
 
 
 def _sided(delta: Delta, right: Tensor | None, left: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """left^T delta and delta right, of a delta [m, n], right [n, r] and left [m, r]."""
+    """Return left^T delta and delta right, for delta [m, n], right [n, r] and left [m, r]."""
     with torch.autocast(delta.device.type, enabled=False):
         if isinstance(delta, LowRankDelta):
             return _of_low_rank(delta, right, left)

@@ -1,4 +1,4 @@
-"""drift-prior: build priors, look at them, check that they fit, combine them, apply them, start adapters from them."""
+"""Build, inspect, check, combine and apply priors; initialise LoRA adapters from them; estimate memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ..errors import CheckpointError, PriorError
 from ..terminal import LogLines, Stopped, console, say, stoppable
 from . import applying, building, checking, combining, initialising, inspecting, sizing
+from .about import PrintVersions
 from .arguments import EXIT_STATUS
 
 # Each has `add`, which declares its arguments.
@@ -18,12 +19,13 @@ _COMMANDS = (building, inspecting, checking, combining, applying, initialising, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status (`--help` lists them); usage errors exit with 2.
+    """Run a command and return its exit status (listed by `--help`). Usage errors exit with 2.
 
-    Without `argv` it takes the process's own, and the process is expected to end with it; likewise when a signal has
-    stopped it.
+    Without `argv`, the arguments are those of the process, which is expected to end afterwards; so it is after a signal
+    has stopped the command.
     """
     parser = argparse.ArgumentParser(prog="drift-prior", description=__doc__, epilog=EXIT_STATUS)
+    parser.add_argument("--version", action=PrintVersions, nargs=0, help="print versions and backends, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stoppable(to_the_end=argv is None):
             status: int = arguments.run(arguments, errors)
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
+    except BrokenPipeError:  # the reader of the output (`| head`) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (CheckpointError, PriorError, OSError, ImportError) as error:

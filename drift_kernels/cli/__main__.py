@@ -1,4 +1,4 @@
-"""`python -m drift_kernels.cli` is the command drift-prior."""
+"""`python -m drift_kernels.cli` runs drift-prior."""
 
 from __future__ import annotations
 

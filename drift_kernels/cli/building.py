@@ -13,32 +13,41 @@ from .output import progress_bar
 
 
 def add(commands: Commands) -> None:
-    build = add_command(commands, "build", "build a prior: expert - base, or expert - reference", _run)
-    build.add_argument("--expert", required=True, metavar="CHECKPOINT", help=CHECKPOINT)
-    build.add_argument("--base", required=True, metavar="CHECKPOINT", help="likewise; training starts from it")
-    build.add_argument("--reference", metavar="CHECKPOINT", help="likewise; subtracted instead of the base")
-    build.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    build.add_argument("--overwrite", action="store_true", help="replace the prior that is there")
+    build = add_command(commands, "build", "make a prior from checkpoints: expert - base, or expert - reference", _run)
+    build.add_argument("--expert", required=True, metavar="CHECKPOINT", help=f"the fine-tuned model: {CHECKPOINT}")
+    build.add_argument(
+        "--base",
+        required=True,
+        metavar="CHECKPOINT",
+        help="the model that training starts from (same forms as --expert)",
+    )
+    build.add_argument(
+        "--reference", metavar="CHECKPOINT", help="subtract this model instead of the base (same forms as --expert)"
+    )
+    build.add_argument("--out", required=True, metavar="DIR", help="folder to write the prior to")
+    build.add_argument("--overwrite", action="store_true", help="replace an existing prior")
     build.add_argument(
         "--modules",
         type=modules,
         default=["attn", "mlp"],
-        help=f"some of {','.join(PRESETS)}, and last re:REGEX over canonical names, or several, each with its re: "
-        "(default: attn,mlp)",
+        help=f"comma-separated: any of {','.join(PRESETS)}, followed by any number of re:REGEX, which are searched in "
+        "canonical names (default: attn,mlp)",
     )
-    build.add_argument("--no-bias", dest="include_bias", action="store_false", help="leave biases out")
-    build.add_argument("--layers", type=layers, help="layers of the base, such as 0-27 or 0-3,8 (default: all)")
+    build.add_argument("--no-bias", dest="include_bias", action="store_false", help="leave out biases")
+    build.add_argument(
+        "--layers", type=layers, help="layers to include, such as 0-27 or 0-3,8, numbered as in the base (default: all)"
+    )
     build.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bf16",
-        help="how deltas are stored; int8 and fp8 take half the memory of bf16 (default: bf16)",
+        help="storage format of deltas; int8 and fp8 take half the memory of bf16 (default: bf16)",
     )
     build.add_argument(
         "--rank",
         type=rank,
         metavar="R",
-        help="store matrices as two bf16 factors of this rank, where these are the smaller ones; the rest as --dtype",
+        help="store each matrix as two bf16 factors of this rank, if that is smaller; all else is stored as --dtype",
     )
     build.add_argument(
         "--name-map",
@@ -46,7 +55,7 @@ def add(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="PREFIX=CANONICAL",
-        help="a rule for names that the table does not know, such as transformer.h.=layers.; may be repeated",
+        help="a rule for tensor names that are not recognised, such as transformer.h.=layers.; may be repeated",
     )
 
 

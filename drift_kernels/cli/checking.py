@@ -15,12 +15,12 @@ from .output import print_json, progress_bar
 
 
 def add(commands: Commands) -> None:
-    check = add_command(commands, "check", "does a prior fit a model, and are its files as they were built?", _run)
+    check = add_command(commands, "check", "test whether a prior fits a model, and whether its files are intact", _run)
     check.add_argument("prior", metavar="PRIOR", help=PRIOR)
     check.add_argument(
-        "--model", metavar="CHECKPOINT", help=f"fit this model? reads names and shapes only; {CHECKPOINT}"
+        "--model", metavar="CHECKPOINT", help=f"compare with the names and shapes of this model: {CHECKPOINT}"
     )
-    check.add_argument("--verify", action="store_true", help="read the prior through and compare its checksums")
+    check.add_argument("--verify", action="store_true", help="read the whole prior and verify its checksums")
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -40,7 +40,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
 
 
 def _coverage(prior: Prior, model: str) -> tuple[Coverage, str]:
-    """And a line that says whose names were compared."""
+    """The coverage, and a line that says whose names were compared."""
     with open_checkpoint(model) as checkpoint:
         parameters, whose_names = live_parameters(checkpoint)
     return prior.coverage(parameters), whose_names

@@ -13,36 +13,36 @@ from .output import progress_bar
 
 
 def add(commands: Commands) -> None:
-    combine = add_command(commands, "combine", "make one prior of several", _run)
+    combine = add_command(commands, "combine", "merge several priors into one", _run)
     combine.add_argument("priors", nargs="+", metavar="PRIOR", help=PRIOR)
     combine.add_argument(
-        "--weights", required=True, nargs="+", type=float, metavar="W", help="a number for each prior, in their order"
+        "--weights", required=True, nargs="+", type=float, metavar="W", help="one weight per prior, in the same order"
     )
     combine.add_argument(
         "--method",
         choices=METHODS,
         default="linear",
-        help="linear: the weighted sum, task arithmetic; ties: deltas trimmed, and only what has the sign of the "
-        "weighted sum; dare: elements dropped at random and the others enlarged; dare_ties: both (default: linear)",
+        help="linear: weighted sum (task arithmetic); ties: trim each delta to its largest elements, and keep only "
+        "those with the sign of the weighted sum; dare: drop random elements and rescale the others; dare_ties: as "
+        "dare, with the signs of ties (default: linear)",
     )
     combine.add_argument(
         "--density",
         nargs="+",
         type=float,
         metavar="D",
-        help="ties, dare and dare_ties: the share of elements that is kept of each delta; one number, or one for each "
-        "prior",
+        help="for ties, dare and dare_ties: fraction of each delta's elements to keep; one number, or one per prior",
     )
     combine.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
-        help="divide by the sum of the weights, where signs are elected by that of those that take part "
-        "(default: with ties only)",
+        help="divide by the sum of the weights; for ties and dare_ties, of the priors that contribute to an element "
+        "(default: for ties only)",
     )
-    combine.add_argument("--seed", type=int, default=0, help="of what dare drops (default: 0)")
-    combine.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    combine.add_argument("--overwrite", action="store_true", help="replace the prior that is there")
-    combine.add_argument("--dtype", choices=DTYPES, default="bf16", help="how deltas are stored (default: bf16)")
+    combine.add_argument("--seed", type=int, default=0, help="random seed for dare and dare_ties (default: 0)")
+    combine.add_argument("--out", required=True, metavar="DIR", help="folder to write the prior to")
+    combine.add_argument("--overwrite", action="store_true", help="replace an existing prior")
+    combine.add_argument("--dtype", choices=DTYPES, default="bf16", help="storage format of deltas (default: bf16)")
 
 
 def _run(arguments: argparse.Namespace, errors: Console) -> int:

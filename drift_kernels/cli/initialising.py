@@ -16,15 +16,22 @@ from .output import print_json, progress_bar
 
 
 def add(commands: Commands) -> None:
-    init = add_command(commands, "init-lora", "write a LoRA adapter for PEFT whose A is along the prior's deltas", _run)
+    init = add_command(commands, "init-lora", "write a PEFT LoRA adapter whose A follows a prior's deltas", _run)
     init.add_argument("prior", metavar="PRIOR", help=PRIOR)
-    init.add_argument("--base", required=True, metavar="DIR", help="a folder with config.json, or a Hub id")
-    init.add_argument("--out", required=True, metavar="ADAPTER", help="the folder to write")
-    init.add_argument("--rank", type=rank, default=16, metavar="R", help="of the adapter (default: 16)")
-    init.add_argument("--alpha", type=float, help="lora_alpha (default: the rank, so that the scaling is 1)")
-    init.add_argument("--rslora", action="store_true", help="scaling alpha/sqrt(rank)")
-    init.add_argument("--modules", type=modules, default=["attn", "mlp"], help="as for build (default: attn,mlp)")
-    init.add_argument("--overwrite", action="store_true", help="replace the adapter that this command wrote there")
+    init.add_argument("--base", required=True, metavar="DIR", help="a folder with a config.json, or a Hub id")
+    init.add_argument("--out", required=True, metavar="ADAPTER", help="folder to write the adapter to")
+    init.add_argument("--rank", type=rank, default=16, metavar="R", help="rank of the adapter (default: 16)")
+    init.add_argument(
+        "--alpha", type=float, help="PEFT's lora_alpha (default: the rank, a scaling of 1 without --rslora)"
+    )
+    init.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(rank) instead of alpha/rank")
+    init.add_argument(
+        "--modules",
+        type=modules,
+        default=["attn", "mlp"],
+        help="layers with an adapter, as for build (default: attn,mlp)",
+    )
+    init.add_argument("--overwrite", action="store_true", help="replace an adapter that init-lora wrote there")
     init.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -56,14 +63,14 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
     _print_table("module", {name: [fit] for name, fit in fits.items()})
     _print_table("kind", kinds)
     seen = _share(seen_together(list(fits.values())))
-    print(f"{arguments.out}: {len(fits)} modules of rank {arguments.rank} see {seen} of their deltas' energy (norm^2)")
+    print(f"{arguments.out}: {len(fits)} modules of rank {arguments.rank} capture {seen} of their deltas' norm^2")
     return 0
 
 
 def _print_table(title: str, rows: Mapping[str, list[ModuleFit]]) -> None:
     table = Table(show_edge=False, pad_edge=False)
     table.add_column(title, overflow="fold")
-    for column in ("energy seen", "by a random A"):
+    for column in ("norm^2 captured", "by a random A"):
         table.add_column(column, justify="right")
     for name, fits in rows.items():
         total = sum(fit.delta_norm**2 for fit in fits)

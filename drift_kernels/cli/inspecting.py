@@ -18,9 +18,11 @@ from .output import print_json
 
 
 def add(commands: Commands) -> None:
-    inspect = add_command(commands, "inspect", "norms, ratios and cosines per layer and module", _run)
+    inspect = add_command(
+        commands, "inspect", "print the norms, ratios and cosines of a prior per layer and module", _run
+    )
     inspect.add_argument("prior", metavar="PRIOR", help=PRIOR)
-    inspect.add_argument("--plot", metavar="FILE.png", help="draw the ratios and cosines")
+    inspect.add_argument("--plot", metavar="FILE.png", help="plot the ratios and cosines to this file")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -35,7 +37,7 @@ def _run(arguments: argparse.Namespace, errors: Console) -> int:
         from ..prior.plot import plot_prior
 
         plot_prior(prior, arguments.plot)
-        say(errors, f"drawn to {arguments.plot}")
+        say(errors, f"plot written to {arguments.plot}")
     return 0
 
 
@@ -76,9 +78,9 @@ def _print_groups(prior: Prior, groups: Mapping[tuple[int | None, str], Group]) 
         previous = layer
     console().print(table)
     if low_rank:
-        print(f"energy kept: 1 - norm(exact - stored)^2/norm(exact)^2; of all deltas {whole.kept_energy:.2%}")
+        print(f"energy kept: 1 - norm(exact - stored)^2/norm(exact)^2; over all deltas {whole.kept_energy:.2%}")
     if quantised:
-        print("worst stored: the smallest cosine of a delta as stored and the exact one")
+        print("worst stored: the smallest cosine between a stored delta and the exact one")
 
 
 def _whole(prior: Prior) -> Group:

@@ -1,4 +1,4 @@
-"""What the commands print, and their progress."""
+"""Output of the commands: JSON and progress bars."""
 
 from __future__ import annotations
 

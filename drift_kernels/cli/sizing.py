@@ -23,63 +23,68 @@ _FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STATES = {**_FLOATS, "int8": torch.int8}
 _PRIORS = {**_STATES, "fp8": torch.float8_e4m3fn}
 _LEFT_OUT = (
-    "Left out: activations, which follow from batches, attention and checkpointing; what the driver, the allocator and "
-    "bitsandbytes keep for themselves."
+    "Not included: activations, which depend on batches, attention and checkpointing; memory that the driver, the "
+    "allocator and bitsandbytes keep for themselves."
 )
 
 
 def add(commands: Commands) -> None:
-    memory = add_command(commands, "memory", "what fine-tuning a model takes, item by item; reads config.json", _run)
+    memory = add_command(commands, "memory", "estimate the memory for fine-tuning a model, from its config.json", _run)
     memory.add_argument(
         "--model",
         required=True,
         metavar="DIR",
-        help="a folder with a config.json, the file, or a Hub id: org/name or org/name@revision; no weights are read",
+        help="a config.json, its folder, or a Hub id (org/name or org/name@revision); weights are not read",
     )
     kind = memory.add_mutually_exclusive_group()
-    kind.add_argument("--rank", type=_positive, default=16, help="of LoRA adapters (default: 16)")
+    kind.add_argument("--rank", type=_positive, default=16, help="rank of LoRA adapters (default: 16)")
     kind.add_argument("--full", action="store_true", help="full fine-tuning, without adapters")
     memory.add_argument(
         "--modules",
         type=modules,
         default=["attn", "mlp"],
-        help="what has adapters and deltas, as in build (default: attn,mlp)",
+        help="layers with adapters and deltas, as for build (default: attn,mlp)",
     )
-    base = memory.add_argument_group("base weights, under adapters")
+    base = memory.add_argument_group("base weights under adapters")
     base.add_argument(
         "--base-bits",
         type=int,
         choices=(4, 8, 16),
         default=16,
-        help="4: NF4 with double quantisation, 8: int8, as transformers and bitsandbytes hold Linears (default: 16)",
+        help="quantise Linear layers as transformers and bitsandbytes do: 4 for NF4 with double quantisation, 8 for "
+        "int8 (default: 16, not quantised)",
     )
     base.add_argument(
         "--keep",
         action="append",
         default=[],
         metavar="NAME",
-        help="Linears with this in their name are not quantised, as the head is not; may be repeated",
+        help="do not quantise Linear layers with NAME in their name; may be repeated. The head is never quantised",
     )
-    held = memory.add_argument_group("what is trained")
+    held = memory.add_argument_group("trained parameters")
     held.add_argument(
         "--dtype",
         choices=_FLOATS,
         default="bf16",
-        help="of parameters that are not quantised; PEFT's prepare_model_for_kbit_training makes them fp32 "
+        help="dtype of parameters that are not quantised; PEFT's prepare_model_for_kbit_training casts them to fp32 "
         "(default: bf16)",
     )
-    held.add_argument("--adapter-dtype", choices=_FLOATS, default="fp32", help="PEFT's default is fp32")
-    held.add_argument("--state-dtype", choices=_STATES, default="fp32", help="of exp_avg and exp_avg_sq")
-    held.add_argument("--master-weights", action="store_true", help="of bfloat16 parameters")
-    prior = memory.add_argument_group("the prior")
-    form = prior.add_mutually_exclusive_group()
-    form.add_argument("--prior-dtype", choices=_PRIORS, default="bf16", help="how deltas are stored (default: bf16)")
-    form.add_argument("--prior-rank", type=_positive, metavar="R", help="low-rank deltas: two factors in bf16")
-    form.add_argument("--no-prior", action="store_true", help="plain fine-tuning")
-    prior.add_argument(
-        "--prior-device", choices=("device", "cpu"), default="device", help="where deltas stay (default: device)"
+    held.add_argument(
+        "--adapter-dtype", choices=_FLOATS, default="fp32", help="dtype of adapters (default: fp32, as in PEFT)"
     )
-    prior.add_argument("--anchor", action="store_true", help="pull by what is left of the way (the optimizer's anchor)")
+    held.add_argument(
+        "--state-dtype", choices=_STATES, default="fp32", help="dtype of exp_avg and exp_avg_sq (default: fp32)"
+    )
+    held.add_argument("--master-weights", action="store_true", help="keep master weights of bfloat16 parameters")
+    prior = memory.add_argument_group("prior")
+    form = prior.add_mutually_exclusive_group()
+    form.add_argument("--prior-dtype", choices=_PRIORS, default="bf16", help="storage format of deltas (default: bf16)")
+    form.add_argument("--prior-rank", type=_positive, metavar="R", help="low-rank deltas: two bf16 factors of rank R")
+    form.add_argument("--no-prior", action="store_true", help="plain fine-tuning, without a prior")
+    prior.add_argument(
+        "--prior-device", choices=("device", "cpu"), default="device", help="where deltas are kept (default: device)"
+    )
+    prior.add_argument("--anchor", action="store_true", help="as with the optimizer's anchor=True")
     memory.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -133,10 +138,10 @@ def _print(kind: str, items: Sequence[Item], left_alone: Sequence[str]) -> None:
         shown.add_row(item.what, item.how, *(_gib(item.nbytes) if item.on_host == place else "" for place in places))
     shown.add_section()
     totals = [sum(item.nbytes for item in items if item.on_host == place) for place in places]
-    shown.add_row("together", "", *map(_gib, totals))
+    shown.add_row("total", "", *map(_gib, totals))
     console().print(shown)
     if left_alone:
-        print(f"No adapters on {len(left_alone)} parameters that are no Linears: {some(left_alone)}")
+        print(f"No adapters on {len(left_alone)} parameters that are not in Linear layers: {some(left_alone)}")
     print(_LEFT_OUT)
 
 

@@ -1,1 +1,1 @@
-"""One step: who takes part, in which launches, with which coefficients."""
+"""One step of the optimizer: which parameters take part, in which launches, with which coefficients."""

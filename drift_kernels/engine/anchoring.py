@@ -1,6 +1,6 @@
-"""What is left of the way to the expert: deltas that shrink as the parameters arrive, renewed in place in every step.
+"""Anchored deltas: the remaining distance to the expert, which shrinks during training and is renewed in every step.
 
-target = W + delta                    as W is when it is first stepped; kept in the parameter's state
+target = W + delta                    with W at its first step; kept in the parameter's state
 delta  = target - W                   from then on
 """
 
@@ -20,13 +20,13 @@ from ..state.precision import TARGET
 
 @dataclass(frozen=True)
 class Anchor:
-    """Of one parameter, of which this rank holds a shard or all.
+    """The anchor of one parameter; of its local tensor, if it is sharded.
 
     Attributes:
-        target: float32, bfloat16 for a bfloat16 parameter.
-        left: the delta, likewise.
-        norm: float64 [], of the delta of the whole parameter.
-        whole_norm: likewise, of the prior's delta.
+        target: float32, or bfloat16 for a bfloat16 parameter.
+        left: the remaining delta, of the same dtype.
+        norm: float64 [], the norm of the remaining delta of the whole parameter.
+        whole_norm: likewise, the norm of the prior's delta.
     """
 
     target: Tensor
@@ -37,19 +37,24 @@ class Anchor:
 
 
 class Anchors:
-    """Of parameters that are trained themselves, by name."""
+    """The anchors of parameters without adapters, by name."""
 
     def __init__(self) -> None:
         self._held: dict[str, Anchor] = {}
 
     def bind(self, name: str, param: Tensor, state: dict[str, Any], delta: Delta | None, delta_norm: float) -> Anchor:
-        """`param`: whole, as `state` is of it. `delta`: the prior's, of what this rank holds, at the first time;
-        `delta_norm`: that of the whole."""
+        """Return the anchor of a parameter; create it if there is none.
+
+        Args:
+            param: the whole parameter, which `state` belongs to.
+            delta: the prior's delta for the local tensor; needed the first time.
+            delta_norm: the norm of the whole delta.
+        """
         own = local(param)
         found, saved = self._held.get(name), state.get(TARGET)
         if found is not None and saved is not None and local(saved) is found.target:
             return found
-        if saved is None and found is not None:  # whoever has emptied the state has not moved the expert
+        if saved is None and found is not None:  # the state was emptied, but the expert has not moved
             state[TARGET] = wrap(found.target, param)
             return found
         if saved is None:
@@ -65,15 +70,15 @@ class Anchors:
         return self._held[name]
 
     def nbytes(self) -> int:
-        """Of the targets."""
+        """The bytes of the targets."""
         return sum(anchor.target.nbytes for anchor in self._held.values())
 
     def renew(self, params: Mapping[str, Tensor], with_norms: bool) -> None:
-        """The deltas of these parameters, of which this rank holds what is given. The host waits for nothing."""
+        """Renew the deltas of these parameters, given their local tensors. No host sync."""
         anchors = [self._held[name] for name in params]
         for anchor, param in zip(anchors, params.values(), strict=True):
             torch.sub(anchor.target, param.detach(), out=anchor.left)
-        if not anchors or not with_norms:  # another pass, and an all-reduce
+        if not anchors or not with_norms:  # norms cost another pass and an all-reduce
             return
         norms = [torch.linalg.vector_norm(anchor.left, dtype=torch.float64) for anchor in anchors]
         squares = torch.stack(norms).square_()

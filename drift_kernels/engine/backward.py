@@ -1,7 +1,7 @@
-"""Steps inside the backward pass: each parameter is updated as soon as its gradient is there, and the gradient freed.
+"""Steps inside the backward pass: each parameter is updated as soon as its gradient is ready, and the gradient freed.
 
-So no more than a few gradients are in memory at once. The coefficients of all parameters are filled at the first
-gradient of a backward pass, in the table that `step()` uses; each parameter has a plan of its own for its launches.
+So only a few gradients are in memory at a time. The coefficients of all parameters are filled at the first gradient of
+a backward pass, in the table that `step()` uses; each parameter has a separate plan for its launches.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .launches import DeviceBatch, Launch, Slot
 
 @dataclass(frozen=True)
 class _Single:
-    """One parameter of a batch: a plan for it alone, and its row of the batch's table."""
+    """One parameter of a batch: a plan for it alone, and its row in the batch's table."""
 
     batch: DeviceBatch
     launch: Launch
     slot: Slot
     plan: Plan
     row: slice
-    step: Tensor  # its count
+    step: Tensor  # its step count
 
     def update(self, param: Tensor, state: dict[str, Any], grad: Tensor, groups: list[Hyperparameters]) -> None:
         coefficients = self.batch.coefficients
@@ -53,52 +53,54 @@ class _Single:
 
 
 class BackwardHandle:
-    """What `attach_to_backward` returns.
+    """The handle that `attach_to_backward` returns.
 
-    From the first gradient of a backward pass to its last, hyperparameters are what they were at the first.
+    A backward pass uses the hyperparameters from the time of its first gradient.
     """
 
     def __init__(self, optimizer: Optimizer, engine: Engine) -> None:
         self._optimizer = optimizer
         self._engine = engine
-        self._lock = threading.Lock()  # autograd has a thread for each device
-        self._groups: list[Hyperparameters] | None = None  # of the backward pass that is going on
-        self._updated: set[int] = set()  # the parameters that it has updated, by id
-        self._batches: list[DeviceBatch] = []  # those that `_singles` are of
+        self._lock = threading.Lock()  # autograd uses one thread per device
+        self._groups: list[Hyperparameters] | None = None  # of the current backward pass
+        self._updated: set[int] = set()  # the ids of the parameters that it has updated
+        self._batches: list[DeviceBatch] = []  # the batches that `_singles` belong to
         self._singles: dict[int, _Single] = {}
         self._params = [p for _, p in named_params(optimizer.param_groups) if p.requires_grad]
         self._hooks: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._update) for p in self._params]
 
     @property
     def attached(self) -> bool:
-        """Whether the backward pass updates parameters: until `remove()`."""
+        """Whether backward passes update parameters: True until `remove()`."""
         return bool(self._hooks)
 
     def remove(self) -> None:
-        """Ends it: gradients stay after a backward pass, and `step()` updates. A second call does nothing."""
+        """Stop updating in the backward pass: gradients are kept, and `step()` updates. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._batches, self._singles = [], {}
 
     def finish(self, grad_scale: GradScale) -> None:
-        """What `step()` does meanwhile: it ends the pass, and raises RuntimeError if it would have had work."""
+        """End the backward pass; `step()` calls this while attached. Raises RuntimeError if work is left for a step."""
         self._groups = None
         if any(value is not None for value in grad_scale):
             raise RuntimeError(
-                "a GradScaler looks at all gradients before it steps; with attach_to_backward() each is gone by then"
+                "GradScaler cannot be combined with attach_to_backward(): it inspects all gradients before the step, "
+                "but they have already been freed"
             )
         for name, param in named_params(self._optimizer.param_groups):
             if param.grad is not None:
                 raise RuntimeError(
-                    f"parameter {name} has a gradient that no backward pass has used: while the optimizer is attached "
-                    "to it, step() updates nothing; remove() the handle, or attach anew if the parameter is new"
+                    f"parameter {name} has a gradient that no backward pass has used: step() updates nothing while the "
+                    "optimizer is attached to the backward pass; remove() the handle, and attach again if the "
+                    "parameter is new"
                 )
 
     @not_compiled
     @torch.no_grad()
     def _update(self, param: Tensor) -> None:
-        """The hook: the parameter's gradient is complete."""
+        """The hook that runs when the parameter's gradient is complete."""
         grad = param.grad
         if grad is None:
             return
@@ -117,11 +119,11 @@ class BackwardHandle:
         param.grad = None
 
     def _begin(self) -> list[Hyperparameters]:
-        """The coefficients of every parameter's next step, of which none is counted yet."""
+        """Fill the coefficients of the next step of all parameters, without counting the step yet."""
         engine, param_groups = self._engine, self._optimizer.param_groups
         groups = [hyperparameters(group, index) for index, group in enumerate(param_groups)]
         params, hooked = [p for group in param_groups for p in group["params"]], {id(p) for p in self._params}
-        # In place of the gradients that are still to come: of the same dtypes.
+        # Placeholders of the same dtypes for the gradients that are still to come.
         stand_ins: list[Tensor | None] = [p.detach() if id(p) in hooked else None for p in params]
         engine.prepare(param_groups, StepTensors(params, params, stand_ins), self._optimizer.state)
         engine.renew(groups, params)
@@ -151,9 +153,9 @@ class BackwardHandle:
 
 
 def attach(optimizer: Optimizer, engine: Engine) -> BackwardHandle:
-    """`FusedDriftAdamW.attach_to_backward`, where it is described.
+    """Implement `FusedDriftAdamW.attach_to_backward`, which has the documentation.
 
-    Raises ValueError where gradients are not final when the backward pass has made them.
+    Raises ValueError if gradients change after the backward pass has computed them.
     """
     if engine.max_grad_norm is not None:
         raise ValueError(
@@ -164,9 +166,12 @@ def attach(optimizer: Optimizer, engine: Engine) -> BackwardHandle:
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if several or any(is_sharded(param) for _, param in named_params(optimizer.param_groups)):
         raise ValueError(
-            "attach_to_backward() is for a single process: gradients are not reduced yet when they are used"
+            "attach_to_backward() supports a single process only: it would use gradients before they are reduced"
         )
     named = named_params(optimizer.param_groups)
     if len({id(param) for _, param in named}) < len(named):
-        raise ValueError("a parameter is given twice: step() updates it twice, and the backward pass could but once")
+        raise ValueError(
+            "attach_to_backward() does not support a parameter that was passed twice: step() would update it twice, "
+            "but the backward pass only once"
+        )
     return BackwardHandle(optimizer, engine)

@@ -1,4 +1,4 @@
-"""Deltas for live parameters: bound by name, loaded when first needed."""
+"""Binding of deltas to live parameters: by name, loaded when first needed."""
 
 from __future__ import annotations
 
@@ -32,11 +32,18 @@ logger = logging.getLogger("drift_kernels")
 
 @dataclass(frozen=True)
 class BoundDelta:
-    """A delta where the kernels read it, of a small prior its codes and scales; norm(delta) and norm(W) in float64;
-    what its param group's alpha is multiplied by; where it is in pinned memory, who reads it.
+    """A delta on the device where the kernels read it.
 
-    A delta that is renewed in place has its own `norm`, float64 [], on its device, and delta_norm and param_norm are
-    those of the weight as it was. One of what is left of a way also has the norm of the way, `whole_norm`."""
+    Attributes:
+        delta: the delta, or its codes.
+        delta_scale: the scales of codes.
+        delta_norm, param_norm: norm(delta) and norm(W), computed in float64; if the delta is renewed in place, those of
+            the weight and its delta at the start.
+        alpha: the factor of the param group's alpha.
+        readers: the streams that read the delta, if it is in pinned memory.
+        norm: float64 [] on its device, the current norm of a delta that is renewed in place.
+        whole_norm: likewise, the norm that an anchored delta had at the start.
+    """
 
     delta: Tensor
     delta_scale: Tensor | None
@@ -48,7 +55,7 @@ class BoundDelta:
     whole_norm: Tensor | None = None
 
     def fits(self, param: Tensor) -> bool:
-        """Whether it is of a parameter of this shape; one that is renewed is also where the parameter is."""
+        """Whether it has the parameter's shape and, if it is renewed in place, the parameter's device."""
         return self.delta.shape == param.shape and (self.norm is None or self.norm.device == param.device)
 
     @property
@@ -63,8 +70,8 @@ class BoundDelta:
 class PriorBinding:
     """A prior matched to named parameters.
 
-    Names and shapes are checked by `check`, at once; data is loaded by `bind`, since FSDP2, Accelerate and device moves
-    replace parameters between the two. A copy or a pickled binding loads its own.
+    `check` checks names and shapes at once; `bind` loads the data later, because FSDP2, Accelerate and device moves may
+    replace parameters in between. A copied or unpickled binding loads its data again.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class PriorBinding:
         self._sources: dict[str, str | Source] = {}  # by live name; one stored delta by its own name
         self._infos: dict[str, DeltaInfo] = {}  # by live name
         self._checked: dict[str, torch.Size] = {}
-        self._param_norms: dict[str, float] = {}  # norm(W), of parameters as they were when they were first bound
+        self._param_norms: dict[str, float] = {}  # norm(W) of the parameters when they were first bound
         self._bound: dict[str, BoundDelta] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,24 +111,24 @@ class PriorBinding:
         strengths: Strengths | None = None,
         anchored: bool = False,
     ) -> PriorBinding:
-        """A binding of a prior, of the folder of one, of a mapping from names to deltas, or of a prior for adapters;
+        """Return a binding of a prior: a Prior, its folder, a mapping from names to deltas, or a prior for adapters.
         `device`: "cpu" or None."""
         if device is not None and torch.device(device).type != "cpu":
-            raise ValueError(f"prior_device must be 'cpu', or None for that of each parameter, got {device}")
+            raise ValueError(f"prior_device must be 'cpu', or None for the device of each parameter, got {device}")
         if anchored and device is not None and not isinstance(prior, AdapterPrior):
             raise ValueError(
-                "anchor=True keeps what is left of the way beside the parameters: prior_device must be None"
+                f"anchor=True keeps its deltas on the parameters' devices: prior_device must be None, got {device}"
             )
         given = prior if isinstance(prior, AdapterPrior) else Prior.of(prior)
         return cls(given, device is not None, strengths, anchored)
 
     def check(self, named_parameters: list[tuple[str, Tensor]]) -> None:
-        """Matches the parameters, unless they are among those of the last time, and says what the prior acts on.
+        """Match the parameters, unless they were all checked the last time, and log which ones the prior acts on.
 
         Raises:
-            PriorMismatchError: not one name matches, or a matched delta has another shape than its parameter (but for
-                tokens that were added to a vocabulary, where it is zero); at the first time also if all that match are
-                frozen, or their deltas zero. What is frozen later waits.
+            PriorMismatchError: If no name matches, or the shape of a matched delta differs from that of its parameter
+                (except for tokens added to a vocabulary, whose delta is zero). The first time, also if all matching
+                parameters are frozen, or all their deltas are zero. Parameters may be frozen later.
         """
         shapes = {name: param.shape for name, param in named_parameters}
         if shapes and shapes.items() <= self._checked.items():
@@ -132,7 +139,8 @@ class PriorBinding:
             name, prior_name, shape, prior_shape = coverage.shape_mismatches[0]
             raise PriorMismatchError(
                 f"parameter {name!r} has shape {tuple(shape)}, but the prior's delta {prior_name!r} has shape "
-                f"{tuple(prior_shape)} ({len(coverage.shape_mismatches)} such parameters): it is of another model"
+                f"{tuple(prior_shape)} ({len(coverage.shape_mismatches)} such parameters): it was built for another "
+                "model"
             )
         of_weights = {
             weight: source.single.name if source.single else source
@@ -142,7 +150,7 @@ class PriorBinding:
         weight_of = {name: self.adapted.weight_of(name) for name in shapes}
         sources = {name: of_weights[weight] for name, weight in weight_of.items() if weight in of_weights}
         if not sources:
-            raise PriorMismatchError(f"alpha's patterns leave all {len(coverage.matched)} matching deltas alone")
+            raise PriorMismatchError(f"the patterns of alpha match none of the {len(coverage.matched)} matching deltas")
         if not self._checked:
             check_reach(self.prior, named_parameters, sources)
         say_reach(named_parameters, sources, self._grown(weights, of_weights))
@@ -155,12 +163,12 @@ class PriorBinding:
         return [name for name, like, delta in stored if like.shape != self.prior.info(delta).shape]
 
     def covers(self, name: str) -> bool:
-        """Whether there is a delta for this parameter, which has been checked."""
+        """Whether there is a delta for this parameter. Call `check` first."""
         return name in self._sources
 
     def covered(self, param_groups: list[dict[str, Any]]) -> list[str]:
-        """The names of the parameters in these groups that have a delta. Raises PriorError as `check` does, and for
-        groups whose parameters have lost their names."""
+        """The names of the parameters in these groups that have a delta. Raises PriorError like `check`, and for groups
+        whose parameters have no names."""
         for index, group in enumerate(param_groups):
             check_names(group, index)
         named = named_params(param_groups)
@@ -168,18 +176,18 @@ class PriorBinding:
         return [name for name, _ in named if self.covers(name)]
 
     def module(self, name: str) -> str:
-        """The module (`names.MODULES`, or "other") of the delta of a parameter that is covered."""
+        """The module (`names.MODULES`, or "other") of the delta of a covered parameter."""
         return module_of(stored_names(self._sources[name])[0])
 
     def bind(self, named: Sequence[tuple[str, Tensor, Shard | None]]) -> list[BoundDelta | None]:
-        """The delta of each parameter, of which this rank holds a shard or all, on its device; None where the prior has
-        none. A rank reads what it needs of the prior.
+        """Return the delta of each parameter (this rank's shard, or all of it) on its device; None if the prior has no
+        delta for it. A rank reads only the part of the prior that it needs.
 
-        Raises PriorFormatError for a damaged delta, PriorMismatchError if ranks have different priors, and PriorError
-        for deltas that are weights.
+        Raises PriorFormatError if a delta is damaged, PriorMismatchError if ranks have different priors, and PriorError
+        if deltas are weights.
         """
         if not self._idle_said and not any(name in self._sources for name, _, _ in named):
-            logger.warning("no parameter that the prior covers has a gradient in this step: it biases nothing")
+            logger.warning("the prior has no effect in this step: no parameter that it covers has a gradient")
             self._idle_said = True
         new = [
             (name, param, shard)
@@ -189,7 +197,7 @@ class PriorBinding:
         self._compare(Reduction([shard for _, _, shard in new]), new)
         for name, param, shard in new:
             if name in self._bound:
-                self._param_norms.pop(name, None)  # of another shape
+                self._param_norms.pop(name, None)  # the parameter has been replaced
             load = self._load if self.adapted.adapter_of(name) is None else self._project
             self._bound[name] = load(name, param, shard)
         self._measure([entry for entry in new if entry[2] is not None and self._bound[entry[0]].norm is None])
@@ -200,17 +208,17 @@ class PriorBinding:
         return [self._placed(name, param) if name in self._sources else None for name, param, _ in named]
 
     def nbytes(self) -> int:
-        """Of what deltas are made of that change with the parameters."""
+        """The bytes of the tensors that renewed deltas are computed from."""
         return self.adapted.nbytes() + (0 if self.anchors is None else self.anchors.nbytes())
 
     @property
     def keeps_in_states(self) -> bool:
-        """Whether something of the prior outlives a step."""
+        """Whether the prior keeps tensors in optimizer states."""
         return self.anchors is not None or self.adapted.refresh > 1
 
     def keep(self, name: str, param: Tensor, state: dict[str, Any]) -> BoundDelta:
-        """Has the state of a parameter that has been bound hold what outlives a step: where the parameter is pulled, or
-        the delta of an adapter. Takes what the state holds already. Returns the delta that the steps read."""
+        """Keep what the prior needs beyond a step in the state of a bound parameter: the target that it is pulled to,
+        or the delta of an adapter. Uses what the state already holds. Returns the delta that steps read."""
         if self.adapted.adapter_of(name) is not None:
             self.adapted.share(name, param, state)
         elif self.anchors is not None:
@@ -223,8 +231,8 @@ class PriorBinding:
         return self._bound[name]
 
     def renew(self, params: Mapping[str, tuple[Tensor, bool]], due: bool, with_norms: bool) -> None:
-        """Makes the deltas of these parameters anew, which change with them: what this rank holds of each, and whether
-        its scaling moves parameters. Those of adapters where `due`; the norms of the others if they are needed."""
+        """Renew the deltas that depend on these parameters: by name, the local tensor and whether its scaling moves
+        parameters. Deltas of adapters are renewed if `due`; the norms of the others are computed if `with_norms`."""
         adapted = {name for name in params if self.adapted.adapter_of(name) is not None}
         self.adapted.renew({name: decoupled for name, (_, decoupled) in params.items() if name in adapted}, due)
         if self.anchors is not None:
@@ -232,7 +240,7 @@ class PriorBinding:
             self.anchors.renew(own, with_norms)
 
     def _load(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:
-        """Of a shard with the norms of the shard, for `_measure`."""
+        """Load a delta. For a shard, the norms are those of the shard, until `_measure`."""
         info, stored = self._info(name), self._stored(name, param, shard)
         delta_norm = info.delta_norm if shard is None else norm_of(stored)
         delta, scale = for_kernels(stored, info.dtype, param.dtype)
@@ -248,7 +256,7 @@ class PriorBinding:
         return BoundDelta(delta, scale, delta_norm, param_norm, self._alpha(name), readers)
 
     def _project(self, name: str, param: Tensor, shard: Shard | None) -> BoundDelta:
-        """Of an adapter's parameter: zeros, until it is renewed."""
+        """The delta of an adapter parameter, zero until it is renewed."""
         source, info, adapter = self._sources[name], self._info(name), self.adapted.adapter_of(name)
         assert adapter is not None
         side = self.adapted.bind(name, param, shard, lambda device: self.prior.load_stored(source, device, copy=False))
@@ -258,11 +266,11 @@ class PriorBinding:
         return BoundDelta(side.delta, None, info.delta_norm, param_norm, alpha, norm=side.norm, whole_norm=whole_norm)
 
     def _alpha(self, name: str) -> float:
-        """One parameter has one alpha: where the patterns tell a joined delta's parts apart, the first part decides."""
+        """The alpha of a parameter. If a joined delta's parts match different patterns, the first part decides."""
         return self._alphas[stored_names(self._sources[name])[0]]
 
     def _stored(self, name: str, param: Tensor, shard: Shard | None) -> Delta:
-        """The delta of what this rank holds; zero for tokens that it does not know."""
+        """The delta of this rank's part; zero for tokens that the prior does not have."""
         source, info, device = self._sources[name], self._info(name), self._device_for(param)
         whole, part = (tuple(param.shape), None) if shard is None else (shard.shape, shard.box)
         if whole == info.shape:
@@ -290,8 +298,8 @@ class PriorBinding:
         return self._infos[name]
 
     def _measure(self, new: list[tuple[str, Tensor, Shard | None]]) -> None:
-        """Adds up what the ranks hold of norm(W), where it was not recorded, and of norm(delta), to compare it: both as
-        `_load` found them."""
+        """Sum over the ranks the parts of norm(W), which the prior may not have recorded, and of norm(delta), which is
+        checked. Both come from `_load`."""
         if not new:
             return
         found = [self._bound[name] for name, _, _ in new]
@@ -311,7 +319,7 @@ class PriorBinding:
             dist.all_reduce(marks, dist.ReduceOp.MIN, group=group)
             if int(marks.sum()) != 0:
                 raise PriorMismatchError(
-                    f"ranks have different priors: here it is {self.prior.fingerprint[:12]} ({self.prior})"
+                    f"ranks have different priors: this rank has {self.prior.fingerprint[:12]} ({self.prior})"
                 )
 
     def _device_for(self, param: Tensor) -> torch.device:
@@ -325,8 +333,9 @@ class PriorBinding:
 
 
 def for_kernels(delta: Delta, dtype: torch.dtype, param_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A delta that is stored in `dtype` as kernels read it beside a parameter: codes and scales only beside bfloat16;
-    factors expanded, beside bfloat16 to bfloat16, and so what was joined of bfloat16 factors."""
+    """Convert a delta stored in `dtype` to what kernels read for a parameter's dtype: codes with scales only for
+    bfloat16 parameters; factors are expanded, for bfloat16 parameters to bfloat16, and so are deltas joined from
+    bfloat16 factors."""
     beside_bfloat16 = param_dtype == torch.bfloat16
     if isinstance(delta, QuantizedDelta) and beside_bfloat16:
         return delta.codes, delta.scales

@@ -1,4 +1,4 @@
-"""One step of one rule over the parameters of param groups: check, bind, group by dtype, plan, table, launch."""
+"""A step over all param groups: check, bind deltas, group tensors by dtype, plan, fill the table, launch."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ States = dict[Tensor, dict[str, Any]]
 
 
 class StepTensors(NamedTuple):
-    """What a step works on, of all parameters.
+    """The tensors of a step, for all parameters.
 
     Attributes:
-        whole: the parameters as their groups and states have them.
-        params, grads: what this rank holds of them and of their gradients.
+        whole: the parameters as in the param groups.
+        params, grads: the local tensors of the parameters and of their gradients.
     """
 
     whole: list[Tensor]
@@ -40,19 +40,22 @@ class StepTensors(NamedTuple):
 
 
 class Engine:
-    """Plans are kept from step to step for as long as they fit: nothing that they depend on has been replaced or moved.
-    They keep neither parameters nor states alive. A copy or a pickled engine makes its own.
+    """Runs the steps of one update rule.
+
+    Plans are reused from step to step until a tensor that they depend on is replaced or moved. They keep neither
+    parameters nor states alive. A copied or unpickled engine makes new ones.
 
     Args:
-        rule: what is done to each tensor.
-        binding: of the prior; None without one.
-        backend: "auto" or the name of one.
-        max_grad_norm: to which the biased gradients of all parameters together are clipped.
+        rule: the update rule.
+        binding: the binding of the prior; None without one.
+        backend: "auto" or the name of a backend.
+        max_grad_norm: the norm that the biased gradients of all parameters together are clipped to.
 
     Attributes:
-        batches: those of the last step.
-        grad_norm: float64 [], of all biased gradients of the last step, before clipping; None where nothing is clipped.
-        turn: steps since the deltas of adapters' parameters were renewed, below `refresh`.
+        batches: the batches of the last step.
+        grad_norm: float64 [], the norm of all biased gradients of the last step, before clipping; None without
+            clipping.
+        turn: the number of steps, less than `refresh`, since the deltas of adapter parameters were renewed.
     """
 
     def __init__(
@@ -63,23 +66,23 @@ class Engine:
         self.backend = backend
         self.max_grad_norm = max_grad_norm
         self.turn = 0
-        self._acting: list[bool] = []  # of each group, whether the prior acted in the last step
+        self._acting: list[bool] = []  # for each group, whether the prior acted in the last step
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the plans; the next step makes them anew."""
+        """Discard the plans; the next step makes new ones."""
         self.batches: list[DeviceBatch] = []
         self.grad_norm: Tensor | None = None
-        self._made_for: _Present | None = None  # the plans
+        self._made_for: _Present | None = None  # what the plans were made for
 
     def keep_turn(self, param_groups: ParamGroups) -> None:
-        """Has the groups carry where the deltas of adapters are between two renewals, for a state_dict."""
+        """Store `turn` in the groups, for a state_dict."""
         if self.binding is not None and self.binding.adapted.refresh > 1:
             for group in param_groups:
                 group[TURN] = self.turn
 
     def resume(self, param_groups: ParamGroups) -> None:
-        """Goes on from groups and states that have been loaded."""
+        """Resume from groups and states that have been loaded."""
         self.reset()
         if self.binding is not None:
             self.binding.adapted.forget()
@@ -95,22 +98,22 @@ class Engine:
     def step(
         self, param_groups: ParamGroups, states: States | None = None, grad_scale: GradScale = UNSCALED
     ) -> list[DeviceBatch]:
-        """A step of every parameter that has a gradient, called under `torch.no_grad()`. Everything is checked before
-        anything changes.
+        """Step every parameter that has a gradient. Call under `torch.no_grad()`. All checks come before any change.
 
         Args:
-            param_groups: with their parameters, the names of these where there is a prior, and hyperparameters.
-            states: parameter -> state, made where there is none; for a rule that has states.
-            grad_scale: what a GradScaler says.
+            param_groups: parameters, their names if there is a prior, and hyperparameters.
+            states: parameter -> state, created if missing; for a rule that has states.
+            grad_scale: the values of a GradScaler.
 
-        Returns the batches that took part, whose figures are of this step: none where the prior does not act and
-        nothing else is to be done.
+        Returns:
+            The batches that took part, with the statistics of this step; an empty list if the rule only biases
+            gradients and the prior does not act.
         """
         groups = [hyperparameters(group, index) for index, group in enumerate(param_groups)]
         if self.rule.writes_grads and not any(group.acts for group in groups):
             return []
         if grad_scale.found_inf is not None and not self.rule.counts_on_device:
-            self.rule.counts_on_device = True  # the host never reads whether a step was taken
+            self.rule.counts_on_device = True  # so that the host need not know whether a step was taken
             self.reset()
         tensors = self._tensors(param_groups)
         self.prepare(param_groups, tensors, {} if states is None else states)
@@ -127,7 +130,7 @@ class Engine:
             batch.run_all(groups)
             for slot in batch.copied:
                 slot.copy_out(tensors.whole[slot.index])
-            # So that autograd sees it: a graph that holds a tensor as it was can no longer be run backward.
+            # Tell autograd of the change: a graph that saved one of these tensors can no longer run backward.
             for launch in batch.launches:
                 written = tensors.grads if self.rule.writes_grads else tensors.params
                 torch.autograd.graph.increment_version(launch.of(written))
@@ -135,7 +138,7 @@ class Engine:
         return self.batches
 
     def biased_names(self) -> list[str]:
-        """The parameters that the last step biased."""
+        """The names of the parameters that the prior acted on in the last step."""
         slots = [batch.slots[row] for batch in self.batches for row in batch.biased]
         return [slot.name for slot in slots if self._acting[slot.group]]
 
@@ -147,7 +150,7 @@ class Engine:
         return StepTensors(whole, *local_pairs(whole, list(map(attrgetter("grad"), whole))))
 
     def make_states(self, param_groups: ParamGroups, states: States) -> None:
-        """Makes the states of every parameter that has a gradient, with what the prior keeps in them."""
+        """Create the states of all parameters that have a gradient, with what the prior keeps in them."""
         if self.binding is not None and self.binding.keeps_in_states:
             self.prepare(param_groups, self._tensors(param_groups), states)
             for batch in self.batches:
@@ -157,11 +160,11 @@ class Engine:
                 self.rule.state_of(states, param)
 
     def prepare(self, param_groups: ParamGroups, tensors: StepTensors, states: States) -> None:
-        """Gives the plans their gradients, after making new ones if anything that they depend on has changed."""
+        """Give the plans their gradients. Make new plans first, if anything that they depend on has changed."""
         present = _Present.of(tensors, states)
         if self._made_for is None or not present.fits(self._made_for):
             if capturing():
-                raise RuntimeError("the first step on new parameters, states or dtypes must run before it is captured")
+                raise RuntimeError("run a step before capturing one: its parameters, states or dtypes are new")
             self.batches = self._make(param_groups, tensors.grads, states)
             self._made_for = present = _Present.of(tensors, states)
         for batch in self.batches:
@@ -170,8 +173,8 @@ class Engine:
                 batch.lend(tensors.whole, states)
 
     def renew(self, groups: list[Hyperparameters], params: list[Tensor]) -> None:
-        """Renews the deltas that change with the parameters, where the prior acts: those of adapters in every
-        `refresh`-th such step. `params`: what this rank holds of all."""
+        """Renew the deltas that depend on the parameters, in groups where the prior acts; those of adapters in every
+        `refresh`-th such step. `params`: the local tensors of all parameters."""
         self._acting = [group.acts for group in groups]
         slots = [batch.slots[row] for batch in self.batches for row in batch.renewed]
         acting = {
@@ -184,7 +187,7 @@ class Engine:
         adapted = self.binding.adapted
         if capturing() and adapted.refresh > 1:
             raise RuntimeError(
-                f"a CUDA graph renews deltas in every replay or in none: refresh must be 1, got {adapted.refresh}"
+                f"a CUDA graph can renew deltas only in every replay: refresh must be 1, got {adapted.refresh}"
             )
         with_norms = self.max_grad_norm is not None or any(group.needs_stats for group in groups)
         self.binding.renew(acting, due=self.turn == 0, with_norms=with_norms)
@@ -201,9 +204,9 @@ class Engine:
 
     @torch.inference_mode(False)
     def _make(self, param_groups: ParamGroups, grads: list[Tensor | None], states: States) -> list[DeviceBatch]:
-        """The batches of the parameters that have a gradient, after every check and before any change."""
+        """Make the batches of the parameters that have a gradient, after all checks and before any change."""
         if makes_fake_tensors():
-            raise RuntimeError("a step cannot be taken under FakeTensorMode: states would have no memory")
+            raise RuntimeError("step() does not run under FakeTensorMode: states would have no memory")
         named = named_params(param_groups)
         self._check(named, grads)
         present = [(i, *named[i], grad) for i, grad in enumerate(grads) if grad is not None]
@@ -236,7 +239,7 @@ class Engine:
             dtypes = tuple(str(None if kind is None else kind.dtype) for kind in kinds)
             copy = None if self.rule.writes_grads or own.is_contiguous() else own.detach().contiguous()
             slot = Slot(i, group_of[i], name, dtypes, bound, key, place, shard, copy)
-            # A parameter that is given twice steps twice, one after the other.
+            # A parameter that is passed twice steps twice, one after the other.
             where = param.device, self.rule.steps_device(param, group), i if id(param) in met else -1
             met.add(id(param))
             members.setdefault(where, []).append(Member(slot, param, grad.dtype, state))
@@ -246,8 +249,8 @@ class Engine:
         ]
 
     def _fill(self, groups: list[Hyperparameters], grad_scale: GradScale) -> None:
-        """Counts the step, and fills its coefficients: by the backend where it can, otherwise as coefficients.py says.
-        A norm over several batches is more than one launch can know."""
+        """Count the step and fill its coefficients: by the backend if possible, otherwise with coefficients.py. One
+        launch of the backend cannot compute a norm over several batches."""
         together = self.max_grad_norm is not None and len(self.batches) > 1
         if not together and all(batch.can_fill(groups) for batch in self.batches):
             norms = [batch.fill(groups, grad_scale, self.max_grad_norm) for batch in self.batches]
@@ -258,7 +261,7 @@ class Engine:
         self._set_bias(groups)
 
     def _set_bias(self, groups: list[Hyperparameters]) -> None:
-        """Gradient statistics, the prior's coefficients, and clipping, over all devices together."""
+        """Compute gradient statistics, the prior's coefficients and clipping, over all devices together."""
         clipping = self.max_grad_norm is not None
         biases = [(batch.coefficients, batch.bias(groups, all_stats=clipping)) for batch in self.batches]
         norm = clip = None
@@ -272,8 +275,7 @@ class Engine:
 
 
 class _Present(NamedTuple):
-    """What there is in a step, all of it looked at in every step: memory that has gone, or has become something else,
-    must not reach a kernel."""
+    """The tensors of a step, described anew in every step, so that no kernel gets memory that was freed or reused."""
 
     params: Description
     states: Description
@@ -284,5 +286,5 @@ class _Present(NamedTuple):
         return cls(describe(tensors.params, exact=True), describe_values(states), describe(tensors.grads))
 
     def fits(self, before: _Present) -> bool:
-        """Whether plans that were made before are right now: gradients may be elsewhere, of any strides."""
+        """Whether plans made for `before` are still valid. Gradients may have other addresses and strides."""
         return self[:2] == before[:2] and self.grads.facts == before.grads.facts

@@ -1,4 +1,4 @@
-"""What a param group, its parameters and their gradients may be: checked at the edge, before anything changes."""
+"""Checks of param groups, parameters and gradients, made before anything changes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _number(where: str, key: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite float in [low, high). `where`: added to messages."""
-    if type(value) is float:  # in every step, of each group
+    """Return a finite float in [low, high). `where`: added to messages."""
+    if type(value) is float:  # the common case
         number = value
     else:
         value = _item(value)
@@ -46,19 +46,20 @@ def _is_scalar(value: object) -> TypeGuard[Tensor]:
 
 
 def _item(value: object) -> object:
-    """What a tensor, or an array of numpy, of one element holds; anything else as it is."""
+    """The value of a one-element tensor or numpy array; anything else unchanged."""
     return value.item() if _is_scalar(value) or (isinstance(value, np.ndarray) and value.size == 1) else value
 
 
 def _number_or_tensor(group: dict[str, Any], key: str, index: int, low: float = -math.inf) -> float | Tensor:
-    """group[key] as a finite number, or as the tensor that the device will read: of a capturable group, or on a GPU."""
+    """Return group[key] as a finite number, or as a tensor for the device to read, if it is on a GPU or the group is
+    capturable."""
     value = group[key]
     if not _is_scalar(value) or not (group["capturable"] or value.is_cuda):
         return _number(_in(index), key, value, low)
     where = {param.device.type for param in group["params"][:1]}
     if where - {value.device.type}:
         raise ValueError(
-            f"{key} must be a number, or a tensor where its parameters are, got a tensor on {value.device} "
+            f"{key} must be a number, or a tensor on the device of its parameters, got a tensor on {value.device} "
             f"for parameters on {where.pop()} (group {index})"
         )
     return value.detach().reshape(())
@@ -69,7 +70,7 @@ def _in(index: int) -> str:
 
 
 def check_max_grad_norm(value: object) -> float | None:
-    """A norm to clip to, which may be infinite, or None; raises TypeError or ValueError for anything else."""
+    """Return a positive norm, possibly infinite, or None; raise TypeError or ValueError for anything else."""
     value = _item(value)
     if value is None:
         return None
@@ -82,22 +83,22 @@ def check_max_grad_norm(value: object) -> float | None:
 
 
 def _check_lacks(group: dict[str, Any], index: int) -> None:
-    """Raises ValueError for what torch.optim.AdamW has and this has not. `foreach` and `fused` do not matter."""
+    """Raise ValueError for unsupported options of torch.optim.AdamW. `foreach` and `fused` are ignored."""
     if group.get("amsgrad"):
         raise ValueError(f"amsgrad is not supported: amsgrad must be False, got {group['amsgrad']!r} (group {index})")
     if group.get("differentiable"):
         raise ValueError(
-            "autograd cannot go through a fused step: differentiable must be False, got "
+            "autograd cannot differentiate a fused step: differentiable must be False, got "
             f"{group['differentiable']!r} (group {index})"
         )
 
 
 def hyperparameters(group: dict[str, Any], index: int) -> Hyperparameters:
-    """The hyperparameters of param group number `index`.
+    """Return the hyperparameters of param group `index`.
 
     Raises:
-        TypeError: one has the wrong type.
-        ValueError: one is not finite or out of its range, or the scaling is unknown.
+        TypeError: If one has the wrong type.
+        ValueError: If one is not finite or out of range, or the scaling is unknown.
     """
     betas = group["betas"]
     if not isinstance(betas, Sequence) or isinstance(betas, (str, bytes)) or len(betas) != 2:
@@ -124,7 +125,7 @@ def hyperparameters(group: dict[str, Any], index: int) -> Hyperparameters:
 
 
 def check_seed(group: dict[str, Any], index: int) -> None:
-    """Raises TypeError or ValueError for a seed that is not an integer of 32 bits."""
+    """Raise TypeError or ValueError unless the seed is an unsigned 32-bit integer."""
     seed = _item(group[SEED])
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer, got seed={seed!r} of type {type(seed).__name__} (group {index})")
@@ -133,42 +134,42 @@ def check_seed(group: dict[str, Any], index: int) -> None:
 
 
 def check_capture(group: dict[str, Any], index: int) -> None:
-    """Raises RuntimeError for a group whose step a CUDA graph cannot replay; warns of what each replay would keep."""
+    """Raise RuntimeError if a CUDA graph cannot replay the group's step; warn of values that replays cannot change."""
     if not group["capturable"]:
-        raise RuntimeError(f"a step can be captured in a CUDA graph only with capturable=True (group {index})")
+        raise RuntimeError(f"capturing a step in a CUDA graph requires capturable=True (group {index})")
     for key in ("lr", "alpha") if group[FINGERPRINT] else ("lr",):
         if not isinstance(group[key], Tensor):
-            message = "every replay of the captured step keeps %s=%s: to change it, pass a tensor (group %d)"
+            message = "every replay of the captured step uses %s=%s; pass a tensor to change it (group %d)"
             logger.warning(message, key, group[key], index)
 
 
 def check_dtype(name: str, param: Tensor) -> None:
-    """Raises TypeError, naming the parameter, for one of a dtype that no kernel takes."""
+    """Raise TypeError, naming the parameter, if no kernel supports its dtype."""
     if param.dtype not in PARAM_DTYPES:
         expected = ", ".join(map(dtype_name, PARAM_DTYPES))
         raise TypeError(f"parameter {name} has dtype {param.dtype}; expected one of {expected}")
 
 
 def check_param(name: str, param: Tensor) -> None:
-    """Raises TypeError or ValueError, naming the parameter, for one that the kernels cannot update."""
+    """Raise TypeError or ValueError, naming the parameter, if the kernels cannot update it."""
     if param.layout != torch.strided:
         raise TypeError(f"parameter {name} is sparse ({param.layout}); only dense parameters are supported")
     check_dtype(name, param)
     if is_fsdp1_shard(param):
         raise TypeError(
-            f"parameter {name} is sharded by FullyShardedDataParallel (FSDP1), whose shards are flat and have lost "
-            "their shapes: use torch.distributed.fsdp.fully_shard (FSDP2)"
+            f"parameter {name} is sharded by FullyShardedDataParallel (FSDP1), which flattens parameters so that their "
+            "shapes are lost: use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(
-            f"parameter {name} has several elements in one place (shape {tuple(param.shape)}, strides "
-            f"{param.stride()}): it is expanded, and cannot be written to; param.data = param.data.contiguous()"
+            f"parameter {name} is expanded: several of its elements share memory (shape {tuple(param.shape)}, strides "
+            f"{param.stride()}), so it cannot be updated; set param.data = param.data.contiguous()"
         )
 
 
 def check_memory(what: str, tensor: Tensor) -> None:
-    """Raises TypeError for a tensor without memory of its own. Of parameters it is asked when they are stepped: a model
-    may be materialised after its optimizer is built."""
+    """Raise TypeError if a tensor has no memory of its own. Parameters are checked only in a step, because a model may
+    be materialised after its optimizer is built."""
     if tensor.numel() and not address_of(tensor):
         raise TypeError(
             f"{what} has no memory of its own: it is on the meta device, freed, fake, or a {type(tensor).__name__} "
@@ -177,7 +178,7 @@ def check_memory(what: str, tensor: Tensor) -> None:
 
 
 def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
-    """Raises TypeError or ValueError, naming the parameter, for a gradient that the kernels cannot read."""
+    """Raise TypeError or ValueError, naming the parameter, if the kernels cannot read its gradient."""
     if grad.layout != torch.strided:
         raise TypeError(
             f"the gradient of parameter {name} is sparse ({grad.layout}); only dense gradients are supported"
@@ -186,11 +187,11 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
     expected = PARAM_DTYPES if param.dtype == torch.float32 else (param.dtype, torch.float32)
     if grad.dtype not in expected:
         raise TypeError(
-            f"the gradient of parameter {name}, which is {param.dtype}, has dtype {grad.dtype}; expected one of "
-            f"{', '.join(map(str, expected))}"
+            f"the gradient of parameter {name} has dtype {grad.dtype}; expected one of "
+            f"{', '.join(map(str, expected))} for a {param.dtype} parameter"
         )
     if grad.shape != param.shape or grad.device != param.device:
         raise ValueError(
-            f"the gradient of parameter {name} is {tuple(grad.shape)} on {grad.device}, "
-            f"the parameter {tuple(param.shape)} on {param.device}"
+            f"the gradient of parameter {name} has shape {tuple(grad.shape)} on {grad.device}, but the parameter has "
+            f"shape {tuple(param.shape)} on {param.device}"
         )

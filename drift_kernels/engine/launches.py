@@ -1,4 +1,4 @@
-"""What one device does in a step: the plans of its tensors, and their rows of one coefficient table."""
+"""The work of one device in a step: the plans of its tensors, and their rows in one coefficient table."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def capturing() -> bool:
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter with a gradient, and what stays the same from step to step. It keeps neither the parameter nor its
-    state."""
+    """What stays the same from step to step for one parameter with a gradient. It holds no reference to the parameter
+    or its state."""
 
     index: int  # among all parameters of the engine
     group: int
     name: str
-    dtypes: tuple[str, ...]  # what tensors of one plan have in common
+    dtypes: tuple[str, ...]  # the same for all tensors of a plan
     bound: BoundDelta | None
     random_key: int | None  # for stochastic rounding
     place: Place
     shard: Shard | None
-    copy: Tensor | None  # of a parameter that is not contiguous: what the kernels work on
+    copy: Tensor | None  # a contiguous copy for the kernels, if the parameter is not contiguous
 
     def operands(self, param: Tensor, state: dict[str, Any]) -> Operands:
-        """What this rank holds of the parameter and of its state, and the delta."""
+        """The local tensors of the parameter and its state, and the delta."""
         tensors: dict[str, Any] = {name: local(state[key]) for key, name in OPERANDS.items() if key in state}
         if self.bound is not None:
             tensors |= {"delta": self.bound.delta, "delta_scale": self.bound.delta_scale}
@@ -63,7 +63,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Member:
-    """A slot with its tensors, for as long as a batch is made."""
+    """A slot with its tensors, needed only while a batch is built."""
 
     slot: Slot
     param: Tensor
@@ -73,20 +73,20 @@ class Member:
 
 @dataclass(frozen=True)
 class Launch:
-    """A plan, its rows of the coefficient table, and which of them belong to which param group."""
+    """A plan, its rows in the coefficient table, and the param group of each row."""
 
     plan: Plan
     rows: slice
     indices: list[int] | None  # among all parameters of the engine; None for all of them, in order
-    of: Callable[[list[Any]], Sequence[Any]]  # from a list over all parameters of the engine, those of the launch
+    of: Callable[[list[Any]], Sequence[Any]]  # selects the entries of this launch from a list over all parameters
     group_rows: list[tuple[int, slice]]
 
     def addresses_of(self, everything: bytes) -> bytes:
-        """Likewise, of int64 each."""
+        """Select the addresses of this launch from those of all parameters, int64 each."""
         return everything if self.indices is None else np.frombuffer(everything, np.int64)[self.indices].tobytes()
 
     def reads_delta(self, groups: list[Hyperparameters], decoupled: bool) -> bool:
-        """Whether a delta is to be read: to bias a gradient, or (if asked) to move a param decoupled from it."""
+        """Whether the deltas are needed: to bias gradients or, with `decoupled`, to move parameters."""
         return self.plan.has_deltas and any(
             groups[group].acts if decoupled else groups[group].biases_gradients for group, _ in self.group_rows
         )
@@ -96,7 +96,7 @@ class Launch:
 
 
 def _runs(slots: list[Slot], rows: slice, key: Callable[[Slot], Any]) -> Iterator[slice]:
-    """The slices of consecutive slots with equal keys, within `rows`."""
+    """Yield the slices of consecutive slots with equal keys, within `rows`."""
     start = rows.start
     for stop in range(start + 1, rows.stop + 1):
         if stop == rows.stop or key(slots[stop]) != key(slots[start]):
@@ -105,9 +105,9 @@ def _runs(slots: list[Slot], rows: slice, key: Callable[[Slot], Any]) -> Iterato
 
 
 def _share_steps(members: list[Member], device: torch.device) -> Tensor:
-    """The step counts as one tensor, of which each state's `step` becomes a view: one operation advances all.
+    """Return the step counts as one tensor, of which each state's `step` becomes a view: one operation advances all.
 
-    A count that is alone stays where it is: of a parameter that is given twice, the batches that advance it share it.
+    A single count stays where it is, so that the batches of a parameter that was passed twice share it.
     """
     counts = [member.state.get("step", 0.0) for member in members]
     own = [torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts]
@@ -119,20 +119,21 @@ def _share_steps(members: list[Member], device: torch.device) -> Tensor:
 
 
 class DeviceBatch:
-    """The tensors of one device, in the order of their plans, then of their groups.
+    """The tensors of one device, ordered by plan, then by group.
 
     Args:
         members: at least one, with params, states and deltas on one device.
-        count: of all parameters of the engine.
-        steps_device: where the step counts live.
-        rule: what is done to them.
-        backend: one that runs on the device.
+        count: the number of parameters of the engine.
+        steps_device: the device of the step counts.
+        rule: the update rule.
+        backend: a backend for the device.
 
     Attributes:
-        slots: row by row.
-        copied: those whose parameters are not contiguous.
-        biased: the rows that have a delta; biased_rows: the same, int64 on the device.
-        renewed: those whose delta is renewed.
+        slots: the slot of each row.
+        copied: the slots whose parameters are not contiguous.
+        biased: the rows that have a delta.
+        biased_rows: the same, int64 on the device.
+        renewed: the rows whose delta is renewed.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class DeviceBatch:
         self._rule = rule
         self._reduction = Reduction([slot.shard for slot in self.slots])
         self._groups: dict[int, Hyperparameters] = {}
-        self._measured: list[Launch] = []  # those whose sums stand in the table
+        self._measured: list[Launch] = []  # the launches whose sums are in the table
         if backend.FILLS_COEFFICIENTS:
             self._filling = Filling(self.coefficients, [slot.group for slot in self.slots])
             for launch in self.launches:
@@ -179,24 +180,25 @@ class DeviceBatch:
         indices = [m.slot.index for m in members]
         if indices == list(range(count)):
             return Launch(plan, rows, None, lambda everything: everything, group_rows)
-        # itemgetter gives one thing, not a tuple of one, for one index.
+        # For a single index, itemgetter returns the item instead of a tuple.
         of = itemgetter(*indices) if len(indices) > 1 else lambda everything: (everything[indices[0]],)
         return Launch(plan, rows, indices, of, group_rows)
 
     def check_capture(self) -> None:
-        """Raises RuntimeError if a CUDA graph cannot hold this step."""
+        """Raise RuntimeError if a CUDA graph cannot capture this step."""
         if not self.backend.CAPTURABLE:
-            raise RuntimeError(f"a CUDA graph cannot hold a step of {self.backend.__name__}: use backend='cuda'")
+            raise RuntimeError(f"a CUDA graph cannot capture a step of {self.backend.__name__}: use backend='cuda'")
 
     def set_grads(self, grads: list[Tensor | None], described: Description) -> None:
-        """Takes this step's gradients, of all parameters. Changes nothing else."""
+        """Take this step's gradients, of all parameters. Nothing else changes."""
         for launch in self.launches:
             addresses = launch.addresses_of(described.addresses) if described.contiguous else None
             launch.plan.set_grads(launch.of(grads), addresses)
 
     def take_norms(self, groups: list[Hyperparameters]) -> None:
-        """Of the deltas that are renewed, as they are now. Of those that are what is left of a way, scalings by norms
-        divide by the norm of the way: their pull fades as theirs does whose delta is read as it is."""
+        """Take the current norms of the deltas that are renewed. For deltas with a `whole_norm`, scalings by norms
+        divide by that norm instead of the remaining one, so that their pull fades as it does with the other scalings.
+        """
         if not self.renewed:
             return
         slots = [self.slots[row] for row in self.renewed]
@@ -214,7 +216,7 @@ class DeviceBatch:
         self.coefficients.set_alphas(self._renewed_rows, left * self._alphas)
 
     def lend(self, params: list[Tensor], states: Any) -> None:
-        """Gives the plans their tensors again. `params`: all of them, whole, as `states` has them."""
+        """Lend the plans their tensors again. `params`: all parameters (DTensors whole), the keys of `states`."""
         for launch in self.launches:
             launch.plan.operands = [
                 slot.operands(params[slot.index], self._rule.state_of(states, params[slot.index]))
@@ -222,12 +224,12 @@ class DeviceBatch:
             ]
 
     def release(self) -> None:
-        """Lets go of parameters, states and gradients."""
+        """Drop the references to parameters, states and gradients."""
         for launch in self.launches:
             launch.plan.release()
 
     def begin(self, groups: list[Hyperparameters], grad_scale: GradScale) -> None:
-        """Takes this step's hyperparameters, of all groups, and fills what needs no gradient."""
+        """Take this step's hyperparameters of all groups, and fill the coefficients that need no gradient."""
         for launch in self.launches:
             for group, rows in launch.group_rows:
                 before = self._groups.get(group)
@@ -240,31 +242,32 @@ class DeviceBatch:
             self.coefficients.refresh()
 
     def fill(self, groups: list[Hyperparameters], grad_scale: GradScale, max_grad_norm: float | None) -> Tensor | None:
-        """All coefficients of a step, by the backend, where `can_fill`; the norm that is clipped. In place of `begin`,
-        `bias` and what the engine makes of these."""
+        """Have the backend fill all coefficients of a step, and return the norm before clipping. Requires `can_fill`.
+        Replaces `begin`, `bias` and the clipping by the engine."""
         with_stats = self._measure_all(groups, all_stats=max_grad_norm is not None)
         norm = self._filling.prepare(
             groups, grad_scale, advances=self._rule.advances, with_stats=with_stats, max_grad_norm=max_grad_norm
         )
-        self._groups = {}  # `begin` has to write all of them
+        self._groups = {}  # the next `begin` must write all of them
         self.backend.fill_coefficients(self._filling)
         return norm
 
     def can_fill(self, groups: list[Hyperparameters]) -> bool:
-        """Whether the backend fills the coefficients of such groups."""
+        """Whether the backend can fill the coefficients of these groups."""
         return self.backend.FILLS_COEFFICIENTS and len(groups) <= MAX_GROUPS
 
     def bias(self, groups: list[Hyperparameters], all_stats: bool) -> Tensor:
-        """The prior's coefficients, float64 [n], after the gradient statistics that they need (or those of all)."""
+        """Measure the gradient statistics that are needed (or all of them), and return the prior's coefficients,
+        float64 [n]."""
         return self.coefficients.bias(self._measure_all(groups, all_stats))
 
     def _measure_all(self, groups: list[Hyperparameters], all_stats: bool) -> bool:
-        """The gradient statistics that are needed, over all ranks; whether there are any."""
+        """Measure the gradient statistics that are needed, over all ranks; return whether there are any."""
         measured = [launch for launch in self.launches if all_stats or launch.needs_stats(groups)]
         if not measured:
             return False
         stats = self.coefficients.stats
-        # What is not measured now is zero. (A graph does not know what will be measured before its replay.)
+        # What is not measured now must be zero. (A graph cannot know what is measured before its replay.)
         stale = any(launch not in measured for launch in self._measured)
         if stale or (len(measured) < len(self.launches) and capturing()):
             stats.zero_()
@@ -275,12 +278,12 @@ class DeviceBatch:
         return True
 
     def measure(self, plan: Plan, rows: slice, launch: Launch, groups: list[Hyperparameters]) -> None:
-        """Gradient statistics of these rows of a launch, whose tensors are those of `plan`."""
+        """Measure the gradient statistics of these rows of a launch, whose tensors are in `plan`."""
         with_delta = launch.reads_delta(groups, decoupled=False)
         self.backend.grad_stats(plan, self.coefficients.stats[rows], with_delta=with_delta)
 
     def run(self, plan: Plan, rows: slice, launch: Launch, groups: list[Hyperparameters]) -> None:
-        """The rule, on these rows of a launch, whose tensors are those of `plan`."""
+        """Apply the rule to these rows of a launch, whose tensors are in `plan`."""
         for readers in self._readers:
             readers.add(plan.device)
         with_delta = launch.reads_delta(groups, decoupled=self._rule.reads_decoupled)

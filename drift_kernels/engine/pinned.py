@@ -1,7 +1,7 @@
-"""Pinned host memory that kernels read, and that must not be used for anything else before they have.
+"""Pinned host memory that kernels read, protected from reuse until they have finished.
 
-torch's allocator of such memory knows of its own copies alone. A tensor that is freed while a kernel still reads it
-would be the next one's memory at once.
+torch's allocator of pinned memory tracks only copies made by torch. If a tensor were freed while a kernel still reads
+it, the allocator could reuse its memory at once.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import weakref
 import torch
 from torch import Tensor
 
-_kept: list[torch.UntypedStorage] = []  # what was freed during a capture, in which nothing can be said to the allocator
+_kept: list[torch.UntypedStorage] = []  # freed during a capture, when the allocator cannot be notified
 
 
 class Readers:
-    """The streams on which kernels have read some pinned tensors. When one of these goes, the allocator is told of the
-    streams, and waits for what they were doing before it gives the memory away."""
+    """The streams on which kernels have read a set of pinned tensors. When one of the tensors is freed, the allocator
+    is notified of the streams, and waits for them before it reuses the memory."""
 
     def __init__(self) -> None:
         self.streams: set[torch.cuda.Stream] = set()
 
     def guard(self, tensor: Tensor) -> None:
-        """From now on, for as long as the tensor lives: it is one of those that are read."""
+        """Add a tensor to the set, for as long as it lives."""
         weakref.finalize(tensor, _free, tensor.untyped_storage(), self.streams).atexit = False
 
     def add(self, device: torch.device) -> None:
-        """What is launched now on a device reads them."""
+        """Record that kernels on the device's current stream read the tensors."""
         self.streams.add(torch.cuda.current_stream(device))
 
 
@@ -39,7 +39,7 @@ def _free(storage: torch.UntypedStorage, streams: set[torch.cuda.Stream]) -> Non
 
 
 def _record(storage: torch.UntypedStorage, stream: torch.cuda.Stream) -> None:
-    """As a copy does: torch has no other way to say that a stream uses pinned memory."""
+    """Record a use of pinned memory on a stream by a copy of one byte: torch has no other way."""
     if storage.nbytes():
         with torch.cuda.stream(stream):
             byte = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, 0, (1,), (1,))

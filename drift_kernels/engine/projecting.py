@@ -1,4 +1,4 @@
-"""The deltas of adapters' parameters: projected from those of their weights, and renewed in place."""
+"""The deltas of adapter parameters: projected from the deltas of the weights, and renewed in place."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ A, B = 0, 1
 
 
 class MadeOf(NamedTuple):
-    """What a delta of a factor was made of: for whom (None: not known, of one that was loaded), and the other factor,
-    where that stays as it is."""
+    """The inputs that a factor's delta was made from: whether it is for `decoupled` (None if unknown, for a loaded
+    delta), and an identification of the other factor, if that is constant."""
 
     decoupled: bool | None
     fixed: tuple[Any, ...] | None
@@ -30,12 +30,12 @@ class MadeOf(NamedTuple):
 
 @dataclass
 class Side:
-    """A factor of an adapter that is trained, and its delta.
+    """The delta of a trained factor of an adapter.
 
     Attributes:
-        delta: float32, of what this rank holds of the factor.
-        norm: float64 [], of the delta of the whole factor.
-        whole_norm: likewise, before what the adapter has made of it is taken off.
+        delta: float32, shape of the factor's local tensor.
+        norm: float64 [], the norm of the delta of the whole factor.
+        whole_norm: likewise, before the part that the adapter has already learned is subtracted.
         made_of: None until the delta is made.
     """
 
@@ -47,19 +47,19 @@ class Side:
 
     @classmethod
     def of(cls, param: Tensor, shard: Shard | None) -> Side:
-        """`param`: what this rank holds of the factor."""
+        """`param`: the factor's local tensor."""
         delta = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)
         norms = torch.zeros(2, dtype=torch.float64, device=param.device)
         return cls(delta, norms[0], norms[1], shard)
 
     def differs(self, made_of: MadeOf, due: bool) -> bool:
-        """Whether the delta is to be made, of this."""
+        """Whether the delta must be made anew from these inputs."""
         if self.made_of is None or self.made_of.decoupled not in (None, made_of.decoupled):
             return True
         return due and (made_of.fixed is None or made_of.fixed != self.made_of.fixed)
 
     def take(self, found: Tensor, taken_off: Tensor | None = None) -> None:
-        """The delta of the whole factor, less what is to be taken off."""
+        """Set the delta to that of the whole factor, `found`, minus `taken_off`."""
         found = found.float()
         self.whole_norm.copy_(torch.linalg.vector_norm(found, dtype=torch.float64))
         if taken_off is not None:
@@ -69,12 +69,12 @@ class Side:
 
 
 class Projection:
-    """The delta of a weight, and those of its adapter's factors.
+    """The delta of a weight, and the deltas of its adapter's factors.
 
     Args:
-        delta: where it stays: on the adapter's device, or in host memory, from which it is copied in each renewal.
-        device: of the adapter.
-        anchored: whether what the adapter has made of the delta is taken off.
+        delta: on the adapter's device, or in host memory, from which each renewal copies it.
+        device: the device of the adapter.
+        anchored: whether to subtract the part of the delta that the adapter has already learned.
     """
 
     def __init__(self, adapter: Adapter, delta: Delta, device: torch.device, anchored: bool) -> None:
@@ -85,7 +85,7 @@ class Projection:
         self._sides: dict[int, Side] = {}
 
     def bind(self, factor: int, param: Tensor, shard: Shard | None) -> Side:
-        """`factor`: A or B. Its delta is zero until `renew`."""
+        """Add a factor, A or B. Its delta is zero until `renew`."""
         self._sides[factor] = Side.of(param, shard)
         return self._sides[factor]
 
@@ -97,7 +97,7 @@ class Projection:
             side.made_of = None
 
     def renew(self, decoupled: Mapping[int, bool], due: bool) -> None:
-        """Makes the deltas of these factors (A, B) anew (`Adapted.renew`). The host waits for nothing."""
+        """Renew the deltas of these factors (A, B), see `Adapted.renew`. No host sync."""
         made_of = {factor: self._made_of(factor, decoupled[factor]) for factor in decoupled}
         wanted = [factor for factor, found in made_of.items() if self._sides[factor].differs(found, due)]
         if not wanted:
@@ -117,7 +117,8 @@ class Projection:
             self._sides[factor].made_of = made_of[factor]
 
     def _merged(self, factor: int, delta: Delta, factors: Factors) -> tuple[Tensor, Tensor | None]:
-        """B moves the weight as far as A's rows reach; A itself only where B stays. And what of it is done."""
+        """Return the delta of a factor for `decoupled`, and what to subtract from it. B moves the weight within the
+        span of A's rows; A moves it only if B is frozen."""
         if factor == B:
             return merged(delta, factors), factors.b if self.anchored else None
         if B in self._sides:
@@ -127,8 +128,8 @@ class Projection:
         return merged(delta, mirrored).T, factors.a if self.anchored else None
 
     def _made_of(self, factor: int, decoupled: bool) -> MadeOf:
-        """What the delta follows from, as far as it does not change with every step: the other factor, if it is frozen
-        and nothing else follows both."""
+        """The inputs of a delta. The other factor is included only if it is frozen and the delta depends on no value
+        that changes in every step."""
         other = self.adapter.params()[B if factor == A else A]
         if other.requires_grad or self.adapter.is_dora or self.anchored:
             return MadeOf(decoupled, None)
@@ -136,13 +137,14 @@ class Projection:
 
 
 class Adapted:
-    """A model's adapters as its optimizer has them: which weight each parameter is trained for, and the deltas of the
-    adapters' parameters. Without adapters each parameter is trained for itself.
+    """The adapters of a model: which weight each parameter is trained for, and the deltas of adapter parameters.
+    Without adapters, each parameter is trained for itself.
 
     Args:
         prior: None without adapters.
         on_host: whether the weights' deltas stay in host memory.
-        anchored: whether what adapters have made of them is taken off. Raises ValueError where that is not known.
+        anchored: whether to subtract the part of the deltas that the adapters have already learned. Raises ValueError
+            if that part cannot be known.
     """
 
     def __init__(self, prior: AdapterPrior | None, on_host: bool, anchored: bool) -> None:
@@ -159,25 +161,26 @@ class Adapted:
         return {**vars(self), "_projections": {}}
 
     def adapter_of(self, name: str) -> Adapter | None:
-        """That of a parameter."""
+        """The adapter that a parameter belongs to; None if it belongs to none."""
         return self._adapters.get(without_wrappers(name)) if self._adapters else None
 
     def weight_of(self, name: str) -> str:
-        """The live name of the weight that a parameter is trained for: its own, where there are no adapters."""
+        """The live name of the weight that a parameter is trained for; without adapters, its own name."""
         adapter = self.adapter_of(name)
         if adapter is not None:
             return adapter.weight
         return self._renamed.get(without_wrappers(name), name) if self._renamed else name
 
     def weights(self, named_parameters: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-        """The weights that these parameters are trained for, and what has their shapes; one with adapters once."""
+        """The weights that these parameters are trained for, each with a tensor of its shape. A weight with adapters
+        is listed once."""
         adapters = {name: self.adapter_of(name) for name, _ in named_parameters}
         adapted = {
             a.weight: torch.empty(a.shape, dtype=torch.float32, device="meta")
             for a in adapters.values()
             if a is not None
         }
-        # A base under adapters may be held in codes, which have other shapes, and which nobody trains.
+        # A base under adapters may be quantised: its codes have other shapes, and are not trained.
         own = [
             (self.weight_of(name), param)
             for name, param in named_parameters
@@ -186,17 +189,17 @@ class Adapted:
         return own + list(adapted.items())
 
     def check_params(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Raises PriorError for an adapter's parameter that is not the one that the model has now."""
+        """Raise PriorError if an adapter parameter is no longer the one in the model."""
         for name, param in named_parameters if self._adapters else ():
             adapter = self.adapter_of(name)
             if adapter is not None and adapter.params()[self._factor(name, adapter)] is not param:
                 raise PriorError(
-                    f"parameter {name} is not the one that the model of its lora_prior has now, whose values its delta "
-                    "would follow: call lora_prior for the model that is trained"
+                    f"parameter {name} is not the current one of the model that lora_prior was called for, so its "
+                    "delta would follow the wrong values: call lora_prior for the model that is trained"
                 )
 
     def bind(self, name: str, param: Tensor, shard: Shard | None, load: Callable[[torch.device], Delta]) -> Side:
-        """An adapter's parameter, of which this rank holds `param`, and whose weight's delta `load` loads."""
+        """Bind an adapter parameter, whose local tensor is `param`. `load` loads the delta of its weight."""
         adapter = self.adapter_of(name)
         assert adapter is not None
         found = self._projections.get(adapter.names)
@@ -210,12 +213,12 @@ class Adapted:
         return found.bind(self._factor(name, adapter), param, shard)
 
     def delta_of(self, name: str) -> Delta:
-        """The delta of the weight of an adapter's parameter that is bound."""
+        """The delta of the weight of a bound adapter parameter."""
         return self._projections[self._adapters[without_wrappers(name)].names].delta
 
     def share(self, name: str, param: Tensor, state: dict[str, Any]) -> None:
-        """Keeps the delta of an adapter's parameter in its state, if it outlives the step; it takes the values that it
-        finds there, which have been loaded."""
+        """Keep the delta of an adapter parameter in its state, if it is needed beyond the step. If the state already
+        has one, which was loaded, take its values."""
         adapter = self.adapter_of(name)
         if adapter is None or self.refresh == 1:
             return
@@ -227,13 +230,13 @@ class Adapted:
         state[PROJECTED] = wrap(side.delta, param)
 
     def forget(self) -> None:
-        """The parameters have other values: all their deltas are to be made anew."""
+        """Mark all deltas to be made anew, because the values of the parameters have been replaced."""
         for projection in self._projections.values():
             projection.forget()
 
     def renew(self, decoupled: Mapping[str, bool], due: bool) -> None:
-        """Makes the deltas of these parameters anew, by name, as `decoupled` reads them or as other scalings do; where
-        it is not `due`, those that were never made, or made for the other."""
+        """Renew the deltas of these parameters, by name, each for scaling "decoupled" or for the other scalings. If not
+        `due`, renew only those that were never made, or were made for the other kind of scaling."""
         of_adapters: dict[tuple[str, str], dict[int, bool]] = {}
         for name, is_decoupled in decoupled.items():
             adapter = self._adapters[without_wrappers(name)]
@@ -242,7 +245,7 @@ class Adapted:
             self._projections[names].renew(factors, due)
 
     def nbytes(self) -> int:
-        """Of the weights' deltas that are held for projecting."""
+        """The bytes of the weights' deltas that are held for projection."""
         deltas = [projection.delta for projection in self._projections.values()]
         return sum(tensor.nbytes for delta in deltas for tensor in tensors_of(delta))
 
@@ -252,18 +255,20 @@ class Adapted:
 
 
 def _check_alone(prior: AdapterPrior) -> None:
-    """Raises ValueError where a weight moves by more than its one adapter, or is not followed in every step."""
+    """Raise ValueError unless each weight is moved by a single adapter alone, and followed in every step."""
     if prior.refresh != 1:
-        raise ValueError(f"anchor=True follows adapters in every step: refresh must be 1, got {prior.refresh}")
+        raise ValueError(f"anchor=True must follow adapters in every step: refresh must be 1, got {prior.refresh}")
     weights = [adapter.weight for adapter in prior.adapters]
     for adapter in prior.adapters:
         if adapter.is_dora or weights.count(adapter.weight) > 1:
-            why = "DoRA's magnitudes move it" if adapter.is_dora else "several adapters move it"
-            raise ValueError(f"anchor=True follows a weight by its adapter, and cannot follow {adapter.weight}: {why}")
+            why = "DoRA's magnitudes move it too" if adapter.is_dora else "several adapters move it"
+            raise ValueError(
+                f"anchor=True follows a weight through its adapter alone, and cannot follow {adapter.weight}: {why}"
+            )
 
 
 def _on(delta: Delta, device: torch.device) -> Delta:
-    """Where the adapter is; a copy from pinned memory lets the host go on."""
+    """Return the delta on the adapter's device; a copy from pinned memory is asynchronous."""
     return delta if delta.device == device else _each(delta, lambda tensor: tensor.to(device, non_blocking=True))
 
 

@@ -1,4 +1,4 @@
-"""What a prior acts on, of the parameters that an optimizer has: said once, and refused where it would be nothing."""
+"""The parameters of an optimizer that a prior acts on: logged once, and an error if there are none."""
 
 from __future__ import annotations
 
@@ -18,39 +18,38 @@ logger = logging.getLogger("drift_kernels")
 
 
 def trains(param: Tensor) -> bool:
-    """Whether a parameter takes part in the training, as far as one can tell before the first step."""
+    """Whether a parameter is trained, as far as can be known before the first step."""
     return param.requires_grad or param.grad is not None
 
 
 def check_reach(prior: Prior, named: Sequence[tuple[str, Tensor]], deltas: Mapping[str, str | Source]) -> None:
-    """Raises PriorMismatchError where training with the prior would be plain fine-tuning.
+    """Raise PriorMismatchError if the prior would have no effect, so that training would be plain fine-tuning.
 
     Args:
-        named: every parameter.
-        deltas: those that have a delta -> its canonical name, or what it is made of.
+        named: all parameters.
+        deltas: for each parameter with a delta, its canonical name, or the source that it is made from.
     """
     covered = [(name, param) for name, param in named if name in deltas]
     if not any(trains(param) for _, param in covered):
         raise all_frozen([name for name, _ in covered])
     if all_zero({stored: prior.info(stored) for name, _ in covered for stored in stored_names(deltas[name])}):
         raise PriorMismatchError(
-            f"the deltas of all {len(covered)} parameters that the prior covers are zero, so it would bias nothing: "
-            "the expert that it was built from equals what was subtracted"
+            f"the prior would have no effect: the deltas of all {len(covered)} parameters that it covers are zero, "
+            "because the expert that it was built from equals the base (or the reference)"
         )
 
 
 def all_frozen(names: Sequence[str]) -> PriorMismatchError:
-    """What is raised where these parameters are all that the prior covers, and do not require gradients."""
+    """The error if the prior covers only these parameters, and none of them requires gradients."""
     return PriorMismatchError(
-        f"no parameter that the prior covers requires gradients: all {len(names)} are frozen ({some(names)}), so it "
-        "would bias nothing. Unfreeze them (requires_grad_()) before this is made; they may be frozen again until it "
-        "is their turn. A prior acts on weights that are trained themselves; for adapters (LoRA) over frozen weights "
-        "use drift_kernels.integrations.peft.lora_prior"
+        f"the prior would have no effect: all {len(names)} parameters that it covers are frozen ({some(names)}). "
+        "Unfreeze them (requires_grad_()) before you create the optimizer or attach the prior; you may freeze them "
+        "again afterwards. For adapters (LoRA) over frozen weights, use drift_kernels.integrations.peft.lora_prior"
     )
 
 
 def say_reach(named: Sequence[tuple[str, Tensor]], deltas: Mapping[str, str | Source], grown: Sequence[str]) -> None:
-    """Logs what the prior acts on: on the first rank for information, on every rank as a warning if part is frozen.
+    """Log what the prior acts on: on the first rank as information; on every rank as a warning, if part is frozen.
 
     Args:
         grown: the weights that have more rows than their deltas.
@@ -65,7 +64,7 @@ def say_reach(named: Sequence[tuple[str, Tensor]], deltas: Mapping[str, str | So
     if grown:
         message += f"; tokens were added to {some(grown)}: the delta is zero for them"
     if frozen:
-        logger.warning("%s; %d that it covers are frozen: %s", message, len(frozen), some(frozen))
+        logger.warning("%s; %d parameters that it covers are frozen: %s", message, len(frozen), some(frozen))
     elif not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         logger.info("%s", message)
 

@@ -1,6 +1,6 @@
-"""What an engine does to each tensor: one step of AdamW, or the bias of its gradient alone.
+"""The update rules of an engine: one step of AdamW, or only the bias of the gradient.
 
-Another update rule is another class here, over a primitive of the backends and coefficients of its own.
+To add an update rule, add a class here, with its own backend primitive and coefficients.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ State = dict[str, Any]
 
 
 class Rule(Protocol):
-    writes_grads: bool  # it changes gradients, and not parameters
-    advances: bool  # its steps are counted, and have AdamW's coefficients
-    reads_decoupled: bool  # it has a use for a delta that does not bias the gradient
-    counts_on_device: bool  # step counts live on their parameters' device, as those of capturable groups do
+    writes_grads: bool  # it changes gradients instead of parameters
+    advances: bool  # its steps are counted, and use AdamW's coefficients
+    reads_decoupled: bool  # it uses deltas that do not bias gradients
+    counts_on_device: bool  # step counts are on the device of their parameters, as in capturable groups
 
     def check(self, name: str, param: Tensor) -> None:
-        """Raises TypeError or ValueError, naming the parameter, for one that it cannot take."""
+        """Raise TypeError or ValueError, naming the parameter, if it is not supported."""
 
     def at_random(self, param: Tensor) -> bool:
-        """Whether it rounds at random, so that the parameter needs a key and its place."""
+        """Whether it uses stochastic rounding, which needs a key and the parameter's place."""
 
     def state_of(self, states: Any, param: Tensor) -> State:
-        """The state of a parameter in `states`, made if it has none yet."""
+        """Return the state of a parameter in `states`; create it if there is none yet."""
 
     def check_state(self, name: str, states: Any, param: Tensor) -> None:
-        """Raises TypeError or ValueError, naming the parameter, for a state in `states` that is not one of it."""
+        """Raise TypeError or ValueError, naming the parameter, if its state in `states` does not fit it."""
 
     def steps_device(self, param: Tensor, group: dict[str, Any]) -> torch.device:
-        """Where a parameter's step count lives."""
+        """The device of a parameter's step count."""
 
     def run(self, backend: Backend, plan: Plan, coefficients: Tensor, *, with_delta: bool) -> None:
-        """One launch, with the rows of the coefficients that are the plan's."""
+        """Launch the update once, with the plan's rows of the coefficients."""
 
 
 class AdamW:
-    """`reference.drift_adamw_`, on parameters and states that are held as `precision` says."""
+    """`reference.drift_adamw_`, on parameters and states in the given precision."""
 
     writes_grads = False
     advances = True
@@ -85,7 +85,7 @@ class AdamW:
 
 
 class Bias:
-    """`reference.bias_`: gradients are biased in place, for whatever optimizer comes next."""
+    """`reference.bias_`: biases gradients in place, for any optimizer to use."""
 
     writes_grads = True
     advances = False

@@ -1,4 +1,4 @@
-"""Tensors as they were when something was prepared for them."""
+"""A record of tensors, to detect when one of them is replaced."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Seen:
-    """Whether tensors are the very same as before, and all still there. It keeps none of them alive.
+    """A check that tensors are still the same objects as before. It does not keep them alive.
 
-    An id is an object's own for as long as it lives; of one that has gone, a weak reference tells. So
-    `torch.utils.swap_tensors`, which refuses tensors with weak references, refuses these for as long as this lives.
+    Ids identify objects that are alive, and weak references tell which ones are gone. As a consequence,
+    `torch.utils.swap_tensors`, which refuses tensors with weak references, refuses these while this object exists.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -22,10 +22,10 @@ class Seen:
         self._refs = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
 
     def are(self, tensors: Iterable[Tensor]) -> bool:
-        """It is asked in every step, of thousands of them."""
+        """Whether these are the same tensors, all still alive. Called in every step, with thousands of tensors."""
         return _ids(tensors) == self._ids and not self._gone
 
 
 def _ids(things: Iterable[object]) -> bytes:
-    """The id of each. As bytes: thousands of Python's integers take longer to make and to compare than all else."""
+    """The id of each object, as bytes: thousands of Python integers would dominate the cost of the comparison."""
     return np.fromiter(things, dtype=object).tobytes()

@@ -1,1 +1,1 @@
-"""Numbers as they are stored: rounding, random bits, blocks of codes with a scale."""
+"""Storage formats of numbers: rounding, random bits, blocks of codes with a scale."""

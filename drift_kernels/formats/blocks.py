@@ -1,14 +1,14 @@
-"""One-byte codes with a float32 scale for each block of 128 elements, counted in the flat order of the tensor: of
-optimizer states and of deltas. The specification of csrc/codes.h.
+"""One-byte codes of optimizer states and deltas, with a float32 scale for each block of 128 elements in the flat order
+of the tensor. The specification of csrc/codes.h.
 
-    dtype of the codes     of            means                 scale
+    dtype of the codes     of            value                 scale
     MOMENT (int8)          exp_avg       code*|code|*scale     absmax / 127^2
     VARIANCE (uint8)       exp_avg_sq    (code*scale)^2        largest root / 255
     int8, float8_e4m3fn    a delta       code*scale            absmax / 127, absmax / 448
 
-Codes of states are even on the scale of roots: steps that shrink toward zero. An exp_avg_sq that is not zero never gets
-the code of zero, by which the update would be divided. One NaN or Inf in a state makes the scale of its block NaN, and
-so all of the block in the next step.
+Codes of states are evenly spaced on a square-root scale: the steps between values shrink toward zero. A nonzero
+exp_avg_sq never gets code 0, because the update divides by it. One NaN or Inf in a state makes the scale of its block
+NaN, and with it the whole block in the next step.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ _NORMAL = torch.finfo(torch.float32).tiny  # a subnormal scale has too few bits 
 
 
 def blocks_of(numel: int) -> int:
-    """How many blocks, and so scales, a tensor of `numel` elements has."""
+    """The number of blocks, and so of scales, in a tensor of `numel` elements."""
     return -(-numel // BLOCK)
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the scales of a state of this shape: as many as blocks; row by row where rows are whole blocks, so that they
-    are sharded as the tensor is."""
+    """The shape of the scales of a state of this shape: one per block. If rows are whole blocks, the scales are laid
+    out row by row, so that they can be sharded like the tensor."""
     if len(shape) > 1 and shape[-1] % BLOCK == 0:
         return (*shape[:-1], shape[-1] // BLOCK)
     return (blocks_of(math.prod(shape)),)
 
 
 def spread(scale: Tensor, like: Tensor) -> Tensor:
-    """float32 scales -> the shape of `like`: each element's scale."""
+    """Expand float32 scales to the shape of `like`: the scale of each element."""
     return scale.flatten().repeat_interleave(BLOCK)[: like.numel()].view(like.shape)
 
 
 def in_blocks(x: Tensor) -> Tensor:
-    """float32 [blocks, BLOCK]: the elements of `x`, and zeros behind them."""
+    """float32 [blocks, BLOCK]: the elements of `x`, padded with zeros."""
     padded = torch.zeros(blocks_of(x.numel()) * BLOCK, dtype=torch.float32, device=x.device)
     padded[: x.numel()] = x.flatten()
     return padded.view(-1, BLOCK)
@@ -57,7 +57,7 @@ def in_blocks(x: Tensor) -> Tensor:
 
 
 def decode_state(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32 of the codes' shape."""
+    """Return float32 values of the codes' shape."""
     c = codes.to(torch.int32)
     if codes.dtype == MOMENT:
         return (c * c.abs()).to(torch.float32) * spread(scale, codes)
@@ -66,10 +66,10 @@ def decode_state(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode_state(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """float32 `x` as codes of `dtype` (MOMENT or VARIANCE), to the nearest on the scale of roots, and their scales."""
-    coded = x.abs() if dtype == MOMENT else sqrt(x)  # what is proportional to the scale
+    """Encode float32 `x` as codes of `dtype` (MOMENT or VARIANCE), nearest on the square-root scale, and scales."""
+    coded = x.abs() if dtype == MOMENT else sqrt(x)  # proportional to the scale
     magnitudes = in_blocks(coded).view(torch.int32) & 0x7FFFFFFF  # a root that is NaN may have a sign
-    largest = magnitudes.amax(1).view(torch.float32)  # as integers: a NaN is the largest
+    largest = magnitudes.amax(1).view(torch.float32)  # compared as integers, a NaN is the largest
     limit = STATE_LIMITS[dtype]
     scale = largest / (limit**2 if dtype == MOMENT else limit)
     scale = torch.where((largest != 0) & (scale < _NORMAL), _NORMAL, scale)
@@ -86,7 +86,7 @@ def encode_state(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def decode_delta(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32 of the codes' shape, contiguous, in memory of its own."""
+    """Return float32 values of the codes' shape, as a new contiguous tensor."""
     flat = codes.reshape(-1).to(torch.float32, copy=True)
     whole = flat.numel() // BLOCK * BLOCK
     flat[:whole].view(-1, BLOCK).mul_(scale[: whole // BLOCK, None])
@@ -95,7 +95,7 @@ def decode_delta(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode_delta(delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A delta as codes of `dtype`, a key of DELTA_LIMITS, of its shape, and float32 [blocks] scales.
+    """Encode a delta as codes of `dtype` (a key of DELTA_LIMITS), of its shape, and float32 [blocks] scales.
 
     A code is delta/scale in float32, rounded to nearest, ties to even. A block of zeros, or of values so small that its
     scale would be subnormal, has scale 0 and codes 0. A NaN or Inf makes its block's scale NaN or Inf.

@@ -1,4 +1,4 @@
-"""Random bits for stochastic rounding, by the index of an element in the whole tensor. The specification of
+"""Random bits for stochastic rounding, indexed by an element's position in the whole tensor. The specification of
 csrc/philox.h."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Streams of random bits: what is rounded has bits of its own.
+# Streams of random bits: each rounded tensor of a parameter has its own.
 PARAM, EXP_AVG, EXP_AVG_SQ = range(3)
 
 _MASK = 0xFFFFFFFF
@@ -17,9 +17,9 @@ _ROUNDS = 7
 
 @dataclass(frozen=True)
 class Place:
-    """Where the elements of a shard are in the whole tensor, whose index they draw their bits by.
+    """The position of a shard's elements in the whole tensor, which indexes their random bits.
 
-    Runs of `width` elements begin `pitch` apart, the first at `origin`; one run, of whatever length, where width is 0.
+    Runs of `width` elements begin `pitch` apart, the first at `origin`. If width is 0, there is one run of any length.
     """
 
     origin: int = 0
@@ -27,7 +27,7 @@ class Place:
     pitch: int = 0
 
     def indices(self, numel: int, device: torch.device | str = "cpu") -> Tensor:
-        """int64 [numel]: the index in the whole tensor of each element."""
+        """int64 [numel]: the index of each element in the whole tensor."""
         i = torch.arange(numel, dtype=torch.int64, device=device)
         return self.origin + i + (i // self.width * (self.pitch - self.width) if self.width else 0)
 
@@ -48,16 +48,15 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
 
 
 def random_bits(key: int, step: int | Tensor, stream: int, indices: Tensor) -> Tensor:
-    """int64 [n]: 16 random bits for each of these elements of one tensor in one step.
+    """Return 16 random bits for each of these elements of one tensor in one step, int64 [n].
 
-    They follow from the arguments alone, element by element: no matter which backend draws them, in which pieces, on
-    which rank.
+    The bits of an element depend on the arguments alone, not on the backend, the chunk or the rank that draws them.
 
     Args:
         key: seed + 2^32 * the tensor's index in the optimizer.
-        step: a number, or a tensor of shape [] on the device, which the host does not read.
+        step: a number, or a tensor of shape [] on the device, used without a host sync.
         stream: PARAM, EXP_AVG or EXP_AVG_SQ.
-        indices: int64 [n], of the elements in the whole tensor.
+        indices: int64 [n], positions of the elements in the whole tensor.
     """
     block, which = (indices >> 3).unique_consecutive(return_inverse=True)  # one call of philox for eight elements
     high = (block >> 32) | stream << 30

@@ -72,24 +72,26 @@ class AuthorsSettings:
             FileNotFoundError, CheckpointError: a folder does not exist, or is not a checkpoint.
         """
         if unknown := sorted(set(given) - set(KEYS)):
-            raise ValueError(f"unknown keys: {', '.join(unknown)}; known are {', '.join(KEYS)}")
+            raise ValueError(f"unknown keys: {', '.join(unknown)}; expected keys among {', '.join(KEYS)}")
         values = {key: value for key, value in given.items() if value is not None}
         path, first, second = (values.get(key) for key in ("delta_prior_path", *KEYS[1:3]))
         if (path is None) == (first is None):
-            raise ValueError("give one of delta_prior_path, the folder of a prior, and delta_prior1_ckpt, an expert")
+            raise ValueError("set either delta_prior_path (the folder of a prior) or delta_prior1_ckpt (an expert)")
         if second is not None and first is None:
-            raise ValueError("delta_prior2_ckpt is for delta_prior2_ckpt - delta_prior1_ckpt: give that too")
+            raise ValueError(
+                "delta_prior2_ckpt is for delta_prior2_ckpt - delta_prior1_ckpt: set delta_prior1_ckpt too"
+            )
         # Report missing folders now, not after the model has been loaded.
         if path is not None and not Path(path).expanduser().is_dir():
             raise FileNotFoundError(
-                f"delta_prior_path: there is no folder {str(path)!r}: `drift-prior build` makes one"
+                f"delta_prior_path: no such folder: {str(path)!r}; create it with `drift-prior build`"
             )
         for checkpoint in filter(None, (first, second)):
             if not is_hub_id(str(checkpoint)):
                 open_checkpoint(checkpoint)
         patterns, alpha = _patterns(values.get("delta_prior_merge_patterns")), values.get("delta_prior_alpha")
         if alpha is not None and patterns is not None and set(patterns.values()) != {1.0}:
-            raise ValueError("alpha is said twice: by delta_prior_alpha and by delta_prior_merge_patterns")
+            raise ValueError("alpha is set twice: by delta_prior_alpha and by delta_prior_merge_patterns")
         scaling = values.get("delta_prior_scale", "adaptive_cosine")
         if scaling not in GRADIENT_SCALINGS:
             raise ValueError(f"delta_prior_scale must be one of {', '.join(GRADIENT_SCALINGS)}, got {scaling!r}")
@@ -124,13 +126,13 @@ class AuthorsSettings:
         if folder.exists():
             if not _same(folder / _MADE_OF, made_of):
                 raise PriorError(
-                    f"{folder} was built of other checkpoints, of other modules, or not to its end: remove it, train "
-                    "to another output_dir, or name the prior that you mean as delta_prior_path"
+                    f"{folder} was built from other checkpoints or modules, or its build was not finished: remove it, "
+                    "use another output_dir, or set delta_prior_path to the prior that you want"
                 )
-            logger.info("taking the prior that was built in %s", folder)
+            logger.info("using the existing prior in %s", folder)
             return folder
         if not may_build:
-            raise PriorError(f"the prior has not been built in {folder}: the first process says why")
+            raise PriorError(f"the prior was not built in {folder}: see the error of the first process")
         assert self.expert is not None
         logger.info("building the prior in %s", folder)
         modules = ["default"] if self.patterns is None else list(self.patterns)
@@ -151,7 +153,7 @@ class AuthorsSettings:
         entries |= {"re:": 1.0} if self.patterns is None else self.patterns
         fitting = {entry: any(map(selector(entry), prior.names)) for entry in entries}
         if unfit := [entry for entry, fits in fitting.items() if not fits]:
-            raise ValueError(f"delta_prior_merge_patterns: the prior has nothing of {', '.join(unfit)}")
+            raise ValueError(f"delta_prior_merge_patterns: no delta of the prior matches {', '.join(unfit)}")
         alpha = {entry: self.alpha * factor for entry, factor in entries.items()}
         return {
             "prior": prior,
@@ -214,7 +216,7 @@ def _patterns(given: Any) -> dict[str, float] | None:
     for entry in alphas:
         selector(entry)  # raises ValueError if it is invalid
     if not any(alphas.values()):
-        raise ValueError(f"delta_prior_merge_patterns leaves nothing: {given!r}")
+        raise ValueError(f"delta_prior_merge_patterns selects nothing: {given!r}")
     return alphas
 
 

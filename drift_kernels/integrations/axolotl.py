@@ -30,10 +30,10 @@ _OTHER_GROUPS = (
 )
 
 _REFUSED = {
-    **dict.fromkeys(_OTHER_GROUPS, "it has one learning rate, and its options stand under `drift:`"),
-    "deepspeed": "ZeRO flattens the parameters, and their names are gone: use fsdp_config with fsdp_version 2",
-    "lisa_step_interval": "layers that are frozen when the optimizer is made would not be trained later",
-    "relora": "its restarts merge the adapters into the weights, of which the prior would not know",
+    **dict.fromkeys(_OTHER_GROUPS, "it has one learning rate, and its options belong under `drift:`"),
+    "deepspeed": "ZeRO flattens parameters, which loses their names: use fsdp_config with fsdp_version 2",
+    "lisa_step_interval": "layers that are frozen when the optimizer is created would not be trained later",
+    "relora": "its restarts merge the adapters into the weights, which the prior would not notice",
 }
 
 
@@ -124,9 +124,9 @@ class DriftArgs(BaseModel):
         if not any(there.values()):
             return given
         if missing := [entry for entry, is_there in there.items() if not is_there]:
-            raise ValueError(f"DRIFT needs three entries; missing: {'; '.join(missing)}")
+            raise ValueError(f"DRIFT requires three entries; missing: {'; '.join(missing)}")
         for key, reason in _REFUSED.items():
             if given.get(key):
-                raise ValueError(f"{key} does not go with optimizer: {OPTIMIZER}: {reason}")
+                raise ValueError(f"{key} cannot be combined with optimizer: {OPTIMIZER}: {reason}")
         drift_settings(given["drift"])
         return given

@@ -78,4 +78,4 @@ def check_options(options: Mapping[str, Any]) -> None:
         TypeError: `drift_optimizer` does not take one of them.
     """
     if unknown := sorted(set(options) - _TAKEN):
-        raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}; FusedDriftAdamW has no such")
+        raise TypeError(f"FusedDriftAdamW got unexpected keyword arguments: {', '.join(unknown)}")

@@ -46,8 +46,8 @@ def use_hooks(
     """
     if unfit := sorted(set(options) - set(_OPTIONS)):
         raise ValueError(
-            f"under DeepSpeed the prior acts by hooks, and {', '.join(unfit)} needs FusedDriftAdamW: leave it out, or "
-            "train without DeepSpeed (DDP, FSDP2)"
+            f"under DeepSpeed the prior acts through hooks, which do not support {', '.join(unfit)}: leave them out, "
+            "or train without DeepSpeed (DDP, FSDP2)"
         )
     stage = trainer.args.deepspeed_plugin.zero_stage
     if stage == 3:
@@ -57,8 +57,8 @@ def use_hooks(
     hooks = attach_prior(model, cast(Any, prior_for(model, prior, refresh)), **options)
     if not (dist.is_initialized() and dist.get_rank()):
         logger.info(
-            "DeepSpeed (ZeRO %d) leaves no optimizer the parameters' names: hooks bias %d gradients in the backward "
-            "pass, and the optimizer is the Trainer's own",
+            "DeepSpeed (ZeRO %d) removes the names of parameters: hooks bias %d gradients in the backward pass, and "
+            "the Trainer creates the optimizer",
             stage,
             len(hooks.names),
         )
@@ -70,9 +70,9 @@ def _check_micro_batches(args: TrainingArguments, stage: int, scaling: str | Non
     """ZeRO 2 removes each micro-batch's gradient after its hooks; ZeRO 1 keeps it to be added to."""
     if args.gradient_accumulation_steps > 1 and (stage != 2 or scaling == "absolute"):
         raise ValueError(
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps}: hooks act in each micro-batch, which "
-            f"under ZeRO {stage} with prior_scaling={scaling or 'adaptive_cosine'!r} biases a step several times: use "
-            "1, or ZeRO 2 with 'gradnorm' or 'adaptive_cosine', whose strength follows from each micro-batch's gradient"
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps}: hooks act in every micro-batch, so with "
+            f"ZeRO {stage} and prior_scaling={scaling or 'adaptive_cosine'!r} they would bias a step several times: "
+            "use 1, or ZeRO 2 with 'gradnorm' or 'adaptive_cosine', which scale with each micro-batch's gradient"
         )
 
 
@@ -92,7 +92,7 @@ class _HooksCallback(DriftCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self.hooks.has_acted:
             raise RuntimeError(
-                "the trainer has taken a step in which no hook of the prior acted: the training would go on without it"
+                "the trainer has taken a step in which no hook of the prior acted: it would train without the prior"
             )
         if self._schedule is not None:
             self._schedule.step()

@@ -54,8 +54,8 @@ def check_in_use(optimizer: Any, trainer_clips: float | None = None) -> FusedDri
     covered, first = drift.covered_names, not (dist.is_available() and dist.is_initialized() and dist.get_rank())
     if trainer_clips and drift.max_grad_norm not in (None, math.inf):
         logger.warning(
-            "both clip: the trainer the gradient to max_grad_norm=%g, then FusedDriftAdamW the biased gradient to "
-            "max_grad_norm=%g; leave one to do it",
+            "gradients are clipped twice: the trainer clips the gradient to max_grad_norm=%g, then FusedDriftAdamW "
+            "clips the biased gradient to max_grad_norm=%g; disable one of them",
             trainer_clips,
             drift.max_grad_norm,
         )
@@ -67,10 +67,10 @@ def check_in_use(optimizer: Any, trainer_clips: float | None = None) -> FusedDri
     if trained.isdisjoint(covered):
         raise all_frozen(covered)
     if not any(float(group["alpha"]) for group in drift.param_groups):
-        logger.warning("alpha is 0 where the training begins: until it is another, this is plain fine-tuning")
+        logger.warning("alpha is 0 at the start of training: until it changes, this is plain fine-tuning")
     if first:
         logger.info(
-            "training begins with FusedDriftAdamW (backend %s): %d parameters with a delta, alpha=%g, prior_scaling=%r",
+            "training starts with FusedDriftAdamW (backend %s): %d parameters with a delta, alpha=%g, prior_scaling=%r",
             drift.backend,
             len(covered),
             float(group["alpha"]),

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     if importlib.util.find_spec("llamafactory") is None:
-        print("drift-llamafactory: LLaMA-Factory is not installed here: pip install llamafactory", file=sys.stderr)
+        print("drift-llamafactory: LLaMA-Factory is not installed: pip install llamafactory", file=sys.stderr)
         return 1
     if "LOCAL_RANK" not in os.environ and (processes := _processes()):
         return subprocess.run(_torchrun(processes, arguments), env=_torchrun_env()).returncode
@@ -121,7 +121,7 @@ def read(arguments: Sequence[str]) -> dict[str, Any]:
     try:
         merged = OmegaConf.merge(OmegaConf.load(Path(arguments[0]).absolute()), OmegaConf.from_cli(list(arguments[1:])))
     except YAMLError as error:
-        raise ValueError(f"{arguments[0]} is no YAML: {error}") from None
+        raise ValueError(f"{arguments[0]} is not valid YAML: {error}") from None
     return dict(OmegaConf.to_container(merged))
 
 
@@ -142,11 +142,11 @@ def split(config: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
     nested = config.get("drift")
     if nested is None and not authors:
         raise ValueError(
-            "no prior: give `drift:` with `prior:`, the folder that `drift-prior build` wrote, or the keys of the "
-            "authors' fork (delta_prior1_ckpt, ...); without a prior, llamafactory-cli trains"
+            "no prior: add `drift:` with `prior:`, the folder that `drift-prior build` wrote, or the keys of the "
+            "authors' fork (delta_prior1_ckpt, ...); to train without a prior, use llamafactory-cli"
         )
     if nested is not None and authors:
-        raise ValueError(f"give `drift:` or the authors' keys ({', '.join(authors)}), not both")
+        raise ValueError(f"use either `drift:` or the authors' keys ({', '.join(authors)}), not both")
     return (drift_settings(nested) if nested is not None else AuthorsSettings.of(authors)), theirs
 
 
@@ -157,9 +157,11 @@ def _check(ours: Settings, theirs: Mapping[str, Any]) -> None:
         others.append(f"optim={theirs['optim']}")
     others += [f"{name}={os.environ[name]}" for name in ("USE_MCA", "USE_RAY") if _is_on(name)]
     if others:
-        raise ValueError(f"{', '.join(others)}: FusedDriftAdamW would not be taken: leave it out")
+        raise ValueError(f"{', '.join(others)}: FusedDriftAdamW would not be used: leave it out")
     if (stage := theirs.get("stage", "sft")) not in TRAINERS:
-        raise ValueError(f"stage {stage!r} has no trainer that takes an optimizer: one of {', '.join(TRAINERS)}")
+        raise ValueError(
+            f"stage must be one of {', '.join(TRAINERS)}, whose trainers accept an optimizer, got {stage!r}"
+        )
 
 
 def _train(ours: Settings, theirs: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
@@ -193,7 +195,7 @@ def _each_trainer(module_name: str, name: str, give: Callable[[Any], None]) -> I
     finally:
         setattr(module, name, plain)
     if not made:
-        raise RuntimeError(f"this LLaMA-Factory has trained, and not with {name}, which was to be given the prior")
+        raise RuntimeError(f"this version of LLaMA-Factory has trained without {name}, and so without the prior")
 
 
 def _authors_options(ours: AuthorsSettings, args: Any, theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,12 +216,12 @@ def _authors_options(ours: AuthorsSettings, args: Any, theirs: Mapping[str, Any]
 def _check_v1(ours: Settings, theirs: Mapping[str, Any]) -> None:
     """Raises ValueError for what the new trainer cannot do with a prior."""
     if not isinstance(ours, dict):
-        raise ValueError("the authors' keys are for the classic trainer: give `drift:`")
+        raise ValueError("the v1 trainer does not support the authors' keys: use `drift:`")
     if theirs.get("optim_config") is not None:
-        raise ValueError("optim_config names another optimizer than `drift:` brings: leave it out")
+        raise ValueError("optim_config would replace the optimizer of `drift:`: leave it out")
     if (theirs.get("dist_config") or {}).get("name") == "deepspeed":
         raise ValueError(
-            "dist_config: DeepSpeed flattens the parameters, whose names are gone then: train without it, or with the "
+            "dist_config: DeepSpeed flattens parameters, which loses their names: train without it, or with the "
             "classic trainer (ZeRO 1 and 2)"
         )
 

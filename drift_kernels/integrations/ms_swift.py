@@ -52,7 +52,7 @@ class DriftOptimizerCallback(OptimizerCallback):
         super().__init__(args, trainer)
         self.settings = drift_settings(_given(args), "optim_args")
         if unheard := [name for name in _OTHERS if getattr(args, name, None)]:
-            raise ValueError(f"{', '.join(unheard)} would have no effect with the optimizer {NAME}: leave out")
+            raise ValueError(f"{', '.join(unheard)} would have no effect with the optimizer {NAME}: leave it out")
         args.optim_args = None  # swift would parse it as AdamW's
         args.callbacks.append(NAME)
 
@@ -88,8 +88,8 @@ def _guarded(name: str, callback: type) -> type:
         def __init__(self, args: Any, trainer: Any) -> None:
             if isinstance(_given(args), dict):
                 raise ValueError(
-                    f"optim_args has the settings of the optimizer {NAME}, but the optimizer is {name}, which would "
-                    f"train without the prior: add `--optimizer {NAME}`"
+                    f"optim_args has settings of the optimizer {NAME}, but the optimizer is {name}, which would train "
+                    f"without the prior: add `--optimizer {NAME}`"
                 )
             logger.warning("the plugin is loaded, but the optimizer is %s: this is plain fine-tuning", name)
             super().__init__(args, trainer)

@@ -64,12 +64,12 @@ def lora_prior(model: nn.Module, prior: PriorLike, *, refresh: int = 1) -> Adapt
         elif isinstance(module, ModulesToSaveWrapper):
             renamed |= dict(_renamed_copies(name, module))
     if left_out:
-        logger.warning("the prior leaves %d adapters alone: %s", len(left_out), some(left_out))
+        logger.warning("the prior does not act on %d adapters: %s", len(left_out), some(left_out))
     if not adapters:
         raise PriorError(
             "the model has no active LoRA adapter that a prior could be projected onto"
             + (f" (left out: {some(left_out)})" if left_out else "")
-            + "; for weights that are trained themselves, pass the prior as it is"
+            + "; to train weights directly, pass the prior itself"
         )
     return AdapterPrior(Prior.of(prior), adapters, renamed, refresh)
 
@@ -121,7 +121,7 @@ class _LoRA:
         self.shape = (columns, rows) if self._transposed else (rows, columns)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a prior that is bound to the adapters of a model cannot be pickled: call lora_prior again")
+        raise TypeError("a prior for the adapters of a model cannot be pickled: call lora_prior again")
 
     def params(self) -> tuple[Tensor, Tensor]:
         layer = self._found()
@@ -155,6 +155,6 @@ class _LoRA:
         layer = self._layer()
         if layer is None:
             raise PriorError(
-                f"the model with the adapter of {self.weight} is gone: call lora_prior for the one there is"
+                f"the model with the adapter of {self.weight} no longer exists: call lora_prior for the current one"
             )
         return layer

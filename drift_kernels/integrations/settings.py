@@ -42,12 +42,12 @@ def drift_settings(given: Any, where: str = "drift") -> dict[str, Any]:
         raise TypeError(f"{where} must be a mapping with the keys of FusedDriftAdamW, got {given!r}")
     settings = {str(key): value for key, value in given.items() if value is not None}
     if unknown := sorted(set(settings) - set(KEYS)):
-        raise ValueError(f"{where} has unknown keys: {', '.join(unknown)}; known are {', '.join(KEYS)}")
+        raise ValueError(f"{where} has unknown keys: {', '.join(unknown)}; expected keys among {', '.join(KEYS)}")
     prior = settings.get("prior")
     if not isinstance(prior, (str, os.PathLike)) or not str(prior):
-        raise ValueError(f"{where} needs `prior`, the folder that `drift-prior build` wrote; got {prior!r}")
+        raise ValueError(f"{where} requires `prior`, the folder that `drift-prior build` wrote, got {prior!r}")
     if not Path(prior).expanduser().is_dir():
-        raise FileNotFoundError(f"{where}.prior: there is no folder {str(prior)!r}: `drift-prior build` makes one")
+        raise FileNotFoundError(f"{where}.prior: no such folder: {str(prior)!r}; create it with `drift-prior build`")
     settings["prior"] = str(Path(prior).expanduser())
     for key in _NUMBERS & settings.keys():
         value = settings[key]
@@ -72,9 +72,9 @@ def check_anneal(anneal: float | None, alpha_lambda: object = None) -> None:
     if anneal is None:
         return
     if alpha_lambda is not None:
-        raise ValueError("anneal is a schedule of alpha: give it or alpha_lambda, not both")
+        raise ValueError("pass either anneal or alpha_lambda, not both: each is a schedule of alpha")
     if isinstance(anneal, bool) or not isinstance(anneal, (int, float)) or not 0 < anneal <= 1:
-        raise ValueError(f"anneal must be a fraction of the training's steps, in (0, 1], got {anneal!r}")
+        raise ValueError(f"anneal must be a fraction of the training steps, in (0, 1], got {anneal!r}")
 
 
 def _number(where: str, value: Any) -> Any:

@@ -64,12 +64,12 @@ def use_drift(config: Trainer.Config, **settings: Any) -> Trainer.Config:
     settings = drift_settings(settings, "use_drift")
     anneal = settings.pop("anneal", None)
     if "refresh" in settings:
-        raise ValueError("use_drift: `refresh` is of LoRA, and torchtitan's LoRA layers take no prior")
+        raise ValueError("use_drift: `refresh` is for LoRA, but priors do not support torchtitan's LoRA layers")
     spec = config.model_spec
     if spec is None or spec.state_dict_adapter is None:
-        raise PriorError("the config's model_spec has no state_dict_adapter, by which the prior would be converted")
+        raise PriorError("the config's model_spec has no state_dict_adapter, which is required to convert the prior")
     if others := {group.optimizer_name for group in config.optimizer.param_groups} - {"AdamW"}:
-        raise ValueError(f"use_drift puts FusedDriftAdamW in the place of AdamW; the config has {', '.join(others)}")
+        raise ValueError(f"use_drift replaces AdamW with FusedDriftAdamW, but the config has {', '.join(others)}")
     if settings.get("max_grad_norm") is None:
         settings["max_grad_norm"] = config.training.max_norm
     config.training.max_norm = math.inf
@@ -133,10 +133,12 @@ class DriftOptimizers(OptimizersContainer):
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         if len(model_parts) > 1:
-            raise ValueError("use_drift takes no pipeline parallelism: each model part has an optimizer of its own")
+            raise ValueError(
+                "use_drift does not support pipeline parallelism, where each model part has a separate optimizer"
+            )
         if config.implementation == "fused_opt_states_bf16":
             raise ValueError(
-                "implementation='fused_opt_states_bf16' is of torch's AdamW: use_drift(state_dtype='bfloat16')"
+                "implementation='fused_opt_states_bf16' is for torch's AdamW: pass state_dtype='bfloat16' to use_drift"
             )
         options = {**config.optimizer_factory_kwargs_by_name, OURS: {"drift": config.drift}}
         with_options: Any = replace(config, optimizer_factory_kwargs_by_name=options)  # type: ignore[call-arg]
@@ -168,7 +170,7 @@ class DriftOptimizers(OptimizersContainer):
             RuntimeError: `anneal` is set, but the config has lost the lr_scheduler that `use_drift` put in.
         """
         if self._anneal is not None and not self._alpha_schedules:
-            raise RuntimeError("anneal needs the lr_scheduler that use_drift has set, which the config has no more")
+            raise RuntimeError("anneal requires the lr_scheduler set by use_drift, but the config has another one now")
         super().step(closure)
         for schedule in self._alpha_schedules:
             schedule.step()

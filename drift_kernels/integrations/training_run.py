@@ -81,8 +81,7 @@ class TrainingRun:
         """
         if not self._has_stepped:
             raise RuntimeError(
-                "the trainer has taken a step, but not with its FusedDriftAdamW: the training would go on without the "
-                "prior"
+                "the trainer has taken a step, but not with its FusedDriftAdamW: it would train without the prior"
             )
         if self._schedule is not None:
             self._schedule.step()

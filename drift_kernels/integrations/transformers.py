@@ -59,8 +59,8 @@ def use_drift(
     check_free(trainer)
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "DeepSpeed's ZeRO flattens the parameters, and their names are gone: "
-            "drift_kernels.integrations.hooked.use_hooks(trainer, prior=...) biases the gradients before that"
+            "DeepSpeed's ZeRO flattens parameters, which loses their names: use "
+            "drift_kernels.integrations.hooked.use_hooks(trainer, prior=...), which biases the gradients before that"
         )
     check_options(options)
     callback = DriftCallback(alpha_lambda, anneal=anneal)
@@ -83,16 +83,14 @@ def check_free(trainer: Trainer) -> None:
     """
     if trainer.optimizer is not None:
         raise ValueError(
-            f"the Trainer has an optimizer already ({type(trainer.optimizer).__name__}): leave out `optimizers`, and "
+            f"the Trainer already has an optimizer ({type(trainer.optimizer).__name__}): leave out `optimizers`, and "
             "call this before trainer.train()"
         )
     if getattr(trainer, "optimizer_cls_and_kwargs", None) is not None:
-        raise ValueError("the Trainer was given optimizer_cls_and_kwargs already: leave that out")
+        raise ValueError("the Trainer already has optimizer_cls_and_kwargs: leave them out")
     asked = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if asked not in _UNASKED:
-        raise ValueError(
-            f"the arguments ask for optim={asked!r}, and FusedDriftAdamW would take its place: leave it out"
-        )
+        raise ValueError(f"the arguments have optim={asked!r}, but FusedDriftAdamW would replace it: leave it out")
 
 
 def drift_adamw(args: TrainingArguments, model: nn.Module | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -120,7 +118,7 @@ class _OptimizerOfModel:
         if not model:
             return super().__new__(cls)
         if not isinstance(model[0], nn.Module):
-            raise TypeError("this version of transformers does not tell the model: drift_adamw(args, model, ...)")
+            raise TypeError("this version of transformers does not pass the model: use drift_adamw(args, model, ...)")
         return drift_optimizer(model[0], **options)
 
     def __call__(self, trained: nn.Module, *_: Any, model: nn.Module | None = None, **options: Any) -> FusedDriftAdamW:
@@ -172,8 +170,8 @@ class DriftCallback(TrainerCallback):
         self._run = TrainingRun(optimizer, self._alpha, state.global_step, state.max_steps, args.max_grad_norm)
         if args.report_to and not self._is_first:
             logger.warning(
-                "%s will not get the figures of the prior, which are added after their turn: use_drift(trainer, ...) "
-                "or DriftCallback().add_to(trainer) adds them before",
+                "%s will not log the statistics of the prior, because these are added too late: use "
+                "use_drift(trainer, ...) or DriftCallback().add_to(trainer)",
                 ", ".join(args.report_to),
             )
 

@@ -1,1 +1,1 @@
-"""What runs on a device: plans, coefficients, the reference, and the backends."""
+"""The update on a device: plans, coefficients, the reference implementation, and the backends."""

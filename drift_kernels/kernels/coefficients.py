@@ -1,11 +1,11 @@
-"""The scalars of a step: scaling modes, clipping, bias corrections. The only place where they are written.
+"""The scalars of a step: scaling modes, clipping, bias corrections. They are computed here and nowhere else.
 
 A `CoefficientTable` holds one row per tensor, so tensors of different param groups, steps and scalings share a
-launch. All arithmetic is float64 on vectors of length n, on the device, never read by the host, and rounded once to
-the float32 table that the kernels read.
+launch. All arithmetic is float64 on vectors of length n, on the device without host syncs, and rounded once to the
+float32 table that the kernels read.
 
-This is the specification. A backend with `fill_coefficients` has a kernel that does the same (filling.py), bit for bit:
-so every operation here is rounded by itself (no addcmul), powers are those of counts.py, and sums have an order.
+This is the specification. A backend with `fill_coefficients` has a kernel that is bitwise identical to it (filling.py).
+So every operation here is rounded separately (no addcmul), powers are those of counts.py, and sums have a fixed order.
 
 With g the gradient of the descent direction (negated by `maximize`), delta the prior's delta, c the prior's
 coefficient (scalings.py) and k the clip coefficient:
@@ -13,8 +13,8 @@ coefficient (scalings.py) and k the clip coefficient:
     g'   = g - c*delta                                     the biased gradient
     g"   = k*g'                                            what AdamW sees
 
-The clip coefficient follows from the same sums, norm(g')^2 = norm(g)^2 - 2 c <g, delta> + c^2 norm(delta)^2, over all
-tensors. Gradients that a GradScaler has scaled are not rewritten: 1/scale goes into their coefficients and the sums.
+The clip coefficient is computed from the same sums, norm(g')^2 = norm(g)^2 - 2 c <g, delta> + c^2 norm(delta)^2, over
+all tensors. Gradients scaled by a GradScaler are not rewritten: 1/scale is folded into their coefficients and the sums.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from ..formats.rounding import sqrt64
 from .counts import counts_of
 from .scalings import SCALINGS
 
-# torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6; so do we.
+# As in torch.nn.utils.clip_grad_norm_, which divides by norm + 1e-6.
 CLIP_EPSILON = 1e-6
 
-# The threads that add up rows in csrc/cuda/coefficients.h (kFillThreads there).
+# The number of threads that sum the rows in csrc/cuda/coefficients.h (kFillThreads there).
 LANES = 512
 
 
 class Coefficients(NamedTuple):
-    """One row of the table, in the order of struct Coefficients in csrc/table.h. Each a float32 tensor of shape []."""
+    """One row of the table, in the order of struct Coefficients in csrc/table.h: float32 tensors of shape []."""
 
     grad_coef: Tensor
     delta_coef: Tensor
@@ -56,9 +56,9 @@ FIELDS = {name: index for index, name in enumerate(Coefficients._fields)}
 
 
 class Hyperparameters(NamedTuple):
-    """What a param group says about its tensors' step. `alpha` is 0 without a prior.
+    """The hyperparameters of a param group. `alpha` is 0 without a prior.
 
-    An lr or alpha that is a tensor, of one element and on the device, is read there and never by the host.
+    lr and alpha may be tensors of one element on the device, which are read there without a host sync.
     """
 
     lr: float | Tensor
@@ -72,12 +72,16 @@ class Hyperparameters(NamedTuple):
     normalize_to_param: bool
 
     def must_be_written(self, before: Hyperparameters | None) -> bool:
-        """Whether the device may hold other values: those of `before`."""
-        return isinstance(self.lr, Tensor) or isinstance(self.alpha, Tensor) or self != before
+        """Whether the device, which holds the values of `before`, may be out of date. Tensors may change in place."""
+        return before is None or self._has_tensors or before._has_tensors or self != before
+
+    @property
+    def _has_tensors(self) -> bool:
+        return isinstance(self.lr, Tensor) or isinstance(self.alpha, Tensor)
 
     @property
     def acts(self) -> bool:
-        """Whether the prior may act, as far as the host can tell."""
+        """Whether the prior may have an effect, as far as the host can tell."""
         return isinstance(self.alpha, Tensor) or self.alpha != 0
 
     @property
@@ -86,7 +90,7 @@ class Hyperparameters(NamedTuple):
 
     @property
     def moves_params(self) -> bool:
-        """Whether the prior moves parameters, and not gradients."""
+        """Whether the prior moves parameters rather than gradients."""
         return SCALINGS[self.scaling].decoupled != 0
 
     @property
@@ -96,24 +100,24 @@ class Hyperparameters(NamedTuple):
 
 
 class GradScale(NamedTuple):
-    """What a `torch.amp.GradScaler` says of a step's gradients: numbers, or tensors of one element on any device.
+    """What a `torch.amp.GradScaler` reports of a step's gradients: numbers, or tensors of one element on any device.
 
     Attributes:
-        scale: of the gradients, None for 1.
-        found_inf: not zero if one of them is not finite, so that the step is not to be taken; None for 0.
+        scale: the scale of the gradients; None for 1.
+        found_inf: nonzero if a gradient is not finite, so that the step must be skipped; None for 0.
     """
 
     scale: Tensor | float | None
     found_inf: Tensor | float | None
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """1/scale, float64 [], and whether the step is taken, bool []; None for 1 and for True. The host reads neither,
-        but of CPU tensors."""
+        """Return 1/scale, float64 [], and whether the step is taken, bool []; None for 1 and for True. There is no host
+        sync, except for CPU tensors."""
 
         def moved(value: Tensor | float | None) -> Tensor | None:
             if value is None:
                 return None
-            # A copy to the host has to arrive before it is used; to a GPU it is ordered by the stream.
+            # A copy to the host must finish before it is used; a copy to a GPU is ordered by the stream.
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=device)
             return tensor.detach().to(device, torch.float64, non_blocking=device.type != "cpu").reshape(())
 
@@ -125,8 +129,7 @@ UNSCALED = GradScale(None, None)
 
 
 class Row(NamedTuple):
-    """What the hyperparameters say about a tensor, in float64. `normalized` is what of `absolute` is rescaled to
-    norm(W)."""
+    """The hyperparameters of one tensor, in float64. `normalized` replaces `absolute` if it is rescaled to norm(W)."""
 
     lr: float | Tensor
     weight_decay: float
@@ -159,7 +162,7 @@ class Row(NamedTuple):
 
 
 def _fixed(h: Hyperparameters) -> dict[str, float]:
-    """The kernels' coefficients that stay from step to step."""
+    """The coefficients that do not change from step to step."""
     return {
         "beta1": h.beta1,
         "one_minus_beta1": 1 - h.beta1,
@@ -170,8 +173,8 @@ def _fixed(h: Hyperparameters) -> dict[str, float]:
 
 
 class OrderedSum:
-    """The sum of n numbers, float64, in an order of its own: number r is added to lane r % 512, then the upper half of
-    the lanes to the lower one, until there is one. (Fewer numbers have fewer lanes: the others would add zeros.)
+    """The sum of n numbers, float64, in a fixed order: number r is added to lane r % 512, then the upper half of the
+    lanes to the lower half, until one is left. (Fewer numbers use fewer lanes: the others would only add zeros.)
 
     Attributes:
         addends: [n], to be filled before each `total`, which overwrites them.
@@ -182,14 +185,14 @@ class OrderedSum:
         lanes = torch.zeros(-(-n // width), width, dtype=torch.float64, device=device)
         self.addends = lanes.view(-1)[:n]
         self._total = lanes[0, 0]
-        added: Any = lanes.numpy() if device.type == "cpu" else lanes  # numpy's calls are shorter
+        added: Any = lanes.numpy() if device.type == "cpu" else lanes  # numpy calls have less overhead
         self._additions = [(added[0], row) for row in added[1:]]
         while width > 1:
             width //= 2
             self._additions.append((added[0, :width], added[0, width : 2 * width]))
 
     def total(self) -> Tensor:
-        """[], new."""
+        """Return the sum as a new tensor of shape []."""
         for lower, upper in self._additions:
             lower += upper
         return self._total.clone()
@@ -200,10 +203,10 @@ class CoefficientTable:
 
     Args:
         device: where the kernels read the table.
-        steps: float32 [n], the number of steps each tensor has taken; advanced in place.
-        delta_norms: norm(delta) of each tensor; 0 where it has no delta.
-        param_norms: norm(W) of each tensor, for `normalize_to_param`; ignored where it has no delta.
-        alphas: what the alpha of each tensor's group is multiplied by; None for 1.
+        steps: float32 [n], the number of steps that each tensor has taken; advanced in place.
+        delta_norms: norm(delta) of each tensor; 0 if it has no delta.
+        param_norms: norm(W) of each tensor, for `normalize_to_param`; ignored if it has no delta.
+        alphas: a factor for each tensor, by which the alpha of its group is multiplied; None for 1.
         alphas_change: whether `set_alphas` will be called.
     """
 
@@ -229,36 +232,36 @@ class CoefficientTable:
         constant = same and not alphas_change
         self.factor = None if constant else torch.tensor(alphas or [1.0] * n, dtype=torch.float64, device=device)
         self._one = torch.ones((), dtype=torch.float64, device=device)
-        self._constant = torch.zeros(n, dtype=torch.float64, device=device)  # what of c needs no statistics
-        # The hyperparameters' table is laid out column by column, the kernels' row by row. Their columns, by name:
+        self._constant = torch.zeros(n, dtype=torch.float64, device=device)  # the part of c that needs no statistics
+        # The table of hyperparameters is stored by column, that of the kernels by row. Their columns, by name:
         self._rows = torch.zeros(len(Row._fields), n, dtype=torch.float64, device=device)
         self._of: Any = Row._make(self._rows)
-        self._alpha: Any = self._of.alpha  # of each tensor
+        self._alpha: Any = self._of.alpha  # times `factor`
         self._out = Coefficients._make(self.table.unbind(1))
         self._counts = counts_of(steps, device)
         self._sum: OrderedSum | None = None
-        self._written: Tensor | None = None  # the prior's coefficients that the table has, unclipped and unscaled
-        self._inv_scale: Tensor | None = None  # of this step's gradients
+        self._written: Tensor | None = None  # the prior's coefficients in the table, if unclipped and unscaled
+        self._inv_scale: Tensor | None = None  # 1/scale of this step's gradients
         self._sums = self.stats  # `stats` without the scale
         self._along = self._pull = self._constant  # <g, delta> and norm(c*delta)
-        self._stale = True  # whether hyperparameters have been set since what follows from them was computed
+        self._stale = True  # whether hyperparameters have been set since the last `refresh`
 
     def set_delta_norms(self, rows: Tensor, norms: Tensor) -> None:
-        """norm(delta) of these rows (int64 [m], norms float64 [m]), whose deltas have been renewed; what
-        `normalize_to_param` multiplies them by stays what it was."""
+        """Set norm(delta) of these rows (int64 [m], norms float64 [m]), whose deltas have been renewed. The factors of
+        `normalize_to_param` do not change."""
         self.delta_norm.index_copy_(0, rows, norms)
         self.inv_delta_norm.index_copy_(0, rows, torch.where(norms > 0, norms.reciprocal(), 0.0))
 
     def set_alphas(self, rows: Tensor, alphas: Tensor) -> None:
-        """What the alpha of the group is multiplied by, of these rows (int64 [m], alphas float64 [m])."""
+        """Set the factors of alpha of these rows (int64 [m], alphas float64 [m])."""
         assert self.factor is not None
         self.factor.index_copy_(0, rows, alphas)
         self._stale = True
 
     def set_hyperparameters(self, rows: slice, h: Hyperparameters, before: Hyperparameters | None = None) -> None:
-        """Writes the hyperparameters of these rows: those that differ from `before`, and those that are tensors.
+        """Write the hyperparameters of these rows that differ from `before` or are tensors.
 
-        One write for each, which a CUDA graph can hold: a tensor's is a copy on the device, a number's a fill.
+        Each takes one write that a CUDA graph can capture: a copy on the device for a tensor, a fill for a number.
         """
         held = {} if before is None else {**Row.of(before)._asdict(), **_fixed(before)}
         for columns, values in ((self._of, Row.of(h)._asdict()), (self._out, _fixed(h))):
@@ -270,11 +273,11 @@ class CoefficientTable:
         self._stale = True
 
     def forget_written(self) -> None:
-        """Something else has written to the table: all hyperparameters must be set before the next `advance`."""
+        """Note that other code has written to the table: set all hyperparameters before the next `advance`."""
         self._written = None
 
     def refresh(self) -> None:
-        """Fills what depends on newly set hyperparameters alone."""
+        """Fill the coefficients that depend on newly set hyperparameters alone."""
         if self._stale:
             torch.sub(self._one, self._of.lr * self._of.weight_decay, out=self._out.decay)
             if self.factor is not None:
@@ -284,9 +287,9 @@ class CoefficientTable:
             self._stale = False
 
     def advance(self, grad_scale: GradScale = UNSCALED) -> None:
-        """Counts one step more, if it is taken, and fills what depends on the count and on newly set hyperparameters.
+        """Count one more step, if it is taken, and fill what depends on the count and on newly set hyperparameters.
 
-        With a `found_inf`, `steps` should be on the device, or the host will read whether the step is taken.
+        With a `found_inf`, `steps` should be on the device; otherwise this costs a host sync.
         """
         self.refresh()
         self._inv_scale, taken = grad_scale.on(self._rows.device)
@@ -297,10 +300,10 @@ class CoefficientTable:
         self._out.step.copy_(steps if taken is None else steps * taken)
 
     def bias(self, with_stats: bool) -> Tensor:
-        """The prior's coefficients c, float64 [n]; from `stats` when they were computed.
+        """Return the prior's coefficients c, float64 [n], computed from `stats` if `with_stats`.
 
-        A zero gradient, a zero delta, and a gradient whose norm is not finite take nothing from the gradient's norm:
-        the last so that a NaN or Inf stays in the elements where `torch.optim.AdamW` would have it.
+        For a zero gradient, a zero delta, or a gradient whose norm is not finite, the terms with the gradient's norm
+        are 0; in the last case, so that NaN and Inf stay in the elements where `torch.optim.AdamW` would have them.
         """
         if not with_stats:
             self.prior_cosine = self.prior_ratio = None
@@ -318,14 +321,14 @@ class CoefficientTable:
         return c
 
     def biased_norm_squared(self, c: Tensor) -> Tensor:
-        """norm(g')^2 over all tensors, float64 []; after `bias` with statistics."""
+        """Return norm(g')^2 over all tensors, float64 []. Call `bias` with statistics first."""
         if self._sum is None:
             self._sum = OrderedSum(len(c), c.device)
         torch.add(self._sums[:, 0] - 2 * c * self._along, self._pull * self._pull, out=self._sum.addends)
         return self._sum.total()
 
     def set_gradient_coefficients(self, c: Tensor, clip: Tensor | None) -> None:
-        """The coefficients of the gradient and of the delta, from the prior's (`bias`) and the clip coefficient."""
+        """Set the coefficients of gradient and delta from the prior's coefficients (`bias`) and from `clip`."""
         inv = self._inv_scale
         if clip is None and inv is None:
             if self._written is not c:
@@ -340,5 +343,5 @@ class CoefficientTable:
 
 
 def clip_coefficient(grad_norm: Tensor, max_grad_norm: float) -> Tensor:
-    """k = min(1, max_grad_norm/(norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_`; a NaN norm gives NaN."""
+    """k = min(1, max_grad_norm/(norm + 1e-6)), as in `torch.nn.utils.clip_grad_norm_`; a NaN norm gives NaN."""
     return (max_grad_norm / (grad_norm + CLIP_EPSILON)).clamp(max=1.0)

@@ -1,11 +1,12 @@
-"""Step counts, and what they make of a step: 1 - beta1^t and 1/sqrt(1 - beta2^t), the same bits wherever computed.
+"""Step counts and the bias corrections 1 - beta1^t and 1/sqrt(1 - beta2^t), bitwise identical on every device.
 
-Libraries' pow differ in the last bit. Here a power is multiplications in a fixed order: with x_k = beta^(2^k) where bit
-k of t is set, and 1 elsewhere, each square made of the one before,
+The pow functions of different libraries differ in the last bit. So a power is computed by multiplications in a fixed
+order: with x_k = beta^(2^k) (each the square of the one before) if bit k of t is set, and x_k = 1 otherwise,
 
-    beta^t = the product of x_0 ... x_31 by a tree of neighbours: ((x_0*x_1)*(x_2*x_3)) * ...
+    beta^t = the product of x_0 ... x_31 over a tree of neighbours: ((x_0*x_1)*(x_2*x_3)) * ...
 
-csrc/cuda/coefficients.h has the same. Counts on the host are looked at there, equal ones once; those on a GPU never.
+csrc/cuda/coefficients.h does the same. Counts on the host are computed there, equal ones once; counts on a GPU are
+never read by the host.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch import Tensor
 from ..formats.rounding import sqrt64
 
 BITS = 32
-MANY = 8  # different counts and betas, from which on vectors take less time than numbers
+MANY = 8  # with more distinct pairs of count and betas, vectors are faster than Python numbers
 
 
 def product(leaves: Tensor) -> Tensor:
-    """Of [2^k, ...] over the first dimension, by a tree of neighbours."""
+    """The product of [2^k, ...] over the first dimension, as a tree of neighbours."""
     while len(leaves) > 1:
         leaves = leaves[0::2] * leaves[1::2]
     return leaves[0]
@@ -40,20 +41,20 @@ def squares(betas: Tensor) -> Tensor:
 
 
 def powers(squared: Tensor, counts: Tensor) -> Tensor:
-    """betas^counts, of `squares(betas)`, [32, 2, n], and counts, [n]."""
+    """betas^counts, given `squares(betas)`, [32, 2, n], and counts, [n]."""
     bits = torch.arange(BITS, dtype=torch.int64, device=counts.device)[:, None, None]
     return product(torch.where(counts.to(torch.int64) >> bits & 1 != 0, squared, 1.0))
 
 
 def power(beta: float, count: int) -> float:
-    """The same of two numbers."""
+    """The same for two numbers."""
     low, second, third, high = (_of_byte(beta, place, count >> 8 * place & 255) for place in range(BITS // 8))
     return (low * second) * (third * high)
 
 
 @lru_cache(maxsize=4096)
 def _of_byte(beta: float, place: int, byte: int) -> float:
-    """The part of the tree above eight bits of the count."""
+    """The subtree of eight bits of the count."""
     if byte == 0:
         return 1.0
     for _ in range(8 * place):
@@ -77,14 +78,14 @@ class Corrections(NamedTuple):
 
 class Counts(Protocol):
     def set_betas(self, rows: slice, beta1: float, beta2: float) -> None:
-        """Those of these rows."""
+        """Set the betas of these rows."""
 
     def corrections(self) -> Corrections:
-        """For the counts as they are."""
+        """Return the corrections for the current counts."""
 
 
 class HostCounts:
-    """Of counts on the host, for a table on `device`. Rows that are equal are computed once."""
+    """Counts on the host, for a table on `device`. Equal rows are computed once."""
 
     def __init__(self, steps: Tensor, device: torch.device) -> None:
         self._steps = steps.numpy()  # the same memory
@@ -93,8 +94,8 @@ class HostCounts:
         self._sent = torch.empty(len(Corrections._fields), len(steps), dtype=torch.float64, device="cpu")
         self._out = self._sent.numpy()
         self._here = Corrections._make(self._sent.unbind())
-        self._first: np.ndarray = np.empty(0, np.int64)  # of each kind of row, the first
-        self._kind: np.ndarray = np.empty(0, np.int64)  # of each row
+        self._first: np.ndarray = np.empty(0, np.int64)  # the first row of each kind
+        self._kind: np.ndarray = np.empty(0, np.int64)  # the kind of each row
         self._known = False
 
     def set_betas(self, rows: slice, beta1: float, beta2: float) -> None:
@@ -102,7 +103,7 @@ class HostCounts:
         self._known = False
 
     def corrections(self) -> Corrections:
-        # All counts rise together, so that rows which are equal stay so, but for what users write into them.
+        # All counts advance together, so equal rows stay equal unless users write to them.
         if not (self._known and self._as_known()):
             kinds = np.vstack((self._steps, self._betas))
             _, self._first, self._kind = np.unique(kinds, axis=1, return_index=True, return_inverse=True)
@@ -115,7 +116,7 @@ class HostCounts:
             np.take(values, self._kind, axis=1, out=self._out)
         if self._device.type == "cpu":
             return self._here
-        return Corrections._make(self._sent.to(self._device, non_blocking=True).unbind())  # blocking, it would wait
+        return Corrections._make(self._sent.to(self._device, non_blocking=True).unbind())
 
     def _as_known(self) -> bool:
         firsts = self._steps[self._first]
@@ -134,7 +135,7 @@ class HostCounts:
 
 
 class DeviceCounts:
-    """Of counts on the table's device, which the host does not read."""
+    """Counts on the table's device, which the host never reads."""
 
     def __init__(self, steps: Tensor) -> None:
         self._steps = steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reinstalling import reinstall_command
 from .layout import mismatch
 from .plan import Plan
 
@@ -16,13 +17,16 @@ _reason: str | None = None
 try:
     from drift_kernels import _cpu
 except ImportError as error:
-    _reason = f"its compiled extension cannot be imported ({error}); reinstall drift_kernels with a C++17 compiler"
+    _reason = (
+        f"cannot import its compiled extension ({error}); with a C++17 compiler (g++ or clang++, on PATH or in CXX), "
+        f"build it with: {reinstall_command('cpu')}"
+    )
 
 
 def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
-        return f"it runs on CPU tensors, not on {device.type}"
-    return _reason or mismatch(_cpu)
+        return f"it supports CPU tensors only, not {device.type}"
+    return _reason or mismatch(_cpu, "cpu")
 
 
 def _launch(plan: Plan, with_delta: bool) -> _cpu.Launch:

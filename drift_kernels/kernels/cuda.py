@@ -1,15 +1,16 @@
-"""The cuda backend: csrc/cuda, compiled when the package is installed where there is an nvcc."""
+"""The cuda backend: csrc/cuda, compiled when the package is installed on a machine with nvcc."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..reinstalling import reinstall_command
 from .filling import Filling
 from .layout import mismatch
 from .plan import Plan
 
-CAPTURABLE = True  # new gradient addresses travel in the kernels' parameters
+CAPTURABLE = True  # new gradient addresses are passed as kernel parameters
 READS_TENSORS = False
 FILLS_COEFFICIENTS = True
 
@@ -18,15 +19,15 @@ try:
     from drift_kernels import _cuda
 except ImportError as error:
     _reason = (
-        f"its compiled extension cannot be imported ({error}); install CUDA's compiler (nvcc, of CUDA 12.1 or newer; "
-        "on PATH or under CUDA_HOME), then reinstall drift_kernels with DRIFT_KERNELS_CUDA=1"
+        f"cannot import its compiled extension ({error}); with nvcc (CUDA 12.1 or newer, on PATH or under CUDA_HOME), "
+        f"build it with: {reinstall_command('cuda')}"
     )
 
 
 def unavailable(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"it runs on NVIDIA GPUs, not on {'ROCm' if device.type == 'cuda' else device.type}"
-    return _reason or mismatch(_cuda) or _cuda.unusable(_index(device))
+        return f"it supports NVIDIA GPUs only, not {'ROCm' if device.type == 'cuda' else device.type}"
+    return _reason or mismatch(_cuda, "cuda") or _cuda.unusable(_index(device))
 
 
 def _index(device: torch.device) -> int:
@@ -49,7 +50,7 @@ def _target(plan: Plan, with_delta: bool) -> _cuda.Target:
 def grad_stats(plan: Plan, out: Tensor, *, with_delta: bool) -> None:
     with torch.cuda.device(plan.device):
         if plan.has_empty:
-            out.zero_()  # no block comes to theirs
+            out.zero_()  # no block writes the sums of empty tensors
         space = plan.partials.data_ptr(), plan.arrived.data_ptr()
         _cuda.grad_stats(_target(plan, with_delta), *space, out.data_ptr())
 

@@ -1,5 +1,5 @@
-"""What tensors are at this moment: the host looks before every step, so that no kernel is given what has moved, or has
-another shape or dtype than its plan says."""
+"""The current addresses, shapes and dtypes of tensors. The host checks these before every step, so that no kernel gets
+a tensor that has moved or no longer matches its plan."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ try:
 except ImportError:  # installed without a compiler; cpu.py keeps the reason
     _compiled = False
 else:
-    _compiled = mismatch(_cpu) is None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    _compiled = mismatch(_cpu, "cpu") is None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
 
 class Description(NamedTuple):
-    """Of several tensors (of a DTensor, what this rank holds), and of what lies between them.
+    """A description of several tensors (for a DTensor, of its local tensor) and of any other objects among them.
 
     Attributes:
-        addresses: int64 each; 0 for what is no tensor, and for one without memory of its own.
-        facts: equal where all shapes, dtypes and devices are, and whether there is memory.
-        contiguous: whether all the tensors are.
+        addresses: int64 each; 0 for an object that is not a tensor, or for a tensor without its own memory.
+        facts: compares equal if all shapes, dtypes and devices are equal, and the same tensors have memory.
+        contiguous: whether all tensors are contiguous.
     """
 
     addresses: bytes
@@ -39,14 +39,14 @@ class Description(NamedTuple):
 
 
 def describe(tensors: list[Any], *, exact: bool = False) -> Description:
-    """Of tensors and None; if `exact`, facts are equal only for the very same objects with the same strides."""
+    """Describe tensors and Nones. If `exact`, facts are equal only for the same objects with the same strides."""
     if _compiled:
         return Description(*_cpu.describe(_describer(dtensor_type()), tensors, exact))
     return _by_getters(tensors, exact)
 
 
 def describe_values(dicts: dict[Any, dict[str, Any]]) -> Description:
-    """Of all the values of the values, in order, exactly."""
+    """Describe all values of the inner dicts, in order, with `exact`."""
     if _compiled:
         return Description(*_cpu.describe_values(_describer(dtensor_type()), dicts))
     return _by_getters(chain.from_iterable((*values.values(), None) for values in dicts.values()), True)
@@ -54,12 +54,12 @@ def describe_values(dicts: dict[Any, dict[str, Any]]) -> Description:
 
 @cache
 def _describer(dtensor: type | None) -> Any:
-    """By DLPack's exchange API, which takes 20 to 60 ns a tensor."""
+    """Uses DLPack's exchange API, which takes 20 to 60 ns per tensor."""
     return _cpu.Describer(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, dtensor, LOCAL_TENSOR)
 
 
 def _by_getters(things: Iterable[Any], exact: bool) -> Description:
-    """By Python's getters, which takes several times as long."""
+    """The same with Python's getters, several times slower."""
     own = [local(thing) if isinstance(thing, Tensor) else None for thing in things]
     addresses = array("q", [0 if tensor is None else address_of(tensor) for tensor in own])
     facts = [
@@ -73,8 +73,8 @@ def _by_getters(things: Iterable[Any], exact: bool) -> Description:
 
 
 def address_of(tensor: Tensor) -> int:
-    """Where its elements are; 0 if it has none, or no memory of its own: sparse, on the meta device, freed, fake, or a
-    wrapper around other tensors."""
+    """The address of its elements; 0 if it has none, or no memory of its own: if it is sparse, on the meta device,
+    freed, fake, or a wrapper around other tensors."""
     try:
         return tensor.data_ptr() if tensor.untyped_storage().data_ptr() else 0
     except RuntimeError:

@@ -1,7 +1,7 @@
-"""What a kernel that fills coefficients is given of a step: addresses, numbers and param groups, in words of 8 bytes.
+"""The arguments of a kernel that fills coefficients: addresses, numbers and param groups, in words of 8 bytes.
 
-csrc/filling.h has the same words by the same names; csrc/cuda/coefficients.h does with them what coefficients.py does.
-The terms of a scaling travel as numbers, so that a mode of scalings.py needs no change there.
+csrc/filling.h has the same words under the same names; csrc/cuda/coefficients.h computes from them what coefficients.py
+computes. The terms of a scaling are passed as numbers, so that a new mode in scalings.py needs no change there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_GROUPS = 240  # kMaxGroups in csrc/filling.h
 
 
 def _scalar(name: str) -> tuple[str, str, str]:
-    """A number, or the address of a tensor and the bytes of its element."""
+    """The words of a scalar: a number, or the address of a tensor and the size of its element in bytes."""
     return name, f"{name}_address", f"{name}_bytes"
 
 
@@ -38,15 +38,15 @@ _IN_GROUP = {name: index for index, name in enumerate(GROUP_FIELDS)}
 
 
 class Filling:
-    """The words of a table's steps, and the tensors that they point to.
+    """The words for filling a table, and the tensors that they point to.
 
     Args:
-        table: whose coefficients are filled.
+        table: the table to fill.
         group_of: the param group of each row.
 
     Attributes:
-        address: of the words.
-        device: of the table.
+        address: the address of the words.
+        device: the device of the table.
     """
 
     def __init__(self, table: CoefficientTable, group_of: list[int]) -> None:
@@ -57,7 +57,8 @@ class Filling:
         self._numbers = self._words.view(np.float64)
         self.address: int = self._words.ctypes.data
         self._groups: dict[int, Hyperparameters] = {}
-        # Counts on the host have a copy where the kernel counts, taken anew when they are not what it has made of them.
+        # Counts on the host have a copy on the device, where the kernel advances it. If they change otherwise, it is
+        # copied again.
         self._counted_on_host = self._is_elsewhere(table)
         self._steps = torch.empty_like(table.steps, device=self.device) if self._counted_on_host else table.steps
         self._expected: Tensor | None = None
@@ -76,7 +77,7 @@ class Filling:
         self._words[_AT["count"]] = n
         for name, tensor in self._tensors.items():
             self._words[_AT[name]] = tensor.data_ptr()
-        self._lent: list[Tensor] = []  # scalars of this step, which the kernel has still to read or to write
+        self._lent: list[Tensor] = []  # scalars of this step that the kernel still has to read or write
 
     @staticmethod
     def _is_elsewhere(table: CoefficientTable) -> bool:
@@ -91,9 +92,9 @@ class Filling:
         with_stats: bool,
         max_grad_norm: float | None,
     ) -> Tensor | None:
-        """Takes a step's values, and gives the table room for its figures. Where `advances`, counts on the host rise.
+        """Take the values of a step, and allocate the table's statistics. If `advances`, advance counts on the host.
 
-        Returns where the norm will be, float64 []; None where nothing is clipped.
+        Returns the tensor that the norm will be written to, float64 []; None without clipping.
         """
         words, table = self._words, self.table
         self._lent = []
@@ -134,7 +135,7 @@ class Filling:
 
     def _set_scalar(self, at: int, value: Tensor | float) -> None:
         if isinstance(value, Tensor):
-            # GradScaler's may be elsewhere; a copy to a GPU is ordered by the stream.
+            # GradScaler's tensors may be on another device; a copy to a GPU is ordered by the stream.
             dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float64
             tensor = value.detach().to(self.device, dtype, non_blocking=self.device.type != "cpu")
             self._lent.append(tensor)

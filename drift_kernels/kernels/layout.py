@@ -1,14 +1,15 @@
-"""The layout of what crosses to compiled code, as Python has it, and whether an extension was built for the same."""
+"""The layout of the tables that are passed to compiled code, and a check that an extension was built for it."""
 
 from __future__ import annotations
 
 from ..formats.blocks import BLOCK
+from ..reinstalling import reinstall_command
 from .coefficients import Coefficients
 from .filling import FILLING_FIELDS, GROUP_FIELDS, MAX_GROUPS
 from .plan import CHUNK, ROW_FIELDS
 
-# As an extension exports it (csrc/layout.h): the columns of Plan.table and of the coefficients' table, the words of a
-# Filling and how many param groups it takes, the elements of a chunk and of a block of codes.
+# As an extension exports it (csrc/layout.h): the columns of Plan.table and of the coefficient table, the words of a
+# Filling and its maximum number of param groups, and the elements of a chunk and of a block of codes.
 LAYOUT: dict[str, tuple[str, ...] | int] = {
     "row": ROW_FIELDS,
     "coefficients": Coefficients._fields,
@@ -20,25 +21,25 @@ LAYOUT: dict[str, tuple[str, ...] | int] = {
 }
 
 
-def mismatch(extension: object) -> str | None:
-    """Why nothing of `extension`, a compiled module of this package, may be called; None if it has this layout.
+def mismatch(extension: object, backend: str) -> str | None:
+    """Why `extension`, the compiled module of `backend`, must not be called; None if its layout matches.
 
-    One of another commit imports like any other. Its kernels would take one column of a table for another.
+    An extension built from another commit can still be imported, but its kernels would read the wrong columns.
     """
     built = getattr(extension, "LAYOUT", None)
     if built == LAYOUT:
         return None
     if not isinstance(built, dict):
-        built = {}  # of sources that did not export it yet
+        built = {}  # built from sources that did not export it yet
     parts = [part for part in {**LAYOUT, **built} if built.get(part) != LAYOUT.get(part)]
     differences = "; ".join(
-        f"{part}: the extension has {_shown(built, part)}, this drift_kernels {_shown(LAYOUT, part)}" for part in parts
+        f"{part}: expected {_shown(LAYOUT, part)}, the extension has {_shown(built, part)}" for part in parts
     )
     where = getattr(extension, "__file__", None) or "in memory"
-    said = "for another layout" if built else "from older sources, which do not say their layout"
+    said = "for a different layout" if built else "from older sources, which do not export their layout"
     return (
-        f"its compiled extension ({where}) was built {said} ({differences}); reinstall drift_kernels, so that it is "
-        "built anew"
+        f"its compiled extension ({where}) was built {said} ({differences}); rebuild it with: "
+        f"{reinstall_command(backend)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The tensors of one parameter that kernels work on, and their dtypes."""
+"""The tensors of one parameter that kernels read and write, and their dtypes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..formats.philox import WHOLE, Place
 
 @dataclass(frozen=True)
 class Operands:
-    """The tensors of one parameter but its gradient, contiguous; None for those that it does not have.
+    """The tensors of one parameter except its gradient, all contiguous; None for those that it does not have.
 
     Attributes:
-        exp_avg, exp_avg_sq: of param's shape, float32, bfloat16, or int8 and uint8 codes (formats/blocks.py). An update
-            has both.
-        exp_avg_scale, exp_avg_sq_scale: float32 [blocks], beside codes.
-        delta: of param's shape, float32, bfloat16, or int8 or float8_e4m3fn codes of a small prior.
-        delta_scale: float32 [blocks], beside codes.
-        residual: int16 of param's shape, the other half of a master (`formats.rounding.split`).
-        random_key: seed + 2^32 * the parameter's index, for stochastic rounding of what is bfloat16, but a param that
-            has a master.
-        place: where the tensors lie in the whole ones that they are shards of, for the same.
+        exp_avg, exp_avg_sq: param's shape; float32, bfloat16, or int8 and uint8 codes (formats/blocks.py). An update
+            needs both.
+        exp_avg_scale, exp_avg_sq_scale: float32 [blocks], the scales of codes.
+        delta: param's shape; float32, bfloat16, or int8 or float8_e4m3fn codes.
+        delta_scale: float32 [blocks], the scales of codes.
+        residual: int16, param's shape; the other half of a master weight (`formats.rounding.split`).
+        random_key: seed + 2^32 * the parameter's index, for stochastic rounding of bfloat16 states and of a bfloat16
+            param without a master weight.
+        place: the position of a shard in the whole tensor, also for stochastic rounding.
     """
 
     param: Tensor
@@ -43,7 +43,7 @@ DTypeNames = tuple[str | None, str | None, str | None, str | None]
 
 
 class DTypes(NamedTuple):
-    """Those of one launch; None for what it does not have."""
+    """The dtypes of one launch; None for tensors that it does not have."""
 
     param: torch.dtype
     grad: torch.dtype

@@ -1,4 +1,4 @@
-"""A Plan is the tensors of one launch: their addresses, once, and those of the gradients, anew when one changes."""
+"""A Plan: the addresses of the tensors of one launch, read once, and of the gradients, updated when they change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .operands import DTypeNames, DTypes, Operands, dtype_name
 
-# Elements of a chunk, the unit of work and of a reduction's first stage (kChunk in csrc/table.h).
+# Elements of a chunk, the unit of work and of the first stage of a reduction (kChunk in csrc/table.h).
 CHUNK = 16384
 
-# The columns of Plan.table: struct Row in csrc/table.h. The first eight are addresses, of operands of these names.
+# The columns of Plan.table: struct Row in csrc/table.h. The first eight are the addresses of the operands so named.
 ADDRESSES = (
     "param",
     "residual",
@@ -35,26 +35,26 @@ def addresses(tensors: Iterable[Tensor]) -> list[int]:
 
 
 class Plan:
-    """The tensors of one launch, all of one device and one combination of dtypes.
+    """The tensors of one launch, all on one device and with one combination of dtypes.
 
-    The plan works on addresses, and refers to tensors only until `release`: who launches it later sees to it that they
-    are still there, and lends those that a backend reads (`operands`, `set_grads`).
+    A plan works on addresses and refers to tensors only until `release`. Whoever launches it afterwards must ensure
+    that they still exist, and lend the tensors that a backend reads (`operands`, `set_grads`).
 
     Args:
-        operands: of n parameters; what the first has, all have.
-        grad_dtype: dtype that every gradient will have. Kernels read those of float32 parameters as float32: others are
+        operands: those of n parameters; all must have the same tensors as the first.
+        grad_dtype: the dtype of every gradient. Kernels read gradients of float32 parameters as float32; others are
             cast.
 
     Attributes:
-        operands: as given, or as lent since; none after `release`.
+        operands: as given, or as lent since; empty after `release`.
         grad_dtype: as given.
-        grads: this step's as they are read, contiguous; none after `release`.
-        dtypes: of what all the operands have.
+        grads: the gradients of this step, contiguous and in the dtype that is read; empty after `release`.
+        dtypes: the dtypes of the launch.
         master: whether parameters have a residual.
-        at_random: whether what is bfloat16, but a master, is rounded at random.
-        numel: elements of all parameters together.
-        has_empty: whether a parameter has no element.
-        nbytes: by operand, of all the tensors together.
+        at_random: whether bfloat16 states, and bfloat16 parameters without a master weight, are rounded stochastically.
+        numel: the total number of elements of all parameters.
+        has_empty: whether a parameter has no elements.
+        nbytes: the total number of bytes of each operand.
     """
 
     def __init__(self, operands: Sequence[Operands], grad_dtype: torch.dtype) -> None:
@@ -98,7 +98,7 @@ class Plan:
 
     @cached_property
     def arrived(self) -> Tensor:
-        """int32 [n] on the device, zeros: room for counts of the chunks that have their partials."""
+        """int32 [n] on the device, zeros: space to count the chunks whose partial sums are done."""
         return torch.zeros(len(self), dtype=torch.int32, device=self.device)
 
     @property
@@ -106,10 +106,10 @@ class Plan:
         return self.dtypes.delta is not None
 
     def set_grads(self, grads: Sequence[Tensor], grad_addresses: bytes | None = None) -> None:
-        """Takes this step's gradients (one that is not contiguous, or of a dtype that is not read, is copied) and
-        refreshes their addresses if one changed.
+        """Take the gradients of this step, and update their addresses if one has changed. Gradients that are not
+        contiguous, or not in the dtype that is read, are copied.
 
-        `grad_addresses`, int64 each, if they are known; then all gradients are contiguous.
+        `grad_addresses`: int64 each, if known; then all gradients must be contiguous.
         """
         self.grads, self._copied = list(grads), []
         if grad_addresses is None or self.grad_dtype != self.dtypes.grad:
@@ -122,22 +122,22 @@ class Plan:
             self.__dict__.pop("device_grad_table", None)
 
     def write_back(self) -> None:
-        """What was written to copies of gradients, to the gradients."""
+        """Copy the results back to those gradients that were copied."""
         for grad, copy in self._copied:
             grad.copy_(copy)
 
     def release(self) -> None:
-        """Lets go of all tensors, so that their owners can free them: of gradients, `zero_grad(set_to_none=True)`."""
+        """Drop all references to tensors, so that their owners can free them (`zero_grad(set_to_none=True)`, say)."""
         self.operands, self.grads, self._copied = [], [], []
 
     @cached_property
     def device_table(self) -> Tensor:
-        """`table` where the kernels can read it: itself on the CPU, otherwise a copy."""
+        """`table` on the device that the kernels run on; no copy on the CPU."""
         return self.table.to(self.device)
 
     @cached_property
     def device_grad_table(self) -> Tensor:
-        """`grad_table` likewise, copied again when an address changed."""
+        """`grad_table` likewise, copied again when an address has changed."""
         return self.grad_table.to(self.device, non_blocking=True)
 
     @cached_property
@@ -148,14 +148,14 @@ class Plan:
 
     @cached_property
     def partials(self) -> Tensor:
-        """float64 [chunk_count, 2] on the device: room for the sums of every chunk."""
+        """float64 [chunk_count, 2] on the device: space for the sums of every chunk."""
         return torch.empty(self.chunk_count, 2, dtype=torch.float64, device=self.device)
 
     def dtype_names(self, with_delta: bool) -> DTypeNames:
-        """The kinds of param, grad, state and delta, which have the names of their dtypes; None for what there is not,
-        or is left out.
+        """The dtype names of param, grad, state and delta; None for one that is absent or left out.
 
-        But a bfloat16 with a residual is a `master_bfloat16`, one that is rounded at random a `stochastic_bfloat16`.
+        A bfloat16 parameter with a residual is `master_bfloat16`; bfloat16 with stochastic rounding is
+        `stochastic_bfloat16`.
         """
         return self._names if with_delta else self._names_without_delta
 

@@ -1,9 +1,9 @@
-"""The specification: what one step does to one tensor, in plain PyTorch; and its bias alone. Every backend gives the
-same bits. At the end, the same as a backend, tensor by tensor on any device.
+"""The specification in plain PyTorch: one step of one tensor, and its gradient bias alone. Every backend is bitwise
+identical to it. It is also a backend itself, tensor by tensor on any device.
 
-Arithmetic is IEEE binary32 with every operation rounded by itself, in the order written here (docs/numerics.md). AdamW
-is Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), Algorithm 2, in the form of
-`torch.optim.AdamW`; the bias of the gradient is DRIFT (arXiv 2510.15050).
+Arithmetic is IEEE binary32 with every operation rounded separately, in the order written here (docs/numerics.md). AdamW
+is Algorithm 2 of Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), in the form of
+`torch.optim.AdamW`; the gradient bias is that of DRIFT (arXiv 2510.15050).
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
         exp_avg_sq = beta2*exp_avg_sq + one_minus_beta2*(g*g)
         param      = param*decay [+ delta_step*delta] - step_size*(exp_avg/(sqrt(exp_avg_sq)*inv_sqrt_bc2 + eps))
 
-    where the terms in brackets are evaluated if and only if there is a delta (and it is asked for). Everything is read
-    as float32, from codes and scales, from the two halves of a master; and rounded once, when it is stored.
+    where the terms in brackets are evaluated only if there is a delta and `with_delta`. All inputs (also codes with
+    scales, and the two halves of a master weight) are read as float32, and results are rounded once, when stored.
 
     Args:
-        operands: param (any shape; float32, bfloat16 or float16), states and residual are overwritten, delta only read.
-        grad: of param's shape; param's dtype or float32. Only read.
-        c: the step's scalars, each a float32 tensor of shape [] (see `coefficients.py` for their formulas). A step of 0
-            is not taken: everything keeps its bits.
+        operands: param (any shape; float32, bfloat16 or float16), states and residual are overwritten; delta is only
+            read.
+        grad: same shape as param; param's dtype or float32. Only read.
+        c: the scalars of the step, each a float32 tensor of shape [] (see `coefficients.py` for their formulas). If
+            its step is 0, the update is skipped and nothing changes.
 
-    Non-finite elements behave as in `torch.optim.AdamW`: a NaN or Inf in the gradient reaches that element's states and
-    param (and with states of one byte, a step later, its block).
+    Non-finite elements behave as in `torch.optim.AdamW`: a NaN or Inf in the gradient reaches the states and param of
+    its element (and, with one-byte states, its whole block in the next step).
     """
     o = operands
     assert o.exp_avg is not None
@@ -67,16 +68,16 @@ def drift_adamw_(operands: Operands, grad: Tensor, c: Coefficients, *, with_delt
 
 
 def bias_(operands: Operands, grad: Tensor, c: Coefficients) -> None:
-    """The biased gradient alone, in place, for whatever optimizer comes next:
+    """Bias the gradient in place, for any optimizer to use:
 
         grad = grad - delta_coef*delta
 
-    in float32, each operation rounded by itself, and rounded once to grad's dtype, to nearest, ties to even.
+    in float32 with each operation rounded separately, then rounded once to grad's dtype, to nearest, ties to even.
 
     Args:
-        operands: of which delta is read, and nothing written.
-        grad: of param's shape; float32, bfloat16 or float16. Overwritten.
-        c: of which delta_coef is used.
+        operands: only delta is read; nothing is written.
+        grad: same shape as param; float32, bfloat16 or float16. Overwritten.
+        c: only delta_coef is used.
     """
     delta = read_delta(operands)
     if delta is not None:
@@ -84,7 +85,7 @@ def bias_(operands: Operands, grad: Tensor, c: Coefficients) -> None:
 
 
 def read_delta(operands: Operands) -> Tensor | None:
-    """The delta in float32, on param's device; of a small prior, each code times the scale of its block."""
+    """Return the delta in float32 on param's device, decoded if it is stored as codes."""
     if operands.delta is None:
         return None
     device = operands.param.device
@@ -97,7 +98,7 @@ def _read(state: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _overwrite(targets: tuple[Tensor, ...], values: tuple[Tensor, ...], step: Tensor) -> None:
-    """Unless the step is 0."""
+    """Overwrite the targets, unless the step is 0."""
     for target, value in zip(targets, values, strict=True):
         target.copy_(torch.where(step == 0, target, value.view_as(target)))
 
@@ -114,13 +115,13 @@ def _write(operands: Operands, name: str, x: Tensor, step: Tensor, stream: int) 
 
 
 def sums(grad: Tensor, delta: Tensor | None) -> Tensor:
-    """float64 [2]: sum(g*g) and sum(g*delta) of one tensor (0 for the latter without a delta)."""
+    """Return sum(g*g) and sum(g*delta) of one tensor, float64 [2]; the second is 0 without a delta."""
     g = grad.flatten().double()
     gd = g.new_zeros(()) if delta is None else torch.dot(g, delta.flatten().double())
     return torch.stack((torch.dot(g, g), gd))
 
 
-# As a backend (`backends.Backend`)
+# The backend interface (`backends.Backend`)
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -1,13 +1,14 @@
 """The scaling modes: how strongly the prior biases the gradient of each tensor. The only list of them.
 
-With g the gradient of the descent direction, delta the prior's delta, c its coefficient in g' = g - c*delta:
+With g the gradient of the descent direction, delta the prior's delta, and c its coefficient in g' = g - c*delta:
 
     absolute         c = alpha * r        r = 1, or norm(W)/norm(delta) with normalize_to_param
     gradnorm         c = alpha * norm(g)/norm(delta)
     adaptive_cosine  c = alpha * (1 + cos(g, delta))/2 * norm(g)/norm(delta)
     decoupled        c = 0, and param moves by + lr*alpha*delta
 
-(arXiv 2510.15050, with the sign of its code: alpha > 0 pulls toward the expert; `decoupled` is this package's own.)
+(From arXiv 2510.15050, with the sign of its code: alpha > 0 pulls toward the expert. `decoupled` is specific to this
+package.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Priors: building them from checkpoints, opening them, binding them to a model's parameters by name."""
+"""Priors: building them from checkpoints, opening them, and matching them with a model's parameters by name."""
 
 from ..formats.blocks import BLOCK
 from .apply import apply_prior

@@ -1,10 +1,10 @@
-"""Weights with a LoRA or DoRA adapter over them, merged while they are read.
+"""Weights with a LoRA or DoRA adapter, which are merged while reading.
 
     LoRA:  W + scale * left @ right
     DoRA:  m * V / norm(V), with V = W + scale * left @ right and the norm of each output
 
-in float32, and not rounded to the base's dtype. An adapter's change is often smaller than a bfloat16 weight's last bit;
-the delta to the same base then is the adapter's change itself.
+in float32, without rounding to the base's dtype: the change by an adapter is often smaller than the last bit of a
+bfloat16 weight. So the delta to the same base is exactly this change.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .reading import OpenFiles
 
 @dataclass(frozen=True)
 class LowRankChange:
-    """scale * left @ right: what LoRA adds to a matrix. `magnitude` is DoRA's m, one for each row of the stored matrix
-    or, where it lies transposed (`by_column`), for each column."""
+    """scale * left @ right, which LoRA adds to a matrix. `magnitude` is DoRA's m, one per row of the stored matrix or,
+    if that is transposed (`by_column`), one per column."""
 
     left: Source
     right: Source
@@ -39,7 +39,7 @@ class AdaptedWeight(Source):
 
     weight: Source
     change: LowRankChange
-    _norms: list[Tensor] = field(default_factory=list, compare=False)  # of the columns, once they are known
+    _norms: list[Tensor] = field(default_factory=list, compare=False)  # the norms of columns, once computed
     _lock: Lock = field(default_factory=Lock, compare=False)
 
     dtype = torch.float32
@@ -72,7 +72,7 @@ class AdaptedWeight(Source):
         return rows.add_(left @ right, alpha=change.scale)
 
     def _factors(self, files: OpenFiles, first: int, rows: Tensor) -> Tensor:
-        """m / norm(V), for rows of V that begin with the row `first`."""
+        """m / norm(V), for rows of V from row `first` on."""
         magnitude = self.change.magnitude
         assert magnitude is not None
         if self.change.by_column:
@@ -81,7 +81,7 @@ class AdaptedWeight(Source):
         return (magnitudes / torch.linalg.vector_norm(rows, dim=1)).unsqueeze(1)
 
     def _column_norms(self, files: OpenFiles) -> Tensor:
-        """Each is made of the whole matrix, which is read for them once."""
+        """The norms of the columns of V. The whole matrix is read once to compute them."""
         with self._lock:
             if not self._norms:
                 rows, columns = self.shape

@@ -1,6 +1,6 @@
-"""Where a checkpoint or a live model keeps its language model, when the table of names does not know: found by shape.
+"""Finding the language model of a checkpoint or live model by shape, if the name table does not know its names.
 
-A list of layers is what stands before the first number of names: `text_model.model.layers.` of
+A list of layers is the part of a name before the first number: `text_model.model.layers.` in
 `text_model.model.layers.3.mlp.up_proj.weight`. The language model is the one list in which the expert's matrices have
 counterparts of the same name and shape.
 """
@@ -17,7 +17,7 @@ from .encodings import check_not_gguf
 from .names import canonical_name, some
 
 Shape = tuple[int, ...]
-LayerList = dict[str, Shape]  # the matrices in it: number and rest of their names -> shape
+LayerList = dict[str, Shape]  # its matrices: the number and the rest of the name -> shape
 
 _LAYERS = "layers."
 _NUMBERED = re.compile(r"((?:[^.]*\.)*?)(\d+\..+)")
@@ -27,9 +27,9 @@ _EXPERT = re.compile(r"\.experts\.")
 def align_checkpoints(
     checkpoints: Mapping[str, Checkpoint], name_map: Mapping[str, str] | None
 ) -> tuple[dict[str, str], list[str]]:
-    """The name map, with rules for checkpoints (by role) of which the table knows no layer, and notes on these.
+    """Return the name map, with rules for checkpoints (by role) without layers that the table knows, and notes on them.
 
-    Raises PriorError when no list of layers fits, or more than one, and CheckpointError for names of GGUF.
+    Raises PriorError if no list of layers fits, or more than one, and CheckpointError for GGUF names.
     """
     rules, notes = dict(name_map or {}), []
     shapes = {
@@ -59,12 +59,12 @@ def align_checkpoints(
 
 
 def align_live(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> tuple[dict[str, str], str | None]:
-    """Other canonical names for a live model (canonical name -> shape) in which no layer of a prior's is found, and a
+    """Return other canonical names for a live model (canonical name -> shape) that has none of a prior's layers, and a
     note on them.
 
-    Either a module holds the model whose names the table knows (`self.model` of a LightningModule), which needs no more
-    of it than what is trained; or the language model is the one list of layers that has most of the prior's. None when
-    the names are known, or nothing fits; PriorMismatchError when more than one place does.
+    Either a module holds a model with known names (`self.model` of a LightningModule), of which only the trained part
+    need be there; or the language model is the one list of layers with most of the prior's matrices. Returns no names
+    if they are known already, or if nothing fits. Raises PriorMismatchError if more than one place fits.
     """
     inner = _layer_lists(stored.items()).get(_LAYERS, {})
     if not inner or any(name.startswith(_LAYERS) for name in live):
@@ -76,13 +76,13 @@ def align_live(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> tuple[
     if len(fitting) > 1:
         options = _options(place for place in lists if any(map(place.startswith, fitting)))
         raise PriorMismatchError(
-            f"the name table does not know this model, and the prior's layers fit in more than one place: "
-            f"{some(fitting)}; give the parameters of one of them alone (named_groups(self.student)), or build the "
+            f"the names of this model are not known, and the prior's layers fit in more than one place: "
+            f"{some(fitting)}; pass the parameters of only one of them (named_groups(self.student)), or build the "
             f"prior with one of {options}"
         )
     if holders:
         (holder,) = holders
-        note = f"the model whose names are known is held as {holder.removesuffix('.')!r}"
+        note = f"the prior is matched with the model held as {holder.removesuffix('.')!r}"
         return {name: canonical_name(name.removeprefix(holder)) for name in live if name.startswith(holder)}, note
     if not fitting:
         return {}, None
@@ -91,7 +91,7 @@ def align_live(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> tuple[
 
 
 def _holders(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> list[str]:
-    """What stands before names that the table knows, where what is known has the shapes of the prior's."""
+    """The prefixes of names that the table knows, if all tensors under them have the shapes of the prior's deltas."""
     shapes: dict[str, dict[str, bool]] = defaultdict(dict)
     for name, shape in live.items():
         parts = name.split(".")
@@ -106,7 +106,7 @@ def _holders(live: Mapping[str, Shape], stored: Mapping[str, Shape]) -> list[str
 
 
 def _layer_lists(named: Iterable[tuple[str, Shape]]) -> dict[str, LayerList]:
-    """Every list of layers. Single experts are left out: the same model may hold them fused."""
+    """All lists of layers. Single experts are left out, because the same model may hold them fused."""
     found: dict[str, LayerList] = defaultdict(dict)
     for name, shape in named:
         if match := _NUMBERED.fullmatch(name):
@@ -117,7 +117,7 @@ def _layer_lists(named: Iterable[tuple[str, Shape]]) -> dict[str, LayerList]:
 
 
 def _fits(inner: LayerList, outer: LayerList) -> bool:
-    """Whether most of the matrices of one list are in the other, and none in another shape."""
+    """Whether most matrices of `inner` are in `outer`, all with the same shapes."""
     common = inner.keys() & outer.keys()
     return 2 * len(common) > len(inner) and all(inner[name] == outer[name] for name in common)
 
@@ -127,7 +127,7 @@ def _numel(matrices: LayerList) -> int:
 
 
 def _rule_for(place: str) -> dict[str, str]:
-    """The name map that makes a list of layers the language model's, and with it what stands beside it."""
+    """The name map that makes a list of layers that of the language model, and maps the tensors next to it too."""
     prefix = place.removesuffix(_LAYERS)
     return {prefix: ""} if prefix != place and prefix else {place: _LAYERS}
 
@@ -139,14 +139,14 @@ def _options(places: Iterable[str]) -> str:
 def _note(whose: str, place: str, rule: Mapping[str, str]) -> str:
     (prefix,) = rule
     return (
-        f"the name table does not know {whose}: by names and shapes its language model is under {prefix} "
+        f"the names of {whose} are not known: judging by names and shapes, its language model is under {prefix} "
         f"({_options([place])})"
     )
 
 
 def _refusal(unknown: Checkpoint, fitting: list[str], places: list[str]) -> str:
-    start = f"the checkpoints do not fit: the name table knows no layers in {unknown.folder}, and "
+    start = f"the checkpoints do not fit: no layers with known names in {unknown.folder}, and "
     if fitting:
-        return f"{start}the other's fit in more than one place: {some(fitting)}; choose {_options(fitting)}"
-    found = f"those under {some(places)} have other names or shapes" if places else "no names are numbered"
-    return f"{start}{found}; --name-map PREFIX= says which prefix its language model has, if it has one"
+        return f"{start}the other's layers fit in more than one place: {some(fitting)}; choose {_options(fitting)}"
+    found = f"those under {some(places)} have different names or shapes" if places else "no names have numbers"
+    return f"{start}{found}; if it has a language model, give its prefix with --name-map PREFIX="

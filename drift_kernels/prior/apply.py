@@ -141,7 +141,7 @@ def _files(checkpoint: Checkpoint) -> dict[str, Path]:
     for path in sorted({place.path for tensor in checkpoint.tensors.values() for place in tensor.places()}):
         name = path.relative_to(checkpoint.folder)
         if ".." in name.parts:
-            raise CheckpointError(f"{checkpoint.folder}: {INDEX_NAME} names a file outside of the folder, {name}")
+            raise CheckpointError(f"{checkpoint.folder}: {INDEX_NAME} lists a file outside the folder, {name}")
         found[str(name)] = path
     return found
 
@@ -167,7 +167,7 @@ def _matched(prior: Prior, checkpoint: Checkpoint, partial: bool) -> Coverage:
         for name, tensor in checkpoint.tensors.items()
     )
     if coverage.shape_mismatches or not coverage.matched or not (coverage.complete or partial):
-        advice = "" if coverage.shape_mismatches else "; partial=True (--partial) leaves out those without a weight"
+        advice = "" if coverage.shape_mismatches else "; pass partial=True (--partial) to skip those without a weight"
         raise PriorMismatchError(
             f"the prior does not fit {checkpoint.folder}: {coverage.summary()}{advice if coverage.matched else ''}"
         )
@@ -184,10 +184,10 @@ def _plain(checkpoint: Checkpoint, name: str) -> StoredTensor:
     tensor = checkpoint.tensors[name]
     if isinstance(tensor, StoredTensor) and tensor.dtype in FLOATING:
         return tensor
-    stored = tensor.dtype if isinstance(tensor, StoredTensor) else "in codes with scales"
+    stored = tensor.dtype if isinstance(tensor, StoredTensor) else "codes with scales"
     raise CheckpointError(
-        f"{checkpoint.folder}: the base is quantised: {name} is {stored}, and a delta is added to plain weights only; "
-        "dequantise the checkpoint first"
+        f"{checkpoint.folder}: the base is quantised: {name} is stored as {stored}, but deltas can only be added to "
+        "plain weights; dequantise the checkpoint first"
     )
 
 
@@ -203,8 +203,8 @@ def _check_orientation(checkpoint: Checkpoint, tensors: Mapping[str, Source], co
     ]
     if square and lie_transposed(checkpoint.config, stacks) is not False:
         raise PriorError(
-            f"{checkpoint.folder}: it cannot be told whether fused experts lie transposed in {some(square)}, whose "
-            "matrices are square, and the prior has them one by one"
+            f"{checkpoint.folder}: cannot tell whether the fused experts in {some(square)} are transposed, because "
+            "their matrices are square, and the prior has the experts one by one"
         )
 
 
@@ -273,7 +273,7 @@ class _Addition:
         added = delta.to(torch.promote_types(weight.dtype, torch.float32)) * self._scale
         changed = added.add_(weight).to(weight.dtype)
         if not bool(changed.isfinite().all()):
-            raise PriorError(f"{job.name} holds NaN or Inf in the base, or overflows in {weight.dtype}")
+            raise PriorError(f"{job.name} contains NaN or Inf in the base, or overflows in {weight.dtype}")
         view = byte_view(changed)
         writer.write(view, job.tensor.offset + job.rows.start * weight.element_size())
         return len(view), norm(delta)

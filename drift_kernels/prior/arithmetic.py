@@ -1,7 +1,8 @@
-"""What a build computes of each piece: the delta, the inner products that describe it, and checksums of what was read.
+"""The computations of a build on each piece: the delta, the inner products that describe it, and checksums of what was
+read.
 
-In one compiled pass (csrc/cpu/subtract.h) where the package was built with a compiler and the dtypes allow; otherwise
-in torch, with the same deltas and the same checksums.
+They take one compiled pass (csrc/cpu/subtract.h) if the package was built with a compiler and supports the dtypes, and
+otherwise run in torch, with the same deltas and checksums.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ try:
     from drift_kernels import _cpu
 except ImportError:  # installed without a compiler; kernels/cpu.py keeps the reason
     _compiled = False
-else:  # these two functions know no layout; but with another one they are of other sources, and may be others too
-    _compiled = mismatch(_cpu) is None
+else:  # these functions do not use the layout, but an extension with another layout may have other functions
+    _compiled = mismatch(_cpu, "cpu") is None
 
 _COMPILED_WEIGHTS = (torch.bfloat16, torch.float16, torch.float32)
 _CHECKSUM_ROW = 1024  # words
 
 
 class Products(NamedTuple):
-    """Inner products in float64. `delta` is the delta as stored; `exact`, where it is quantised, the one in float32."""
+    """Inner products in float64. `delta` is the stored delta; `exact` is the float32 delta, if that is quantised."""
 
     expert_expert: float = 0.0
     expert_base: float = 0.0
@@ -42,7 +43,10 @@ class Products(NamedTuple):
 
 
 def subtract(expert: Tensor, base: Tensor, origin: Tensor, delta: Tensor) -> Products:
-    """delta = expert - origin, in float32, rounded to delta's dtype: 1-D, contiguous CPU tensors of one length."""
+    """Set delta = expert - origin, computed in float32 and rounded to delta's dtype; return the inner products.
+
+    All are 1-D, contiguous CPU tensors of equal length.
+    """
     dtypes = {tensor.dtype for tensor in (expert, base, origin)}
     if _compiled and dtypes.issubset(_COMPILED_WEIGHTS):
         if len(dtypes) > 1:
@@ -59,7 +63,8 @@ def subtract(expert: Tensor, base: Tensor, origin: Tensor, delta: Tensor) -> Pro
 def subtract_quantized(
     expert: Tensor, base: Tensor, origin: Tensor, exact: Tensor, dtype: torch.dtype
 ) -> tuple[QuantizedDelta, Products]:
-    """As `subtract`; exact = expert - origin, float32, and the delta is `exact` in codes of `dtype`."""
+    """Like `subtract`, with exact = expert - origin in float32; return the delta, which is `exact` as codes of
+    `dtype`."""
     products = subtract(expert, base, origin, exact)
     delta = quantize(exact, dtype)
     expanded = delta.expand()
@@ -69,16 +74,17 @@ def subtract_quantized(
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """The inner product of two floating tensors, in float64."""
+    """The inner product of two floating-point tensors, in float64."""
     return torch.dot(a.double(), b.double()).item()
 
 
 def checksum(flat: Tensor) -> bytes:
-    """A checksum of the bytes of a 1-D CPU tensor, near memory speed; a cryptographic one would outlast the build.
+    """Return a checksum of the bytes of a 1-D CPU tensor, at close to memory speed; a cryptographic hash of all bytes
+    would take longer than the build.
 
-    The bytes are laid out as rows of 64-bit words, and every row and every column is summed modulo 2^64. Any change of
-    fewer than four words shows, since one that hides in the rows' sums shows in the columns'. It guards against
-    accidents, and not against a forger.
+    The bytes are arranged in rows of 64-bit words, and every row and every column is summed modulo 2^64. Any change of
+    fewer than four words is detected: if it cancels in the sums of rows, it shows in those of columns. This protects
+    against accidents, not against forgery.
     """
     content = flat.view(torch.uint8)
     size = content.numel() // (8 * _CHECKSUM_ROW) * 8 * _CHECKSUM_ROW

@@ -1,4 +1,4 @@
-"""The delta of a live parameter, put together from stored ones."""
+"""Assembling the delta of a live parameter from stored ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .quantized import Box, QuantizedDelta
 from .record import DeltaInfo
 
 Read = Callable[[str, "Box | None"], "Delta"]
-"""The delta of a name, or what of it lies in a box."""
+"""Reads the delta of a name, or the part of it in a box."""
 
 
 def assembled_info(source: Source, infos: Mapping[str, DeltaInfo], norm_of: Callable[[Part], float]) -> DeltaInfo:
-    """What is known about the whole from its parts; `norm_of` finds the norm of a part that is not all of a delta."""
+    """The metadata of the whole, from its parts. `norm_of` computes the norm of a part that is not a whole delta."""
     found = [infos[part.name] for part in source.parts]
     whole = all(part.of is None for part in source.parts)
     if whole and len(found) == 1:
@@ -40,10 +40,10 @@ def assembled_info(source: Source, infos: Mapping[str, DeltaInfo], norm_of: Call
 def assemble(
     source: Source, ndims: Mapping[str, int], read: Read, box: Box | None, device: torch.device | str | None
 ) -> Delta:
-    """The delta, or what of it lies in a box, of which no more is read than that; `ndims`: of the stored deltas.
+    """Return the delta, or the part of it in a box, reading no more than necessary. `ndims`: of the stored deltas.
 
-    In codes, if all parts are and their blocks follow one another; float32 otherwise, or bfloat16 if all parts are
-    tensors of it.
+    The result is in codes if all parts are and their blocks are consecutive, bfloat16 if all parts are bfloat16
+    tensors, and float32 otherwise.
     """
     wanted = tuple(slice(0, size) for size in source.shape) if box is None else box
     sizes = tuple(part.stop - part.start for part in wanted)
@@ -77,13 +77,13 @@ def _relative(box: Box, to: Box) -> Box:
 
 
 def _in_stored(part: Part, common: Box, ndim: int) -> Box | None:
-    """Where in the stored delta lies what fills `common`; None for all of it."""
+    """The box of the stored delta that fills `common`; None for all of it."""
     if common == part.into and part.of is None:
         return None
     inner = _relative(common, part.into)
     if part.transposed:
         inner = (*inner[:-2], inner[-1], inner[-2])
-    inner = inner[max(len(inner) - ndim, 0) :]  # a matrix in a stack has no dimension for it
+    inner = inner[max(len(inner) - ndim, 0) :]  # a stored matrix lacks the dimension of the stack
     if part.of is None:
         return inner
     lead = len(part.of) - len(inner)
@@ -92,7 +92,7 @@ def _in_stored(part: Part, common: Box, ndim: int) -> Box | None:
 
 
 def _runs_on(boxes: list[Box], sizes: tuple[int, ...]) -> bool:
-    """Whether the boxes are runs of a tensor's flat elements, each the next, and begin where blocks of codes do."""
+    """Whether the boxes are consecutive runs of a tensor's flat elements that begin where blocks of codes do."""
     end = 0
     for box in boxes:
         lengths = [part.stop - part.start for part in box]

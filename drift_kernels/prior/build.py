@@ -90,7 +90,7 @@ def build_prior(
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
+        raise ValueError(f"rank must be a positive integer, got {rank!r}")
     form = Form(dtype, rank)
     target = Path(out).expanduser().resolve()  # follows links
     new = NewFolder(target, RECORD_NAME, "prior", overwrite)

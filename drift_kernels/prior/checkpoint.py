@@ -1,4 +1,4 @@
-"""A checkpoint: the tensors of a folder, and its config."""
+"""A checkpoint: the tensors and the config of a folder."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .scaled import with_scales
 
 logger = logging.getLogger("drift_kernels")
 
-_OPEN_FILES = 16  # of a checkpoint; names in order are in few shards at a time
+_OPEN_FILES = 16  # per checkpoint; consecutive names are in few shards
 
 
 class Checkpoint:
     """A local folder of safetensors files, sharded or not, with its config.json.
 
-    Of model.safetensors and an index it reads the first, as transformers does (4.57 and 5).
-    Several threads may read at once; few shards are open at a time, and those until close().
+    If there are both a model.safetensors and an index, the former is read, as in transformers (4.57 and 5). Several
+    threads may read at once. Only a few shards are open at a time, until close().
 
-    Raises CheckpointError when the folder holds no safetensors checkpoint, or one that is incomplete, damaged, or
-    cannot be read.
+    Raises CheckpointError if the folder does not contain a safetensors checkpoint, or if that is incomplete, damaged or
+    unreadable.
     """
 
     def __init__(self, folder: Path, files: OpenFiles | None = None) -> None:
@@ -37,7 +37,7 @@ class Checkpoint:
             tensors = TensorFile.inspect(folder / SINGLE_NAME, self.files).tensors
             if exists(folder / INDEX_NAME) and not _names_only_the_single_file(folder / INDEX_NAME):
                 logger.warning(
-                    "%s: %s is read, as transformers does, and %s beside it is not", folder, SINGLE_NAME, INDEX_NAME
+                    "%s: reading %s, as transformers does, and ignoring %s next to it", folder, SINGLE_NAME, INDEX_NAME
                 )
         elif exists(folder / INDEX_NAME):
             tensors = inspect_shards(folder, INDEX_NAME, self.files)
@@ -50,11 +50,11 @@ class Checkpoint:
         tensor.read_from(self.files, flat, start)
 
     def read(self, tensor: Source) -> Tensor:
-        """The whole tensor, in memory of its own."""
+        """Read the whole tensor, as a new one."""
         return tensor.read_flat_from(self.files, 0, tensor.numel).view(tensor.shape)
 
     def fetch(self, tensors: Iterable[Source]) -> None:
-        """Say which tensors will be read, before they are: what lies elsewhere is fetched now."""
+        """Announce the tensors that will be read, so that remote parts of them are fetched now."""
         self.files.fetch(place for tensor in tensors for place in tensor.places())
 
     def close(self) -> None:

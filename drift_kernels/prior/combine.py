@@ -112,7 +112,7 @@ def combine_priors(
             checksums = write_deltas(folder, shapes, form, max_shard_bytes, stream.pieces, progress)
         infos = {name: stream.info(name, base.norms.get(name)) for name in shapes}
         if all_zero(infos):
-            raise PriorError("the priors cancel each other: all deltas of their combination are zero")
+            raise PriorError("the priors cancel out: all deltas of their combination are zero")
         found = check_values(infos)
         for warning in found:
             logger.warning("%s", warning)
@@ -173,7 +173,7 @@ class _Combination:
         with closing(in_order(self._combine, (piece for name in names for piece in self._cut(name)))) as results:
             for piece, result in results:
                 if not all(map(math.isfinite, result.squares)):
-                    raise PriorError(f"{piece.name} overflows, or a prior holds NaN or Inf there")
+                    raise PriorError(f"{piece.name} overflows, or contains NaN or Inf in a prior")
                 squares = self._squares[piece.name]
                 self._squares[piece.name] = tuple(a + b for a, b in zip(squares, result.squares, strict=True))
                 self._read[piece.name] = list(map(math.hypot, self._read[piece.name], result.read))
@@ -260,8 +260,8 @@ def _shapes(priors: Sequence[Prior]) -> dict[str, tuple[int, ...]]:
             shape = prior.info(name).shape
             if shapes.setdefault(name, shape) != shape:
                 raise PriorError(
-                    f"the priors do not fit: {name} is {list(shapes[name])} in prior {owner[name]}, {list(shape)} in "
-                    f"prior {number}"
+                    f"the priors do not fit: {name} has shape {list(shapes[name])} in prior {owner[name]}, "
+                    f"{list(shape)} in prior {number}"
                 )
             owner.setdefault(name, number)
     return {name: shapes[name] for name in sorted(shapes, key=natural_key)}
@@ -278,8 +278,8 @@ def _check_forms(priors: Sequence[Prior]) -> None:
         if sources := find_sources(alone, rest):
             name, source = next(iter(sources.items()))
             raise PriorError(
-                f"the priors do not fit: {name} in prior {i} is of the same weights as {source.parts[0].name} in prior "
-                f"{j}, which are stored otherwise; build both of checkpoints of the same form"
+                f"the priors do not fit: {name} in prior {i} and {source.parts[0].name} in prior {j} are deltas of the "
+                "same weights in different forms; build both priors from checkpoints of the same form"
             )
 
 
@@ -300,7 +300,7 @@ def _warnings(priors: Sequence[Prior], names: Set[str]) -> list[str]:
     for number, prior in enumerate(priors, 1):
         if lacking := sorted(names - set(prior.names), key=natural_key):
             found.append(
-                f"{len(lacking)} of {len(names)} deltas are not in prior {number}, and zero there: {some(lacking)}"
+                f"{len(lacking)} of {len(names)} deltas are not in prior {number}, and count as zero: {some(lacking)}"
             )
     return found
 
@@ -317,7 +317,9 @@ def _selections(priors: Sequence[Prior]) -> dict[str, Any]:
     for record in records:
         for prefix, canonical in (record.get("name_map") or {}).items():
             if rules.setdefault(prefix, canonical) != canonical:
-                raise PriorError(f"the priors' name maps disagree: {prefix} is {rules[prefix]!r} and {canonical!r}")
+                raise PriorError(
+                    f"the name maps of the priors disagree: {prefix} is mapped to {rules[prefix]!r} and {canonical!r}"
+                )
     layers = [record.get("layers") for record in records]
     return {
         "modules": list(dict.fromkeys(module for record in records for module in record.get("modules", ()))),

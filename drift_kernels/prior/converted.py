@@ -1,4 +1,4 @@
-"""A prior for a model that a trainer holds in its own layout: its deltas take the way that the weights take."""
+"""A prior for a model that a trainer holds in its own layout: deltas are converted like the weights."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .stored import norm_fault
 
 Shape = tuple[int, ...]
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Tensors of a checkpoint, by canonical names -> what the model holds of them, by live names. A live tensor that is
-made of several is left out if one of them is missing. Takes tensors on the meta device too."""
+"""Converts tensors of a checkpoint, by canonical name, to those of the model, by live name. A live tensor that is made
+of several is left out if one of them is missing. Must accept tensors on the meta device too."""
 
 
 class ConvertedPrior(Prior):
-    """A prior whose deltas are converted as a trainer converts a checkpoint's weights: renamed, their rows permuted,
-    joined. A conversion that only moves elements makes of a difference of weights the difference of what it makes of
-    them.
+    """A prior whose deltas are converted in the way that a trainer converts a checkpoint's weights: renamed, joined,
+    their rows permuted. A conversion that only moves elements commutes with differences, so it can be applied to
+    deltas.
 
-    Deltas keep their names, by which alpha's patterns and modules go. What is converted is one live parameter's deltas,
-    when they are read; a shard is cut out of that.
+    Deltas keep their names, which patterns of alpha and modules refer to. The deltas of one live parameter are
+    converted when they are read; a shard is cut from the result.
 
     Args:
-        prior: the deltas, as checkpoints store the weights.
-        shapes: of the weights as a checkpoint of this model stores them, by canonical name.
+        prior: the deltas, in the layout of checkpoints.
+        shapes: the shapes of the weights in a checkpoint of this model, by canonical name.
         convert: the conversion.
     """
 
@@ -47,7 +47,7 @@ class ConvertedPrior(Prior):
         self._sources = self._trace([name for name in known if name not in self._other_shapes])
 
     def _trace(self, names: Iterable[str]) -> dict[str, Source]:
-        """By live name, of which deltas its own is made. Layer by layer, of what has no layer each by itself."""
+        """The sources of live parameters, by live name. Deltas in a layer are traced together, others singly."""
         groups: dict[int | str, list[str]] = defaultdict(list)
         for name in names:
             layer = layer_of(name)
@@ -59,7 +59,7 @@ class ConvertedPrior(Prior):
                 if isinstance(made, _Traced):
                     shape = tuple(made.shape)
                     into = tuple(slice(0, size) for size in shape)
-                    # None of them is the delta as it is stored, and so `transposed`.
+                    # `transposed` marks that none of them is a stored delta without changes.
                     parts = [Part(name, into, transposed=True) for name in sorted(made.names, key=natural_key)]
                     sources[live] = Source(live, shape, tuple(parts))
         return sources
@@ -86,24 +86,24 @@ class ConvertedPrior(Prior):
     def load_stored(
         self, name: str | Source, device: torch.device | str | None = None, *, copy: bool = True, box: Box | None = None
     ) -> Delta:
-        """As of any prior; of a live parameter's source, what the conversion makes of its deltas.
+        """As for any prior; for the source of a live parameter, convert its deltas.
 
-        Raises PriorError when that has another norm than they have: then the conversion does more than to move
-        elements, and what it makes of a difference is no difference.
+        Raises PriorError if the result has another norm: then the conversion does not only move elements, and cannot be
+        applied to a difference.
         """
         if not isinstance(name, Source):
             return super().load_stored(name, device, copy=copy, box=box)
         made = self._convert({part.name: self.load(part.name) for part in name.parts})[name.name].detach()
         if fault := norm_fault(norm_of(made), self.info(name).delta_norm):
             raise PriorError(
-                f"{name.name}: the trainer's conversion of checkpoints changes values, not only their places (the "
-                f"converted delta is {fault}): a prior cannot be converted by it"
+                f"{name.name}: cannot convert the prior, because the trainer's conversion of checkpoints changes "
+                f"values, not only their positions (the converted delta is {fault})"
             )
         return (made if box is None else made[box].clone()).contiguous().to(device or made.device)
 
 
 class _Traced(Tensor):
-    """A tensor without values that knows which deltas it is made of."""
+    """A tensor without values that tracks which deltas it is made of."""
 
     names: frozenset[str]
 

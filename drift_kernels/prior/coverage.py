@@ -87,7 +87,7 @@ class Coverage:
         deltas = bound + len(self.shape_mismatches) + len(self.prior_only)
         lines = [f"{bound} of {deltas} deltas are bound to parameters"]
         if self.shape_mismatches:
-            shown = [f"{param} {list(a)} against {list(b)}" for param, _, a, b in self.shape_mismatches]
+            shown = [f"{param} {list(a)} vs. {list(b)}" for param, _, a, b in self.shape_mismatches]
             lines.append(f"  {len(shown)} differ in shape: {some(shown)}")
         if self.prior_only:
             lines.append(f"  {len(self.prior_only)} deltas have no parameter: {some(self.prior_only)}")
@@ -98,10 +98,10 @@ class Coverage:
             lines.append(f"  {joined} deltas are joined in {parameters} parameters{why}")
         if any("lora_" in param for param in self.model_only):
             lines.append(
-                "  adapters (LoRA) have no deltas of their own: use drift_kernels.integrations.peft.lora_prior"
+                "  adapters (LoRA) have no deltas in the prior: use drift_kernels.integrations.peft.lora_prior"
             )
         if any(map(of_one_expert, self.prior_only)) and any(map(of_all_experts, self.model_only)):
-            lines.append("  this model holds its experts fused, and the prior lacks some of what they are made of")
+            lines.append("  this model holds its experts fused, but the prior lacks some of the deltas to fuse")
         return "\n".join(lines)
 
 

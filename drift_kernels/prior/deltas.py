@@ -1,4 +1,4 @@
-"""What a delta may be: a tensor, codes with scales, or two factors; and what is done to each of them alike."""
+"""The representations of a delta (a tensor, codes with scales, or two factors), and functions for all of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .norms import norm
 from .quantized import QuantizedDelta
 
 Delta = Tensor | QuantizedDelta | LowRankDelta
-"""A tensor is float32 or bfloat16. All have `shape`, `dtype`, `device` and `to`."""
+"""Tensors are float32 or bfloat16. All have `shape`, `dtype`, `device` and `to`."""
 
 
 def expanded(delta: Delta) -> Tensor:
-    """The delta as a tensor; a tensor itself."""
+    """The delta as a tensor; a tensor is returned unchanged."""
     return delta if isinstance(delta, Tensor) else delta.expand()
 
 
@@ -27,14 +27,14 @@ def norm_of(delta: Delta) -> float:
 
 
 def tensors_of(delta: Delta) -> tuple[Tensor, ...]:
-    """What a delta is held in."""
+    """The tensors that make up a delta."""
     if isinstance(delta, Tensor):
         return (delta,)
     return (delta.codes, delta.scales) if isinstance(delta, QuantizedDelta) else (delta.left, delta.right)
 
 
 def with_rows(delta: Delta, rows: int) -> Delta:
-    """A delta with rows of zeros below its own, `rows` in all."""
+    """Extend a delta to `rows` rows with zeros."""
     if isinstance(delta, LowRankDelta):
         return LowRankDelta(_extended(delta.left, (rows, delta.rank)), delta.right)
     shape = (rows, *delta.shape[1:])

@@ -1,8 +1,8 @@
-"""Weights that a checkpoint does not hold as they are: quantised, or with adapters that are not merged.
+"""Detection of weights that are quantised, or that have unmerged adapters.
 
-FP8 with scales is read as plain weights (scaled.py), and so is an adapter over a base (adapted.py). Other names are not
-those of plain weights, so a build would pass over them, and make a prior of what is left: of the biases alone. Both are
-refused where a weight that was asked for is affected; a quantised vision tower does not matter.
+FP8 with scales is read as plain weights (scaled.py), and so is an adapter over a base (adapted.py). Other encodings use
+other names, so a build would ignore these weights and make a prior of the rest: of the biases alone. It is an error if
+a selected weight is affected; a quantised vision tower does not matter.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .checkpoint import Checkpoint
 from .files import FLOATING, Source
 from .scaled import CODES_OF_SCALES
 
-# What follows a module's name in the tensors that stand for its weight, by method. Some methods share names: the
-# checkpoint's config, where it names a method, knows better.
+# The suffixes of a module's name in the tensors that replace its weight, by method. Some methods share names; if the
+# checkpoint's config names a method, that takes precedence.
 _QUANTISED = (
     ("bitsandbytes", r"\.weight\.(?:absmax|quant_map|nested_\w+|quant_state\..+)|\.(?:SCB|weight_format)"),
     ("GPTQ or AWQ", r"\.(?:qweight|qzeros|g_idx)"),
@@ -38,7 +38,7 @@ _GGUF = re.compile(r"blk\.\d+\.(?:attn|ffn)_\w+\.weight")
 
 
 def check_not_gguf(role: str, checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Raises CheckpointError for the tensor names of GGUF, among which there is no layer to be found."""
+    """Raise CheckpointError for tensor names of GGUF, in which no layers can be found."""
     if found := list(filter(_GGUF.fullmatch, names)):
         raise CheckpointError(_quantised(role, checkpoint, found[0], "GGUF names", len(found)))
 
@@ -46,12 +46,12 @@ def check_not_gguf(role: str, checkpoint: Checkpoint, names: Iterable[str]) -> N
 def check_encodings(
     role: str, checkpoint: Checkpoint, tensors: Mapping[str, Source], wanted: Iterable[str], found: set[str]
 ) -> None:
-    """Raises CheckpointError if weights that are asked for are quantised, or carry adapters.
+    """Raise CheckpointError if selected weights are quantised or have unmerged adapters.
 
     Args:
-        tensors: the checkpoint's, by canonical name.
-        wanted: canonical names that are asked for and that another checkpoint has.
-        found: the names that `marked_weights` gave for this one and that are asked for.
+        tensors: the checkpoint's tensors, by canonical name.
+        wanted: selected canonical names that any of the checkpoints has.
+        found: selected names that `marked_weights` found in this checkpoint.
     """
     asked = {*wanted, *found}
     parts = _parts_of_modules(tensors, {name.removesuffix(".weight") for name in asked})
@@ -74,21 +74,21 @@ def check_encodings(
             quantised.append((name, methods[0] if methods else ""))
     if adapted:
         raise CheckpointError(
-            f"{checkpoint.folder}: the {role} holds adapters that are not merged into their weights ({len(adapted)} of "
-            f"the tensors that were asked for, such as {adapted[0]}). Save the adapter alone, with PEFT's "
-            "save_pretrained, and give BASE+ADAPTER; or save model.merge_and_unload()"
+            f"{checkpoint.folder}: the {role} contains adapters that are not merged ({len(adapted)} of the selected "
+            f"tensors, such as {adapted[0]}). Save only the adapter, with PEFT's save_pretrained, and pass "
+            "BASE+ADAPTER; or save model.merge_and_unload()"
         )
     if unscaled:
         raise CheckpointError(
-            f"{checkpoint.folder}: the {role} holds FP8 codes without scales: {len(unscaled)} of the tensors that were "
-            f"asked for, such as {unscaled[0]}"
+            f"{checkpoint.folder}: the {role} contains FP8 codes without scales: {len(unscaled)} of the selected "
+            f"tensors, such as {unscaled[0]}"
         )
     if quantised:
         raise CheckpointError(_quantised(role, checkpoint, *quantised[0], len(quantised)))
 
 
 def marked_weights(names: Iterable[str]) -> set[str]:
-    """The canonical names of the weights that other tensors of these names stand for."""
+    """The canonical names of the weights that are replaced by other tensors among these names."""
     found = set()
     for name in names:
         if name.endswith((".weight", ".bias")) and not _ADAPTED.search(name):
@@ -105,7 +105,7 @@ def _method(name: str) -> str | None:
 
 
 def _parts_of_modules(names: Iterable[str], modules: set[str]) -> dict[str, set[str]]:
-    """Each of these modules -> what follows its name in the tensors below it."""
+    """Map each of these modules to the suffixes of its name in the tensors below it."""
     parts: dict[str, set[str]] = {}
     for name in names:
         end = name.rfind(".")
@@ -119,8 +119,8 @@ def _parts_of_modules(names: Iterable[str], modules: set[str]) -> dict[str, set[
 def _quantised(role: str, checkpoint: Checkpoint, name: str, method: str, count: int) -> str:
     said = _method_of_config(checkpoint.config)
     return (
-        f"{checkpoint.folder}: the {role} is quantised ({said or method}): {count} of the tensors that were asked for "
-        f"are not plain weights, such as {name}; dequantise the checkpoint first"
+        f"{checkpoint.folder}: the {role} is quantised ({said or method}): {count} of the selected tensors are not "
+        f"plain weights, such as {name}; dequantise the checkpoint first"
     )
 
 

@@ -1,8 +1,8 @@
-"""Safetensors files, read in pieces.
+"""Reading safetensors files in pieces.
 
 The format is eight bytes (the header's length), a JSON header, and the tensors' bytes. Reading it here, into memory
-that the caller owns and reuses, keeps a build's memory flat whatever a tensor's size, and lets the same bytes be hashed
-in passing; writing it here (writing.py) needs no whole shard in memory.
+that the caller owns and reuses, keeps the memory of a build constant for any tensor size, and allows hashing the same
+bytes on the way. Writing it here (writing.py) needs no whole shard in memory.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Place(NamedTuple):
 
 
 class Source(ABC):
-    """What a tensor of a checkpoint is read from, a run of its elements at a time."""
+    """A tensor of a checkpoint, whose elements can be read run by run."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | str  # as it is read; a file's own code where torch has none
+    dtype: torch.dtype | str  # as it is read; the file's code, if torch does not have the dtype
 
     @property
     def numel(self) -> int:
@@ -72,10 +72,10 @@ class Source(ABC):
 
     @abstractmethod
     def places(self) -> Iterator[Place]:
-        """Where its bytes lie: all that reading it touches."""
+        """The places of all bytes that reading the tensor needs."""
 
     def read_flat_from(self, files: OpenFiles, begin: int, end: int) -> Tensor:
-        """Its elements from `begin` to `end`, in flat order, in memory of their own."""
+        """Read the elements from `begin` to `end`, in flat order, as a new tensor."""
         if not isinstance(self.dtype, torch.dtype):
             raise CheckpointError(f"{next(self.places()).path}: torch has no dtype {self.dtype}")
         flat = torch.empty(end - begin, dtype=self.dtype, device="cpu")
@@ -85,7 +85,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class StoredTensor(Source):
-    """A tensor as it lies in a file: its first byte's offset, and how many they are."""
+    """A tensor in a file: the offset of its first byte, and its number of bytes."""
 
     path: Path
     shape: tuple[int, ...]
@@ -94,11 +94,11 @@ class StoredTensor(Source):
     nbytes: int
 
     def read(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
+        """Read the whole tensor, as a new one."""
         return self.read_flat(0, self.numel).view(self.shape)
 
     def read_flat(self, begin: int, end: int) -> Tensor:
-        """Its elements from `begin` to `end`, in flat order, in memory of their own."""
+        """Read the elements from `begin` to `end`, in flat order, as a new tensor."""
         with closing(OpenFiles(1)) as files:
             return self.read_flat_from(files, begin, end)
 
@@ -111,14 +111,14 @@ class StoredTensor(Source):
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A .safetensors file's checked header: the place of every tensor."""
+    """The checked header of a .safetensors file: the place of every tensor."""
 
     path: Path
     tensors: dict[str, StoredTensor]
 
     @classmethod
     def inspect(cls, path: Path, files: OpenFiles | None = None) -> TensorFile:
-        """Read the header alone. Foreign, damaged and truncated files raise CheckpointError."""
+        """Read only the header. Raises CheckpointError if the file is damaged, truncated, or of another format."""
         if files is None:
             with closing(OpenFiles(1)) as files:
                 return cls.inspect(path, files)
@@ -126,7 +126,7 @@ class TensorFile:
         head = bytearray(min(size, 64))
         files.read(path, memoryview(head), 0)
         length = int.from_bytes(head[:8], "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
+        if length > min(size - 8, _MAX_HEADER):
             what = what_begins(bytes(head))
             found = f"not a safetensors file but {what}" if what else "truncated or not a safetensors file"
             raise CheckpointError(f"{path} ({size} bytes): {found}")
@@ -137,16 +137,16 @@ class TensorFile:
             entries.pop("__metadata__", None)
             tensors = {name: _stored_tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a safetensors file: its header cannot be read ({error})") from error
+            raise CheckpointError(f"{path}: not a safetensors file: cannot read its header ({error})") from error
         end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
         if end != size:
             state = "truncated" if size < end else "damaged"
-            raise CheckpointError(f"{path}: {state}: its header promises {end} bytes, the file has {size}")
+            raise CheckpointError(f"{path}: {state}: expected {end} bytes from its header, but the file has {size}")
         return cls(path, tensors)
 
 
 def inspect_shards(folder: Path, index_name: str, files: OpenFiles | None = None) -> dict[str, StoredTensor]:
-    """The place of every tensor of an index, by its shards' headers. Raises CheckpointError."""
+    """Find the place of every tensor in an index from the headers of the shards. Raises CheckpointError."""
     if files is None:
         with closing(OpenFiles(1)) as files:
             return inspect_shards(folder, index_name, files)
@@ -154,25 +154,25 @@ def inspect_shards(folder: Path, index_name: str, files: OpenFiles | None = None
     shards = {}
     for shard in sorted(set(weight_map.values())):
         if not files.has(folder / shard) and not (folder / shard).is_symlink():
-            raise CheckpointError(f"{folder}: {index_name} names {shard}, which is not there")
+            raise CheckpointError(f"{folder}: {shard} is missing, but listed in {index_name}")
         shards[shard] = TensorFile.inspect(folder / shard, files)
     for name, shard in weight_map.items():
         if name not in shards[shard].tensors:
-            raise CheckpointError(f"{folder / shard}: lacks {name}, which {index_name} places there")
+            raise CheckpointError(f"{folder / shard}: {name} is missing, but listed in {index_name}")
     return {name: shards[shard].tensors[name] for name, shard in weight_map.items()}
 
 
 def shards_by_name(index: Path) -> dict[str, str]:
-    """Tensor -> shard, as an index has it. Raises CheckpointError."""
+    """Read the map from tensors to shards in an index. Raises CheckpointError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map in it")
+        raise CheckpointError(f"{index}: it has no weight_map")
     return weight_map
 
 
 def boxes_of(flat: Tensor, start: int, columns: int) -> Iterator[tuple[Tensor, int, int]]:
-    """A run of elements, from `start` on, of rows of so many columns, as boxes: a view [rows, width] of `flat`, and the
-    row and the column that it begins at. Rows that the run begins or ends within are boxes of their own."""
+    """Split a run of elements, from `start` on, of a matrix with `columns` columns into boxes: a view [rows, width] of
+    `flat`, and the row and column where it begins. Partial rows at the start and end of the run are separate boxes."""
     done = 0
     while done < flat.numel():
         row, column = divmod(start + done, columns)
@@ -184,7 +184,7 @@ def boxes_of(flat: Tensor, start: int, columns: int) -> Iterator[tuple[Tensor, i
 
 
 def size_in_bytes(tensor: TensorType) -> int:
-    """The bytes of a tensor of this dtype and shape."""
+    """The number of bytes of a tensor of this dtype and shape."""
     dtype, shape = tensor
     return math.prod(shape) * dtype.itemsize
 
@@ -199,5 +199,5 @@ def _stored_tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: 
     dtype = _DTYPES.get(code, code)
     nbytes = math.prod(shape) * dtype.itemsize if isinstance(dtype, torch.dtype) else end - begin
     if not 0 <= begin <= end or nbytes != end - begin:
-        raise ValueError(f"{name}: {code}{list(shape)} does not fill bytes {begin} to {end}")
+        raise ValueError(f"{name}: {code}{list(shape)} does not match bytes {begin} to {end}")
     return StoredTensor(path, shape, dtype, data_start + begin, nbytes)

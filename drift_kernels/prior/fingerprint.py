@@ -1,4 +1,4 @@
-"""Fingerprints of deltas in memory; that of a folder follows from its record (record.py)."""
+"""Fingerprints of deltas in memory. The fingerprint of a folder is computed from its record (record.py)."""
 
 from __future__ import annotations
 

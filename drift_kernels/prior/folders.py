@@ -1,4 +1,4 @@
-"""Folders that are written beside their place, and take their name when they are complete."""
+"""Folders that are written under a temporary name, and renamed when they are complete."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger("drift_kernels")
 
 @dataclass(frozen=True)
 class NewFolder:
-    """A folder that is to be made at `target`.
+    """A folder to be created at `target`.
 
-    One that is there is replaced only if `overwrite`, and if it holds `record`, the file by which a folder of this kind
-    is known; `kind` is what messages call it.
+    An existing folder is replaced only if `overwrite`, and only if it contains `record`, the file that identifies this
+    kind of folder. `kind` is its name in messages.
     """
 
     target: Path
@@ -32,20 +32,20 @@ class NewFolder:
     overwrite: bool
 
     def check(self) -> None:
-        """Raises PriorError if something is in the way. Unfinished folders that lie beside are warned of."""
+        """Raise PriorError if the folder cannot be created. Warn of unfinished folders next to it."""
         self._check_target()
         beside = self.target.parent.glob(f"{self.target.name}{UNFINISHED_MARK}*")
         if leftovers := [path.name for path in beside]:
-            logger.warning("unfinished builds lie beside %s and may be deleted: %s", self.target, some(leftovers))
+            logger.warning("found unfinished builds next to %s, which can be deleted: %s", self.target, some(leftovers))
 
     def check_is_not_of(self, source: Path) -> None:
-        """Raises PriorError if the folder would take the place of `source`, an absolute path that is read."""
+        """Raise PriorError if the folder would replace `source`, an absolute path that is read."""
         if self.target == source or self.target in source.parents:
-            raise PriorError(f"{self.target} would take the place of {source}, which it is made of")
+            raise PriorError(f"{self.target} would replace {source}, which it is made from")
 
     @contextmanager
     def that_appears_complete(self) -> Iterator[Path]:
-        """A folder beside the target that takes its name when the block ends, and is removed when the block fails."""
+        """Yield a temporary folder, which is renamed to the target when the block ends, or removed if it fails."""
         target = self.target
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = target.with_name(f"{target.name}{UNFINISHED_MARK}{secrets.token_hex(4)}")
@@ -67,6 +67,6 @@ class NewFolder:
 
     def _check_target(self) -> None:
         if self.target.exists() and not self.overwrite:
-            raise PriorError(f"{self.target} exists already; overwrite=True (--overwrite) replaces it")
+            raise PriorError(f"{self.target} already exists; pass overwrite=True (--overwrite) to replace it")
         if self.target.exists() and not (self.target / self.record).exists():
-            raise PriorError(f"{self.target} exists and is not a {self.kind}, so it is not replaced")
+            raise PriorError(f"{self.target} exists but is not a {self.kind}, so it is not replaced")

@@ -1,4 +1,4 @@
-"""What is found where a safetensors checkpoint was expected, in words, and what to do about it."""
+"""Messages for what is found instead of a safetensors checkpoint, with advice."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 from .names import some
 
 _GGUF = (
-    "take the safetensors checkpoint that it was made from, or save it as one with transformers, "
+    "use the safetensors checkpoint that it was made from, or convert it with transformers, "
     "from_pretrained(folder, gguf_file=...).save_pretrained(...)"
 )
-_BEGINNINGS = (  # of files, in lower case
-    (b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS: run `git lfs pull` in its folder"),
+_BEGINNINGS = (  # the first bytes of files, in lower case
+    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer: run `git lfs pull` in its folder"),
     (b"gguf", f"a GGUF file: {_GGUF}"),
-    (b"pk\x03\x04", "a file of torch.save: save the model again with save_pretrained, as safetensors"),
-    (b"<!doctype", "a web page: download the file again, logged in if need be"),
-    (b"<html", "a web page: download the file again, logged in if need be"),
+    (b"pk\x03\x04", "a torch.save file: save the model again with save_pretrained, as safetensors"),
+    (b"<!doctype", "a web page: download the file again, logged in if necessary"),
+    (b"<html", "a web page: download the file again, logged in if necessary"),
 )
-_NAMES = (  # the first whose pattern is found
+_NAMES = (  # the first entry with a matching pattern applies
     (
         ("adapter_config.json", "adapter_model.*"),
         "a PEFT (LoRA) adapter",
-        "it is no whole model: give BASE+ADAPTER, its base and this (or merge them: merge_and_unload())",
+        "it is not a whole model: pass BASE+ADAPTER, its base and this folder (or merge them: merge_and_unload())",
     ),
     (("*.gguf",), "GGUF files", _GGUF),
-    (("consolidated*", "*.pth"), "weights in their authors' own format", "take the checkpoint for transformers"),
+    (("consolidated*", "*.pth"), "weights in their authors' format", "use the checkpoint for transformers"),
     (
         ("*.safetensors",),
         "safetensors files without an index",
@@ -34,27 +34,28 @@ _NAMES = (  # the first whose pattern is found
     ),
     (("*.bin", "*.pt"), "PyTorch .bin files", "save the model again with save_pretrained, as safetensors"),
     (("*.distcp", "zero_to_fp32.py"), "a training checkpoint", "save the model with save_pretrained, as safetensors"),
-    (("snapshots",), "a model in the Hub's cache", "give one of the folders in snapshots, or the Hub id"),
+    (("snapshots",), "a model in the Hub's cache", "pass one of the folders in snapshots, or the Hub id"),
 )
 
 
 def what_begins(head: bytes) -> str | None:
-    """What a file is that begins like this, if it is among what often takes the place of a safetensors file."""
+    """The type of a file that begins with these bytes, if it is one often found instead of a safetensors file."""
     return next((what for beginning, what in _BEGINNINGS if head[:64].lower().startswith(beginning)), None)
 
 
 def what_lies_in(folder: Path) -> str:
-    """What was found in a folder, which has no checkpoint, and what to do. Raises OSError when it cannot be listed."""
+    """The message for a folder without a checkpoint: what was found, and what to do. Raises OSError if the folder
+    cannot be listed."""
     paths = sorted(folder.iterdir())
     if not paths:
         return "the folder is empty"
     if dangling := [path.name for path in paths if path.is_symlink() and not path.exists()]:
-        return f"found links to files that are not there ({some(dangling)}): download the model again"
+        return f"found links to files that do not exist ({some(dangling)}): download the model again"
     return what_they_are([path.name for path in paths])
 
 
 def what_they_are(names: Sequence[str]) -> str:
-    """The same by the names of files alone."""
+    """The same, given only the names of the files."""
     for patterns, what, advice in _NAMES:
         if found := [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]:
             return f"found {what} ({some(found)}): {advice}"

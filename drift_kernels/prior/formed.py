@@ -1,4 +1,4 @@
-"""The deltas of a build in the form in which they are stored."""
+"""The deltas of a build in their storage form."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .pairing import Pair
 from .singular import Rows, factorise, rows_of, tile_rows
 from .stream import DeltaStream
 
-_IN_MEMORY = 1 << 27  # elements; a larger matrix is read again whenever its rows are needed
+_IN_MEMORY = 1 << 27  # elements; a larger matrix is read again each time its rows are needed
 
 
 class FormedDeltas:
-    """The deltas of a stream, in the form in which they are stored."""
+    """The deltas of a stream in their storage form."""
 
     def __init__(self, stream: DeltaStream, form: Form) -> None:
         self._stream = stream
         self._form = form
-        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")  # for one matrix after the other
+        self._memory = torch.empty(0, dtype=torch.float32, device="cpu")  # reused for each matrix
         self._measures: dict[str, dict[str, Any]] = {}  # of low-rank deltas
 
     def deltas(self, pairs: Iterable[Pair]) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
-        """As `DeltaStream.deltas`: how many elements are done, and what to append to which tensors of the files."""
+        """Like `DeltaStream.deltas`, but yields the number of elements with the tensors to append to the files."""
         for whole, some in groupby(pairs, lambda pair: self._form.rank_of(pair.shape) is None):
             if whole:
                 with closing(self._stream.deltas(some)) as pieces:
@@ -40,7 +40,7 @@ class FormedDeltas:
                     yield pair.numel, self._factors(pair)
 
     def measure(self, pair: Pair) -> dict[str, Any]:
-        """As `DeltaStream.measure`; of a low-rank delta also what `DeltaInfo` says of it."""
+        """Like `DeltaStream.measure`; for a low-rank delta also its fields of `DeltaInfo`."""
         return self._stream.measure(pair) | self._measures.get(pair.name, {})
 
     def _factors(self, pair: Pair) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ class FormedDeltas:
         return dict(zip(factor_names(pair.name), (delta.left.view(-1), delta.right.view(-1)), strict=True))
 
     def _rows(self, pair: Pair) -> Rows:
-        """The rows of the exact delta, which has been read once."""
+        """The rows of the exact delta, after reading it once."""
         if pair.numel > _IN_MEMORY:
             for _ in self._stream.exact(pair):
                 pass
@@ -73,7 +73,7 @@ class FormedDeltas:
         return rows_of(flat.view(pair.shape))
 
     def _read_rows(self, pair: Pair) -> Iterator[Tensor]:
-        """The rows, of which each tile has memory of its own."""
+        """Yield the rows; each tile is a new tensor."""
         columns, left = pair.shape[1], pair.numel
         with closing(self._stream.exact(pair, first=False)) as pieces:
             piece = torch.empty(0, dtype=torch.float32, device="cpu")

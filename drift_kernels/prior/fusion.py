@@ -1,9 +1,10 @@
-"""How the delta of a live parameter is made of stored ones, where a model in memory holds other tensors than its files.
+"""Rules for making the delta of a live parameter from stored deltas, if a model in memory has other tensors than its
+files.
 
-transformers 5 joins and renames tensors inside layers as it loads them: experts that are stored one by one become one
-parameter, `experts.gate_up_proj` [experts, rows of gate and of up, columns], `block_sparse_moe` becomes `mlp`. The
-rules are its conversion_mapping.py's, as far as they concern language models; shapes are checked. Each is read in both
-directions: a prior made of a live model's names binds to a model that holds its experts one by one.
+transformers 5 joins and renames tensors inside layers when it loads them: experts that are stored one by one become one
+parameter, `experts.gate_up_proj` [experts, rows of gate and of up, columns]; `block_sparse_moe` becomes `mlp`. The
+rules are those of its conversion_mapping.py for language models; shapes are checked. Each applies in both directions: a
+prior with the names of a live model also fits a model that holds its experts one by one.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from .quantized import Box
 
 Shape = tuple[int, ...]
 
-# What is called otherwise: (in memory, on disk). Read from the top: a rule may go on from what one above it gave.
+# Different spellings: (in memory, on disk). Applied from the top; a rule may apply to the result of one above it.
 _SPELLINGS = (
     (".mlp.", ".block_sparse_moe."),  # Mixtral, MiniMax, Phi-3.5-MoE, Kimi-Linear
-    (".mlp.text_moe.", ".mlp."),  # ERNIE 4.5 VL; its vision experts have none of a text model
+    (".mlp.text_moe.", ".mlp."),  # ERNIE 4.5 VL; its vision experts have no counterpart in a text model
     (".mlp.shared_experts.", ".mlp.shared_expert."),  # Laguna
     (".mlp.shared_experts.", ".mlp.shared_mlp."),  # HunYuan 3
     (".mlp.shared_experts.", ".share_expert."),  # Step 3.7, as the next two
@@ -42,13 +43,13 @@ _SPELLINGS = (
     (".attention.o_proj.", ".attention.dense."),
 )
 
-# What is joined, one below the other: in memory, and on disk in one of these ways.
+# Matrices joined along rows: the name in memory, and the possible names on disk.
 _JOINS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("w2",),),
     "conv1d": (("q_conv1d", "k_conv1d", "v_conv1d"),),
 }
-# What is stacked, expert by expert.
+# Matrices stacked by expert.
 _STACKS = {
     "gate_up_proj": _JOINS["gate_up_proj"],
     "down_proj": (("down_proj",), ("w2",)),
@@ -68,7 +69,7 @@ _OF_ALL_EXPERTS = re.compile(rf"\.experts\.(?:{'|'.join(_STACKS)})")
 class Part:
     """A stored delta, or a box of it, and the box of the live parameter that it fills.
 
-    A stored matrix fills one of a stack of matrices; `transposed` swaps its last two dimensions.
+    A stored matrix can fill one matrix of a stack; `transposed` swaps its last two dimensions.
     """
 
     name: str
@@ -79,8 +80,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """What the delta of a live parameter is made of. `name` is the parameter's canonical name; `shape` is what the
-    parts make together, which is the parameter's shape if they belong to its model."""
+    """The parts that make the delta of a live parameter. `name` is the parameter's canonical name; `shape` is that of
+    all parts together, which is the parameter's shape if they belong to its model."""
 
     name: str
     shape: Shape
@@ -88,35 +89,35 @@ class Source:
 
     @classmethod
     def stored(cls, name: str, shape: Shape, stored_name: str | None = None) -> Source:
-        """One stored delta as it is, maybe under another name."""
+        """The source that is one stored delta, maybe under another name."""
         return cls(name, shape, (Part(stored_name or name, _all_of(shape)),))
 
     @property
     def single(self) -> Part | None:
-        """The part, if one stored delta as it is makes the whole."""
+        """The only part, if the source is one stored delta without changes."""
         part = self.parts[0]
         return part if len(self.parts) == 1 and part.of is None and not part.transposed else None
 
 
 def of_one_expert(name: str) -> bool:
-    """Whether a tensor belongs to one expert alone: `layers.3.mlp.experts.0.up_proj.weight`."""
+    """Whether a tensor belongs to a single expert: `layers.3.mlp.experts.0.up_proj.weight`."""
     return _OF_ONE_EXPERT.search(name) is not None
 
 
 def of_all_experts(name: str) -> bool:
-    """Whether a tensor holds those of all experts, fused: `layers.3.mlp.experts.gate_up_proj`."""
+    """Whether a tensor holds the fused matrices of all experts: `layers.3.mlp.experts.gate_up_proj`."""
     return _OF_ALL_EXPERTS.search(name) is not None
 
 
 def expert_of(name: str) -> tuple[str, int] | None:
-    """The experts that a single expert's weight belongs to, and its number among them."""
+    """The group of experts that a single expert's weight belongs to, and the number of the expert."""
     match = _SINGLE_EXPERT.fullmatch(name)
     return None if match is None else (match[1], int(match[2]))
 
 
 def place_in_stack(name: str, stacks: Container[str]) -> tuple[str, str, int, int] | None:
-    """Where a single expert's weight lies among fused ones: the stack's name, what stands before the expert's number,
-    and which of how many equal parts of the rows."""
+    """The position of a single expert's weight in a fused stack: the stack's name, the name up to the expert's number,
+    and the index and number of the equal parts that the rows are divided into."""
     if match := _SINGLE_EXPERT.fullmatch(name):
         for fused, index, count in _places(_STACKS, match[3]):
             for stack in _spellings(match[1] + fused):
@@ -126,16 +127,16 @@ def place_in_stack(name: str, stacks: Container[str]) -> tuple[str, str, int, in
 
 
 def stored_names(delta: str | Source) -> tuple[str, ...]:
-    """The names of the stored deltas that one is made of."""
+    """The names of the stored deltas that a delta is made of."""
     return (delta,) if isinstance(delta, str) else tuple(part.name for part in delta.parts)
 
 
 def find_sources(live: Iterable[tuple[str, str, Shape]], stored: Mapping[str, Shape]) -> dict[str, Source]:
-    """The sources of those live parameters (live name, canonical name, shape) that have one, by live name.
+    """Return the sources of the live parameters (live name, canonical name, shape) that have one, by live name.
 
-    `stored` holds the shapes of a prior's deltas. Names come first, rules for what no parameter claims by name. A
-    source may have another shape than its parameter: then they are of different models. Raises PriorMismatchError when
-    two parameters claim one delta.
+    `stored` holds the shapes of a prior's deltas. Parameters are matched by name first; rules apply to the deltas that
+    are left. A source may have another shape than its parameter, which then belongs to a different model. Raises
+    PriorMismatchError if two parameters claim one delta.
     """
     claimed: dict[str, str] = {}
     sources: dict[str, Source] = {}
@@ -165,7 +166,7 @@ def _claim(claimed: dict[str, str], name: str, param: str) -> None:
 
 
 def _made(name: str, shape: Shape, stored: Mapping[str, Shape]) -> Source | None:
-    """The source that a rule gives, of the parameter's shape; or else, if all its experts are there, of another."""
+    """The source that a rule gives for the parameter's shape; otherwise one of several parts with another shape."""
     found = [source for spelled in _spellings(name) for source in _candidates(name, spelled, shape, stored)]
     fitting = [source for source in found if source.shape == shape]
     return next(iter(fitting or [source for source in found if len(source.parts) > 1]), None)
@@ -190,7 +191,7 @@ def _candidates(name: str, spelled: str, shape: Shape, stored: Mapping[str, Shap
 
 
 def _spellings(name: str) -> list[str]:
-    """The name itself, what it may be called on disk, and what it may be called in memory."""
+    """The name itself, and its possible spellings on disk and in memory."""
     found = [name]
     for one, other in _SPELLINGS:
         found += [new for known in found if (new := known.replace(one, other, 1)) not in found]
@@ -198,7 +199,7 @@ def _spellings(name: str) -> list[str]:
 
 
 def _as_shaped(name: str, stored_name: str, shape: Shape, stored: Mapping[str, Shape]) -> Source:
-    """One stored delta; fused experts transposed if that gives the shape (Qwen3-VL-MoE stores them so)."""
+    """A source of one stored delta; fused experts are transposed if that gives the shape (as in Qwen3-VL-MoE)."""
     found = stored[stored_name]
     if found != shape and len(found) == 3 and (found[0], found[2], found[1]) == shape and _STACKED.fullmatch(name):
         return Source(name, shape, (Part(stored_name, _all_of(shape), transposed=True),))
@@ -221,8 +222,8 @@ def _joined(name: str, names: list[str], stored: Mapping[str, Shape]) -> Iterato
 
 
 def _stacked(name: str, stem: str, leaves: tuple[str, ...], stored: Mapping[str, Shape]) -> Iterator[Source]:
-    """As many experts as are stored in the shapes of the first; and these with each matrix transposed, as
-    transformers 4 holds Qwen3-VL-MoE's."""
+    """A stack of all stored experts that have the shapes of the first; and the same with each matrix transposed, as in
+    Qwen3-VL-MoE with transformers 4."""
     shapes = [stored.get(f"{stem}0.{leaf}.weight") for leaf in leaves]
     parts: list[Part] = []
     expert = 0
@@ -236,7 +237,7 @@ def _stacked(name: str, stem: str, leaves: tuple[str, ...], stored: Mapping[str,
             parts.append(Part(f"{stem}{expert}.{leaf}.weight", into))
             rows = into[1].stop
         expert += 1
-    if len(parts) == 1:  # a stack of one matrix has another shape than what is stored
+    if len(parts) == 1:  # a stack of one matrix does not have the stored shape
         parts = [replace(parts[0], of=_all_of(stored[parts[0].name]))]
     if parts:
         rows, columns = parts[-1].into[1].stop, parts[-1].into[2].stop
@@ -246,7 +247,7 @@ def _stacked(name: str, stem: str, leaves: tuple[str, ...], stored: Mapping[str,
 
 
 def _places(rules: Mapping[str, tuple[tuple[str, ...], ...]], leaf: str) -> Iterator[tuple[str, int, int]]:
-    """Where a leaf lies in what is joined: its name, and which of how many parts of the rows."""
+    """The fused tensors that a leaf may be in: their name, and the index and number of parts that the rows have."""
     for fused, ways in rules.items():
         yield from ((fused, leaves.index(leaf), len(leaves)) for leaves in ways if leaf in leaves)
 
@@ -254,7 +255,7 @@ def _places(rules: Mapping[str, tuple[tuple[str, ...], ...]], leaf: str) -> Iter
 def _slice(
     name: str, fused: str, shape: Shape, stored: Mapping[str, Shape], place: tuple[int | None, int, int]
 ) -> Iterator[Source]:
-    """One of `count` equal parts of the rows of a stored delta, or of those of one expert in it."""
+    """A source that is one of `count` equal parts of the rows of a stored delta, or of one expert in it."""
     expert, index, count = place
     whole = stored.get(fused)
     expected = (count * shape[0], *shape[1:])

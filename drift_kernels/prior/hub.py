@@ -1,4 +1,4 @@
-"""A folder for what the user typed: a local folder, or a Hugging Face Hub id that is downloaded, or read in parts."""
+"""Local folders for what a user names: a folder, or a Hugging Face Hub id that is downloaded or read in parts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ logger = logging.getLogger("drift_kernels")
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # org/name, or org/name@revision
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CACHED = re.compile(r"models--([\w-][\w.-]*)--([\w-][\w.-]*)")  # what the Hub's cache calls the folder of org/name
+_CACHED = re.compile(r"models--([\w-][\w.-]*)--([\w-][\w.-]*)")  # the folder of org/name in the Hub's cache
 
 
 def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: str | None = None) -> Path:
-    """The local folder of `source`, as an absolute path.
+    """Return the local folder of `source`, as an absolute path.
 
-    Of a Hub id, `files` (names, or patterns of them) are downloaded, and the shards that the file `index` names if
-    there is no model.safetensors; nothing else that may lie beside them (original/, consolidated.safetensors). Raises
-    CheckpointError when `source` is neither a folder nor a Hub id that can be fetched.
+    For a Hub id, downloads `files` (names or patterns), and the shards listed in the file `index` if there is no
+    model.safetensors, but no other files next to them (original/, consolidated.safetensors). Raises CheckpointError if
+    `source` is neither a folder nor a Hub id that can be fetched.
     """
     if isinstance(found := _find(source), Path):
         return found
@@ -42,11 +42,11 @@ def local_folder(source: str | os.PathLike[str], files: Sequence[str], index: st
 
 
 def checkpoint_folder(source: str | os.PathLike[str], config: str) -> tuple[Path, OpenFiles | None]:
-    """The folder of a checkpoint, and what its files are read by, if not all of them are there.
+    """Return the folder of a checkpoint, and the reader of its files, if not all of them are local.
 
-    Of a Hub id that is not in the Hub's cache, the file `config` and the index are downloaded, and of the others the
-    headers; the rest is fetched when it is asked for. Whole files are downloaded if the server, or a Hub client older
-    than 1.0, cannot do otherwise. Raises CheckpointError as `local_folder` does.
+    For a Hub id that is not in the Hub's cache, downloads the file `config`, the index, and the headers of the other
+    files; the rest is fetched when it is needed. If the server, or a Hub client older than 1.0, does not support this,
+    downloads whole files. Raises CheckpointError like `local_folder`.
     """
     if isinstance(found := _find(source), Path):
         return found, None
@@ -55,7 +55,7 @@ def checkpoint_folder(source: str | os.PathLike[str], config: str) -> tuple[Path
             with _fetching(source, NoRangesError):
                 return _open_partly(source, *found, config)
         except NoRangesError:
-            logger.warning("%s: the server sends no parts of files: whole files are downloaded", source)
+            logger.warning("%s: downloading whole files, because the server does not send parts of files", source)
     return local_folder(source, (SINGLE_NAME, INDEX_NAME, config), INDEX_NAME), None
 
 
@@ -64,7 +64,8 @@ def is_hub_id(text: str) -> bool:
 
 
 def public_name(source: str | os.PathLike[str]) -> str:
-    """A Hub id, or a folder's own name: for records, which go wherever a prior goes, and no machine's paths with it."""
+    """The Hub id or the base name of a folder, for records, which are published with a prior and must not contain
+    local paths."""
     path = Path(source).expanduser()
     if not path.is_dir():
         return str(source)
@@ -74,14 +75,14 @@ def public_name(source: str | os.PathLike[str]) -> str:
 
 
 def _find(source: str | os.PathLike[str]) -> Path | tuple[str, str | None]:
-    """A local folder, or a repository and a revision."""
+    """Find a local folder, or else a repository and a revision."""
     path = Path(source).expanduser().absolute()
     if exists(path):
         if not path.is_dir():
             raise CheckpointError(f"{source}: expected a folder, found {_kind(path)}")
         return path
     if path.is_symlink():
-        raise CheckpointError(f"{source}: a link to {path.readlink()}, which is not there")
+        raise CheckpointError(f"{source}: a link to {path.readlink()}, which does not exist")
     hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
     if not hub_id:
         raise CheckpointError(f"{source}: no such folder")
@@ -89,14 +90,14 @@ def _find(source: str | os.PathLike[str]) -> Path | tuple[str, str | None]:
         import huggingface_hub  # noqa: F401
     except ImportError as error:
         raise CheckpointError(
-            f"{source}: no such folder; to fetch it from the Hub, pip install huggingface_hub ({error})"
+            f"{source}: no such folder; to fetch it from the Hub, run pip install 'drift_kernels[hub]' ({error})"
         ) from error
     return hub_id[1], hub_id[2]
 
 
 @contextmanager
 def _fetching(source: str | os.PathLike[str], *known: type[Exception]) -> Iterator[None]:
-    """The Hub's client raises errors of its own and of the libraries that it stands on: they become CheckpointError."""
+    """Convert the errors of the Hub's client, and of the libraries that it uses, to CheckpointError."""
     try:
         yield
     except Exception as error:
@@ -104,14 +105,14 @@ def _fetching(source: str | os.PathLike[str], *known: type[Exception]) -> Iterat
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{source}: no such folder, and not fetched from the Hub ({type(error).__name__}: {reason})"
+            f"{source}: no such folder, and cannot be fetched from the Hub ({type(error).__name__}: {reason})"
         ) from error
 
 
 def _download(
     repository: str, revision: str | None, files: Sequence[str], index: str | None
 ) -> tuple[Path, list[str] | None]:
-    """The local copy; and what the repository holds, if it is nothing of what was asked for."""
+    """Return the local copy; and the files in the repository, if it has none of those requested."""
     from huggingface_hub import HfApi, snapshot_download
 
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files))).absolute()
@@ -120,7 +121,7 @@ def _download(
     if index is None or not exists(folder / index):
         return folder, HfApi().list_repo_files(repository, revision=revision)
     if _COMMIT.fullmatch(folder.name):
-        revision = folder.name  # the index's own, should the branch move on between
+        revision = folder.name  # the commit of the index, in case the branch moves meanwhile
     shards = sorted({escape(shard) for shard in shards_by_name(folder / index).values()})
     return Path(snapshot_download(repository, revision=revision, allow_patterns=shards)).absolute(), None
 
@@ -128,7 +129,7 @@ def _download(
 def _open_partly(
     source: str | os.PathLike[str], repository: str, revision: str | None, config: str
 ) -> tuple[Path, OpenFiles | None]:
-    """One commit's files: those that are in the Hub's cache as they are there, and parts of the others."""
+    """Open the files of one commit: those in the Hub's cache directly, the others in parts."""
     from huggingface_hub import HfApi, cached_assets_path, snapshot_download
 
     small = [config, INDEX_NAME]
@@ -138,7 +139,7 @@ def _open_partly(
     parts, indexed = cached_assets_path("drift_kernels", repository, folder.name), exists(folder / INDEX_NAME)
     try:
         names = HfApi().list_repo_files(repository, revision=folder.name)
-    except Exception:  # without a network, what is here may be enough
+    except Exception:  # without a network, the local files may be enough
         if not indexed and not exists(parts / SINGLE_NAME):
             raise
         names = [INDEX_NAME if indexed else SINGLE_NAME]
@@ -152,4 +153,4 @@ def _open_partly(
 
 def _kind(path: Path) -> str:
     with open_file(path) as file:
-        return what_begins(file.read(64)) or "a file: give the folder that it is in"
+        return what_begins(file.read(64)) or "a file: pass its folder"

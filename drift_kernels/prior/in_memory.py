@@ -1,4 +1,4 @@
-"""What a model will hold in memory: the names and shapes of a checkpoint's parameters once it is loaded."""
+"""The names and shapes that the parameters of a checkpoint have in memory, once it is loaded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NamedParameters = list[tuple[str, Tensor]]
 
 
 def live_parameters(checkpoint: Checkpoint) -> tuple[NamedParameters, str]:
-    """The parameters of the model of a checkpoint, on the meta device, and a line that says whose names these are.
+    """Return the parameters of a checkpoint's model, on the meta device, and a line that says whose names these are.
 
-    They are those of the class of transformers that config.json names. Without transformers, or for a class that it
-    does not have or cannot make, they are the tensors on disk, and the line says why.
+    They are those of the transformers class in config.json. Without transformers, or if it does not have the class or
+    cannot create it, they are the tensors on disk, and the line gives the reason.
     """
     try:
         model, kind = meta_model(checkpoint.folder)
@@ -27,7 +27,7 @@ def live_parameters(checkpoint: Checkpoint) -> tuple[NamedParameters, str]:
         on_disk = [
             (name, torch.empty(t.shape, dtype=torch.float32, device="meta")) for name, t in checkpoint.tensors.items()
         ]
-        return on_disk, f"by the names on disk, since {error}: in memory the model may hold others"
+        return on_disk, f"by the names on disk, because {error}: they may differ from those in memory"
 
 
 class UnknownModelError(Exception):
@@ -35,10 +35,10 @@ class UnknownModelError(Exception):
 
 
 def meta_model(source: str | os.PathLike[str], revision: str | None = None) -> tuple[nn.Module, str]:
-    """The model of the config.json in a folder, of the file itself, or of a Hub id, on the meta device: shapes and no
-    weights. And a line that says what it is.
+    """Create the model of a config.json, its folder, or a Hub id, on the meta device, without weights.
 
-    Raises UnknownModelError without transformers, and for a class that it does not have or cannot make.
+    Returns the model, and a line that describes it. Raises UnknownModelError without transformers, or if it does not
+    have the class or cannot create it.
     """
     if importlib.util.find_spec("transformers") is None:
         raise UnknownModelError("transformers is not installed")
@@ -46,12 +46,12 @@ def meta_model(source: str | os.PathLike[str], revision: str | None = None) -> t
 
     try:
         found = transformers.PretrainedConfig.get_config_dict(source, revision=revision)[0]
-    except Exception as error:  # of transformers and of the Hub's client, whatever they find
+    except Exception as error:  # transformers and the Hub's client raise many types of errors
         raise UnknownModelError(f"config.json cannot be read ({_first_line(error)})") from error
-    # transformers 4.57 writes them into text_config for some families.
+    # For some families, transformers 4.57 writes them to text_config.
     architectures = found.get("architectures") or (found.get("text_config") or {}).get("architectures")
     if not isinstance(architectures, list) or not architectures:
-        raise UnknownModelError("config.json names no architecture")
+        raise UnknownModelError("config.json has no architecture")
     kind = getattr(transformers, str(architectures[0]), None)
     if kind is None:
         raise UnknownModelError(f"transformers {transformers.__version__} has no {architectures[0]}")
@@ -60,8 +60,8 @@ def meta_model(source: str | os.PathLike[str], revision: str | None = None) -> t
         with torch.device("meta"):
             model = kind(config)
         model.tie_weights()
-    except Exception as error:  # whatever a model's own code raises on a config that it does not like
-        raise UnknownModelError(f"{kind.__name__} cannot be made of config.json ({_first_line(error)})") from error
+    except Exception as error:  # the model's code may raise any error for an unsuitable config
+        raise UnknownModelError(f"{kind.__name__} cannot be created from config.json ({_first_line(error)})") from error
     return model, f"{kind.__name__} in memory (transformers {transformers.__version__})"
 
 
@@ -70,10 +70,10 @@ def _first_line(error: Exception) -> str:
 
 
 def linear_weights(source: str | os.PathLike[str], revision: str | None = None) -> dict[str, Tensor]:
-    """The weights of the linear layers of a model (`meta_model`), by their names in memory. Raises CheckpointError when
-    there is no such model."""
+    """The weights of a model's linear layers (`meta_model`), by their names in memory. Raises CheckpointError if there
+    is no such model."""
     try:
         model, _ = meta_model(source, revision)
     except UnknownModelError as error:
-        raise CheckpointError(f"{source}: its config.json gives no model of transformers: {error}") from error
+        raise CheckpointError(f"{source}: cannot create a transformers model from its config.json: {error}") from error
     return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -1,4 +1,4 @@
-"""Adapters that start where a prior points: A along the leading right singular vectors of delta, B zero."""
+"""Adapters initialised from a prior: A along the leading right singular vectors of delta, B zero."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .writing import TensorFileWriter, write_json
 
 CONFIG_NAME, WEIGHTS_NAME, RECORD_NAME = "adapter_config.json", "adapter_model.safetensors", "drift_init_lora.json"
 
-_PREFIX = "base_model.model."  # what PEFT puts before the names of the model's modules
-_ROW_NORM = 1 / math.sqrt(3)  # what the rows of PEFT's own random A have on the average
+_PREFIX = "base_model.model."  # PEFT's prefix for the names of the model's modules
+_ROW_NORM = 1 / math.sqrt(3)  # the average norm of the rows of PEFT's random A
 
 
 @dataclass(frozen=True)
 class ModuleFit:
-    """What part of norm(delta)^2 of a module its A sees: norm(delta P)^2/norm(delta)^2, P the projection onto A's
-    rows; and what a random A would see, rank/columns. `seen` is None for a delta of zeros."""
+    """The fraction of a module's norm(delta)^2 that its A captures: norm(delta P)^2/norm(delta)^2, with P the
+    projection onto A's rows (`seen`, None for a delta of zeros); and that of a random A, rank/columns."""
 
     seen: float | None
     random: float
@@ -51,22 +51,26 @@ def init_lora(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, ModuleFit]:
-    """Write a LoRA adapter for PEFT to the folder `out`, and return what each module's A sees, by live module name.
+    """Write a PEFT LoRA adapter to the folder `out`, and return how much each module's A captures, by live module name.
+
+    The rows of A are orthogonal, along the leading right singular vectors of delta, with norm 1/sqrt(3), the average
+    norm of the rows of PEFT's random A, so that learning rates carry over. B is zero, so that the model starts as the
+    base. The folder contains only adapters, and appears when it is complete.
 
     Args:
-        base: a checkpoint's folder or a Hub id; only its config.json is read. transformers must know the model: the
-            adapter has the names that it has in memory.
-        alpha: PEFT's lora_alpha; by default `rank`, which makes the scaling 1 (sqrt(rank) with `rslora`).
-        modules: as for `build_prior`; of these, the linear layers that the prior has a delta for.
+        base: a checkpoint folder or a Hub id; only its config.json is read. transformers must support the model,
+            because the adapter uses the model's names in memory.
+        alpha: PEFT's lora_alpha; by default `rank`, for a scaling of 1 (sqrt(rank) with `rslora`).
+        modules: as for `build_prior`; the linear layers among these that the prior has a delta for get an adapter.
 
-    A's rows are orthogonal, along the leading right singular vectors of delta, and of norm 1/sqrt(3), as the rows of
-    PEFT's random A are on the average: learning rates mean the same. B is zero, so that the model starts as the base.
-    Nothing but adapters is in the folder, which appears when it is complete. Raises ValueError for a rank below 1,
-    PriorMismatchError if the prior does not fit the model, PriorError if no module takes an adapter or one is smaller
-    than the rank, CheckpointError without a config.json.
+    Raises:
+        ValueError: If the rank is below 1.
+        PriorMismatchError: If the prior does not fit the model.
+        PriorError: If no module gets an adapter, or one is smaller than the rank.
+        CheckpointError: If there is no config.json of a supported model.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a whole number from 1 on, got {rank!r}")
+        raise ValueError(f"rank must be a positive integer, got {rank!r}")
     new = NewFolder(Path(out).expanduser().resolve(), RECORD_NAME, "new adapter", overwrite)
     new.check()
     prior = Prior.of(prior)
@@ -76,12 +80,14 @@ def init_lora(
     coverage = prior.coverage(chosen.items())
     if coverage.shape_mismatches:
         weight, delta, shape, delta_shape = coverage.shape_mismatches[0]
-        raise PriorMismatchError(f"{weight} has shape {list(shape)}, the prior's {delta} {list(delta_shape)}")
+        raise PriorMismatchError(
+            f"{weight} has shape {list(shape)}, but the prior's delta {delta} has shape {list(delta_shape)}"
+        )
     if not coverage.matched:
-        raise PriorError(f"no linear layer of {', '.join(modules)} has a delta: {coverage.summary()}")
+        raise PriorError(f"the prior has no delta for a linear layer of {', '.join(modules)}: {coverage.summary()}")
     too_small = [weight for weight in coverage.matched if min(chosen[weight].shape) < rank]
     if too_small:
-        raise PriorError(f"rank {rank} is beyond {too_small[0]}, whose shape is {list(chosen[too_small[0]].shape)}")
+        raise PriorError(f"rank {rank} is too large for {too_small[0]} of shape {list(chosen[too_small[0]].shape)}")
     fits: dict[str, ModuleFit] = {}
     with new.that_appears_complete() as folder:
         layout: dict[str, TensorType] = {}
@@ -112,7 +118,7 @@ def init_lora(
 
 
 def _name_and_revision(base: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """A folder as it was given, or what stands before and behind the @ of a Hub id."""
+    """A folder unchanged, or the parts of a Hub id before and after the @."""
     if Path(base).expanduser().is_dir():
         return str(Path(base).expanduser()), None
     name, _, revision = str(base).partition("@")
@@ -155,6 +161,6 @@ def _config(base: tuple[str, str | None], modules: list[str], rank: int, alpha: 
 
 
 def seen_together(fits: Sequence[ModuleFit]) -> float | None:
-    """What part of norm(delta)^2 is seen of several modules together."""
+    """The fraction of norm(delta)^2 that is captured over several modules together."""
     total = sum(fit.delta_norm**2 for fit in fits)
     return sum((fit.seen or 0.0) * fit.delta_norm**2 for fit in fits) / total if total else None

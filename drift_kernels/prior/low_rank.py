@@ -1,4 +1,4 @@
-"""Deltas of low rank: two factors, whose product is the delta.
+"""Low-rank deltas: two factors, whose product is the delta.
 
 delta = left @ right      [m, n] = [m, r] @ [r, n]
 """
@@ -20,10 +20,11 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True, eq=False)
 class LowRankDelta:
-    """A matrix as a product: `left` [m, r] and `right` [r, n], both bfloat16 or both float32, contiguous, on one
+    """A matrix as a product of `left` [m, r] and `right` [r, n], both bfloat16 or both float32, contiguous, on the same
     device.
 
-    Raises PriorError for factors that do not fit each other. A NaN or Inf in them shows in `norm`.
+    Raises PriorError if the factors do not fit each other. They are not checked for NaN and Inf, but `norm` is then not
+    finite.
     """
 
     left: Tensor
@@ -35,7 +36,7 @@ class LowRankDelta:
             raise PriorError(f"factors must be [m, r] and [r, n], got {list(left.shape)} and {list(right.shape)}")
         if left.dtype != right.dtype or left.dtype not in _DTYPES or left.device != right.device:
             raise PriorError(
-                "factors must be both bfloat16 or both float32, on one device, got "
+                "factors must be both bfloat16 or both float32, on the same device, got "
                 f"{left.dtype} on {left.device} and {right.dtype} on {right.device}"
             )
         if not (left.is_contiguous() and right.is_contiguous()):
@@ -43,12 +44,12 @@ class LowRankDelta:
 
     @property
     def shape(self) -> torch.Size:
-        """That of the delta: [m, n]."""
+        """The shape of the delta: [m, n]."""
         return torch.Size((self.left.shape[0], self.right.shape[1]))
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the factors."""
+        """The dtype of the factors."""
         return self.left.dtype
 
     @property
@@ -57,18 +58,18 @@ class LowRankDelta:
 
     @property
     def rank(self) -> int:
-        """r, the inner dimension; the matrix may have a lower one."""
+        """r, the inner dimension; the rank of the matrix may be lower."""
         return self.left.shape[1]
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> LowRankDelta:
-        """The same on `device`; itself when it is there already, unless `copy`."""
+        """Return the delta on `device`; itself if it is there already, unless `copy`."""
         return LowRankDelta(self.left.to(device, copy=copy), self.right.to(device, copy=copy))
 
     def expand(self) -> Tensor:
-        """The delta: float32 [m, n], in memory of its own.
+        """Return the delta as a new float32 tensor [m, n].
 
-        The products are added up in float64 and rounded once, so that no setting of torch's (TF32, autocast, precision
-        of float32 products) changes it, nor that it was made of a part.
+        Products are summed in float64 and rounded once, so that the result depends on no torch setting (TF32, autocast,
+        precision of float32 products), and is the same if only a part is expanded.
         """
         rows, columns = self.shape
         delta = torch.empty(rows, columns, dtype=torch.float32, device=self.device)
@@ -78,18 +79,18 @@ class LowRankDelta:
         return delta
 
     def part(self, box: Box) -> LowRankDelta:
-        """The elements in a box: rows of `left`, columns of `right`."""
+        """The part in a box: rows of `left`, columns of `right`."""
         rows, columns = box
         return LowRankDelta(self.left[rows].contiguous(), self.right[:, columns].contiguous())
 
     def norm(self) -> float:
-        """norm(delta), from the factors' inner products, in float64: norm(delta)^2 = <left^T left, right right^T>."""
+        """norm(delta), computed in float64 from the factors: norm(delta)^2 = <left^T left, right right^T>."""
         square = (_gram(self.left) * _gram(self.right.t())).sum().item()
         return math.sqrt(max(square, 0.0)) if square == square else math.nan
 
 
 def factor_names(name: str) -> tuple[str, str]:
-    """Where the factors of the delta `name` are stored."""
+    """The names that the factors of the delta `name` are stored under."""
     return f"{name}.left", f"{name}.right"
 
 
@@ -103,5 +104,5 @@ def _gram(tall: Tensor) -> Tensor:
 
 
 def _tile(columns: int) -> int:
-    """So many rows that a tile has about CHUNK elements."""
+    """The number of rows of a tile of about CHUNK elements."""
     return max(CHUNK // max(columns, 1), 1)

@@ -1,15 +1,15 @@
-"""How the deltas of several priors become one: weighted sums, TIES and DARE, element by element in float32.
+"""Merging the deltas of several priors: weighted sums, TIES and DARE, elementwise in float32.
 
     linear      sum of w_i d_i                            task arithmetic (arXiv 2212.04089)
     ties        d_i trimmed, signs elected                TIES (arXiv 2306.01708)
     dare        d_i with elements dropped at random       DARE (arXiv 2311.03099)
     dare_ties   the same, with signs elected
 
-Trimming keeps of each delta the share `density` of its elements that are the largest in magnitude; with them, all that
-equal the smallest of these. Dropping keeps each element with the probability `density`, and divides it by that. Where
-signs are elected, an element has the sign of the weighted sum (positive if that is zero), and is made of those
-w_i d_i alone that have it. `normalize` divides by the sum of the weights: where signs are elected, of those that take
-part in the element.
+Trimming keeps the fraction `density` of each delta's elements with the largest magnitudes, and all ties with the
+smallest of these. Dropping keeps each element with probability `density`, and divides it by `density`. If signs are
+elected, an element takes the sign of the weighted sum (positive if that is zero), and sums only the w_i d_i with that
+sign. `normalize` divides by the sum of the weights; if signs are elected, by that of the w_i that contribute to the
+element.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .threads import in_order
 
 METHODS = ("linear", "ties", "dare", "dare_ties")
 
-_LOW = 15  # of the 31 bits of a magnitude, those that the second histogram tells apart
-_DRAWN = 1 << 32  # what an element draws its chance from
+_LOW = 15  # the low bits, of the 31 bits of a magnitude, that the second histogram resolves
+_DRAWN = 1 << 32  # the range of an element's random number
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method and its numbers, checked; weights and densities of each prior."""
+    """A method and its checked parameters; one weight and one density per prior."""
 
     method: str
     weights: tuple[float, ...]
@@ -52,7 +52,7 @@ class Recipe:
         normalize: bool | None,
         seed: int,
     ) -> Recipe:
-        """Raises ValueError for an unknown method, numbers out of range, or as many as there are priors."""
+        """Raises ValueError for an unknown method, or for numbers that are out of range or too few or too many."""
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         weights = tuple(map(float, weights))
@@ -61,12 +61,12 @@ class Recipe:
         if not all(map(math.isfinite, weights)):
             raise ValueError(f"weights must be finite, got {_listed(weights)}")
         if not any(weights):
-            raise ValueError("all weights are zero: nothing would be left of the priors")
+            raise ValueError("at least one weight must be nonzero: all weights are zero")
         normalize = method == "ties" if normalize is None else normalize
         if normalize and math.isclose(sum(weights), 0, abs_tol=1e-8):
-            raise ValueError(f"the weights {_listed(weights)} add up to zero, by which normalize would divide")
+            raise ValueError(f"normalize divides by the sum of the weights, but {_listed(weights)} add up to zero")
         if not 0 <= seed < 1 << 64:
-            raise ValueError(f"seed must be a number from 0 to 2^64 - 1, got {seed}")
+            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         return cls(method, weights, _densities(priors, method, density), normalize, seed)
 
     @property
@@ -78,9 +78,9 @@ class Recipe:
         return self.method in ("dare", "dare_ties")
 
     def combine(self, name: str, rows: Rows, deltas: Sequence[Tensor | None], bounds: Sequence[float]) -> Tensor:
-        """Rows of the delta `name`, float32 1-D, of those of each prior, None where a prior has none.
+        """Combine rows of the delta `name`, given those of each prior (None if a prior has none); float32, 1-D.
 
-        `bounds`: the smallest magnitude that is kept of each prior's, where it is trimmed (`smallest_kept`).
+        `bounds`: for trimming, the smallest magnitude to keep of each prior's delta (`smallest_kept`).
         """
         parts = [
             (weight, self._sparse(name, rows, position, delta, bounds[position]) * weight)
@@ -113,23 +113,23 @@ class Recipe:
 
 
 def kept(seed: int, position: int, name: str, rows: Rows, density: float) -> Tensor:
-    """Bool [rows.count]: which elements are kept, each with the probability `density`, to within 2^-32.
+    """Bool [rows.count]: which elements are kept, each with probability `density`, to within 2^-32.
 
-    It follows from the seed, the prior's position, the delta's name and the element's index: no matter on which machine
-    or in which pieces. Philox4x64-10 (Salmon et al., 2011) with the key (seed, CRC-32 of the name) and the position in
-    the counter; an element is kept if its 32 bits are below density * 2^32.
+    The result depends only on the seed, the prior's position, the delta's name and the element's index, not on the
+    machine or the pieces. Philox4x64-10 (Salmon et al., 2011) with the key (seed, CRC-32 of the name) and the position
+    in the counter; an element is kept if its 32 bits are below density * 2^32.
     """
-    first, skipped = divmod(rows.start, 8)  # one call of philox for eight elements
+    first = rows.start // 8  # one call of philox draws for eight elements, and runs of rows begin at a multiple of 128
     draws = np.random.Philox(key=[seed, zlib.crc32(name.encode())], counter=[first, 0, position, 0])
-    bits = draws.random_raw(-(-(skipped + rows.count) // 2)).astype("<u8", copy=False).view("<u4")
-    return torch.from_numpy(bits[skipped : skipped + rows.count] < round(density * _DRAWN))
+    bits = draws.random_raw(-(-rows.count // 2)).astype("<u8", copy=False).view("<u4")
+    return torch.from_numpy(bits[: rows.count] < round(density * _DRAWN))
 
 
 def smallest_kept(read: Callable[[Rows], Tensor], rows: Iterable[Rows], numel: int, density: float) -> float:
-    """The smallest magnitude among the share `density`, of at least one element, that is the largest in magnitude.
+    """Return the smallest magnitude among the fraction `density` (at least one) of elements with the largest ones.
 
-    Exactly, and in flat memory: the bits of magnitudes are in the order of their values, and two histograms find them,
-    of their high bits and then of the low bits in one bucket. `read` gives float32 1-D.
+    The result is exact, in constant memory: the bits of magnitudes sort like their values, so two histograms find it,
+    one of the high bits, then one of the low bits within a bucket. `read` returns float32, 1-D.
     """
     rows, most = list(rows), max(1, int(density * numel))
 
@@ -158,7 +158,7 @@ def _summed(histogram: Callable[[Rows], Tensor], rows: Iterable[Rows]) -> Tensor
 
 
 def _where_the_largest_end(counts: Tensor, most: int) -> tuple[int, int]:
-    """The bucket in which the `most` largest end, and how many of these are in it."""
+    """Return the bucket with the last of the `most` largest elements, and how many of these it holds."""
     above = counts.flip(0).cumsum(0)
     index = int(torch.searchsorted(above, most))
     bucket = len(counts) - 1 - index
@@ -168,10 +168,10 @@ def _where_the_largest_end(counts: Tensor, most: int) -> tuple[int, int]:
 def _densities(priors: int, method: str, density: float | Sequence[float] | None) -> tuple[float, ...]:
     if method == "linear":
         if density is not None:
-            raise ValueError("density belongs to ties, dare and dare_ties: linear keeps every element")
+            raise ValueError("density is for ties, dare and dare_ties: linear keeps every element")
         return (1.0,) * priors
     if density is None:
-        raise ValueError(f"{method} needs a density, the share of elements that is kept of each delta")
+        raise ValueError(f"{method} needs a density, the fraction of each delta's elements to keep")
     found = (float(density),) * priors if isinstance(density, (int, float)) else tuple(map(float, density))
     if len(found) == 1:
         found *= priors

@@ -1,7 +1,7 @@
-"""Canonical tensor names: one name for a weight of the language model, whoever stored it and whatever wraps it.
+"""Canonical tensor names: one name per weight of the language model, independent of its storage and of wrappers.
 
 A canonical name is relative to the language model: `layers.3.self_attn.q_proj.weight`, `embed_tokens.weight`,
-`norm.weight`, `lm_head.weight`. A name that no rule knows (a vision tower's, a projector's) stands for itself.
+`norm.weight`, `lm_head.weight`. A name that no rule matches (of a vision tower or a projector) is unchanged.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 MODULES = ("attn", "mlp", "norm", "embed", "head")
 
-# What may be selected by name: a module, or the authors' bundles. Their `norm` is the two norms of each layer; `norms`
-# are all: the final norm, those of queries and keys, those around the MLP.
+# Presets that can be selected: a module, or a bundle of the authors. Their `norm` is the two norms of each layer;
+# `norms` are all: also the final norm, those of queries and keys, and those around the MLP.
 _LAYERNORM = re.compile(r"layers\.\d+\.(?:input|post_attention)_layernorm\.(?:weight|bias)")
 _PRESETS = {
     "attn": ("attn",),
@@ -25,7 +25,7 @@ _PRESETS = {
 _BUNDLES = {"default": ("attn", "mlp"), "full": ("attn", "mlp", "norm", "embed", "head")}
 PRESETS = (*_PRESETS, *_BUNDLES)
 
-# Path components that a wrapper adds; they carry no meaning and may stand anywhere in a name.
+# Path components that wrappers add. They have no meaning, and can be anywhere in a name.
 _WRAPPERS = (
     "module",  # DistributedDataParallel, DeepSpeed, and most other wrappers
     "_orig_mod",  # torch.compile
@@ -34,14 +34,14 @@ _WRAPPERS = (
     r"base_model\.model",  # PEFT
 )
 
-# Where a family keeps its language model: what stands before `layers.`, `embed_tokens.`, `norm.` or `lm_head.`.
+# The prefixes of the language model by family: the part before `layers.`, `embed_tokens.`, `norm.` or `lm_head.`.
 _PREFIXES = (
     "",  # canonical names; bare text models (Qwen2Model); lm_head almost everywhere
     "model.",  # text models; Qwen2-VL and Qwen2.5-VL as stored
     "language_model.",  # bare multimodal models (LlavaModel); `language_model.lm_head` as stored
     "model.language_model.",  # transformers >= 4.52 in memory; Qwen3-VL, Qwen3.5, Gemma 4
     "language_model.model.",  # LLaVA, InternVL, Mistral3, Gemma 3, PaliGemma, Mllama as stored; Llama 4; Kimi-VL
-    "model.language_model.model.",  # audio models as transformers 5.10 to 5.23 saved them, and the next
+    "model.language_model.model.",  # this and the next: audio models as saved by transformers 5.10 to 5.23
     "language_model.model.model.",
     "language_model.model.encoder.",  # Qianfan-OCR as transformers 5 saves it
     "text_model.",  # bare Idefics2, Idefics3, SmolVLM; `text_model.lm_head` of Emu3 as stored
@@ -62,7 +62,7 @@ _PREFIXES = (
     "paligemma_with_expert.paligemma.model.language_model.",  # PI0 as stored, and as transformers 5 saves it
     "paligemma_with_expert.paligemma.model.language_model.model.",
 )
-# Where layers are not called so.
+# Lists of layers with another name.
 _LAYER_LISTS = ("language_model.model.blocks.",)  # Kimi K2.5 as transformers 5 saves it
 
 _WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")
@@ -72,7 +72,7 @@ _LANGUAGE_MODEL = re.compile(
 _LAYER_LIST = re.compile(rf"(?:{'|'.join(map(re.escape, _LAYER_LISTS))})(\d+\..+)")
 _PARAMETER = re.compile(r"\.(?:weight|bias)$")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-# Modules. The matrices of a layer are called by what they do in most families, and by their order in some.
+# Modules. Most families name the matrices of a layer by their function, some by their order.
 _PROJECTIONS = (
     r"\w*_proj\w*",
     r"[wW](?:qkv|kv|[qkvoi]|[123]|gate|q_[ab]|o_[ab])",
@@ -97,15 +97,15 @@ _MODULE_RULES = (
 
 
 def without_wrappers(name: str) -> str:
-    """A live parameter's name without what wrappers of its module add."""
+    """The name of a live parameter without what wrappers of its module add."""
     return _WRAPPER.sub("", name)
 
 
 def canonical_name(name: str, name_map: Mapping[str, str] | None = None) -> str:
-    """Name of a stored tensor or of a live parameter -> canonical name; an unknown name stands for itself.
+    """Return the canonical name of a stored tensor or live parameter; an unknown name is unchanged.
 
-    `name_map` adds families that the table does not know: prefix -> canonical prefix, the longest matching
-    prefix first, tried before the table. `{"transformer.h.": "layers."}` reads `transformer.h.3.x` as `layers.3.x`.
+    `name_map` adds families that the table does not know: a map from prefixes to canonical prefixes, tried before the
+    table, longest prefix first. `{"transformer.h.": "layers."}` maps `transformer.h.3.x` to `layers.3.x`.
     """
     name = without_wrappers(name)
     for prefix in sorted(name_map or (), key=len, reverse=True):
@@ -118,7 +118,7 @@ def canonical_name(name: str, name_map: Mapping[str, str] | None = None) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer number of a canonical name, or None (`embed_tokens.weight`)."""
+    """The layer number of a canonical name; None if it has none (`embed_tokens.weight`)."""
     match = _LAYER.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -127,23 +127,23 @@ def with_layer(name: str, layer: int) -> str:
     """The same tensor in another layer: `with_layer("layers.3.mlp.up_proj.weight", 4)`."""
     match = _LAYER.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name!r} names no layer")
+        raise ValueError(f"{name!r} is not the name of a tensor in a layer")
     return f"layers.{layer}.{match[2]}"
 
 
 def module_of(name: str) -> str:
     """The module of a canonical name: one of MODULES, or "other" (routers, vision towers).
 
-    What mixes tokens is "attn": attention, linear attention, Mamba, short convolutions. What acts on each token, dense
-    or of experts, is "mlp".
+    Everything that mixes tokens is "attn": attention, linear attention, Mamba, short convolutions. Everything that acts
+    on single tokens, dense layers and experts, is "mlp".
     """
     module = _rule_of(name)
     return module if module in MODULES else "other"
 
 
 def is_overlooked(name: str, ndim: int) -> bool:
-    """Whether a tensor is a matrix of a layer that no module claims. Routers belong to none on purpose, and what
-    accompanies quantised weights is no weight."""
+    """Whether a tensor is a matrix in a layer that belongs to no module by mistake. Routers belong to none on purpose;
+    tensors that accompany quantised weights are not weights."""
     of_a_weight = layer_of(name) is not None and not _OF_CODES.search(name)
     return ndim > 1 and of_a_weight and _rule_of(name) is None
 
@@ -153,12 +153,12 @@ def _rule_of(name: str) -> str | None:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts `layers.2` before `layers.10`."""
+    """A sort key that orders `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def parse_layers(text: str) -> frozenset[int]:
-    """`"0-3,8"` -> {0, 1, 2, 3, 8}. Raises ValueError on anything else."""
+    """Parse numbers and ranges: `"0-3,8"` -> {0, 1, 2, 3, 8}. Raises ValueError for anything else."""
     layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -170,11 +170,11 @@ def parse_layers(text: str) -> frozenset[int]:
 
 
 def select_names(names: Iterable[str], modules: Sequence[str], layers: Iterable[int] | None = None) -> list[str]:
-    """The canonical names that belong to `modules` and `layers`, in natural order.
+    """Return the canonical names that belong to `modules` and `layers`, in natural order.
 
-    `modules`: entries of PRESETS, or `re:REGEX` searched in the canonical name (`selector`). `layers` restricts the
-    names that have a layer and leaves the others (embedding, final norm, head) to `modules`. Raises ValueError on an
-    unknown module or a broken regular expression.
+    `modules`: entries of PRESETS, or `re:REGEX` searched in the canonical name (`selector`). `layers` only restricts
+    names that have a layer; the others (embedding, final norm, head) depend on `modules` alone. Raises ValueError for
+    an unknown module or an invalid regular expression.
     """
     selectors = [selector(module) for module in modules]
     wanted_layers = None if layers is None else frozenset(layers)
@@ -188,30 +188,31 @@ def select_names(names: Iterable[str], modules: Sequence[str], layers: Iterable[
 
 
 def selector(entry: str) -> Callable[[str], bool]:
-    """Whether a canonical name belongs to one of PRESETS, or holds what the REGEX of `re:REGEX` finds.
+    """Return a test of canonical names for one of PRESETS, or for a match of the REGEX of `re:REGEX`.
 
-    The authors' patterns end with a module's name, as in `self_attn.q_proj$`: one that ends in `$`, and speaks of
-    neither weight nor bias, is searched in `.layers.3.self_attn.q_proj` too. Raises ValueError for anything else.
+    The authors' patterns end with the name of a module, as in `self_attn.q_proj$`. So a pattern that ends in `$` and
+    contains neither "weight" nor "bias" is searched in `.layers.3.self_attn.q_proj` too. Raises ValueError for any
+    other entry.
     """
     if entry.startswith("re:"):
         try:
             pattern = re.compile(entry[3:])
         except re.error as error:
-            raise ValueError(f"modules: {entry!r} is not a regular expression: {error}") from None
+            raise ValueError(f"modules: {entry!r} is not a valid regular expression: {error}") from None
         if not entry.endswith("$") or "weight" in entry or "bias" in entry:
             return lambda name: pattern.search(name) is not None
         return lambda name: any(pattern.search(text) for text in (name, f".{_PARAMETER.sub('', name)}"))
     if entry not in PRESETS:
-        raise ValueError(f"modules must be among {', '.join(PRESETS)} or re:REGEX, got {entry!r}")
+        raise ValueError(f"modules must be any of {', '.join(PRESETS)} or re:REGEX, got {entry!r}")
     kinds = {kind for preset in presets_in(entry) for kind in _PRESETS[preset]}
     return lambda name: module_of(name) in kinds or ("layernorm" in kinds and _LAYERNORM.fullmatch(name) is not None)
 
 
 def presets_in(entry: str) -> tuple[str, ...]:
-    """The presets that one stands for, itself or those of a bundle; none for `re:REGEX`."""
+    """The presets of an entry: itself, or those of a bundle; none for `re:REGEX`."""
     return _BUNDLES.get(entry) or ((entry,) if entry in _PRESETS else ())
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:
-    """The first few names, and how many more there are: for messages."""
+    """The first few names and the number of the rest, for messages."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,4 +1,4 @@
-"""Norms of long vectors: as fast as float32 allows, accurate to 1e-7 (of one row to 1e-6), and safe from overflow."""
+"""Norms of long vectors: at float32 speed, accurate to 1e-7 (1e-6 for a single row), and safe from overflow."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 ROW = 1024
-CHUNK = 1 << 19  # elements at a time: it bounds the memory of every pass, and stays near the caches
+CHUNK = 1 << 19  # elements at a time: bounds the memory of every pass, and roughly fits the caches
 
 _SMALLEST_TRUSTED = 1e-20  # below it, squares may have been lost to underflow
 
 
 def norm(tensor: Tensor) -> float:
-    """Euclidean norm of a floating tensor of any shape, dtype and device, copying CHUNK at a time; NaN stays NaN."""
+    """The Euclidean norm of a floating-point tensor of any shape, dtype and device, computed CHUNK elements at a time.
+    NaN gives NaN."""
     total = 0.0
     for piece in tensor.detach().reshape(-1).split(CHUNK):
         rows = torch.zeros(-(-piece.numel() // ROW), ROW, dtype=torch.float32, device="cpu")
@@ -24,9 +25,9 @@ def norm(tensor: Tensor) -> float:
 
 
 def _square(rows: Tensor) -> float:
-    """The sum of squares of float32 [n, ROW]: row by row in float32, as fast as a dot product, and the rows in float64.
+    """The sum of squares of float32 [n, ROW]: within rows in float32, as fast as a dot product; over rows in float64.
 
-    Where float32 overflows or underflows it is done again in float64.
+    If float32 overflows or underflows, it is recomputed in float64.
     """
     with torch.autocast("cpu", enabled=False):
         square = torch.bmm(rows.unsqueeze(1), rows.unsqueeze(2)).sum(dtype=torch.float64).item()

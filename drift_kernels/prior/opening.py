@@ -1,4 +1,4 @@
-"""A checkpoint for what the user typed: a folder, a Hub id, or either with an adapter over it, BASE+ADAPTER."""
+"""Opening the checkpoint that a user names: a folder, a Hub id, or one of these with an adapter, BASE+ADAPTER."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Given: TypeAlias = "str | os.PathLike[str]"
 
 
 def open_checkpoint(source: Given) -> Checkpoint:
-    """The checkpoint of a local folder or a Hub id, or of `BASE+ADAPTER`, either of which is one of these. Raises
+    """Open the checkpoint of a local folder, a Hub id, or `BASE+ADAPTER`, each of which is a folder or a Hub id. Raises
     CheckpointError."""
     base, adapter = _base_and_adapter(source)
     checkpoint = Checkpoint(*checkpoint_folder(base, "config.json"))
@@ -26,13 +26,13 @@ def open_checkpoint(source: Given) -> Checkpoint:
 
 
 def name_for_the_record(source: Given) -> str:
-    """What was given, without a path of this machine."""
+    """The name of a source for the record, without local paths."""
     base, adapter = _base_and_adapter(source)
     return public_name(base) if adapter is None else f"{public_name(base)}+{public_name(adapter)}"
 
 
 def _base_and_adapter(source: Given) -> tuple[Given, str | None]:
-    """A folder goes before anything that its name may stand for; a `+` may stand in the names of folders too."""
+    """Split BASE+ADAPTER. An existing folder takes precedence, because names of folders may contain a `+` too."""
     text = os.fspath(source)
     if "+" not in text or _is_there(text):
         return source, None
@@ -44,9 +44,9 @@ def _base_and_adapter(source: Given) -> tuple[Given, str | None]:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise CheckpointError(f"{source}: may be read in more than one way as BASE+ADAPTER")
+        raise CheckpointError(f"{source}: ambiguous: can be split into BASE+ADAPTER in more than one way")
     missing = next((part for split in splits for part in split if not (_is_there(part) or is_hub_id(part))), text)
-    raise CheckpointError(f"{source}: no such folder, and as BASE+ADAPTER, {missing or 'nothing'} is no folder either")
+    raise CheckpointError(f"{source}: no such folder; read as BASE+ADAPTER, {missing or 'one part'} does not exist")
 
 
 def _adapter_folder(adapter: str) -> Path:
@@ -54,7 +54,7 @@ def _adapter_folder(adapter: str) -> Path:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not exists(folder / name):
             raise CheckpointError(
-                f"{folder}: a PEFT adapter has {CONFIG_NAME} and {WEIGHTS_NAME}, and {name} is not there"
+                f"{folder}: expected {CONFIG_NAME} and {WEIGHTS_NAME} of a PEFT adapter, but {name} is missing"
             )
     return folder
 

@@ -1,4 +1,4 @@
-"""Which tensors of the checkpoints make up a prior: pairing by canonical name, checks, and warnings worth keeping."""
+"""Pairing the tensors of checkpoints for a prior by canonical name, with checks and warnings for the record."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _FURTHER_LAYER = re.compile(r"layers\.\d+\.eh_proj\.")
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """One checkpoint's tensors by canonical name, without layers that predict further tokens (transformers does not
-    load them either). `layers` are its ordinary ones, without cross-attention layers."""
+    """The tensors of a checkpoint by canonical name, without multi-token prediction layers (which transformers does not
+    load either). `layers` lists its ordinary layers, without cross-attention layers."""
 
     checkpoint: Checkpoint
     tensors: dict[str, Source]
@@ -58,11 +58,11 @@ class LanguageModel:
         return cls(checkpoint, tensors, sorted(layers - crossing))
 
     def numbered_like(self, base: LanguageModel, asked: Iterable[int] | None) -> LanguageModel:
-        """The same tensors under the base's layer numbers.
+        """Return the same tensors with the base's layer numbers.
 
         Mllama inserts cross-attention layers between those of the text model, so that text layer 3 is its layer 4.
-        Raises PriorError when the two have different numbers of ordinary layers, unless one only goes on where the
-        other ends, and the layers asked for are in both.
+        Raises PriorError if the two have different numbers of ordinary layers, unless one only adds layers at the end
+        and the requested layers are in both.
         """
         if len(self.layers) != len(base.layers):
             shorter, longer = sorted((self.layers, base.layers), key=len)
@@ -72,7 +72,7 @@ class LanguageModel:
             raise PriorError(
                 f"the checkpoints do not fit: {self.checkpoint.folder} has {len(self.layers)} layers, "
                 f"{base.checkpoint.folder} has {len(base.layers)}"
-                + (f"; layers (--layers) may choose among {shorter[0]}-{shorter[-1]}" if goes_on else "")
+                + (f"; choose layers (--layers) from {shorter[0]}-{shorter[-1]}" if goes_on else "")
             )
         number = dict(zip(self.layers, base.layers, strict=True))
         if self.layers == base.layers:
@@ -89,10 +89,10 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class Pair:
-    """One delta to be made: the tensors that it comes from, by role ("expert", "base" and maybe "reference").
+    """The tensors that a delta is computed from, by role ("expert", "base" and maybe "reference").
 
-    A bias that one of the others does not have is zero there. The shape is the base's; beyond `common` leading elements
-    (a smaller vocabulary) the delta is zero.
+    A bias missing from one of the others counts as zero. The shape is the base's; beyond the first `common` elements (a
+    smaller vocabulary) the delta is zero.
     """
 
     name: str
@@ -106,13 +106,13 @@ class Pair:
 
     @property
     def pulled_to_zero(self) -> bool:
-        """A bias that the expert does not have."""
+        """Whether it is a bias that the expert does not have."""
         return "expert" not in self.sources
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a prior is asked to hold: `modules` and `layers` as of `select_names`, and whether with biases."""
+    """The tensors to include in a prior: `modules` and `layers` as in `select_names`, and whether to include biases."""
 
     modules: Sequence[str]
     layers: Sequence[int] | None = None
@@ -126,11 +126,10 @@ class Selection:
 def pair_up(
     checkpoints: Mapping[str, Checkpoint], selection: Selection, name_map: Mapping[str, str] | None
 ) -> tuple[list[Pair], list[str]]:
-    """The deltas to be made from the checkpoints (by role), in natural order, and the warnings to record.
+    """Return the deltas to compute from the checkpoints (by role), in natural order, and the warnings to record.
 
-    Layers are numbered as in the base. Raises PriorError when the checkpoints do not fit each other or share nothing
-    that was asked for, and CheckpointError for tensors that cannot be subtracted (quantised ones, and those with
-    adapters that are not merged).
+    Layers are numbered as in the base. Raises PriorError if the checkpoints do not fit each other or share none of the
+    selected tensors, and CheckpointError for tensors that cannot be subtracted (quantised, or with unmerged adapters).
     """
     models = {role: LanguageModel.of(checkpoint, name_map) for role, checkpoint in checkpoints.items()}
     base = models["base"]
@@ -161,18 +160,18 @@ def pair_up(
             warnings.append(f"{len(alone)} tensors of the {role} have no counterpart: {some(alone)}")
     warnings += _left_out(models, asked, selection)
     if any(map(of_one_expert, shared)):
-        warnings.append("experts are stored one by one; a model that fuses them in memory binds their deltas joined")
+        warnings.append("experts are stored one by one; a model that fuses them in memory gets their deltas joined")
     pairs = [
         _pair(name, {role: model.tensors[name] for role, model in models.items() if name in model.tensors})
         for name in sorted(shared | lone, key=natural_key)
     ]
     if zeroed := [pair.name for pair in pairs if pair.pulled_to_zero]:
-        warnings.append(f"{len(zeroed)} biases that the expert does not have are pulled to zero: {some(zeroed)}")
+        warnings.append(f"{len(zeroed)} biases missing from the expert are pulled to zero: {some(zeroed)}")
     return pairs, warnings
 
 
 def _with_single_experts(models: Mapping[str, LanguageModel]) -> dict[str, LanguageModel]:
-    """The models, where one that stores its experts fused has single ones if another has."""
+    """The models, with fused experts split into single ones if another model stores them one by one."""
     singles = {name for model in models.values() for name in model.tensors if of_one_expert(name)}
     return {
         role: replace(model, tensors=unfuse(model.checkpoint, model.tensors, singles)) if singles else model
@@ -181,7 +180,7 @@ def _with_single_experts(models: Mapping[str, LanguageModel]) -> dict[str, Langu
 
 
 def _left_out(models: Mapping[str, LanguageModel], asked: Mapping[str, list[str]], selection: Selection) -> list[str]:
-    """What a user may think is in the prior and is not."""
+    """Warnings about tensors that a user may expect in the prior, but that are not in it."""
     chosen = set.intersection(*map(set, asked.values()))
     everywhere = set.intersection(*(set(model.tensors) for model in models.values()))
     ndims = {name: len(models["base"].tensors[name].shape) for name in everywhere - chosen}
@@ -189,14 +188,14 @@ def _left_out(models: Mapping[str, LanguageModel], asked: Mapping[str, list[str]
     overlooked = select_names(overlooked, ["re:"], selection.layers)
     presets = dict.fromkeys(preset for entry in selection.modules for preset in presets_in(entry))
     warnings = [
-        f"no {preset} tensor is in all checkpoints under a name that is known"
+        f"no {preset} tensor with a known name is in all checkpoints"
         for preset in presets
         if preset != "head" and not any(map(selector(preset), chosen))
     ]
     if overlooked:
         warnings.append(
             f"{len(overlooked)} matrices in the layers belong to no module and are left out: {some(overlooked)}; "
-            "re:REGEX in the modules takes them"
+            "add re:REGEX to the modules to include them"
         )
     one_by_one = {role for role, names in asked.items() if any(map(of_one_expert, names))}
     fused = {role for role, names in asked.items() if any(map(of_all_experts, names))} - one_by_one
@@ -204,16 +203,16 @@ def _left_out(models: Mapping[str, LanguageModel], asked: Mapping[str, list[str]
         stacks = [name for role in sorted(fused) for name in asked[role] if of_all_experts(name)]
         warnings.append(
             f"experts are stored one by one in the {', '.join(sorted(one_by_one))} and fused in the "
-            f"{', '.join(sorted(fused))}: they are not paired, since neither the family nor the sizes in its "
-            f"config tell whether they lie transposed ({some(stacks)}); save "
-            "one of the models in the other's form first"
+            f"{', '.join(sorted(fused))}: they are not paired, because neither the family nor the sizes in its "
+            f"config show whether they are transposed ({some(stacks)}); save one of the models in the form of the "
+            "other first"
         )
     return warnings
 
 
 def _further_layers(tensors: Iterable[str], config: Mapping[str, Any]) -> set[int | None]:
-    """Layers for multi-token prediction behind the last ordinary one (GLM-4.5, DeepSeek-V3): by the config's count, or
-    by the projection that no other layer has."""
+    """The multi-token prediction layers after the last ordinary one (GLM-4.5, DeepSeek-V3), found by the config's count
+    or by a projection that no other layer has."""
     layers = {layer_of(name) for name in tensors} - {None}
     last, further = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
     counted = range(last, last + further) if isinstance(last, int) and isinstance(further, int) else ()
@@ -221,10 +220,10 @@ def _further_layers(tensors: Iterable[str], config: Mapping[str, Any]) -> set[in
 
 
 def _lone_biases(models: Mapping[str, LanguageModel], candidates: set[str]) -> set[str]:
-    """The biases of the base that an expert (or reference) does without, though it has the weight: there it is zero.
+    """The biases of the base that the expert or reference lacks, though it has the weight: there the bias is zero.
 
-    So the authors' code has it, and so the expert computes. Where both expert and reference do without, there is no
-    difference to make a delta of.
+    This matches the authors' code and what the expert computes. If both expert and reference lack a bias, there is no
+    difference to make a delta from.
     """
     others = [model.tensors for role, model in models.items() if role != "base"]
 
@@ -242,22 +241,23 @@ def _pair(name: str, sources: dict[str, Source]) -> Pair:
         same_but_vocabulary = module_of(name) in ("embed", "head") and tensor.shape[1:] == shape[1:]
         if tensor.shape != shape and not same_but_vocabulary:
             raise PriorError(
-                f"the checkpoints do not fit: {name} is {list(tensor.shape)} in the {role}, {list(shape)} in the base"
+                f"the checkpoints do not fit: {name} has shape {list(tensor.shape)} in the {role}, {list(shape)} in "
+                "the base"
             )
     return Pair(name, shape, min(tensor.numel for tensor in sources.values()), sources)
 
 
 def _untie_heads(models: Mapping[str, LanguageModel], warnings: list[str]) -> None:
-    """A checkpoint without a head uses its embedding as head: give it that name, if the base has a head of its own."""
+    """A checkpoint without a head uses its embedding as head: add it under that name, if the base has its own head."""
     tied = {role for role, model in models.items() if HEAD not in model.tensors and EMBED in model.tensors}
     if not tied:
         return
     if "base" in tied:
-        warnings.append("the base's head is tied to its embedding: there is no head of its own to make a delta for")
+        warnings.append("the base's head is tied to its embedding: there is no separate head to make a delta for")
         return
     for role in tied:
         models[role].tensors[HEAD] = models[role].tensors[EMBED]
-        warnings.append(f"the {role}'s head is tied to its embedding, which is taken for its head")
+        warnings.append(f"the {role}'s head is tied to its embedding, which is used as its head")
 
 
 def _vocabulary_warnings(models: Mapping[str, LanguageModel]) -> list[str]:
@@ -278,7 +278,7 @@ def _config_warnings(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config, above the defaults of what encloses it."""
+    """The language model's part of a config, with missing values from the enclosing configs."""
     for key in _TEXT_CONFIGS:
         if isinstance(config.get(key), Mapping):
             config = {**config, **config[key]}
@@ -286,7 +286,7 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rope_thetas(config: Mapping[str, Any]) -> set[float]:
-    """Every rope_theta of a config: transformers 5 nests them in rope_parameters, one or one per kind of layer."""
+    """All rope_theta of a config: transformers 5 nests them in rope_parameters, a single one or one per layer type."""
     thetas = [config.get("rope_theta"), config.get("rope_local_base_freq")]
     nested = config.get("rope_parameters") or {}
     for parameters in (nested, *nested.values()):

@@ -1,7 +1,7 @@
-"""Local copies of files on the Hub that hold the parts that were needed, and grow by those that are.
+"""Partial local copies of files on the Hub, which hold only the parts that have been needed so far.
 
-Such a copy is a sparse file of the whole file's size, and a list of what it holds. What has arrived stays there when a
-build is interrupted, and the next one, of these or of other tensors, fetches what is missing.
+Such a copy is a sparse file of the whole file's size, with a list of the parts that it holds. They are kept when a
+build is interrupted; the next one, of the same or of other tensors, fetches only what is missing.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Range = tuple[int, int]
 
 _OPEN_FILES = 16
 _STREAMS = 4  # requests at a time
-_REQUEST = 32 << 20  # bytes of one
-_GAP = 1 << 17  # bytes that are fetched though nobody wants them, since another request costs more
-_HEAD = 1 << 17  # bytes in which most headers end
+_REQUEST = 32 << 20  # bytes per request
+_GAP = 1 << 17  # unneeded bytes up to this many are fetched too, because another request costs more
+_HEAD = 1 << 17  # bytes that are enough for most headers
 
 
 class PartialFile:
-    """What is here of a file on the Hub. Several threads may fetch at once."""
+    """The partial copy of a file on the Hub. Several threads may fetch at once."""
 
     def __init__(self, remote: RemoteFile, folder: Path) -> None:
         name = remote.name.replace("/", "--")
@@ -42,8 +42,8 @@ class PartialFile:
         self.look_again()
 
     def look_again(self) -> None:
-        """Take up what others have brought here: another build, or another role of this one."""
-        with self._lock, suppress(OSError, ValueError, KeyError, TypeError):  # a list that is damaged holds nothing
+        """Take note of what others have fetched: another build, or another role of this one."""
+        with self._lock, suppress(OSError, ValueError, KeyError, TypeError):  # ignore a damaged list
             found = json.loads(self._list.read_text())
             held, version = (
                 [(int(begin), int(end)) for begin, end in found["held"]],
@@ -53,7 +53,7 @@ class PartialFile:
                 self._held, self.version = _joined([*self._held, *held]), version
 
     def missing(self, begin: int, end: int) -> list[Range]:
-        """The parts of a range that are not here."""
+        """The parts of a range that are not in the copy."""
         with self._lock:
             end = min(end, self.version.size) if self.version else end
             found = []
@@ -66,8 +66,8 @@ class PartialFile:
             return [*found, (begin, end)] if begin < end else found
 
     def fetch(self, begin: int, end: int, stopping: Event, arrived: Callable[[int], object]) -> None:
-        """Bring a range here; `arrived` is told how many bytes a piece has. Raises as RemoteFile.read does, and then
-        stops the others."""
+        """Fetch a range, and call `arrived` with the number of bytes of each piece. Raises the errors of
+        RemoteFile.read, after setting `stopping`."""
         done, descriptor = begin, os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             for data in self.remote.read(begin, end, self._check, stopping):
@@ -91,12 +91,12 @@ class PartialFile:
                 return
             self._held, self.version = [], None
             self._list.unlink(missing_ok=True)
-        raise CheckpointError(f"{self.remote}: changed on the Hub since parts of it were fetched: start again")
+        raise CheckpointError(f"{self.remote}: the file on the Hub has changed since parts of it were fetched: retry")
 
     def _keep(self, descriptor: int, begin: int, end: int) -> None:
-        """Note that a range is here, once it is on the disk."""
+        """Record that the copy holds a range, once it is on disk."""
         version = self.version
-        if begin == end or version is None:  # None: it has changed meanwhile
+        if begin == end or version is None:  # None: the file has changed meanwhile
             return
         os.ftruncate(descriptor, version.size)
         sync(descriptor, self.path)
@@ -110,11 +110,11 @@ class PartialFile:
 
 
 class PartialFiles(OpenFiles):
-    """A folder of which some files are on the Hub: what is read of them is fetched first."""
+    """Files of a folder, some of which are on the Hub: their parts are fetched before they are read."""
 
     def __init__(self, remote: Mapping[Path, RemoteFile], folder: Path) -> None:
-        """`remote`: the files that are not in their place. `folder`: where the parts are kept. Their headers are
-        fetched. Raises NoRangesError when the server sends whole files only."""
+        """Fetch the headers of the `remote` files, which are missing locally. `folder`: where their parts are kept.
+        Raises NoRangesError if the server only sends whole files."""
         super().__init__(_OPEN_FILES)
         self._partial = {path: PartialFile(file, folder) for path, file in remote.items()}
         self._fetch([(file, *part) for file in self._partial.values() for part in file.missing(0, _HEAD)])
@@ -153,7 +153,7 @@ class PartialFiles(OpenFiles):
             self._fetch(requests, sum(end - begin for _, begin, end in requests))
 
     def _fetch(self, requests: list[tuple[PartialFile, int, int]], shown: int = 0) -> None:
-        """Several at a time. What has arrived when one fails, or the command is stopped, is kept."""
+        """Make several requests at a time. If one fails or the command is stopped, what has arrived is kept."""
         from huggingface_hub.utils import tqdm
 
         if not requests:
@@ -170,16 +170,16 @@ class PartialFiles(OpenFiles):
             except (CheckpointError, NoRangesError):
                 raise
             except Exception as error:
-                if isinstance(error, OSError) and error.errno is not None:  # of this machine's disk
+                if isinstance(error, OSError) and error.errno is not None:  # an error of the local disk
                     raise
-                raise CheckpointError(f"{file.remote}: not fetched from the Hub ({first_line(error)})") from error
+                raise CheckpointError(f"{file.remote}: cannot be fetched from the Hub ({first_line(error)})") from error
             finally:
                 stopping.set()
                 pool.shutdown(cancel_futures=True)
 
 
 def _joined(ranges: Iterable[Range], gap: int = 0) -> list[Range]:
-    """The ranges in order, where those that touch, or nearly do, are one."""
+    """Sort the ranges, and join those that overlap, touch, or are at most `gap` apart."""
     joined: list[Range] = []
     for begin, end in sorted(ranges):
         if joined and begin <= joined[-1][1] + gap:

@@ -1,4 +1,4 @@
-"""The paper's diagnosis of why merging fails, drawn: how far apart two models are, layer by layer."""
+"""A plot of how far apart two models are, layer by layer: the paper's diagnosis of why merging fails."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ _MARKERS = "os^Dv<>"
 
 
 def plot_prior(prior: Prior, path: str | os.PathLike[str]) -> None:
-    """Draw norm(delta)/norm(W) and the cosine of expert and base, per layer and projection, to an image file.
+    """Plot norm(delta)/norm(W) and the cosine of expert and base, per layer and projection, to an image file.
 
-    Raises ImportError when there is no matplotlib.
+    Raises ImportError if matplotlib is not installed.
     """
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError(f"drawing a prior needs matplotlib: pip install matplotlib ({error})") from error
+        raise ImportError(
+            f"plotting a prior requires matplotlib: pip install 'drift_kernels[plot]' ({error})"
+        ) from error
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -52,7 +54,7 @@ def plot_prior(prior: Prior, path: str | os.PathLike[str]) -> None:
 
 
 def projection_lines(prior: Prior) -> dict[tuple[str, str], dict[int, Group]]:
-    """(module, projection) -> layer -> its weights, without biases; experts of one layer are taken together."""
+    """(module, projection) -> layer -> the group of its weights, without biases. Experts of a layer form one group."""
 
     def key(name: str) -> tuple[str, str, int] | None:
         layer, stem = layer_of(name), name.removesuffix(".weight")

@@ -103,7 +103,7 @@ class Prior:
         try:
             folder = local_folder(path, (RECORD_NAME, PRIOR_INDEX_NAME), PRIOR_INDEX_NAME).resolve()
             if UNFINISHED_MARK in folder.name or not exists(folder / RECORD_NAME):
-                raise PriorFormatError(f"{folder}: not a prior: no {RECORD_NAME}, or its build was never finished")
+                raise PriorFormatError(f"{folder}: not a prior: it has no {RECORD_NAME}, or its build was not finished")
             record = read_json(folder / RECORD_NAME)
             stored = inspect_shards(folder, PRIOR_INDEX_NAME)
         except CheckpointError as error:
@@ -143,7 +143,7 @@ class Prior:
             rank = delta.rank if isinstance(delta, LowRankDelta) else None
             infos[name] = DeltaInfo(tuple(delta.shape), delta.dtype, norm_of(delta), rank=rank)
             if not math.isfinite(infos[name].delta_norm):
-                raise PriorError(f"the delta of {keys[name]} holds NaN or Inf")
+                raise PriorError(f"the delta of {keys[name]} contains NaN or Inf")
         for warning in check_values(infos):
             logger.warning("%s", warning)
         return cls(infos, deltas, fingerprint_of_deltas(deltas), {})
@@ -324,7 +324,7 @@ class Prior:
         if not coverage.matched:
             raise PriorMismatchError(f"no parameter matches the prior: {coverage.summary()}")
         if strict and not coverage.complete:
-            raise PriorMismatchError(f"the prior matches only in part: {coverage.summary()}")
+            raise PriorMismatchError(f"the prior matches only partially: {coverage.summary()}")
         if not coverage.complete:
             logger.warning("%s", coverage.summary())
         return coverage
@@ -344,6 +344,6 @@ def _checked_delta(key: str, delta: Delta) -> Delta:
         return LowRankDelta(delta.left.detach(), delta.right.detach())
     if not isinstance(delta, Tensor) or not delta.is_floating_point() or delta.layout != torch.strided:
         kind = f"{delta.dtype} {delta.layout}" if isinstance(delta, Tensor) else type(delta).__name__
-        raise PriorError(f"the delta of {key} must be a dense floating tensor, got {kind}")
+        raise PriorError(f"the delta of {key} must be a dense floating-point tensor, got {kind}")
     delta = delta.detach()
     return delta if delta.dtype in (torch.float32, torch.bfloat16) else delta.float()

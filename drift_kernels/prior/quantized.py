@@ -1,7 +1,6 @@
-"""Deltas in eight bits: codes in int8 or float8_e4m3fn, and a float32 scale for every block of 128 elements
-(formats/blocks.py).
+"""8-bit deltas: int8 or float8_e4m3fn codes, and a float32 scale for every block of 128 elements (formats/blocks.py).
 
-delta[i] = float32(code[i]) * scale[i // BLOCK]      i: the flat index; one float32 multiplication
+delta[i] = float32(code[i]) * scale[i // BLOCK]      with i the flat index; a single float32 multiplication
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from ..errors import PriorError
 from ..formats.blocks import BLOCK, DELTA_LIMITS, blocks_of, decode_delta, encode_delta
 from .norms import CHUNK, norm
 
-Box = tuple[slice, ...]  # the part of a tensor that these slices of its dimensions have in common
+Box = tuple[slice, ...]  # a part of a tensor: one slice per dimension
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedDelta:
-    """A delta in eight bits: `codes` of the delta's shape, int8 or float8_e4m3fn, contiguous; `scales` float32
+    """An 8-bit delta: `codes` of the delta's shape, int8 or float8_e4m3fn, contiguous; `scales` float32
     [ceil(numel / BLOCK)], contiguous, on the same device.
 
-    Raises PriorError for codes and scales that do not fit each other; their values are looked at by `check_scales`.
+    Raises PriorError if codes and scales do not fit each other. `check_scales` checks the values of scales.
     """
 
     codes: Tensor
@@ -54,15 +53,15 @@ class QuantizedDelta:
         return self.codes.device
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> QuantizedDelta:
-        """The same on `device`; itself when it is there already, unless `copy`."""
+        """Return the delta on `device`; itself if it is there already, unless `copy`."""
         return QuantizedDelta(self.codes.to(device, copy=copy), self.scales.to(device, copy=copy))
 
     def expand(self) -> Tensor:
-        """The delta: float32, of the codes' shape, in memory of its own."""
+        """Return the delta as a new float32 tensor of the codes' shape."""
         return decode_delta(self.codes, self.scales)
 
     def part(self, box: Box) -> QuantizedDelta | Tensor:
-        """The elements in a box: as codes where it cuts through no block, expanded to float32 otherwise."""
+        """The elements in a box: as codes if it cuts no block, otherwise expanded to float32."""
         begins, ends = ([part.indices(n)[i] for part, n in zip(box, self.shape, strict=True)] for i in (0, 1))
         row, whole_rows = math.prod(self.shape[1:]), all(b == 0 for b in begins[1:]) and ends[1:] == [*self.shape[1:]]
         begin, end = begins[0] * row, ends[0] * row
@@ -81,17 +80,17 @@ class QuantizedDelta:
         return math.hypot(*(norm(QuantizedDelta(*piece).expand()) for piece in zip(codes, scales, strict=True)))
 
     def check_scales(self) -> None:
-        """Raises PriorError when a scale is negative, NaN or Inf."""
+        """Raise PriorError if a scale is negative, NaN or Inf."""
         if not bool(((self.scales >= 0) & self.scales.isfinite()).all()):
             raise PriorError("scales must be finite and not negative")
 
 
 def quantize(delta: Tensor, dtype: torch.dtype) -> QuantizedDelta:
-    """A delta in codes of `dtype`, torch.int8 or torch.float8_e4m3fn, on its device.
+    """Quantise a delta to codes of `dtype`, torch.int8 or torch.float8_e4m3fn, on its device.
 
     The scale of a block is absmax/127 (int8) or absmax/448 (float8_e4m3fn), and a code is delta/scale, both in float32;
     codes are rounded to nearest, ties to even. A block of zeros, or of values so small that its scale would be
-    subnormal, has scale 0 and codes 0. A NaN or Inf makes its block's scale NaN or Inf. Raises ValueError for another
+    subnormal, has scale 0 and codes 0. A NaN or Inf makes its block's scale NaN or Inf. Raises ValueError for any other
     dtype.
     """
     if dtype not in DELTA_LIMITS:
@@ -100,7 +99,7 @@ def quantize(delta: Tensor, dtype: torch.dtype) -> QuantizedDelta:
 
 
 def scales_name(name: str) -> str:
-    """Where the scales of the delta `name` are stored."""
+    """The name that the scales of the delta `name` are stored under."""
     return f"{name}.scales"
 
 

@@ -1,4 +1,4 @@
-"""Runs of a file's bytes from the Hub, through the Hub client's own session: its token, its proxies, its endpoint."""
+"""Reading byte ranges of files on the Hub, through the Hub client's session with its token, proxies and endpoint."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
 
-_RETRIES = 5  # without a byte in between
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; the first is doubled each time, the last if a server asks for more
+_RETRIES = 5  # consecutive ones, without receiving a byte in between
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds; waits double each time; the longest also caps a server's Retry-After
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class Version(NamedTuple):
-    """What must not change between two requests for one file."""
+    """The version of a file, which must not change between requests."""
 
     size: int
     etag: str | None
 
 
 class NoRangesError(Exception):
-    """The server sends whole files only."""
+    """Raised if the server only sends whole files."""
 
 
 class _TryAgainError(Exception):
@@ -43,11 +43,11 @@ class RemoteFile:
     name: str
 
     def read(self, begin: int, end: int, check: Callable[[Version], None], stopping: Event) -> Iterator[bytes]:
-        """The bytes from `begin` to `end`, or to where the file ends, in pieces, until `stopping` is set. `check` is
-        told the file's version before the first byte of each response.
+        """Yield the bytes from `begin` to `end`, or to the end of the file, in pieces, until `stopping` is set. Calls
+        `check` with the file's version before the first byte of each response.
 
-        What fails in passing is tried again, from the byte on that is missing. Raises NoRangesError, CheckpointError
-        for what does not pass, and what `check` raises.
+        Transient failures are retried from the first missing byte. Raises NoRangesError, CheckpointError for lasting
+        failures, and the errors of `check`.
         """
         failures = 0
 
@@ -62,21 +62,21 @@ class RemoteFile:
                     begin, failures = begin + len(data), 0
                     yield data
                 if begin < end:
-                    raise _TryAgainError(f"the answer ended {end - begin} bytes too early")
+                    raise _TryAgainError(f"the response ended {end - begin} bytes too early")
             except Exception as error:
                 if not _is_transient(error):
                     raise
                 failures += 1
                 if failures > _RETRIES:
                     raise CheckpointError(
-                        f"{self}: not fetched from the Hub, after {_RETRIES} more attempts ({first_line(error)}); what "
-                        "has arrived is kept, and the next build goes on from there"
+                        f"{self}: cannot be fetched from the Hub, after {_RETRIES} retries ({first_line(error)}); what "
+                        "has arrived is kept, and the next build resumes from there"
                     ) from error
                 wait = getattr(error, "wait", None) or _FIRST_WAIT * 2 ** (failures - 1)
                 stopping.wait(min(wait, _LONGEST_WAIT))
 
     def _responded(self, begin: int, end: int, check: Callable[[Version], None]) -> Iterator[bytes]:
-        """What one request brings."""
+        """Yield the bytes of one request."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -92,7 +92,7 @@ class RemoteFile:
             found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if response.status_code != 206 or not found or int(found[1]) != begin:
                 answer = response.headers.get("Content-Range")
-                raise CheckpointError(f"{self}: the server was asked for bytes from {begin} on, and sends {answer}")
+                raise CheckpointError(f"{self}: requested bytes from {begin} on, but the server sends {answer}")
             check(Version(int(found[3]), _etag(response)))
             left = min(end, int(found[3])) - begin
             for data in response.iter_bytes():
@@ -104,7 +104,7 @@ class RemoteFile:
 
 
 def can_read_ranges() -> bool:
-    """Whether the Hub client that is installed has a session that streams (1.0 has)."""
+    """Whether the installed Hub client supports streaming (1.0 and newer)."""
     from huggingface_hub.utils import get_session
 
     return callable(getattr(get_session(), "stream", None))
@@ -116,14 +116,14 @@ def first_line(error: BaseException) -> str:
 
 
 def _etag(response: Any) -> str | None:
-    """The Hub's own, which it sends with the redirect to where the bytes are."""
+    """The Hub's ETag, which it sends with the redirect to the location of the bytes."""
     first = (*response.history, response)[0]
     etag = first.headers.get("X-Linked-Etag") or first.headers.get("ETag")
     return etag.removeprefix("W/").strip('"') if etag else None
 
 
 def _is_transient(error: Exception) -> bool:
-    """By name, since it depends on the Hub client's version of which library the errors are."""
+    """Whether to retry. Checked by name, because the library that errors come from depends on the Hub client."""
     return isinstance(error, _TryAgainError) or any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 

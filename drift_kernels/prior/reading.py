@@ -1,4 +1,4 @@
-"""Reading files: all that was asked for or an error that says what is wrong, and few files open at a time."""
+"""Reading files: either all requested bytes or an error with the reason, with few files open at a time."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from .foreign import what_begins
 
 
 class OpenFiles:
-    """Files open for reading: those in use, and of others those used last, at most `most` together.
+    """A cache of files open for reading: those in use, and the most recently used others, at most `most` in total.
 
-    Several threads may read at once. Sharded checkpoints have hundreds of files, and processes a limit of open ones.
+    Several threads may read at once. The cache is limited because sharded checkpoints have hundreds of files, and
+    processes have a limit on open files.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = Lock()
-        self._files: dict[Path, FileIO] = {}  # the one used last comes last
+        self._files: dict[Path, FileIO] = {}  # the most recently used is last
         self._users: Counter[Path] = Counter()
 
     @contextmanager
     def using(self, path: Path) -> Iterator[FileIO]:
-        """The file, open until the block ends. Raises CheckpointError when it cannot be opened."""
+        """Yield the file, which stays open until the block ends. Raises CheckpointError if it cannot be opened."""
         with self._lock:
             file = self._files.pop(path, None) or open_file(path)
             self._files[path] = file
@@ -46,21 +47,21 @@ class OpenFiles:
                 self._users[path] -= 1
 
     def has(self, path: Path) -> bool:
-        """Raises CheckpointError when that cannot be told."""
+        """Whether a file exists. Raises CheckpointError if that cannot be determined."""
         return exists(path)
 
     def size(self, path: Path) -> int:
-        """In bytes. Raises CheckpointError."""
+        """The size in bytes. Raises CheckpointError."""
         with self.using(path) as file:
             return os.fstat(file.fileno()).st_size
 
     def read(self, path: Path, view: memoryview, offset: int) -> None:
-        """Fill `view` with the file's bytes from `offset` on. Raises CheckpointError when it has fewer."""
+        """Fill `view` with the file's bytes from `offset` on. Raises CheckpointError if there are too few."""
         with self.using(path) as file:
             read_exactly(file, view, offset)
 
     def fetch(self, places: Iterable[tuple[Path, int, int]]) -> None:
-        """Make these bytes (path, begin, end) ready to be read, which they are in a local file."""
+        """Prepare these bytes (path, begin, end) for reading. Local files need no preparation."""
 
     def close(self) -> None:
         for file in self._files.values():
@@ -69,7 +70,7 @@ class OpenFiles:
 
 
 def open_file(path: Path) -> FileIO:
-    """Raises CheckpointError when the file cannot be opened."""
+    """Open a file. Raises CheckpointError if it cannot be opened."""
     try:
         return FileIO(path)
     except OSError as error:
@@ -77,7 +78,8 @@ def open_file(path: Path) -> FileIO:
 
 
 def read_exactly(file: FileIO, view: memoryview, offset: int) -> None:
-    """Fill `view` with the file's bytes from `offset` on. Raises CheckpointError when it has fewer, or gives fewer."""
+    """Fill `view` with the file's bytes from `offset` on. Raises CheckpointError if there are too few, or if they
+    cannot be read."""
     path = Path(str(file.name))
     while view:
         try:
@@ -86,14 +88,14 @@ def read_exactly(file: FileIO, view: memoryview, offset: int) -> None:
         except OSError as error:
             raise CheckpointError(unreadable(path, error)) from error
         if not count and size > offset:
-            raise CheckpointError(f"{path}: cannot be read: no byte came of its {size - offset} from {offset} on")
+            raise CheckpointError(f"{path}: cannot be read: got none of its {size - offset} bytes from {offset} on")
         if not count:
             raise CheckpointError(f"{path}: damaged: the file ends {len(view)} bytes too early")
         view, offset = view[count:], offset + count
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError when there is none."""
+    """Read the JSON object in a file. Raises CheckpointError if there is none."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -108,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def exists(path: Path) -> bool:
-    """Whether a file or folder is there. Raises CheckpointError when that cannot be told."""
+    """Whether a file or folder exists. Raises CheckpointError if that cannot be determined."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -119,13 +121,13 @@ def exists(path: Path) -> bool:
 
 
 def unreadable(path: Path, error: OSError) -> str:
-    """Why the system does not give a file's bytes: which says nothing against the bytes."""
+    """The message for a system error while reading a file, which does not mean that the file is damaged."""
     if error.errno == errno.ENOENT and path.is_symlink():
-        return f"{path}: a link to {path.readlink()}, which is not there: download the model again"
+        return f"{path}: a link to {path.readlink()}, which does not exist: download the model again"
     if error.errno == errno.ENOENT:
-        return f"{path}: is not there, or not any more"
+        return f"{path}: does not exist, or not any more"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{path}: no permission to read it"
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"{path}: cannot be opened, too many files are open: raise the limit (ulimit -n)"
+        return f"{path}: cannot be opened, because too many files are open: raise the limit (ulimit -n)"
     return f"{path}: cannot be read: {error.strerror}"

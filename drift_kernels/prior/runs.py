@@ -1,4 +1,4 @@
-"""Deltas in runs of rows: what is read and computed at a time, in float32, where priors are combined and applied."""
+"""Deltas in runs of rows, which are read and processed one at a time, in float32, to combine and apply priors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .quantized import Box
 
 @dataclass(frozen=True)
 class Rows:
-    """A run of rows of a tensor; `box` is None for all of a tensor without dimensions."""
+    """A run of rows of a tensor; `box` is None for a tensor without dimensions."""
 
     box: Box | None
     start: int  # the index of the first element, in flat order
@@ -25,8 +25,8 @@ class Rows:
 
 
 def rows_of(shape: tuple[int, ...]) -> Iterator[Rows]:
-    """The runs that make a tensor of this shape: of about CHUNK elements, or of a few rows where these are longer. Each
-    begins where a block of codes does."""
+    """Yield the runs of a tensor of this shape, of about CHUNK elements each, or of a few rows if these are longer.
+    Each begins where a block of codes does."""
     if not shape:
         yield Rows(None, 0, 1)
         return
@@ -42,6 +42,6 @@ def rows_of(shape: tuple[int, ...]) -> Iterator[Rows]:
 
 
 def read_rows(prior: Prior, delta: str | Source, rows: Rows) -> Tensor:
-    """Elements of a delta, whatever it is stored in: float32, 1-D, on the CPU. It must not be written to."""
+    """Read rows of a delta in any form, as float32, 1-D, on the CPU. The result must not be written to."""
     stored = prior.load_stored(delta, "cpu", copy=False, box=rows.box)
     return (stored if isinstance(stored, Tensor) else stored.expand()).reshape(-1).float()

@@ -1,8 +1,8 @@
-"""FP8 checkpoints: weights stored as float8 codes and scales, which are multiplied while they are read.
+"""FP8 checkpoints: weights stored as float8 codes and scales, which are multiplied while reading.
 
 A scale is for a block of a matrix (DeepSeek-V3, Qwen3-FP8: `X.weight_scale_inv`, [128, 128] unless the config says
-otherwise), for a row or for the whole (`X.weight_scale`, as compressed-tensors, FBGEMM and ModelOpt write them). Either
-way the weight is code * scale, rounded once, to float32.
+otherwise), for a row, or for the whole matrix (`X.weight_scale`, as written by compressed-tensors, FBGEMM and
+ModelOpt). In all cases, the weight is code * scale, rounded once, to float32.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _BLOCK = (128, 128)
 
 @dataclass(frozen=True)
 class ScaledCodes(Source):
-    """code * scale: `scales` has one row for every `block[0]` rows of a matrix, of one entry for every `block[1]`
-    columns. Matrices are of `rows` rows and follow one another."""
+    """code * scale: `scales` has one row per `block[0]` rows of a matrix, with one entry per `block[1]` columns. The
+    tensor is a sequence of matrices of `rows` rows."""
 
     name: str
     codes: StoredTensor
@@ -54,7 +54,7 @@ class ScaledCodes(Source):
             self._scale(box, scales[row - first : row - first + len(box)], column)
 
     def _scale(self, box: Tensor, scales: Tensor, column: int) -> None:
-        """Multiply rows, from `column` on, by their scales. Whole blocks are taken together."""
+        """Multiply rows, from `column` on, by their scales. Whole blocks are multiplied in one operation."""
         length, width = self.block[1], box.shape[1]
         begin = min(-column % length, width)
         first, blocks = (column + begin) // length, (width - begin) // length
@@ -68,21 +68,21 @@ class ScaledCodes(Source):
             box[:, end:] *= scales[:, first + blocks : first + blocks + 1]
 
     def _scales_of(self, files: OpenFiles, first: int, last: int) -> Tensor:
-        """The scales of the rows from `first` to `last`, counted through all matrices, in float32."""
+        """The scales of the rows from `first` to `last`, counted across all matrices, in float32."""
         matrix_rows, columns = -(-self.rows // self.block[0]), -(-self.shape[-1] // self.block[1])
         numbers = torch.arange(first, last, dtype=torch.int64, device="cpu")
         lines = numbers // self.rows * matrix_rows + numbers % self.rows // self.block[0]
         begin, end = int(lines[0]), int(lines[-1]) + 1
         scales = self.scales.read_flat_from(files, begin * columns, end * columns).float()
         if not scales.isfinite().all():
-            raise CheckpointError(f"{self.scales.path}: damaged: the scales of {self.name} hold NaN or Inf")
+            raise CheckpointError(f"{self.scales.path}: damaged: the scales of {self.name} contain NaN or Inf")
         return scales.view(-1, columns)[lines - begin]
 
 
 def with_scales(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, Source]:
-    """The tensors, where codes and their scales have become weights; those that are quantised otherwise as they are.
+    """Return the tensors, with codes and their scales combined into weights. Other quantised tensors are unchanged.
 
-    Raises CheckpointError for scales that do not fit their codes.
+    Raises CheckpointError if scales do not fit their codes.
     """
     found: dict[str, Source] = dict(tensors)
     block = _block_size(config)
@@ -108,13 +108,13 @@ def _scaled(name: str, codes: StoredTensor, scales: StoredTensor, block: tuple[i
     if scales.shape in ((*stack, rows, 1), (*stack, rows)):
         return ScaledCodes(name, codes, scales, rows, (1, columns))
     raise CheckpointError(
-        f"{scales.path}: the scales of {name} are {list(scales.shape)}, which fits neither {list(codes.shape)} in "
-        f"blocks of {block[0]} by {block[1]}, nor its rows, nor the whole"
+        f"{scales.path}: the scales of {name} have shape {list(scales.shape)}: expected one for each block of "
+        f"{block[0]} by {block[1]}, one for each row, or one for all, of codes of shape {list(codes.shape)}"
     )
 
 
 def _block_size(config: Mapping[str, Any]) -> tuple[int, int]:
-    """As transformers' FP8 has it, or one of compressed-tensors' groups."""
+    """The block size in the config, of transformers' FP8 or of a group of compressed-tensors."""
     for part in (config, *config.values()):
         quantised = part.get("quantization_config") if isinstance(part, Mapping) else None
         if not isinstance(quantised, Mapping):

@@ -1,4 +1,4 @@
-"""The files that deltas are stored in: what lies in which, and writing them piece by piece."""
+"""The files of a prior: distributing deltas over them, and writing them piece by piece."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from .record import PRIOR_INDEX_NAME
 from .writing import TensorFileWriter, write_json
 
 Progress = Callable[[int, int], None]
-"""Called with the elements done so far and the elements in all."""
+"""Called with the number of elements done so far and the total number."""
 
 
 Pieces = Callable[[Sequence[str]], Generator[tuple[int, dict[str, Tensor]], None, None]]
-"""The deltas of these names, end to end, in pieces: the elements of a delta in it, and what to append, 1-D, to which
-tensors of the prior's files. A piece is valid until the next is asked for."""
+"""Yields the deltas of these names, end to end, in pieces: the number of elements, and 1-D tensors to append to tensors
+of the prior's files. A piece is valid until the next one is requested."""
 
-_WRITERS = 3  # shards that are open at a time: one is written, two may wait for the disk
+_WRITERS = 3  # shards open at a time: one is being written, two may wait for the disk
 
 
 def check_names(shapes: Shapes, form: Form) -> None:
-    """Raises PriorError if a delta has the name of a part of another."""
+    """Raise PriorError if a delta has the name of a part of another one."""
     for name, shape in shapes.items():
         for tensor in form.layout({name: shape}):
             if tensor != name and tensor in shapes:
                 part = tensor.rpartition(".")[2]
-                raise PriorError(f"{tensor} is a tensor of the checkpoints, and where the {part} of {name} goes")
+                raise PriorError(f"{tensor} is a tensor of the checkpoints, but the {part} of {name} has the same name")
 
 
 def write_deltas(
     folder: Path, shapes: Shapes, form: Form, max_bytes: int, pieces: Pieces, progress: Progress | None
 ) -> dict[str, int]:
-    """Deltas of these shapes in shards of up to `max_bytes`, and their index; each shard is brought to the disk while
-    the next is made. Returns the checksums of the tensors in them."""
+    """Write deltas of these shapes in shards of up to `max_bytes`, and their index. Each shard is flushed to disk while
+    the next one is made. Returns the checksums of the tensors."""
     shards = _plan_shards(shapes, form, max_bytes)
     total, done = sum(map(math.prod, shapes.values())), 0
     total_size, weight_map, checksums = 0, {}, {}
@@ -50,7 +50,7 @@ def write_deltas(
             name = f"prior-{number:05d}-of-{len(shards):05d}.safetensors"
             layout = form.layout({delta: shapes[delta] for delta in shard})
             writer = files.enter_context(TensorFileWriter(folder / name, layout))
-            with closing(pieces(shard)) as deltas:  # its threads end before the files do, whatever happens
+            with closing(pieces(shard)) as deltas:  # in all cases, its threads end before the files are closed
                 for count, stored in deltas:
                     for tensor, flat in stored.items():
                         writer.append(tensor, flat)
@@ -71,7 +71,7 @@ def write_deltas(
 
 
 def _plan_shards(shapes: Shapes, form: Form, max_bytes: int) -> list[list[str]]:
-    """Consecutive deltas, up to `max_bytes` a shard; a larger one has a shard for itself."""
+    """Split consecutive deltas into shards of up to `max_bytes`; a larger delta has its own shard."""
     shards: list[list[str]] = []
     room = 0
     for name, shape in shapes.items():

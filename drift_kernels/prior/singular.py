@@ -1,9 +1,9 @@
-"""The leading right singular vectors of deltas, and deltas of low rank made of them.
+"""The leading right singular vectors of deltas, and the low-rank deltas made from them.
 
-A block Lanczos iteration for A^T A, with a random start and every block made orthogonal to all before it (Golub and
-Underwood 1977; that its few steps find nearly all there is, Musco and Musco 2015). A is read by rows, STEPS times, and
-once more for the left factor: it may be larger than memory. The bits depend on the matrix, the rank and the seed, and
-on the machine's matrix products, but not on the number of threads.
+A block Lanczos iteration for A^T A, with a random start and each block orthogonalised against all before it (Golub and
+Underwood 1977; Musco and Musco 2015 show that a few steps are nearly optimal). A is read by rows, STEPS times, and once
+more for the left factor, so it may be larger than memory. The bits depend on the matrix, the rank, the seed and the
+machine's matrix products, but not on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from .norms import norm
 from .threads import in_order, one_thread
 
 Rows = Callable[[], Iterator[Tensor]]
-"""The rows of a matrix from the top, float32 [some, n] at a time; they can be asked for again and again."""
+"""Returns the rows of a matrix from the top, as float32 [some, n] tiles; can be called repeatedly."""
 
-_STEPS = 12  # what more of them find is below 0.01 of the energy, for random matrices too, whose spectra are the worst
+_STEPS = 12  # more steps find less than 0.01 of the energy, even for random matrices, whose spectra are the worst
 _LEAST_BLOCK = 16
 _TILE = 1 << 21  # elements
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How near a low-rank delta is to the exact one: 1 - norm(exact - delta)^2/norm(exact)^2, and their cosine; None
-    where either is zero."""
+    """How close a low-rank delta is to the exact one: 1 - norm(exact - delta)^2/norm(exact)^2, and their cosine; None
+    if either is zero."""
 
     kept_energy: float | None
     cosine: float | None
 
 
 def tile_rows(columns: int) -> int:
-    """How many rows of a matrix are taken at a time."""
+    """The number of rows of a matrix that are processed at a time."""
     return max(_TILE // max(columns, 1), 1)
 
 
@@ -49,10 +49,10 @@ def rows_of(matrix: Tensor) -> Rows:
 
 
 def factorise(rows: Rows, columns: int, rank: int, exact_norm: float, seed: str) -> tuple[LowRankDelta, Fit]:
-    """A matrix of this norm as bfloat16 factors of this rank, near the nearest there are.
+    """Factorise a matrix with norm `exact_norm` into nearly optimal bfloat16 factors of this rank.
 
-    `right` is the leading right singular vectors, one a row, rounded; `left` is the best one beside it as it is
-    rounded. How the singular values are shared out between the two would not change the rounding, which is relative.
+    The rows of `right` are the leading right singular vectors, rounded; `left` is the best factor for the rounded
+    `right`. How the singular values are divided between the two does not matter, because rounding is relative.
     """
     vectors = right_singular_vectors(rows, columns, rank, exact_norm, seed)
     right = vectors.t().to(torch.bfloat16).contiguous()
@@ -74,15 +74,15 @@ def factorise(rows: Rows, columns: int, rank: int, exact_norm: float, seed: str)
 
 
 def top_right_singular_vectors(delta: Delta, rank: int, seed: str = "") -> tuple[Tensor, float]:
-    """The leading right singular vectors of a delta [m, n], one a row, float32 [rank, n] on the CPU; and what part of
-    norm(delta)^2 is along them.
+    """Return the leading right singular vectors of a delta [m, n] as rows, float32 [rank, n] on the CPU, and the
+    fraction of norm(delta)^2 along them.
 
-    They are orthonormal, also where the delta has a lower rank; of a low-rank delta they are made of its factors. Of a
-    delta of zeros they are random, and the part is 0. Raises ValueError for a delta that is not a matrix, or has fewer
-    columns than `rank`.
+    The vectors are orthonormal, even if the delta has a lower rank. For a low-rank delta they are computed from its
+    factors. For a delta of zeros they are random, and the fraction is 0. Raises ValueError if the delta is not a
+    matrix, or has fewer columns than `rank`.
     """
     if len(delta.shape) != 2 or not 0 < rank <= delta.shape[1]:
-        raise ValueError(f"no {rank} right singular vectors in a delta of shape {list(delta.shape)}")
+        raise ValueError(f"a delta of shape {list(delta.shape)} does not have {rank} right singular vectors")
     if isinstance(delta, LowRankDelta):
         return _of_factors(delta, rank, seed)
     matrix = expanded(delta).detach().to("cpu", torch.float32).contiguous()
@@ -93,7 +93,7 @@ def top_right_singular_vectors(delta: Delta, rank: int, seed: str = "") -> tuple
 
 
 def right_singular_vectors(rows: Rows, columns: int, rank: int, size: float, seed: str) -> Tensor:
-    """The leading right singular vectors of a matrix of norm `size`, float32 [columns, rank], orthonormal."""
+    """Return the leading right singular vectors of a matrix of norm `size`, float32 [columns, rank], orthonormal."""
     with one_thread(), torch.autocast("cpu", enabled=False):
         block = max(_LEAST_BLOCK, -(-rank // 16) * 8)
         width = min(columns, _STEPS * block)
@@ -102,7 +102,7 @@ def right_singular_vectors(rows: Rows, columns: int, rank: int, size: float, see
         for begin in range(0, width, block):
             done, here = basis[:, :begin], slice(begin, min(begin + block, width))
             new = new[:, : here.stop - begin]
-            for _ in range(3):  # of a matrix of low rank only rounding is left at first, and lies among what is done
+            for _ in range(3):  # low-rank matrices first leave only rounding errors, within the span of `done`
                 new = torch.linalg.qr(new - done @ (done.t() @ new))[0]
             basis[:, here] = new
             new = image[:, here] = _image(rows, new, size)
@@ -112,7 +112,7 @@ def right_singular_vectors(rows: Rows, columns: int, rank: int, size: float, see
 
 
 def _image(rows: Rows, vectors: Tensor, size: float) -> Tensor:
-    """A^T A vectors / size, which neither overflows nor underflows where A does not."""
+    """A^T A vectors / size, which neither overflows nor underflows if A does not."""
     scale = 1 / size if size else 0.0
     total = torch.zeros_like(vectors)
     for _, part in in_order(lambda tile: tile.t() @ ((tile @ vectors) * scale), rows()):
@@ -121,13 +121,13 @@ def _image(rows: Rows, vectors: Tensor, size: float) -> Tensor:
 
 
 def _times(rows: Rows, right: Tensor) -> Tensor:
-    """A right."""
+    """The product A right."""
     with one_thread(), torch.autocast("cpu", enabled=False):
         return torch.cat([product for _, product in in_order(lambda tile: tile @ right, rows())])
 
 
 def _of_factors(delta: LowRankDelta, rank: int, seed: str) -> tuple[Tensor, float]:
-    """right^T = q t, and so delta = (left t^T) q^T."""
+    """With right^T = q t, delta = (left t^T) q^T."""
     with one_thread():
         left, right = delta.left.detach().to("cpu").double(), delta.right.detach().to("cpu").double()
         q, t = torch.linalg.qr(right.t())

@@ -1,4 +1,4 @@
-"""Deltas as they lie in a prior's files: read whole, in part, and verified."""
+"""Deltas in the files of a prior: reading them, whole or in part, and verifying them."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ _NORM_TOLERANCE = 1e-5
 
 
 class StoredDelta(ABC):
-    """Where a delta lies in a prior's files."""
+    """A delta in a prior's files."""
 
     @property
     @abstractmethod
     def path(self) -> Path:
-        """The file."""
+        """The file that holds the delta."""
 
     @abstractmethod
     def read(self, box: Box | None = None) -> Delta:
-        """The delta, or the part in a box, for which it reads no row beyond. Raises CheckpointError when its file is
-        gone or too short."""
+        """Read the delta, or the part in a box, without reading rows outside it. Raises CheckpointError if the file is
+        missing or too short."""
 
     @abstractmethod
     def fault(self, info: DeltaInfo, checksums: Sequence[str] | None) -> str | None:
-        """What is wrong with the delta, if anything: every byte is read, and compared with the recorded checksums,
-        where there are any, and the recorded norm."""
+        """What is wrong with the delta; None if nothing is. Reads every byte, and compares with the recorded checksums,
+        if there are any, and the recorded norm."""
 
 
 def layout_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int | None) -> dict[str, TensorType]:
-    """What is stored of a delta, in the order of the file: scales come first and so lie aligned."""
+    """The stored tensors of a delta, in the order of the file. Scales come first, so that they are aligned."""
     if rank is not None:
         (rows, columns), (left, right) = shape, factor_names(name)
         return {left: (dtype, (rows, rank)), right: (dtype, (rank, columns))}
@@ -54,14 +54,14 @@ def layout_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int |
 
 
 def find_delta(folder: Path, name: str, info: DeltaInfo, stored: Mapping[str, StoredTensor]) -> StoredDelta:
-    """The delta of a name among the tensors of a prior. Raises PriorFormatError if they are not as recorded."""
+    """Find a delta by name among the tensors of a prior. Raises PriorFormatError if they are not as recorded."""
     layout = layout_of(name, info.shape, info.dtype, info.rank)
     for tensor, (dtype, shape) in layout.items():
         if tensor not in stored:
             raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {tensor}")
         if (stored[tensor].dtype, stored[tensor].shape) != (dtype, shape):
             found = f"{stored[tensor].dtype} {list(stored[tensor].shape)}"
-            raise PriorFormatError(f"{folder}: {tensor} is recorded as {dtype} {list(shape)}, stored as {found}")
+            raise PriorFormatError(f"{folder}: {tensor} is recorded as {dtype} {list(shape)}, but stored as {found}")
     places = [stored[tensor] for tensor in layout]
     return StoredFactors(*places) if info.rank is not None else StoredValues(*reversed(places))
 
@@ -121,7 +121,7 @@ class StoredValues(StoredDelta):
         return delta.expand()[begin : begin + math.prod(shape)].view(shape)[inner].contiguous()
 
     def fault(self, info: DeltaInfo, checksums: Sequence[str] | None) -> str | None:
-        """CHUNK elements at a time."""
+        """Checks CHUNK elements at a time."""
         crcs, norms = [0] if self.scales is None else [0, 0], [0.0]
         try:
             for begin in range(0, self.values.numel, CHUNK):
@@ -141,7 +141,7 @@ class StoredValues(StoredDelta):
 
 
 def norm_fault(found: float, recorded: float) -> str | None:
-    """What is wrong with a delta of this norm, if anything."""
+    """What is wrong with a delta of norm `found`; None if that is the recorded norm."""
     if math.isclose(found, recorded, rel_tol=_NORM_TOLERANCE):
         return None
     return f"damaged: its norm is {found:.7g}, recorded {recorded:.7g}"

@@ -1,4 +1,4 @@
-"""The arithmetic of a build: checkpoints in, pieces of deltas and their norms out, in flat memory."""
+"""The arithmetic of a build: from checkpoints to pieces of deltas and their norms, in constant memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .threads import WORKERS, in_order
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of elements of one tensor. Beyond the common vocabulary (`paired` false) only the base has elements."""
+    """A run of elements of one tensor. Beyond the common vocabulary (not `paired`), only the base has elements."""
 
     pair: Pair
     start: int
@@ -39,13 +39,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Memory for one piece in work, used over and over: the bytes as read, and the bytes of the delta."""
+    """Reusable memory for one piece in work: the bytes that are read, and the bytes of the delta."""
 
     raw: dict[str, Tensor]
     delta: Tensor
 
     def delta_of(self, piece: Piece, dtype: torch.dtype) -> Tensor:
-        """Where the delta goes, in float32 if it will be quantised."""
+        """The memory for the delta, as float32 if it will be quantised."""
         dtype = torch.float32 if dtype in DELTA_LIMITS else dtype
         return self.delta[: piece.count * dtype.itemsize].view(dtype)
 
@@ -54,14 +54,14 @@ class Workplace:
 class Result:
     stored: dict[str, Tensor]  # name in the prior's files -> 1-D
     products: Products
-    checksums: dict[str, bytes]  # of the bytes read, by role
+    checksums: dict[str, bytes]  # of the bytes that were read, by role
 
 
 class DeltaStream:
-    """Reads, subtracts and measures pieces on a few threads, and hands them out in order.
+    """Reads, subtracts and measures pieces on a few threads, and returns them in order.
 
-    `digests` hold, by role, a sha256 over the checksums of all bytes that were read: the same weights give the same
-    digest however they are sharded, and no accident to them gives it too.
+    `digests` holds, by role, a sha256 over the checksums of all bytes that were read. It does not depend on how the
+    weights are sharded, and changes if they are damaged.
     """
 
     def __init__(self, checkpoints: Mapping[str, Checkpoint], dtype: torch.dtype) -> None:
@@ -76,14 +76,14 @@ class DeltaStream:
             )
             for _ in range(WORKERS + 1)
         ]
-        self._products: dict[str, Products] = {}  # of the common part
-        self._base_squares: dict[str, float] = {}  # of the whole
+        self._products: dict[str, Products] = {}  # over the common part
+        self._base_squares: dict[str, float] = {}  # over the whole tensor
 
     def deltas(self, pairs: Iterable[Pair]) -> Generator[tuple[Piece, dict[str, Tensor]], None, None]:
-        """The deltas of `pairs`, end to end, in pieces: what to append, 1-D, to which tensors of the prior's files.
+        """Yield the deltas of `pairs`, end to end, in pieces: 1-D tensors to append to tensors of the prior's files.
 
-        A piece is valid until the next is asked for. Raises PriorError, naming the tensor, once a delta turns out to
-        hold NaN or Inf.
+        A piece is valid until the next one is requested. Raises PriorError, naming the tensor, if a delta contains NaN
+        or Inf.
         """
         with closing(self._results(pairs, self._dtype)) as results:
             for piece, result in results:
@@ -91,8 +91,8 @@ class DeltaStream:
                 yield piece, result.stored
 
     def exact(self, pair: Pair, first: bool = True) -> Generator[Tensor, None, None]:
-        """The delta of `pair` in float32, in pieces, as `deltas` gives them. What is read again is not `first`, and
-        enters neither digests nor measures."""
+        """Yield the delta of `pair` in float32, in pieces as from `deltas`. If `first` is false, the delta was read
+        before, and does not count again in digests and measures."""
         with closing(self._results([pair], torch.float32)) as results:
             for piece, result in results:
                 if first:
@@ -100,8 +100,8 @@ class DeltaStream:
                 yield result.stored[pair.name]
 
     def measure(self, pair: Pair) -> dict[str, Any]:
-        """Norm of the stored delta, norm of the base's weight, cosine of expert and base over their common elements;
-        for a quantised delta, its cosine to the exact one."""
+        """The norm of the stored delta, the norm of the base's weight, the cosine of expert and base over their common
+        elements, and for a quantised delta its cosine with the exact one."""
         products = self._products.get(pair.name, Products())
         return {
             "delta_norm": math.sqrt(products.delta_delta),
@@ -114,7 +114,7 @@ class DeltaStream:
         def work(given: tuple[Piece, Workplace]) -> Result:
             return self._work(*given, dtype)
 
-        # As many workplaces as there are pieces in work or just handed out.
+        # There are as many workplaces as pieces that are in work or were just returned.
         with closing(in_order(work, zip(pieces_of(pairs), cycle(self._workplaces)))) as results:
             for (piece, _), result in results:
                 yield piece, result
@@ -137,7 +137,7 @@ class DeltaStream:
     def _difference(
         self, piece: Piece, tensors: Mapping[str, Tensor], delta: Tensor, dtype: torch.dtype
     ) -> tuple[dict[str, Tensor], Products]:
-        """A role without the tensor is zero in it: a bias that it does not have."""
+        """Compute the delta. A role that lacks the tensor, a bias, counts as zero."""
         name, base = piece.pair.name, tensors["base"]
         expert, origin = (tensors[role] if role in tensors else torch.zeros_like(base) for role in self._minus)
         sources = expert, base, origin
@@ -147,7 +147,8 @@ class DeltaStream:
         return {name: quantized.codes, scales_name(name): quantized.scales}, products
 
     def _zeros(self, piece: Piece, delta: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """A quantised one has scales for the blocks that begin in it; the one before has that of a block they share."""
+        """A piece of zeros. If quantised, it has the scales of blocks that begin in it; a block shared with the
+        previous piece has its scale there."""
         name, end = piece.pair.name, piece.start + piece.count
         if dtype not in DELTA_LIMITS:
             return {name: delta.zero_()}
@@ -165,7 +166,7 @@ class DeltaStream:
     def _note(self, piece: Piece, result: Result) -> None:
         name, base_square = piece.pair.name, result.products.base_base
         if not math.isfinite(base_square + result.products.delta_delta):
-            raise PriorError(f"{name} holds NaN or Inf in the checkpoints, or overflows in the prior's dtype")
+            raise PriorError(f"{name} contains NaN or Inf in the checkpoints, or overflows in the prior's dtype")
         self._base_squares[name] = self._base_squares.get(name, 0.0) + base_square
         if piece.paired:
             self._products[name] = self._products.get(name, Products()).plus(result.products)
@@ -179,9 +180,9 @@ def _cosine(product: float, square: float, other_square: float) -> float | None:
 
 
 def pieces_of(pairs: Iterable[Pair]) -> Iterator[Piece]:
-    """The tensors of `pairs`, cut to CHUNK elements and where their common part ends.
+    """Yield the tensors of `pairs`, cut into pieces of CHUNK elements, and also where their common part ends.
 
-    Where a common part ends within a block of a quantised delta, the rest of the block is zero and changes no scale.
+    If a common part ends within a block of a quantised delta, the rest of the block is zero and does not change scales.
     """
     for pair in pairs:
         for begin, end, paired in ((0, pair.common, True), (pair.common, pair.numel, False)):

@@ -1,4 +1,4 @@
-"""alpha by pattern: how strong a prior is where."""
+"""alpha by pattern: a different strength of the prior for different parameters."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from .names import selector
 
 AlphaLike = float | Tensor | Mapping[str, float]
-"""alpha, or alpha by pattern: entries of names.PRESETS or `re:REGEX` -> number."""
+"""alpha, or alpha by pattern: a mapping from entries of names.PRESETS or `re:REGEX` to numbers."""
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """Factors of alpha. The first pattern that fits a delta's canonical name decides; a delta that none fits is left
-    alone, as one whose factor is 0."""
+    """Factors of alpha by pattern. The first pattern that matches a delta's canonical name applies; a delta that
+    matches none is not used, as if its factor were 0."""
 
     entries: tuple[tuple[str, float], ...]
 
     @classmethod
     def split(cls, alpha: AlphaLike) -> tuple[float | Tensor, Strengths | None]:
-        """The alpha of param groups, 1 where it is given by pattern, and the patterns.
+        """Split alpha into that of the param groups, which is 1 if it is given by pattern, and the patterns.
 
-        Raises TypeError or ValueError for a pattern or a number that is none.
+        Raises TypeError or ValueError for an invalid pattern or number.
         """
         if not isinstance(alpha, Mapping):
             return alpha, None
@@ -43,13 +43,13 @@ class Strengths:
         return 1.0, cls(tuple((pattern, float(number)) for pattern, number in alpha.items()))
 
     def of(self, names: Iterable[str]) -> dict[str, float]:
-        """The factor of each delta that is not left alone. Raises ValueError for a pattern that fits no name."""
+        """The factors of the deltas that are used, by name. Raises ValueError if a pattern matches no name."""
         names = list(names)
         factors: dict[str, float] = {}
         for pattern, factor in self.entries:
             fitting = list(filter(selector(pattern), names))
             if not fitting:
-                raise ValueError(f"alpha by pattern: {pattern!r} fits none of the prior's {len(names)} deltas")
+                raise ValueError(f"alpha by pattern: {pattern!r} matches none of the prior's {len(names)} deltas")
             for name in fitting:
                 factors.setdefault(name, factor)
         return {name: factor for name, factor in factors.items() if factor}

@@ -1,4 +1,4 @@
-"""Norms and cosines of a prior's deltas, added up over groups: a layer's attention, a layer's q_proj."""
+"""Norms and cosines of a prior's deltas, summed over groups: a layer's attention, a layer's q_proj."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Group:
-    """Several deltas taken as one long vector.
+    """Several deltas treated as one long vector.
 
-    `param_norm` is norm(W), None where that of one is unknown; `ratio` is norm(delta)/norm(W), None where norm(W) is
-    zero or unknown; `stored_cosine` the smallest of its deltas'. `rank` is the largest of its low-rank deltas', and
-    `kept_energy` what part of norm(exact delta)^2 the group keeps as it is stored; None where none is of low rank.
+    `param_norm` is norm(W), None if any is unknown; `ratio` is norm(delta)/norm(W), None if norm(W) is zero or unknown;
+    `stored_cosine` is the smallest of the deltas. `rank` is the largest of the low-rank deltas, and `kept_energy` the
+    fraction of norm(exact delta)^2 that storage keeps; both None if none is low-rank.
     """
 
     tensors: int
@@ -49,7 +49,7 @@ def _kept_energy(infos: list[DeltaInfo]) -> float | None:
 
 
 def _add_up(infos: list[DeltaInfo]) -> Group:
-    """The cosine of a group is the mean of its tensors' cosines, each weighted by its norm(W)^2."""
+    """The group of these deltas. Its cosine is the mean of the cosines, weighted by norm(W)^2."""
     delta_norm = math.hypot(*(info.delta_norm for info in infos))
     known = [info.param_norm for info in infos if info.param_norm is not None]
     param_norm = math.hypot(*known) if len(known) == len(infos) else None

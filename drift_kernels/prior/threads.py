@@ -1,4 +1,4 @@
-"""Work side by side on a few threads, each with torch's operations on itself alone."""
+"""Parallel work on a few threads, each of which runs torch operations on a single thread."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for each of torch's operations: where several run side by side, the barriers of many short parallel
-    operations would cost several times the work itself on a busy machine. Nor do results then depend on how many
-    threads there are."""
+    """Run torch operations on one thread each. On a busy machine, the barriers of many short parallel operations would
+    cost several times the work itself. It also makes results independent of the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -31,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[tuple[Item, Result], None, None]:
-    """The items with their results, in the items' order; no more than WORKERS + 1 are taken ahead."""
+    """Yield the items with their results, in the items' order, taking at most WORKERS + 1 items ahead."""
     with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         in_work: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:

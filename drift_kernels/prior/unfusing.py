@@ -1,6 +1,6 @@
-"""Experts that one checkpoint stores fused and another one by one: each is found in its place in the fused tensor.
+"""Experts that one checkpoint stores fused and another one by one: locating each within the fused tensor.
 
-Nothing is read here: a matrix is described, and read later from where it lies.
+Nothing is read here; a matrix is only described, and read later.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .views import Part, TransposedPart
 # Families whose files hold fused experts in nn.Linear's orientation: gate_up_proj [experts, 2 * inter, hidden],
 # down_proj [experts, hidden, inter].
 _STRAIGHT = ("deepseek_ocr2_text", "minimax_m3_vl_text")
-# Families whose published files hold each matrix transposed, and those that transformers 5 saves do not.
+# Families whose published files store each matrix transposed, while files saved by transformers 5 do not.
 _EITHER = ("qwen3_vl_moe",)
 
 
 def unfuse(checkpoint: Checkpoint, tensors: Mapping[str, Source], wanted: Iterable[str]) -> dict[str, Source]:
-    """The tensors, where fused experts are replaced by single ones, named as the `wanted` of another checkpoint are.
+    """Return the tensors with fused experts replaced by single ones, named like the `wanted` of another checkpoint.
 
-    As they were, if it is not known whether they lie transposed. All experts are found, however many
-    are wanted.
+    If it is unknown whether the fused matrices are transposed, the tensors are unchanged. If one expert is wanted, all
+    are found.
     """
     stacks = {name: tensor.shape for name, tensor in tensors.items() if of_all_experts(name)}
     transposed = lie_transposed(checkpoint.config, stacks)
@@ -49,7 +49,7 @@ def unfuse(checkpoint: Checkpoint, tensors: Mapping[str, Source], wanted: Iterab
 
 
 def check_experts(models: Mapping[str, Iterable[str]]) -> None:
-    """Raises PriorError if the names, by role, hold different experts in one layer: their numbers say nothing then."""
+    """Raise PriorError if the roles have different experts in a layer: then equal numbers mean different experts."""
     numbers: dict[str, dict[str, set[int]]] = defaultdict(dict)
     for role, names in models.items():
         for name in filter(of_one_expert, names):
@@ -59,14 +59,15 @@ def check_experts(models: Mapping[str, Iterable[str]]) -> None:
         if len(set(map(frozenset, by_role.values()))) > 1:
             counts = ", ".join(f"{len(found)} in the {role}" for role, found in by_role.items())
             raise PriorError(
-                f"the checkpoints do not fit: the experts of {stem.removesuffix('.')} are {counts}, and those of one "
-                "number are not the same expert; --modules attn leaves them out"
+                f"the checkpoints do not fit: {stem.removesuffix('.')} has {counts}, so equal numbers are not the same "
+                "expert; use --modules attn to leave them out"
             )
 
 
 def lie_transposed(config: Mapping[str, Any], stacks: Mapping[str, tuple[int, ...]]) -> bool | None:
-    """By the family and, where its files may be of either kind, by the sizes in the config. None if these do not tell:
-    a square matrix is the same either way, and then transformers, too, takes it as it lies."""
+    """Whether fused matrices are transposed, judging by the family and, if its files may be of either kind, by the
+    sizes in the config. None if unknown: square matrices look the same either way; transformers reads these as stored.
+    """
     family, text = config.get("model_type"), config.get("text_config")
     if family in _STRAIGHT:
         return False

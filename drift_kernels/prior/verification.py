@@ -1,4 +1,4 @@
-"""What came of reading a prior through."""
+"""The result of verifying a prior."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `Prior.verify`: how many deltas were compared with their checksum, and how many with nothing but
-    their norm, since their prior is older than checksums; what is wrong, by canonical name."""
+    """The result of `Prior.verify`: how many deltas were checked by checksum, how many only by norm (because the prior
+    was built before there were checksums), and the faults found, by canonical name."""
 
     by_checksum: int
     by_norm: int
@@ -17,16 +17,16 @@ class Verification:
 
     @property
     def intact(self) -> bool:
-        """Nothing was found to be wrong."""
+        """Whether no faults were found."""
         return not self.faults
 
     def summary(self) -> str:
-        """The counts, and a line for each delta with something wrong."""
+        """The counts, and one line for each faulty delta."""
         checked = self.by_checksum + self.by_norm
-        lines = [f"{checked - len(self.faults)} of {checked} deltas are as they were built"]
+        lines = [f"{checked - len(self.faults)} of {checked} deltas are intact"]
         if self.by_norm:
             lines.append(
-                f"  {self.by_norm} were compared by their norm alone, which small changes do not show in: the prior "
+                f"  {self.by_norm} were checked only by norm, which does not detect small changes, because the prior "
                 "was built before checksums were recorded"
             )
         return "\n".join(lines + [f"  {name}: {fault}" for name, fault in self.faults.items()])

@@ -1,4 +1,4 @@
-"""Matrices that lie within another tensor of a checkpoint, as a fused stack of experts holds them."""
+"""Matrices within another tensor of a checkpoint, such as a fused stack of experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BAND = 1 << 16  # elements of a transposed matrix that are read at a time
 
 @dataclass(frozen=True)
 class Part(Source):
-    """A matrix whose elements follow one another in `whole`, from `begin` on."""
+    """A matrix whose elements are contiguous in `whole`, from `begin` on."""
 
     whole: Source
     shape: tuple[int, ...]
@@ -35,18 +35,18 @@ class Part(Source):
 
 @dataclass(frozen=True)
 class TransposedPart(Part):
-    """A matrix that lies transposed in `whole`, within lines of `stride` elements: element [r, c] is the r-th of line
+    """A matrix that is stored transposed in `whole`, in lines of `stride` elements: element [r, c] is the r-th of line
     c, counted from `begin`."""
 
     stride: int
 
     def read_from(self, files: OpenFiles, flat: Tensor, start: int) -> None:
-        """A box at a time, so that no more memory than `flat` is needed."""
+        """Read one box at a time, which needs little memory besides `flat`."""
         for box, row, column in boxes_of(flat, start, self.shape[1]):
             self._fill(files, box, row, column)
 
     def _fill(self, files: OpenFiles, target: Tensor, row: int, column: int) -> None:
-        """The box that begins at [row, column], a few lines at a time."""
+        """Read the box that begins at [row, column], a few lines at a time."""
         rows, width = target.shape
         lines = max(_BAND // self.stride, 1)
         band = torch.empty(min(lines, width) * self.stride, dtype=target.dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""Writing files that are on the disk when the build ends, safetensors piece by piece."""
+"""Writing files that are on disk when a build ends; safetensors files are written piece by piece."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, err
 
 
 class FileWriter:
-    """Writes a file, in any order, by several threads. Failed writes raise OSError with the file's name."""
+    """Writes a file, in any order and from several threads. Failed writes raise OSError with the file's name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,7 +39,7 @@ class FileWriter:
                 view, offset = view[count:], offset + count
 
     def finish(self) -> None:
-        """Bring what was written to the disk, and close the file."""
+        """Flush the file to disk, and close it."""
         with self._file:
             sync(self._file.fileno(), self._path)
 
@@ -51,9 +51,9 @@ class FileWriter:
 
 
 class TensorFileWriter(FileWriter):
-    """Writes a .safetensors file: the layout first, then every tensor's bytes, each tensor front to back.
+    """Writes a .safetensors file: first the layout, then the bytes of the tensors, each front to back.
 
-    `checksums` are the CRC-32 of what each tensor was given so far.
+    `checksums` holds the CRC-32 of the bytes of each tensor so far.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
@@ -73,7 +73,7 @@ class TensorFileWriter(FileWriter):
         self.write(memoryview(len(header).to_bytes(8, "little") + header), 0)
 
     def append(self, name: str, flat: Tensor) -> None:
-        """Append the bytes of a 1-D, contiguous CPU tensor to those that the tensor `name` has already."""
+        """Append the bytes of a 1-D, contiguous CPU tensor to the tensor `name`."""
         view = byte_view(flat)
         self.checksums[name] = zlib.crc32(view, self.checksums[name])
         self.write(view, self._next[name])
@@ -81,7 +81,7 @@ class TensorFileWriter(FileWriter):
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write it, and bring it to the disk."""
+    """Write a JSON file, and flush it to disk."""
     with path.open("w") as file, _naming(path):
         json.dump(content, file, indent=1, allow_nan=False)
         file.flush()
@@ -89,7 +89,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Flush the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         sync(descriptor, folder)
@@ -98,20 +98,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync(descriptor: int, path: Path) -> None:
-    """fsync, where the file system knows it: some network and FUSE file systems do not, and files are as safe there as
-    they can be."""
+    """Call fsync, and ignore errors of file systems that do not support it, as some network and FUSE file systems."""
     try:
         with _naming(path):
             os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
-        logger.debug("%s: its file system cannot bring it to the disk at once (%s)", path, error.strerror)
+        logger.debug("%s: the file system does not support fsync (%s)", path, error.strerror)
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Calls on descriptors raise errors without a name."""
+    """Add the file's name to errors of calls on its descriptor."""
     try:
         yield
     except OSError as error:

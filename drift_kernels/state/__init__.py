@@ -1,1 +1,1 @@
-"""How parameters and optimizer states are held, and how they are saved and loaded."""
+"""Storing, saving and loading parameters and optimizer states."""

@@ -1,4 +1,4 @@
-"""Which parameter here each saved state belongs to: the one of its name, or, without names, the one at its position."""
+"""Matching saved states with parameters: by name, or by position where there are no names."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ logger = logging.getLogger("drift_kernels")
 
 
 def arranged(param_groups: ParamGroups, saved_groups: ParamGroups, plain: Callable[[str], str]) -> ParamGroups:
-    """The saved groups as `param_groups` are: the ids of the same parameters in the same order, with hyperparameters.
+    """Return the saved groups in the layout of `param_groups`: the ids of the same parameters, in the same order.
 
-    A group has the hyperparameters of the saved group of the same parameters, and where that one lacks some, or there
-    is none of the same parameters, those that it has here.
+    A group takes its hyperparameters from the saved group that has the same parameters. It keeps its current value of
+    any that the saved group lacks, and all current values if no saved group has the same parameters.
 
-    Raises ValueError for other parameters: of other names where both sides have names, of another number where not.
+    Raises ValueError if the parameters differ: in their names if both sides have names, otherwise in their number.
     """
     order = _by_name(param_groups, saved_groups, plain)
     if order is None:
         sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (param_groups, saved_groups))
         if sizes != saved_sizes:
-            raise ValueError(f"the state_dict has param groups of sizes {saved_sizes}, this optimizer of sizes {sizes}")
+            raise ValueError(f"the state_dict has param groups of sizes {saved_sizes}, this optimizer has {sizes}")
         order = [[(index, saved_id) for saved_id in group["params"]] for index, group in enumerate(saved_groups)]
     result, on_their_own = [], []
     for index, (group, members) in enumerate(zip(param_groups, order, strict=True)):
@@ -38,15 +38,15 @@ def arranged(param_groups: ParamGroups, saved_groups: ParamGroups, plain: Callab
         result.append({**hyperparameters, "params": [saved_id for _, saved_id in members], **names})
     if on_their_own:
         logger.warning(
-            "param groups %s keep their hyperparameters: when the state_dict was saved, their parameters were in "
-            "groups with others; states are loaded by name",
+            "param groups %s keep their current hyperparameters, because the state_dict groups their parameters "
+            "differently; states are loaded by name",
             ", ".join(on_their_own),
         )
     return result
 
 
 def _source(index: int, members: list[tuple[int, Any]], saved_groups: ParamGroups) -> dict[str, Any] | None:
-    """The saved group of these parameters and no others; of no parameters at all, the one at the same place."""
+    """The saved group with exactly these parameters; for an empty group, the saved one at the same index."""
     found = {group for group, _ in members} or {index}
     if len(found) > 1 or (not members and index >= len(saved_groups)):
         return None
@@ -57,10 +57,10 @@ def _source(index: int, members: list[tuple[int, Any]], saved_groups: ParamGroup
 def _by_name(
     param_groups: ParamGroups, saved_groups: ParamGroups, plain: Callable[[str], str]
 ) -> list[list[tuple[int, Any]]] | None:
-    """For each group here, of each of its parameters, the saved group and the id there; None without names.
+    """For each group, the saved group and the saved id of each of its parameters; None without names.
 
-    torch.distributed.checkpoint has parameters' names for ids, and has put them in order already, but not the names of
-    their groups.
+    torch.distributed.checkpoint uses parameter names as ids. It has already put these in order, but not the names in
+    the groups.
     """
     here, there = _all_names(param_groups), _all_names(saved_groups)
     ids = [(index, saved_id) for index, group in enumerate(saved_groups) for saved_id in group["params"]]
@@ -84,14 +84,14 @@ def _all_names(groups: ParamGroups) -> list[str] | None:
 
 
 def _comparable(here: list[str], there: list[str], plain: Callable[[str], str]) -> tuple[list[str], list[str]]:
-    """The names as they are, or without what wrappers add, if they differ."""
+    """The names unchanged if both sides agree, otherwise without what wrappers add."""
     if Counter(here) == Counter(there):
         return here, there
     return list(map(plain, here)), list(map(plain, there))
 
 
 def _numbered(names: list[str]) -> Iterator[tuple[str, int]]:
-    """Each name, and how many of the same there were before: models that share an optimizer may share names."""
+    """Yield each name with its number of earlier occurrences: models that share an optimizer may share names."""
     before: Counter[str] = Counter()
     for name in names:
         yield name, before[name]
@@ -100,11 +100,11 @@ def _numbered(names: list[str]) -> Iterator[tuple[str, int]]:
 
 def _differences(here: list[str], there: list[str]) -> str:
     others, lacks = Counter(there) - Counter(here), Counter(here) - Counter(there)
-    parts = [f"has others, {_some(others)},"] if others else []
-    parts += [f"lacks {_some(lacks)}"] if lacks else []
+    parts = [f"unexpected {_some(others)}"] if others else []
+    parts += [f"missing {_some(lacks)}"] if lacks else []
     return (
-        f"the state_dict is of other parameters than this optimizer: it {' and '.join(parts)}; to load it by position, "
-        "remove 'param_names' from its param groups"
+        f"the parameters of the state_dict are not those of this optimizer: {', '.join(parts)}; to load it by "
+        "position, remove 'param_names' from its param groups"
     )
 
 

@@ -1,5 +1,4 @@
-"""States in use: whoever puts one into `optimizer.state` by hand, or moves one, gets what kernels can work on, or an
-error."""
+"""Checks of states in use: one that was set or moved by hand must be usable by the kernels, or raises an error."""
 
 from __future__ import annotations
 
@@ -14,14 +13,15 @@ from .precision import CODES, OPERANDS, STATES, check_state
 
 
 def check_live_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the parameter, for a state of another shape, dtype or device than it takes."""
+    """Raise ValueError, naming the parameter, if its state has the wrong shape, dtype or device."""
     check_state(name, param, state)
     own = local(param)
     for key in OPERANDS:
         if key in state and local(state[key]).device != own.device:
             where = local(state[key]).device
             raise ValueError(
-                f"the state {key} of parameter {name} is on {where}, the parameter on {own.device}: move it"
+                f"the state {key} of parameter {name} is on {where}, but the parameter is on {own.device}: move the "
+                "state"
             )
     dtypes = {torch.int8 if CODES[key] in state else state[key].dtype for key in STATES}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.int8}:
@@ -32,7 +32,7 @@ def check_live_state(name: str, param: Tensor, state: Mapping[str, Any]) -> None
 
 
 def make_contiguous(state: dict[str, Any]) -> None:
-    """Puts contiguous copies in the place of what is not: torch's states have the strides of their parameters."""
+    """Replace non-contiguous tensors with contiguous copies: torch gives states the strides of their parameters."""
     for key in OPERANDS:
         if key in state and not local(state[key]).is_contiguous():
             state[key] = wrap(local(state[key]).contiguous(), state[key])

@@ -1,4 +1,4 @@
-"""Master weights: a bfloat16 parameter and its residual as one float32."""
+"""Master weights: a bfloat16 parameter and its residual, which together are one float32."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .precision import RESIDUAL
 
 
 def master_weight(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """The float32 master of a parameter, in memory of its own, sharded as the parameter is; where its state has no
-    residual yet, of the parameter itself."""
+    """Return the float32 master weight of a parameter as a new tensor, sharded like the parameter; if its state has no
+    residual yet, the parameter in float32."""
     residual = state.get(RESIDUAL)
     own = local(param.detach())
     return wrap(own.to(torch.float32, copy=True) if residual is None else join(own, local(residual)), param)
 
 
 def refresh_masters(states: Iterable[Mapping[str, Any]]) -> None:
-    """Makes the parameters as they are the masters."""
+    """Reset the master weights to the current values of the parameters."""
     for state in states:
         if RESIDUAL in state:
             local(state[RESIDUAL]).zero_()

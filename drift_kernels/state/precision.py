@@ -1,4 +1,4 @@
-"""How parameters and states are held: dtypes, codes, rounding, masters; and the states that this takes."""
+"""How parameters and states are stored: dtypes, codes, rounding, master weights, and the states that these need."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ..sharding import is_sharded, keeps_blocks, local, part_for, wrap
 
 STATES = ("exp_avg", "exp_avg_sq")
 
-# Codes have keys of their own: who knows none (torch.optim.AdamW, a checkpoint that is loaded into other states) then
-# misses a moment, and does not take codes for it. Each beside its scales.
+# Codes and their scales have separate keys: a reader that does not know codes (torch.optim.AdamW, say) then finds a
+# moment missing, instead of taking codes for it.
 CODES = {"exp_avg": "exp_avg_codes", "exp_avg_sq": "exp_avg_sq_codes"}
 SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 RESIDUAL = "param_residual"
 
-# The delta of an adapter's parameter, where it stays for several steps.
+# The delta of an adapter's parameter, if it is kept for several steps.
 PROJECTED = "prior_delta"
 
-# Where a prior pulls a parameter, if its pull is to fade on the way.
+# The point that a prior pulls a parameter to, if its pull fades on the way there.
 TARGET = "prior_target"
-KEPT = frozenset((PROJECTED, TARGET))  # what a prior keeps in states, in a dtype of its own
+KEPT = frozenset((PROJECTED, TARGET))  # what a prior keeps in states, in its own dtype
 
-# The keys of tensors in a state, and which operand of a plan each is; and all keys that are this package's.
+# The keys of tensors in a state -> the operand of a plan that each one is. OWN: all keys of this package.
 OPERANDS = {
     **{key: key for key in (*STATES, *SCALES.values())},
     **{codes: key for key, codes in CODES.items()},
@@ -49,12 +49,13 @@ ROUNDINGS = get_args(Rounding)
 
 @dataclass(frozen=True)
 class Precision:
-    """What the constructor says of it.
+    """How the constructor's arguments ask for parameters and states to be stored.
 
     Attributes:
-        state_dtype: of exp_avg and exp_avg_sq, float32, bfloat16, or int8 for codes (formats/blocks.py).
-        stochastic: whether what is bfloat16 is rounded at random, but a parameter that has a master.
-        master_weights: whether a bfloat16 parameter has a residual, which makes it a float32.
+        state_dtype: dtype of exp_avg and exp_avg_sq: float32, bfloat16, or int8 for codes (formats/blocks.py).
+        stochastic: whether bfloat16 states, and bfloat16 parameters without a master weight, are rounded
+            stochastically.
+        master_weights: whether bfloat16 parameters have a residual, with which they make a float32.
     """
 
     state_dtype: torch.dtype
@@ -63,23 +64,23 @@ class Precision:
 
     @classmethod
     def of(cls, state_dtype: torch.dtype | StateDType, rounding: Rounding, master_weights: bool) -> Precision:
-        """Raises ValueError for a dtype or a rounding that there is not; warns of states that lose their updates."""
+        """Raise ValueError for an unknown dtype or rounding; warn of states that would lose their updates."""
         dtype = STATE_DTYPES.get(state_dtype) if isinstance(state_dtype, str) else state_dtype
         if dtype is None or dtype not in STATE_DTYPES.values():
             known = ", ".join(map(repr, STATE_DTYPES))
-            raise ValueError(f"state_dtype must be one of {known}, or such a torch.dtype, got {state_dtype!r}")
+            raise ValueError(f"state_dtype must be one of {known}, or the torch.dtype of one, got {state_dtype!r}")
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         if dtype == torch.bfloat16 and rounding == "nearest":
             warnings.warn(
                 "bfloat16 states rounded to nearest lose small updates (exp_avg_sq cannot decay at beta2 = 0.999): "
-                "rounding='stochastic' keeps them",
+                "use rounding='stochastic' to keep them",
                 stacklevel=3,
             )
         return cls(dtype, rounding == "stochastic", bool(master_weights))
 
     def check_param(self, name: str, param: Tensor) -> None:
-        """Raises TypeError, naming the parameter, for one of a dtype that cannot be held so."""
+        """Raise TypeError, naming the parameter, if its dtype does not support this precision."""
         if param.dtype != torch.float16:
             return
         asked = {
@@ -89,17 +90,17 @@ class Precision:
         }
         for option in (option for option, is_asked in asked.items() if is_asked):
             raise TypeError(
-                f"{option} is for bfloat16 and float32 parameters, and parameter {name} has dtype torch.float16, for "
-                "which there are no such kernels: cast it, or give it to an optimizer of its own"
+                f"{option} supports bfloat16 and float32 parameters only, but parameter {name} has dtype "
+                "torch.float16: cast it, or give it to a separate optimizer"
             )
 
     def at_random(self, param: Tensor) -> bool:
-        """Whether the parameter and its states are rounded at random. A float32 one has nothing to round."""
+        """Whether the parameter and its states are rounded stochastically. float32 parameters need no rounding."""
         return self.stochastic and param.dtype == torch.bfloat16
 
     @torch.inference_mode(False)
     def new_state(self, param: Tensor) -> dict[str, Any]:
-        """Zeros, sharded as the parameter is: the state before the first step. A master begins as its parameter."""
+        """The state before the first step: zeros, sharded like the parameter. A master weight starts equal to it."""
         state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
         own = local(param)
 
@@ -118,17 +119,17 @@ class Precision:
         return state
 
     def _has_codes(self, param: Tensor) -> bool:
-        """Whether its states are codes: not those of a small parameter, or of one whose blocks a sharding may cut."""
+        """Whether its states are codes: not if the parameter is small, or if its sharding may cut blocks."""
         enough = self.state_dtype == torch.int8 and param.numel() >= WORTH_CODES
         return enough and (not is_sharded(param) or keeps_blocks(param, BLOCK))
 
     def _uncoded_dtype(self, param: Tensor) -> torch.dtype:
-        """Beside a float32 parameter there are no kernels that round states at random."""
+        """No kernel rounds the states of a float32 parameter stochastically: these are float32."""
         rounds_to_nearest = self.stochastic and not self.at_random(param)
         return torch.float32 if self.state_dtype == torch.int8 or rounds_to_nearest else self.state_dtype
 
     def restored_state(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """A saved state as this precision holds it, in memory of its own. A master that was not saved begins anew."""
+        """Return a copy of a saved state in this precision. A master weight that was not saved starts anew."""
         state = self.new_state(param)
         state["step"].fill_(float(saved["step"]))
 
@@ -154,30 +155,30 @@ class Precision:
 
 
 def has_begun(state: Mapping[str, Any]) -> bool:
-    """Whether there is a state of this package in it, and not nothing, or only what a user keeps there."""
+    """Whether it holds a state of this package, rather than nothing or only what a user stores in it."""
     return not OWN.isdisjoint(state)
 
 
 def held(key: str, state: Mapping[str, Any]) -> Tensor | None:
-    """exp_avg or exp_avg_sq of a state as it is held: codes, where they are codes."""
+    """exp_avg or exp_avg_sq of a state as stored, which may be codes."""
     return state.get(CODES[key], state.get(key))
 
 
 def uncoded(key: str, state: Mapping[str, Any]) -> Tensor:
-    """exp_avg or exp_avg_sq of a state as floating numbers."""
+    """exp_avg or exp_avg_sq of a state in floating point."""
     if CODES[key] not in state:
         return state[key]
     return wrap(decode_state(local(state[CODES[key]]), local(state[SCALES[key]])), state[CODES[key]])
 
 
 def float32_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with its codes or bfloat16 numbers as float32, as `torch.optim.AdamW` has it for float32 parameters."""
+    """Return a state with its moments in float32, as `torch.optim.AdamW` holds them for float32 parameters."""
     others = {key: value for key, value in state.items() if key not in (*MOMENTS, *SCALES.values())}
     return {**others, **{key: uncoded(key, state).float() for key in STATES if held(key, state) is not None}}
 
 
 def with_keys_of_codes(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved state whose codes have the keys of moments, as they once had, with the keys of codes."""
+    """Rename the keys of a saved state from earlier versions, which stored codes under the keys of the moments."""
     old = {
         key: codes
         for key, codes in CODES.items()
@@ -187,7 +188,7 @@ def with_keys_of_codes(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_state(name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the parameter, for a saved state that does not fit it."""
+    """Raise ValueError, naming the parameter, if the saved state does not fit it."""
     missing = [key for key in ("step", *STATES) if key not in saved and CODES.get(key) not in saved]
     if missing:
         raise ValueError(f"the state of parameter {name} lacks {', '.join(missing)}: not a state of AdamW")
@@ -205,7 +206,7 @@ def check_state(name: str, param: Tensor, saved: Mapping[str, Any]) -> None:
 def _check_tensor(
     name: str, key: str, saved: Mapping[str, Any], dtype: torch.dtype | None, *shapes: tuple[int, ...]
 ) -> None:
-    """`dtype`: None for any floating one."""
+    """`dtype`: None for any floating-point dtype."""
     found = saved.get(key)
     if not isinstance(found, Tensor):
         have = "codes without" if found is None and key in SCALES.values() else f"{type(found).__name__} for"
@@ -213,5 +214,5 @@ def _check_tensor(
     if tuple(found.shape) not in shapes:
         raise ValueError(f"the state {key} of parameter {name} has shape {tuple(found.shape)}, expected {shapes[0]}")
     if not found.dtype.is_floating_point if dtype is None else found.dtype != dtype:
-        expected = "a floating one" if dtype is None else dtype
+        expected = "a floating-point dtype" if dtype is None else dtype
         raise ValueError(f"the state {key} of parameter {name} has dtype {found.dtype}, expected {expected}")

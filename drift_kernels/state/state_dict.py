@@ -1,4 +1,4 @@
-"""Optimizer states in and out of a state_dict, compatible both ways with torch.optim.AdamW."""
+"""Saving and loading optimizer states; state_dicts are interchangeable with those of torch.optim.AdamW."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .precision import KEPT, OWN, Precision, check_state, has_begun, with_keys_o
 
 
 def only_asks_for_states(param_groups: list[dict[str, Any]]) -> bool:
-    """Whether a first step only asks for states: at a learning rate of 0, on gradients of zeros.
+    """Whether a first step only serves to create states: the learning rate is 0 and all gradients are zero.
 
-    So does torch.distributed.checkpoint before it loads; a prior must leave no trace in those states.
+    torch.distributed.checkpoint makes such a step before it loads; a prior must leave no trace in those states.
     """
     if not all(isinstance(lr, (int, float, Tensor)) and lr == 0 for lr in (group["lr"] for group in param_groups)):
         return False
@@ -31,23 +31,24 @@ def only_asks_for_states(param_groups: list[dict[str, Any]]) -> bool:
 def check_state_dict(
     state_dict: StateDict, param_groups: ParamGroups, fingerprint: str | None, plain: Callable[[str], str]
 ) -> dict[str, Any]:
-    """A shallow copy of `state_dict`, checked, in the order and with the groups of `param_groups`: what torch, which
-    goes by positions, then loads. Groups have what the saved ones lack.
+    """Check `state_dict` and return a shallow copy in the order and with the groups of `param_groups`.
+
+    torch then loads the copy by position. Groups keep their current value of whatever the saved ones lack.
 
     Args:
-        plain: a parameter's name -> its name without what wrappers add to it.
+        plain: maps a parameter's name to its name without what wrappers add to it.
 
     Raises:
-        PriorMismatchError: it was saved under another prior.
-        ValueError: it does not fit the parameters, or is not of an AdamW without amsgrad.
+        PriorMismatchError: If it was saved with another prior.
+        ValueError: If it does not fit the parameters, or is not the state of an AdamW without amsgrad.
     """
     saved_groups = state_dict["param_groups"]
     for index, saved in enumerate(saved_groups):
         if saved.get(FINGERPRINT) not in (None, fingerprint):
             raise PriorMismatchError(
-                f"the state_dict was saved under the prior {saved[FINGERPRINT][:12]}, this optimizer has "
-                f"{'none' if fingerprint is None else fingerprint[:12]} (group {index}); to go on with another prior "
-                f"on purpose, remove {FINGERPRINT!r} from its param groups"
+                f"the state_dict was saved with the prior {saved[FINGERPRINT][:12]}, but this optimizer has "
+                f"{'none' if fingerprint is None else fingerprint[:12]} (group {index}); to resume with a different "
+                f"prior on purpose, remove {FINGERPRINT!r} from the param groups of the state_dict"
             )
         if saved.get("amsgrad"):
             raise ValueError(f"the state_dict was saved with amsgrad, which is not supported (group {index})")
@@ -59,19 +60,19 @@ def check_state_dict(
             check_state(name, param, states[saved_id])
         elif states.get(saved_id) and not any("betas" in saved for saved in saved_groups):
             keys = ", ".join(map(str, states[saved_id]))
-            raise ValueError(f"the state of parameter {name} has {keys}, and no exp_avg: not a state of AdamW")
+            raise ValueError(f"the state of parameter {name} has {keys} but no exp_avg: not a state of AdamW")
     return {**state_dict, "state": states, "param_groups": groups}
 
 
 def _params_by_saved_id(param_groups: ParamGroups, saved_groups: ParamGroups) -> dict[Any, tuple[str, Tensor]]:
-    """What a state_dict's parameter ids mean here, where they are in order: the parameters with their names."""
+    """Map the parameter ids of a state_dict in matching order to the parameters and their names."""
     ids = [saved_id for group in saved_groups for saved_id in group["params"]]
     return dict(zip(ids, named_params(param_groups), strict=True))
 
 
 def restore_states(optimizer: Optimizer, state_dict: StateDict, precision: Precision) -> None:
-    """Sets the states from `state_dict` again, as `precision` holds them, after torch's loading cast them. What else is
-    kept in `optimizer.state` stays as torch loaded it."""
+    """Set the states from `state_dict` again, in the given precision, because torch cast them while loading. Anything
+    else in `optimizer.state` stays as torch loaded it."""
     for saved_id, (_, param) in _params_by_saved_id(optimizer.param_groups, state_dict["param_groups"]).items():
         saved = state_dict["state"].get(saved_id, {})
         if has_begun(saved):

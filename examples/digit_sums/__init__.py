@@ -1,6 +1,6 @@
-"""The DRIFT experiment in miniature: a text expert's arithmetic, given to a model that reads handwritten digits."""
+"""The DRIFT experiment in miniature: transfers a text expert's arithmetic to a model that reads handwritten digits."""
 
 import logging
 
-# Which PEFT loads if it is installed, and which says what it lacks for the 4 bits that nobody needs here.
+# PEFT imports bitsandbytes if it is installed; it then warns about missing 4-bit support, which is not needed here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Run experiments: print their tables, write a JSON file and figures for each."""
+"""Runs experiments: prints a table, and writes a JSON file and figures for each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def main(command: Sequence[str] | None = None) -> int:
         for name in arguments.experiment:
             run_experiment(name, arguments.seeds, arguments.out, pool, console)
     except KeyboardInterrupt:
-        console.print("Interrupted. What is done stays; the same command goes on from there.", highlight=False)
+        console.print("Interrupted. Completed runs are kept; run the same command to resume.", highlight=False)
         return 130
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes.", highlight=False)
     return 0
@@ -51,7 +51,7 @@ def run_experiment(name: str, n_seeds: int | None, out: Path, pool: Pool, consol
     console.print(report.table(result, experiment.scores))
     if len(result["made_by"]) > 1:
         commits = ", ".join(str(made["commit"]) for made in result["made_by"])
-        console.print(f"Its runs are of several commits, versions or machines: {commits}.", highlight=False)
+        console.print(f"These runs come from several commits, versions or machines: {commits}.", highlight=False)
     written = [report.write_json(out, result), *figures.draw(out, result, experiment)]
     console.print(f"Written: {', '.join(map(str, written))}\n", highlight=False, soft_wrap=True)
 
@@ -65,20 +65,24 @@ def parse_arguments(command: Sequence[str] | None) -> argparse.Namespace:
         choices=("demo", *EXPERIMENTS),
         default=["demo"],
         metavar="NAME",
-        help=f"of demo (the default: {DEMO.seeds} seeds, two minutes), {', '.join(EXPERIMENTS)}",
+        help=f"one or more of demo (the default: {DEMO.seeds} seeds, two minutes), {', '.join(EXPERIMENTS)}",
     )
     what.add_argument(
-        "--all", dest="experiment", action="store_const", const=list(EXPERIMENTS), help="all of them but the demo"
+        "--all",
+        dest="experiment",
+        action="store_const",
+        const=list(EXPERIMENTS),
+        help="all except the demo",
     )
     parser.add_argument(
-        "--seeds", type=seeds, metavar="N", help="that many, from 0 on (default: 10 or 20, and 2 of the demo)"
+        "--seeds", type=seeds, metavar="N", help="number of seeds, starting from 0 (default: 10 or 20, demo: 2)"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/digit_sums"),
         metavar="DIR",
-        help="where to write; what is done there is not done again (default: %(default)s)",
+        help="output folder; runs completed there are not repeated (default: %(default)s)",
     )
     return parser.parse_args(command)
 

@@ -1,4 +1,4 @@
-"""From runs to an answer: settings chosen, means with their intervals, differences seed by seed."""
+"""Turns runs into results: the chosen settings, means with their intervals, differences paired by seed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ SCORES = {
 }
 CHOSEN_BY = ("held_out_sums", "seen_sums", "reading")
 RESAMPLES, CONFIDENCE = 10_000, 0.95
-FEWEST = 5  # seeds that an interval is made of
+FEWEST = 5  # seeds needed for an interval
 
-Result = dict[str, Any]  # what the JSON file of an experiment holds
+Result = dict[str, Any]  # the content of an experiment's JSON file
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was tried on the tuning seeds, and what was taken: the highest mean of held-out sums, seen sums and
-    readings, and of two that are alike the first."""
+    """The settings tried on the tuning seeds, and the best: the highest mean of held-out sums, seen sums and readings;
+    on ties the first."""
 
-    tried: tuple[tuple[Arm, dict[str, list[float]]], ...]  # scores by name, one for each tuning seed
+    tried: tuple[tuple[Arm, dict[str, list[float]]], ...]  # scores by name, one per tuning seed
 
     @property
     def best(self) -> int:
@@ -43,7 +43,7 @@ class Choice:
 
 
 def choose(entries: Sequence[Entry], pool: Pool, name: str) -> tuple[dict[Entry, Choice], dict[Run, Cell]]:
-    """For the entries that have several candidates; and the runs that the choices rest on."""
+    """Return the choices for the entries with several candidates, and the runs that they are based on."""
     open_ones = [entry for entry in entries if len(entry.candidates) > 1]
     wanted = {(entry, arm): _runs(TUNING_SEEDS, entry.tuned_in, arm) for entry in open_ones for arm in entry.candidates}
     cells = pool.cells_of([run for runs in wanted.values() for run in runs], f"{name}, choice of settings")
@@ -57,7 +57,7 @@ def choose(entries: Sequence[Entry], pool: Pool, name: str) -> tuple[dict[Entry,
 
 
 def answer(name: str, experiment: Experiment, seeds: Sequence[int], pool: Pool) -> Result:
-    """Choose settings, run all entries on the seeds, and sum them up."""
+    """Choose settings, run all entries on the seeds, and summarize them."""
     choices, tuning_cells = choose(experiment.entries, pool, name)
     arms = {}
     for entry in experiment.entries:
@@ -102,7 +102,7 @@ def answer(name: str, experiment: Experiment, seeds: Sequence[int], pool: Pool) 
 
 
 def mean_and_interval(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean and its bootstrap interval (Efron, 1987: bias-corrected and accelerated), None of too few values."""
+    """The mean and its bootstrap interval (Efron, 1987: bias-corrected and accelerated); None for too few values."""
     mean = float(numpy.mean(values))
     if len(values) < FEWEST:
         return {"mean": mean, "low": None, "high": None}
@@ -120,7 +120,7 @@ def mean_and_interval(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names of the points that no other point is at least as good as in both and better in one."""
+    """The names of the Pareto-optimal points: no other point is at least as good in both scores and better in one."""
     return [
         name
         for name, (x, y) in points.items()
@@ -148,7 +148,7 @@ def _scores(cells: Sequence[Cell]) -> dict[str, list[float]]:
 def _differences(
     entry: Entry, scores: Mapping[Entry, dict[str, list[float]]], references: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """By reference and score: entry - reference, paired by seed. A reference at the same x comes before one without."""
+    """entry - reference, paired by seed, by reference and score. A reference at the same x precedes one without x."""
     found = {}
     for line in references:
         same = [other for other in scores if other.line == line and other.x in (entry.x, None)]
@@ -172,5 +172,5 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def _distinct(made_by: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each commit, with its versions and machine, once."""
+    """Each commit with its versions and machine, without duplicates."""
     return list({str({**row, "date": None, "load": None}): row for row in made_by}.values())

@@ -1,4 +1,4 @@
-"""Runs that are done, a file each: what is there is not run again."""
+"""Completed runs, one file each; they are not repeated."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 from .settings import Run, Settings
 
-Cell = dict[str, Any]  # of one run: its record, its seconds, and where it was made
+Cell = dict[str, Any]  # one run: its record, its seconds, and where it was made
 
 
 class Cells:
-    """The results under a folder, which are all of the same settings.
+    """The results under a folder, all with the same settings.
 
     Raises:
-        ValueError: the folder has results of other settings.
+        ValueError: if the folder has results with other settings.
     """
 
     def __init__(self, root: Path, settings: Settings) -> None:
@@ -27,9 +27,7 @@ class Cells:
         self.folder.mkdir(parents=True, exist_ok=True)
         found, mine = self.folder / "settings", json.dumps(asdict(settings), indent=1) + "\n"
         if found.exists() and found.read_text() != mine:
-            raise ValueError(
-                f"expected results of these settings under {root}, found those of others: give another --out"
-            )
+            raise ValueError(f"the results under {root} have other settings than expected: use another --out")
         if not found.exists():
             _write(found, mine)
 
@@ -46,7 +44,7 @@ class Cells:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the file completely or not at all."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text(text)
     unfinished.replace(path)

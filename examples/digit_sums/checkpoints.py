@@ -1,4 +1,4 @@
-"""A seed's models and priors on disk, each made once, when a run first asks for it."""
+"""A seed's models and priors on disk, each made once, when a run first needs it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .priors import drift_prior
 from .settings import Settings, Stage, World
 from .train import adamw, answers, fit, share_right
 
-AfterStep = Callable[[str], object]  # is told what is trained
+AfterStep = Callable[[str], object]  # called with the name of what is trained
 
 
 class Checkpoints:
-    """The base, the reader, experts and priors of one seed of one family, in a folder of their own.
+    """The base, the reader, experts and priors of one seed and family, in their own folder.
 
     Args:
-        seed: decides the first weights and the order of the examples.
+        seed: determines the initial weights and the order of the examples.
         settings: the stages and the sizes.
-        world: the family, and how far its expert is trained.
-        root: holds the folders of all seeds and families.
+        world: the family, and how long its expert is trained.
+        root: parent of the folders of all seeds and families.
         after_step: called after every optimizer step.
     """
 
@@ -38,7 +38,7 @@ class Checkpoints:
         self._expert_score_file = self.folder / f"expert_{self.expert_steps}_score.json"
 
     def missing(self) -> dict[Path, int]:
-        """The models, and the expert's score, that are not there yet, with the optimizer steps that each takes."""
+        """The models and the expert's score that do not exist yet, with the optimizer steps that each takes."""
         stages = {
             self.folder / "base": self.settings.base.steps,
             self.folder / "reader": self.settings.reader.steps,
@@ -64,7 +64,7 @@ class Checkpoints:
         return self._once("base", make)
 
     def expert(self) -> Path:
-        """From the base: a text model that adds."""
+        """A text model that adds, trained from the base."""
 
         def make(out: Path) -> None:
             model = self._load_base()
@@ -74,7 +74,7 @@ class Checkpoints:
         return self._once(f"expert_{self.expert_steps}", make)
 
     def reader(self) -> Path:
-        """The base behind a vision tower: a multimodal model that reads."""
+        """A multimodal model that reads: the base behind a vision tower."""
 
         def make(out: Path) -> None:
             model = with_language_model(self.family, self._load_base(), self.seed)
@@ -94,7 +94,7 @@ class Checkpoints:
         return json.loads(self._once(self._expert_score_file.name, make).read_text())
 
     def prior(self, modules: str = "default", rank: int | None = None, biases: bool = True) -> Path:
-        """The prior of DRIFT: expert - reader. Adapters have no biases to pull."""
+        """DRIFT's prior: expert - reader. Adapters have no biases to pull."""
         options = ["--modules", modules]
         if rank is not None:
             options += ["--rank", str(rank)]
@@ -104,7 +104,7 @@ class Checkpoints:
         return self._build(name, self.expert(), *options)
 
     def task_vector(self) -> Path:
-        """The expert's, of merging: expert - base."""
+        """The expert's task vector, for merging: expert - base."""
         return self._build("task_vector", self.expert(), "--reference", self.base(), "--dtype", "fp32")
 
     def own_vector(self) -> Path:
@@ -119,7 +119,7 @@ class Checkpoints:
         return self._once(name, lambda out: drift_prior("combine", *vectors, *method, "--out", out))
 
     def adapters(self, prior: Path, rank: int) -> Path:
-        """LoRA adapters that begin along a prior."""
+        """LoRA adapters initialized along a prior."""
         options = ("--base", self.reader(), "--rank", rank)
         return self._once(
             f"adapters_{rank}_{prior.name}", lambda out: drift_prior("init-lora", prior, *options, "--out", out)
@@ -141,8 +141,8 @@ class Checkpoints:
             fit(model, examples, self.family, optimizer, stage, after_step, seed=self.seed, folder=Path(folder))
 
     def _once(self, name: str, make: Callable[[Path], object]) -> Path:
-        """What `make` wrote, under `name`. It is moved there whole, so that an interruption leaves nothing half made;
-        where two processes make the same, the first one's stays."""
+        """Return the path `name`, made by `make` if it does not exist. The output is moved there as a whole, so that an
+        interruption leaves nothing incomplete; if two processes make the same, the first one's is kept."""
         out = self.folder / name
         if not out.exists():
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Digits to read, sums to do: the images, the texts about them, and batches of them.
+"""Digits to read and to add: the images, the texts about them, and batches of them.
 
-Most examples ask about two digits. They are given as text ("37,") or as two images; the answer is their reading
-("3+7") or a chain that ends in their sum ("3+7=10"). Others show one image, and ask for its digit ("7").
+Most examples ask about two digits, given as text ("37,") or as two images; the answer is their reading ("3+7") or a
+chain that ends in their sum ("3+7=10"). Others show one image and ask for its digit ("7").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .families import Family
 
 Pair = tuple[int, int]
-Digits = tuple[int, ...]  # a pair, or one alone
+Digits = tuple[int, ...]  # a pair, or a single digit
 ImagesByDigit = list[list[Tensor]]
 
 PAD, EOS, VISION_START, IMAGE, VISION_END = "<pad>", "<eos>", "<vision_start>", "<image>", "<vision_end>"
@@ -37,7 +37,7 @@ SUMS = range(19)
 
 @dataclass(frozen=True)
 class Example:
-    """A question and its answer. `images` is empty for a text question, else a float32 [8, 8], in -1..1, for each
+    """A question and its answer. `images` is empty for a text question, else has a float32 [8, 8] in -1..1 per
     digit."""
 
     digits: Digits
@@ -50,17 +50,17 @@ class Example:
 
 
 def reading(digits: Digits) -> str:
-    """What is seen: "3+7", or "7" of one image."""
+    """The digits seen: "3+7", or "7" for one image."""
     return "+".join(map(str, digits))
 
 
 def chain(digits: Digits) -> str:
-    """First what is seen, then the result: "3+7=10"."""
+    """The digits seen, then the result: "3+7=10"."""
     return f"{reading(digits)}={sum(digits)}"
 
 
 class DigitImages:
-    """scikit-learn's 1,797 handwritten digits, `n_test` of them set aside: `train` and `test`, lists by digit."""
+    """scikit-learn's 1,797 handwritten digits, `n_test` of them set aside: `train` and `test` are lists by digit."""
 
     def __init__(self, seed: int, n_test: int) -> None:
         digits = load_digits()
@@ -75,7 +75,7 @@ class DigitImages:
 
 
 def split_pairs(rng: random.Random) -> tuple[list[Pair], list[Pair]]:
-    """Half of the 100 pairs to be seen, half to be held out. 3+7 stays with 7+3: neither gives the other away."""
+    """Split the 100 pairs into seen and held-out halves. 3+7 stays with 7+3, so that neither reveals the other."""
     unordered = [(a, b) for a, b in ALL_PAIRS if a <= b]
     rng.shuffle(unordered)
     seen: set[Pair] = set()
@@ -86,20 +86,20 @@ def split_pairs(rng: random.Random) -> tuple[list[Pair], list[Pair]]:
 
 
 def text_examples(answer: Callable[[Digits], str]) -> list[Example]:
-    """All 100 pairs, given as text; `answer` is `reading` or `chain`."""
+    """All 100 pairs as text; `answer` is `reading` or `chain`."""
     return [Example(pair, answer(pair)) for pair in ALL_PAIRS]
 
 
 def image_examples(
     asked: Sequence[Digits], images: ImagesByDigit, count: int, answer: Callable[[Digits], str], rng: random.Random
 ) -> list[Example]:
-    """`count` examples that go round `asked` evenly, each with images drawn at random."""
+    """`count` examples that cycle evenly through `asked`, each with randomly drawn images."""
     shown = itertools.islice(itertools.cycle(asked), count)
     return [Example(digits, answer(digits), tuple(rng.choice(images[digit]) for digit in digits)) for digits in shown]
 
 
 def with_wrong_sums(examples: Sequence[Example], share: float, rng: random.Random) -> list[Example]:
-    """The same examples; `share` of them, drawn at random, end in another sum than theirs."""
+    """The same examples, but a random `share` of them ends in a wrong sum."""
     wrong = set(rng.sample(range(len(examples)), round(share * len(examples))))
     return [_with_wrong_sum(example, rng) if i in wrong else example for i, example in enumerate(examples)]
 
@@ -111,7 +111,7 @@ def _with_wrong_sum(example: Example, rng: random.Random) -> Example:
 
 @dataclass(frozen=True)
 class SeedData:
-    """All examples of a seed. Which pairs are held out, which images are set aside and what is drawn follow from it."""
+    """All examples of a seed, which determines the held-out pairs, the images set aside and all random draws."""
 
     readings: list[Example]  # the reader's training
     tuning_sums: list[Example]
@@ -122,7 +122,7 @@ class SeedData:
     @classmethod
     @functools.lru_cache(maxsize=2)
     def of(cls, seed: int, reader: int, tuning: int, test: int, test_images: int) -> SeedData:
-        """`reader`, `tuning` and `test` are numbers of examples."""
+        """Make the data of a seed. `reader`, `tuning` and `test` are numbers of examples."""
         images, rng = DigitImages(seed, test_images), random.Random(seed)
         seen, held_out = split_pairs(rng)
         singles = [(digit,) for digit in range(10)]
@@ -137,10 +137,11 @@ class SeedData:
 
 
 def collate(examples: Sequence[Example], family: Family, with_answers: bool = True) -> dict[str, Tensor]:
-    """A batch for `model(**batch)`, or `with_answers=False` the prompts alone, for `model.generate(**batch)`.
+    """Return a batch for `model(**batch)`, or with `with_answers=False` only the prompts, for
+    `model.generate(**batch)`.
 
-    Returns int64 `input_ids` and `attention_mask` [examples, length], padded on the right, and `labels` for the
-    answers; with images also what the family takes of them.
+    It has int64 `input_ids` and `attention_mask` [examples, length], padded on the right, and `labels` for the answers;
+    with images, also the family's image inputs.
     """
     prompts = [encode(example.prompt(family.IMAGE_PROMPT)) for example in examples]
     answers = [encode([*example.answer, EOS]) if with_answers else [] for example in examples]

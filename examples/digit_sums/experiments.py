@@ -1,4 +1,4 @@
-"""The questions, and the arms that answer them."""
+"""The experiments: questions, and the arms that answer them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .settings import RANK, Arm, Settings, World
 
-Candidates = tuple[Arm, ...]  # the best of several is found on the tuning seeds; one is taken as it is
+Candidates = tuple[Arm, ...]  # the best of several is chosen on the tuning seeds; a single one is used directly
 
 
 CLEAN = World()
@@ -17,13 +17,13 @@ CLEAN = World()
 
 @dataclass(frozen=True)
 class Entry:
-    """What a line of a table, or a point of a figure, stands for: an arm in a world.
+    """A row of a table or a point of a figure: an arm in a world.
 
     Args:
-        line: the arm's name; the points of one line have it in common.
-        candidates: the arm, or those that its settings are chosen among.
-        world: where it is reported. The choice is made where the data are clean and the expert is a good one.
-        x: the point's place on the line, where there is one.
+        line: the arm's name, shared by the points of one line.
+        candidates: the arm, or those that its settings are chosen from.
+        world: where it is reported. The choice is made with clean data and a good expert.
+        x: the point's position on the line, if it has one.
         then: fields that are set after the choice.
     """
 
@@ -44,14 +44,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question, and what answers it.
+    """A question, and the entries that answer it.
 
     Args:
-        references: the lines that each entry is compared with, seed by seed, at the same x where they have one.
+        references: the lines that each entry is compared with, paired by seed, at the same x if they have one.
         figures: dots: scores by entry; lines: scores over x; front: held-out sums over readings.
-        scores: what dots and lines show.
+        scores: the scores shown by dots and lines.
         x_label: of lines.
-        seeds: on which it is reported, from 0 on.
+        seeds: the number of seeds that it is reported on, starting from 0.
     """
 
     question: str
@@ -72,7 +72,7 @@ def sweep(arm: Arm, **values: Sequence[float]) -> Candidates:
 
 
 def fixed(arms: Candidates, **values: float) -> Candidates:
-    """The one that has these values, though it need not be among the candidates."""
+    """The arm with these values, which need not be among the candidates."""
     return (replace(arms[0], **values),)
 
 
@@ -81,7 +81,7 @@ ABSOLUTE, DECOUPLED = Arm(scaling="absolute"), Arm(scaling="decoupled")
 
 
 def pulled(arm: Arm, alphas: Sequence[float], *slower: Sequence[float]) -> Candidates:
-    """The arm with these alphas at the settings' learning rate, and with others at the next lower ones."""
+    """The arm with these alphas at the settings' learning rate, and with others at the next lower rates."""
     rates = (RATES if arm.rank is None else LORA_RATES)[1:]
     at_rates = (sweep(arm, lr=(rate,), alpha=several) for rate, several in zip(rates, slower, strict=False))
     assert len(slower) <= len(rates)
@@ -93,7 +93,7 @@ def annealed(arm: Arm) -> Arm:
 
 
 def falling(part: float, *alphas: Sequence[float]) -> Candidates:
-    """adaptive_cosine, whose alpha falls over a part of the fine-tuning."""
+    """adaptive_cosine with an alpha that decreases to 0 over a part of the fine-tuning."""
     return pulled(replace(ADAPTIVE, anneal=part), *alphas)
 
 
@@ -150,17 +150,17 @@ ADAPTERS: dict[str, Candidates] = {
 
 
 def entries(*names: str, world: World = CLEAN) -> tuple[Entry, ...]:
-    """Those of FORMS."""
+    """The entries of FORMS with these names."""
     return tuple(Entry(name, FORMS[name], world) for name in names)
 
 
 def over_alpha(name: str, field: str, values: Sequence[float]) -> tuple[Entry, ...]:
-    """A form at given values of a field."""
+    """A form at the given values of a field."""
     return tuple(Entry(name, fixed(FORMS[name], **{field: value}), x=value) for value in values)
 
 
 def of_modules() -> tuple[Entry, ...]:
-    """Half of the modules may take other alphas than both."""
+    """The entries for single modules, which may need other alphas than both together."""
     forms = {name: FORMS[name] for name in ("gradnorm", "adaptive_cosine", "adaptive_cosine, anchor")}
     made = []
     for name, arms in forms.items():
@@ -295,12 +295,12 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def chosen(name: str, **values: float) -> Entry:
-    """A form with the settings that `main` has chosen for it, which tests/test_evidence.py compares."""
+    """A form with the settings that `main` chose for it; tests/test_evidence.py compares them."""
     return Entry(name, fixed(FORMS[name], **values))
 
 
 DEMO = Experiment(
-    "Does a text expert's prior bring its reasoning to a model that sees?",
+    "Does a text expert's prior transfer its reasoning to a model that sees?",
     (
         *entries("no fine-tuning"),
         chosen("task arithmetic", merge=1.0),

@@ -1,4 +1,4 @@
-"""The families of models: a text model, and a multimodal one around it."""
+"""The model families: each has a text model, and a multimodal model around it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Family(Protocol):
         """A fresh multimodal model."""
 
     def image_inputs(self, images: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        """What the model takes beside tokens, for images [n, 8, 8] in the order of a batch."""
+        """The model's inputs besides tokens, for images [n, 8, 8] in the order of a batch."""
 
 
 FAMILIES: dict[str, Family] = {"qwen2_5_vl": qwen2_5_vl, "llava": llava}

@@ -1,4 +1,4 @@
-"""The figures, drawn from results: as PNG for pages, as PDF for print. As a script: redraws those of results/."""
+"""Draws the figures from results, as PNG for pages and PDF for print. As a script, redraws those of results/."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .experiments import DEMO, EXPERIMENTS, Experiment
 
 Drawn = dict[str, Any]  # an entry of a result
 
-# Colours of Okabe and Ito, which colour-blind readers can tell apart. Hollow: annealed. Star: anchor. Triangle: LoRA.
+# The Okabe-Ito palette, which colour-blind readers can tell apart. Hollow: annealed. Star: anchor. Triangle: LoRA.
 _COLOURS = {"absolute": "#cc79a7", "gradnorm": "#0072b2", "adaptive_cosine": "#d55e00", "decoupled": "#009e73"}
 _STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "pdf.fonttype": 42, "axes.axisbelow": True}
 
 
 def draw(out: Path, result: Result, experiment: Experiment) -> list[Path]:
-    """The files written: `NAME-dots.png`, `NAME-dots.pdf` and so on, by the kinds of the experiment's figures."""
+    """Write `NAME-dots.png`, `NAME-dots.pdf` and so on, for each kind of figure of the experiment; return the paths."""
     written = []
     for kind in experiment.figures:
         with rc_context(_STYLE):
@@ -36,7 +36,7 @@ def draw(out: Path, result: Result, experiment: Experiment) -> list[Path]:
 
 
 def _dots(result: Result, experiment: Experiment) -> Figure:
-    """A row for each entry without a place on a line, a panel for each score: mean, interval, and a dot for a seed."""
+    """Draw a row per entry that is not on a line and a panel per score: mean, interval, and a dot per seed."""
     entries = [entry for entry in result["entries"] if entry["x"] is None][::-1]
     figure, panels = _figure(
         experiment, height=1.1 + 0.24 * len(entries), width=4.5 + 2 * len(experiment.scores), share=True
@@ -52,7 +52,7 @@ def _dots(result: Result, experiment: Experiment) -> Figure:
 
 
 def _lines(result: Result, experiment: Experiment) -> Figure:
-    """Scores over x, with their intervals. What has no place on a line is drawn across."""
+    """Draw scores over x, with their intervals. Entries without x are horizontal lines."""
     figure, panels = _figure(experiment, height=3.4, width=3.3 + 3.2 * len(experiment.scores))
     lines = list(dict.fromkeys(entry["line"] for entry in result["entries"]))
     for axes, score in zip(panels, experiment.scores, strict=True):
@@ -80,8 +80,8 @@ def _lines(result: Result, experiment: Experiment) -> Figure:
 
 
 def _front(result: Result, experiment: Experiment) -> Figure:
-    """Held-out sums over readings: all entries, and the best ones closer. A line joins those that none is better than
-    in both."""
+    """Draw held-out sums over readings: all entries, and a close-up of the best. A line joins the Pareto-optimal
+    ones."""
     figure, (everything, closer) = _figure(experiment, height=4.6, width=11.5, panels=2)
     places = {
         entry["name"]: (entry["scores"]["reading"]["mean"], entry["scores"]["held_out_sums"]["mean"])
@@ -102,7 +102,7 @@ def _front(result: Result, experiment: Experiment) -> Figure:
 
 
 def _loss(result: Result, experiment: Experiment) -> Figure:
-    """The training loss of each fine-tuned entry; thick where there is an anchor."""
+    """Draw the training loss of each fine-tuned entry; thick lines have an anchor."""
     figure, (axes,) = _figure(experiment, height=3.6, width=8, panels=1)
     _look(axes, "step", "loss of the fine-tuning (log scale)")
     for entry in (entry for entry in result["entries"] if entry["loss"]):
@@ -138,7 +138,7 @@ def _look(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def _point(axes: Axes, entry: Drawn, x: Any, y: Any, label: str | None = None) -> None:
-    """A mean with its interval in each direction that has one."""
+    """Draw a mean with its interval in each direction that has one."""
     (at, across), (up, along) = _bar(x), _bar(y)
     axes.errorbar(
         at, up, xerr=across, yerr=along, color=_colour(entry), linewidth=1, capsize=0, label=label, **_marker(entry)

@@ -1,4 +1,4 @@
-"""transformers' own Llama and LLaVA, with a few hundred thousand parameters."""
+"""transformers' Llama and LLaVA, with a few hundred thousand parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT_MODEL, MODEL = LlamaForCausalLM, LlavaForConditionalGeneration
 
 PATCH_SIZE = 4  # pixels
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
-IMAGE_PROMPT = (IMAGE,) * PATCHES  # a token for each patch
+IMAGE_PROMPT = (IMAGE,) * PATCHES  # one token per patch
 
 
 def text_model(seed: int) -> LlamaForCausalLM:
@@ -49,5 +49,5 @@ def multimodal_model(seed: int) -> LlavaForConditionalGeneration:
 
 
 def image_inputs(images: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-    """float32 `pixel_values` [images, 1, 8, 8]; CLIP cuts them itself."""
+    """float32 `pixel_values` [images, 1, 8, 8]; CLIP cuts them into patches itself."""
     return {"pixel_values": images[:, None]}

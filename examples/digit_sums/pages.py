@@ -1,7 +1,6 @@
-"""Tables of pages, filled from results/: run it after `figures`, and the pages say what the JSON files say.
+"""Fills the tables of pages from results/. Run it after `figures`, so that the pages match the JSON files.
 
-A table stands between two comments, of which the first names the experiment, the scores and, where not all of them are
-shown, the entries:
+A table is between two comments; the first gives the experiment, the scores and, if not all are shown, the entries:
 
     <!-- digit_sums: main | held_out_sums, reading | SFT; adaptive_cosine, anchor -->
     <!-- end -->
@@ -23,15 +22,15 @@ _TABLE = re.compile(r"(<!-- digit_sums: ([^>]*?) -->\n).*?(<!-- end -->)", re.DO
 
 
 def results() -> dict[str, Result]:
-    """Those that are committed, by experiment."""
+    """The committed results, by experiment."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def filled(page: str, found: dict[str, Result]) -> str:
-    """The page with the tables as they are to be.
+    """The page with its tables filled in.
 
     Raises:
-        KeyError: a table of an experiment or an entry that is not there.
+        KeyError: if a table's experiment or entry does not exist.
     """
     return _TABLE.sub(lambda table: table[1] + _table(table[2], found) + table[3], page)
 

@@ -1,4 +1,4 @@
-"""Runs side by side, a process for each core, and a bar that shows how far they are."""
+"""Runs in parallel, one process per core, with a progress bar."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .settings import Arm, Run, Settings, World
 
 
 class Pool:
-    """Makes runs, or takes them from those that are done.
+    """Makes runs, or returns completed ones.
 
     Args:
         settings: of all runs.
-        root: of the checkpoints and the results.
-        made_by: commit and versions, which are kept with each result.
-        console: where the bar is drawn.
+        root: folder of the checkpoints and the results.
+        made_by: commit and versions, stored with each result.
+        console: where the progress bar is drawn.
     """
 
     def __init__(self, settings: Settings, root: Path, made_by: Mapping[str, Any], console: Console) -> None:
@@ -42,11 +42,11 @@ class Pool:
         self.cells = Cells(root, settings)
 
     def cells_of(self, runs: Iterable[Run], what: str) -> dict[Run, Cell]:
-        """Of each run. The models that the runs need are made first; `what` names the runs in the bar."""
+        """Return the cell of each run. First makes the models that the runs need; `what` names the runs in the bar."""
         runs = list(dict.fromkeys(runs))
         missing = [run for run in runs if self.cells.get(run) is None]
         if len(missing) < len(runs):
-            there = f"{what}: {len(runs) - len(missing)} of {len(runs)} runs are there already"
+            there = f"{what}: {len(runs) - len(missing)} of {len(runs)} runs are already done"
             self.console.print(there, highlight=False, soft_wrap=True)
         if missing:
             self._make_models(missing)
@@ -56,14 +56,14 @@ class Pool:
         return {run: _there(self.cells.get(run)) for run in runs}
 
     def expert_scores(self, seeds: Iterable[int], world: World) -> list[float]:
-        """How many text sums the experts get right."""
+        """The share of text sums that each seed's expert gets right."""
         seeds = list(seeds)
         self._make_models([Run(seed, world, Arm()) for seed in seeds])
         made = [Checkpoints(seed, self.settings, world, self.root, _ignore) for seed in seeds]
         return [checkpoints.expert_score() for checkpoints in made]
 
     def _make_models(self, runs: Sequence[Run]) -> None:
-        """One job for a seed of a family, whose experts share their base."""
+        """Make the models with one job per seed and family, whose experts share their base."""
         worlds: dict[tuple[int, str], list[World]] = {}
         missing: dict[Path, int] = {}
         for run in runs:
@@ -97,7 +97,7 @@ class Pool:
 
 @contextmanager
 def _closing(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """An error or Ctrl-C in the block ends the workers where they are; what they write is there whole or not at all."""
+    """Terminate the workers on an error or Ctrl-C in the block; their files are written completely or not at all."""
     try:
         yield pool
     except BaseException:
@@ -122,10 +122,10 @@ def _columns() -> tuple[Any, ...]:
 
 
 def prepare_process(done_steps: Queue[str]) -> None:
-    """Of a worker. Ctrl-C is its parent's to handle; when the parent is gone, however it went, the worker goes too."""
+    """Set up a worker. It leaves Ctrl-C to its parent, and ends when the parent ends, for whatever reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    done_steps.cancel_join_thread()  # nobody may be there to read the last ones
+    done_steps.cancel_join_thread()  # the parent may no longer be reading
     quiet()
     _done_steps.append(done_steps)
 
@@ -137,7 +137,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-_done_steps: list[Queue[str]] = []  # of this worker: one
+_done_steps: list[Queue[str]] = []  # of this worker: a single one
 
 
 def _step_of(seed: int) -> Callable[[str], None]:
@@ -145,12 +145,12 @@ def _step_of(seed: int) -> Callable[[str], None]:
 
 
 def quiet() -> None:
-    """One thread, so that results do not depend on the machine's core count; and no chatter."""
+    """Use one thread, so that results do not depend on the machine's core count, and silence routine messages."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("drift_kernels").setLevel(logging.WARNING)  # not what each prior is bound to
-    warnings.simplefilter("ignore", FutureWarning)  # of how PEFT calls transformers
+    logging.getLogger("drift_kernels").setLevel(logging.WARNING)  # hides what each prior is bound to
+    warnings.simplefilter("ignore", FutureWarning)  # from PEFT's calls to transformers
 
 
 def _make_models(seed: int, worlds: list[World], settings: Settings, root: Path) -> None:

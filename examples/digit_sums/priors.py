@@ -1,4 +1,4 @@
-"""The prior's uses outside the optimizer: building it with the command line tool, and merging."""
+"""Uses of the prior outside the optimizer: building it with the command line tool, and merging."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from drift_kernels.prior.summary import group_deltas
 
 
 def drift_prior(*arguments: object) -> None:
-    """Run the command `drift-prior` in this process. What it prints is shown when it fails."""
+    """Run the command `drift-prior` in this process. Show its output only if it fails."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         status = cli.main([str(argument) for argument in arguments])
@@ -32,7 +32,7 @@ def add(model: nn.Module, vector: Path, weight: float) -> None:
 
 
 def random_direction(prior: Path, seed: int) -> dict[str, Tensor]:
-    """Deltas that point anywhere, each as long as the prior's."""
+    """Deltas in random directions, each with the norm of the prior's."""
     generator, stored = torch.Generator().manual_seed(seed), Prior.open(prior)
     deltas = {}
     for name in stored.names:
@@ -43,6 +43,6 @@ def random_direction(prior: Path, seed: int) -> dict[str, Tensor]:
 
 
 def kept_energy(low_rank: Path) -> float:
-    """The part of a prior's energy, the sum of its squares, that its low-rank form keeps."""
+    """The share of a prior's energy (its sum of squares) that its low-rank form keeps."""
     (group,) = group_deltas(Prior.open(low_rank), lambda name: True).values()
     return 1.0 if group.kept_energy is None else group.kept_energy

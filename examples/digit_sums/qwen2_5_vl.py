@@ -1,4 +1,4 @@
-"""transformers' own Qwen2 and Qwen2.5-VL, with a few hundred thousand parameters."""
+"""transformers' Qwen2 and Qwen2.5-VL, with a few hundred thousand parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .language import HEADS, HIDDEN, LANGUAGE, ROPE_THETA
 
 TEXT_MODEL, MODEL = Qwen2ForCausalLM, Qwen2_5_VLForConditionalGeneration
 
-PATCH_SIZE, MERGE_SIZE = 4, 2  # pixels, patches that become one token
+PATCH_SIZE, MERGE_SIZE = 4, 2  # pixels; patches per token and direction
 GRID = IMAGE_SIZE // PATCH_SIZE
 IMAGE_PROMPT = (VISION_START, *[IMAGE] * (GRID // MERGE_SIZE) ** 2, VISION_END)
 
@@ -31,7 +31,8 @@ VISION = {
     "out_hidden_size": HIDDEN,
 }
 
-# transformers 5 finds the images of a prompt by token types, transformers 4 by the vision tokens; it rejects the types.
+# transformers 5 finds the images in a prompt by token types; transformers 4 by the vision tokens, and rejects the
+# types.
 _TAKES_TOKEN_TYPES = "mm_token_type_ids" in inspect.signature(MODEL.forward).parameters
 
 
@@ -60,7 +61,7 @@ def multimodal_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def image_inputs(images: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-    """float32 `pixel_values` [patches, pixels of a patch] and int64 `image_grid_thw` [images, 3]."""
+    """float32 `pixel_values` [patches, pixels per patch] and int64 `image_grid_thw` [images, 3]."""
     inputs = {"pixel_values": patches(images), "image_grid_thw": torch.tensor([[1, GRID, GRID]] * len(images))}
     if _TAKES_TOKEN_TYPES:
         inputs["mm_token_type_ids"] = (input_ids == TOKEN_ID[IMAGE]).int()
@@ -68,7 +69,7 @@ def image_inputs(images: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
 
 
 def patches(images: Tensor) -> Tensor:
-    """Cut images [n, 8, 8] into the rows that Qwen2.5-VL's vision tower takes: patches that it merges lie together."""
+    """Cut images [n, 8, 8] into rows for Qwen2.5-VL's vision tower: patches that it merges are adjacent."""
     groups = GRID // MERGE_SIZE
     grid = images.reshape(-1, groups, MERGE_SIZE, PATCH_SIZE, groups, MERGE_SIZE, PATCH_SIZE)
     return grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, PATCH_SIZE * PATCH_SIZE)

@@ -15,34 +15,34 @@ from .analysis import SCORES, Result
 Estimate = dict[str, Any]  # mean, low and high, of shares
 
 MEANINGS = {
-    "held_out_sums": "of digit pairs that no image example added",
-    "seen_sums": "of the fine-tuning's digit pairs, on new images",
-    "reading": "both digits are named right, whatever follows",
-    "single_digits": "of one image, the answer begins with its digit",
-    "single_answers": "of one image, the answer is its digit and no more",
+    "held_out_sums": "digit pairs whose sum no image example showed",
+    "seen_sums": "the fine-tuning's digit pairs, on new images",
+    "reading": "both digits are named correctly, whatever follows",
+    "single_digits": "a single image; the answer begins with its digit",
+    "single_answers": "a single image; the answer is its digit and nothing else",
 }
 
 
 def percent(value: Estimate) -> str:
-    """As "43.8 [41.2, 46.1]", or "43.8" of one seed."""
+    """Format as "43.8 [41.2, 46.1]", or "43.8" for one seed."""
     mean = f"{100 * value['mean']:.1f}"
     return mean if value["low"] is None else f"{mean} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 
 def points(value: Estimate) -> str:
-    """A difference, as "+12.4 [+5.0, +20.1]"."""
+    """Format a difference as "+12.4 [+5.0, +20.1]"."""
     mean = f"{100 * value['mean']:+.1f}"
     return mean if value["low"] is None else f"{mean} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
 def rate(value: float) -> str:
-    """As "2.5e-4" or "5e-3"."""
+    """Format as "2.5e-4" or "5e-3"."""
     digits, exponent = f"{value:.1e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
 
 
 def setting(entry: dict[str, Any], name_expert: bool) -> str:
-    """What was chosen for an entry, in words; what its prior keeps; and how good its expert is."""
+    """Describe an entry's chosen settings, the energy that its prior keeps, and its expert's score."""
     arm = entry["arm"]
     words = []
     if arm["merge"]:
@@ -61,8 +61,7 @@ def setting(entry: dict[str, Any], name_expert: bool) -> str:
 
 
 def rows(result: Result, scores: Sequence[str]) -> list[list[str]]:
-    """A heading, and a row for each entry: its name, its setting, its scores, and its held-out sums against the
-    references."""
+    """Return a heading, and a row per entry: name, setting, scores, and held-out sums against the references."""
     references = [line for line in result["references"] if any(line in entry["against"] for entry in result["entries"])]
     main = scores[0]
     heading = [
@@ -84,10 +83,10 @@ def rows(result: Result, scores: Sequence[str]) -> list[list[str]]:
 
 
 def table(result: Result, scores: Sequence[str]) -> Table:
-    """For the terminal: the scores alone, and what they are."""
+    """A table for the terminal: the scores, and what they mean."""
     interval = " [95 %]" if result["entries"][0]["scores"][scores[0]]["low"] is not None else ""
     made = Table(
-        title=f"{result['question']} %, means of {len(result['seeds'])} seeds{interval}",
+        title=f"{result['question']} (in %, means of {len(result['seeds'])} seeds{interval})",
         caption="\n".join(f"{SCORES[score]}: {MEANINGS[score]}" for score in scores),
         title_justify="left",
         caption_justify="left",
@@ -101,14 +100,14 @@ def table(result: Result, scores: Sequence[str]) -> Table:
 
 
 def markdown(result: Result, scores: Sequence[str]) -> str:
-    """For a page."""
+    """A Markdown table for a page."""
     heading, *body = rows(result, scores)
     lines = [heading, ["---"] * len(heading), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def write_json(out: Path, result: Result) -> Path:
-    """Lists of numbers stand on a line of their own."""
+    """Write the JSON file, with each list of numbers on one line; return its path."""
     text = json.dumps(result, indent=1)
     text = re.sub(
         r"\[\s*([-\d.eE+,\s]+?)\s*\]", lambda found: f"[{', '.join(found[1].replace(',', ' ').split())}]", text

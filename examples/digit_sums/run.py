@@ -1,4 +1,4 @@
-"""One run: from the saved reader to a model that adds, and how well it does."""
+"""One run: turns the saved reader into a model that adds, and scores it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .priors import add, kept_energy, random_direction
 from .settings import Arm, Run, Settings, Stage
 from .train import LossCurve, adamw, answers, fit, share_read, share_right
 
-PROJECTIONS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # what adapters are on
+PROJECTIONS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # the modules with adapters
 
 
 def stage_of(arm: Arm, settings: Settings) -> Stage:
@@ -37,8 +37,8 @@ class Runner:
     Args:
         run: the seed, the world and the arm.
         settings: the stages and the sizes.
-        root: of the checkpoints (`Checkpoints`).
-        after_step: called after every optimizer step with what is trained.
+        root: folder of the checkpoints (`Checkpoints`).
+        after_step: called after every optimizer step with the name of what is trained.
     """
 
     def __init__(self, run: Run, settings: Settings, root: Path, after_step: Callable[[str], object]) -> None:
@@ -48,7 +48,7 @@ class Runner:
         self.family, self.data = self.checkpoints.family, self.checkpoints.data()
 
     def record(self) -> dict[str, Any]:
-        """The scores, the loss curve, and where a low-rank prior is used what it keeps of the whole one."""
+        """The scores, the loss curve, and for a low-rank prior the share of energy that it keeps."""
         model = self.family.MODEL.from_pretrained(self.checkpoints.reader())
         self.merge(model)
         loss = self.tune(model) if self.arm.tuned else []
@@ -58,7 +58,7 @@ class Runner:
         return record
 
     def merge(self, model: PreTrainedModel) -> None:
-        """In place."""
+        """Merge in place."""
         arm, made = self.arm, self.checkpoints
         if arm.merge and arm.vector == "ties":
             add(model, made.own_vector(), -1.0)
@@ -67,7 +67,7 @@ class Runner:
             add(model, made.task_vector() if arm.vector == "task" else made.prior(), arm.merge)
 
     def tune(self, model: PreTrainedModel) -> LossCurve:
-        """In place; adapters are merged into the weights afterwards."""
+        """Fine-tune in place; adapters are merged into the weights afterwards."""
         arm, tuned = self.arm, model
         if arm.rank is not None:
             tuned = self.with_adapters(model)
@@ -98,7 +98,7 @@ class Runner:
         return with_wrong_sums(self.data.tuning_sums, self.world.noise, random.Random(self.seed))
 
     def with_adapters(self, model: PreTrainedModel) -> PeftModel:
-        """On the language model's attention and MLP projections; all else is frozen."""
+        """Add adapters to the language model's attention and MLP projections; everything else is frozen."""
         if self.arm.along:
             start = self.checkpoints.adapters(self.prior(), self.arm.rank)
             return PeftModel.from_pretrained(model, start, is_trainable=True)
@@ -106,9 +106,9 @@ class Runner:
         return get_peft_model(model, LoraConfig(r=self.arm.rank, lora_alpha=self.arm.rank, target_modules=PROJECTIONS))
 
     def scores(self, model: PreTrainedModel) -> dict[str, float]:
-        """On images that no stage was trained on: right chains for held-out and for seen pairs; right readings of both
-        digits, whatever follows them; and of a single image, as the reader was asked and the fine-tuning does not ask,
-        the digit named, whatever follows it, and the digit named and no more."""
+        """The scores on images that no stage was trained on: correct chains for held-out and for seen pairs; correct
+        readings of both digits, whatever follows; and for single images, which the reader was trained on but the
+        fine-tuning does not show, the digit named, whatever follows, and the digit named and nothing else."""
         held_out, seen, single = (
             answers(model, examples, self.family)
             for examples in (self.data.held_out_sums, self.data.seen_sums, self.data.single_digits)

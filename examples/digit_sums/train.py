@@ -52,7 +52,7 @@ def fit(
     seed: int,
     folder: Path,
 ) -> LossCurve:
-    """Train in place. The seed alone decides the order of the examples; `folder` is the Trainer's, which leaves it
+    """Train in place. Only the seed determines the order of the examples. `folder` is for the Trainer, which leaves it
     empty."""
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -84,7 +84,7 @@ def fit(
 
 @torch.inference_mode()
 def answers(model: PreTrainedModel, examples: list[Example], family: Family, batch_size: int = 250) -> list[str]:
-    """What the model answers, greedily, to prompts of one length."""
+    """The model's greedy answers to prompts of equal length."""
     model.eval()
     said = []
     for start in range(0, len(examples), batch_size):
@@ -95,7 +95,7 @@ def answers(model: PreTrainedModel, examples: list[Example], family: Family, bat
 
 
 def share_right(said: list[str], examples: list[Example]) -> float:
-    """The share of answers that are right to the last character."""
+    """The share of answers that match exactly."""
     return sum(text == example.answer for text, example in zip(said, examples, strict=True)) / len(examples)
 
 
@@ -106,7 +106,7 @@ def share_read(said: list[str], examples: list[Example]) -> float:
 
 
 def adamw(model: nn.Module, stage: Stage, **drift: Any) -> FusedDriftAdamW:
-    """The optimizer of every stage. It clips the gradient itself, after the prior has acted on it."""
+    """The optimizer of every stage. It clips the gradient after the prior has acted on it."""
     return FusedDriftAdamW(
         [(name, param) for name, param in model.named_parameters() if param.requires_grad],
         lr=stage.lr,

@@ -1,4 +1,4 @@
-"""`python -m tests.families [NAME ...]`: the table of families, each in a process of its own with a time limit."""
+"""`python -m tests.families [NAME ...]`: the table of families, each checked in its own process with a time limit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SECONDS, _BYTES = 30, 6 << 30
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__)
-    parser.add_argument("names", nargs="*", help="model types; all of them, and a new page, if none is named")
-    parser.add_argument("--traceback", action="store_true", help="in this process, and errors are raised")
+    parser.add_argument("names", nargs="*", help="model types (default: all, and write the page)")
+    parser.add_argument("--traceback", action="store_true", help="run in this process and raise errors")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [family for family in families() if not arguments.names or family.name in arguments.names]
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def in_a_process(family: Family) -> Row:
-    """The row of a family; what its process dies of, and a time limit, make it "not tried"."""
+    """The row of a family; it is "not tried" if its process dies or exceeds the time limit."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(family, there))
@@ -77,7 +77,7 @@ def _work(family: Family, results: Connection) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             results.send(check(family, Path(folder)))
-    except Exception as error:  # whatever it is, it is the reason in the table
+    except Exception as error:  # any error is the reason in the table
         told = " ".join(f"{type(error).__name__}: {error}".split())
         told = re.sub(r"/tmp/\w+/|/\S*/(?=\w+/modeling|site-packages)", "", told)
         results.send(Row(family.name, family.model, family.multimodal, told=told[:300]))

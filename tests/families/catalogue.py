@@ -1,4 +1,4 @@
-"""Which families there are: what transformers' own tables of auto classes list."""
+"""The families listed in transformers' tables of auto classes."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def _table(name: str) -> dict[str, str]:
 
 
 def _has_senses(name: str) -> bool:
-    """Whether the config has a part that is no text's: a config class may have none and yet be multimodal (Fuyu)."""
+    """Whether the config has a part other than text. A config class without one may still be multimodal (Fuyu)."""
     kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 (it has no get)
     return any(map(_SENSE.search, getattr(kind, "sub_configs", {}) or {}))

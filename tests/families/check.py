@@ -1,4 +1,4 @@
-"""One family: its tiny checkpoints, a prior of them, one step, and what moved where, against arithmetic of its own."""
+"""One family: its tiny checkpoints, their prior, one step, and what moved, compared with independent arithmetic."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .overrides import EMPTY_FILES, EXPERT_FIELDS, LAYERS, OVERRIDES
 from .shrink import tiny
 
 PROJECTIONS, ALL = ("attn", "mlp"), ("attn", "mlp", "norms", "embed", "head")
-_MOST = 150_000_000  # parameters; a family that stays larger is not tiny
+_MOST = 150_000_000  # parameters; a larger family is not tiny
 _LR = 0.01
 
 
 @dataclass
 class Row:
-    """What came out for one family. `verdict`: full, partial, error, fault or not tried."""
+    """The result for one family. `verdict`: full, partial, error, fault or not tried."""
 
     family: str
     model: str
@@ -39,7 +39,7 @@ class Row:
     live: str = ""  # and in memory
     bound: int = 0
     shared: int = 0  # attention and MLP matrices that both models have
-    rest: str = ""  # norms, embedding, head: bound of shared, when they are asked for
+    rest: str = ""  # norms, embedding, head: bound of shared, when requested
     rest_missed: list[str] = field(default_factory=list)
     told: str = ""
     cure: str = ""
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass
 class Attempt:
-    """A prior that was built and stepped with once; an error says what stopped it."""
+    """A prior that was built and used for one step, or the error that prevented it."""
 
     error: str = ""
     prior: Prior | None = None
@@ -86,14 +86,14 @@ class Pair:
         self.stored = {name: _stored(folder / name) for name in ("base", "expert")}
 
     def _find_expert(self, family: Family, base: nn.Module) -> tuple[nn.Module, str, list[Shared]]:
-        """The first of the possible experts that is found in the base, loaded again from its checkpoint."""
+        """The first possible expert that is found in the base, reloaded from its checkpoint."""
         failures = []
         for kind, config in experts_for(family, base):
             for name, value in EXPERT_FIELDS.get(family.name, {}).items():
                 setattr(config, name, value)
             try:
                 expert = _random_model(kind, config)
-            except Exception as error:  # of whatever kind: it cannot be made of this config
+            except Exception as error:  # any error: it cannot be made from this config
                 failures.append(f"{kind.__name__}: {error}")
                 continue
             try:
@@ -109,7 +109,7 @@ class Pair:
         raise NoExpertError("; ".join(failures) or f"no text-only class for the language model {language_model}")
 
     def truth(self, pair: Shared) -> Tensor:
-        """Zero beyond the rows that both have."""
+        """The true delta: zero outside the rows that both have."""
         theirs, ours = self.theirs[pair.expert].detach(), self.start[pair.live]
         if theirs.shape == ours.shape:
             return theirs - ours
@@ -118,11 +118,11 @@ class Pair:
         return delta
 
     def stored_name(self, role: str, param: Tensor) -> str:
-        """The stored tensor with a parameter's values, if it is stored as one."""
+        """The name of the stored tensor with a parameter's values, if it is stored as one tensor."""
         return next((name for name, tensor in self.stored[role].items() if _equal(tensor, param)), "")
 
     def attempt(self, modules: Sequence[str], name_map: dict[str, str] | None = None) -> Attempt:
-        """Builds the prior and takes a step with zero gradients: each biased element moves by lr toward the expert."""
+        """Build the prior and take a step with zero gradients: each biased element moves by lr toward the expert."""
         with torch.no_grad():
             for name, param in self.live.items():
                 param.copy_(self.start[name])
@@ -149,7 +149,7 @@ class Pair:
 
 
 def check(family: Family, folder: Path) -> Row:
-    """Raises whatever keeps the family from being made at tiny size."""
+    """Check a family. Raises any error that prevents making it at tiny size."""
     row = Row(family.name, family.model, family.multimodal)
     pair = Pair(family, folder)
     row.expert, row.live = type(pair.expert).__name__, pair.path
@@ -206,7 +206,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _wrong(pair: Pair, attempt: Attempt) -> list[str]:
-    """What moved, and not by lr toward the expert in every element."""
+    """The parameters that moved, but not by lr toward the expert in every element."""
     wrong = []
     for shared in pair.shared:
         move, delta = attempt.moves.get(shared.live), pair.truth(shared)
@@ -217,14 +217,14 @@ def _wrong(pair: Pair, attempt: Attempt) -> list[str]:
 
 
 def _outside(pair: Pair, attempt: Attempt) -> list[str]:
-    """What moved and is not of the language model."""
+    """The parameters outside the language model that moved."""
     return sorted(attempt.moves.keys() - {shared.live for shared in pair.shared})
 
 
 def _is_told(pair: Pair, attempt: Attempt, missed: Shared) -> bool:
-    """An error tells of everything. A warning or the coverage tells of a tensor that was asked for and has no
-    counterpart, of a delta without a parameter, and of a matrix that no module claims. Of what is stored in other
-    pieces than in memory, it does if it tells of any of its block."""
+    """Whether a miss is reported. An error reports everything. A warning or the coverage reports a requested tensor
+    without a counterpart, a delta without a parameter, and a matrix that belongs to no module. A tensor stored in other
+    pieces than in memory counts as reported if any part of its block is."""
     if attempt.error:
         return True
     name_map, warnings = attempt.prior.record["name_map"], " ".join(attempt.warnings)
@@ -239,7 +239,7 @@ def _is_told(pair: Pair, attempt: Attempt, missed: Shared) -> bool:
 
 
 def _block(name: str) -> list[str]:
-    """Layer number and block of a name, whatever attention is called."""
+    """The layer number and block in a name, whatever attention is called."""
     return re.findall(r"(\d+)\.(?:self_)?(attn|\w+)\.", name.replace("attention", "attn"))[:1]
 
 
@@ -249,7 +249,7 @@ def _as_stored(pair: Pair, shared: Shared) -> str:
 
 
 def _prefix(pair: Pair, projections: Sequence[Shared]) -> str:
-    """What stands before the layers in the base's checkpoint, by the first matrix that is stored as it is."""
+    """The prefix of the layers in the base's checkpoint, from the first matrix that is stored unchanged."""
     for shared in projections:
         if stored := pair.stored_name("base", pair.start[shared.live]):
             return re.sub(r"\.?\w+\.\d+\..*", "", stored)
@@ -257,7 +257,7 @@ def _prefix(pair: Pair, projections: Sequence[Shared]) -> str:
 
 
 def _cure(pair: Pair, projections: Sequence[Shared]) -> str:
-    """A name map or modules with which all of them bind, tried; or why there is none."""
+    """A tested name map or choice of modules with which all of them bind; or why there is none."""
     found = {}
     for shared in projections:
         names = [shared.live, pair.stored_name("base", pair.start[shared.live])]

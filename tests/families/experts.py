@@ -1,6 +1,6 @@
-"""The text-only expert of a family, and which of its parameters are the multimodal model's too, found by structure.
+"""The text-only expert of a family, and the parameters that it shares with the multimodal model, found by structure.
 
-This is the truth that bindings are compared with, so it takes nothing from drift_kernels' tables of names.
+This is the ground truth for the bindings, so it uses nothing from drift_kernels' name tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .catalogue import Family
 from .overrides import EXPERTS
 from .shrink import HEAD_DIM
 
-# A text part's model type less one of these may be the model type of its text-only relative.
+# Removing one of these suffixes from a text part's model type may give the type of its text-only relative.
 _SUFFIXES = (
     r"_text(_model)?$",
     r"_text(_model)?$|_vl|_omni|_thinker|_audio",
@@ -28,8 +28,8 @@ _SUFFIXES = (
 
 _HEAD = re.compile(r"^(?:\w+\.)?(?:lm_head|embed_out)\.(weight|bias)$")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-# What a layer holds beside attention and MLP matrices, by a component of the name: routers, norms, position terms, and
-# mixers of other kinds (convolutions, state spaces, hyper-connections, predictors of which keys to attend to).
+# Parts of a layer other than attention and MLP matrices, by a component of the name: routers, norms, position terms,
+# and other mixers (convolutions, state spaces, hyper-connections, predictors of the keys to attend to).
 _BESIDE = re.compile(
     r"(?:^|\.)(?:gate|\w*router\w*|wg|gate_network|classifier|shared_expert_gate|\w*conv\w*|A_log|D|\w*norm\w*|altup|laurel|"
     r"per_layer\w*|rel\w*|indexer|e_score\w*|expert_bias|input_gate|rotary\w*|\w*embed\w*|mamba\w*|\w*_hc|hc_\w*)"
@@ -51,8 +51,8 @@ class Shared:
 
 
 def experts_for(family: Family, base: nn.Module) -> Iterator[tuple[type[nn.Module], hf.PretrainedConfig]]:
-    """Classes and configs of what may be the expert, likeliest first. A text-only family's is its own class. Where a
-    language model has no text-only class, and no relative that has one, its bare text model stands for it."""
+    """Classes and configs of possible experts, most likely first. For a text-only family it is its own class. If
+    neither the language model nor a relative has a text-only class, its bare text model is used."""
     config = base.config
     text = config.get_text_config(decoder=True)
     if not family.multimodal:
@@ -72,7 +72,7 @@ def experts_for(family: Family, base: nn.Module) -> Iterator[tuple[type[nn.Modul
 
 
 def _as_kind(text: hf.PretrainedConfig, kind: type[hf.PretrainedConfig]) -> tuple[type[nn.Module], hf.PretrainedConfig]:
-    """A relative's class, and its config with the fields of the text part that it knows."""
+    """A relative's class, and its config with those fields of the text part that it supports."""
     known = kind().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
     fields = {field: value for field, value in text.to_dict().items() if field in known}
     for one, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
@@ -84,8 +84,8 @@ def _as_kind(text: hf.PretrainedConfig, kind: type[hf.PretrainedConfig]) -> tupl
 
 
 def language_model_path(base: nn.Module, expert: nn.Module, layers: dict[int, int]) -> tuple[str, dict[str, str]]:
-    """Where the base keeps its language model: the module under which most of the expert's parameters are found, with
-    equal shapes; and the expert's names (below its inner model) of them. The first of several such modules counts."""
+    """The path of the base's language model: the module with most of the expert's parameters, with equal shapes (the
+    first, on ties); and the expert's names of these, relative to its inner model."""
     wanted = {_renumbered(n, layers): (n, tuple(p.shape)) for n, p in expert.base_model.named_parameters()}
     best: tuple[int, str, dict[str, str]] = 0, "", {}
     for path, module in base.named_modules():
@@ -104,7 +104,7 @@ def language_model_path(base: nn.Module, expert: nn.Module, layers: dict[int, in
 
 
 def shared_parameters(base: nn.Module, expert: nn.Module, layers: dict[int, int]) -> tuple[str, list[Shared]]:
-    """The path of the base's language model, and the parameters that it has in common with the expert."""
+    """The path of the base's language model, and the parameters that it shares with the expert."""
     path, found = language_model_path(base, expert, layers)
     prefix, inner = f"{path}." if path else "", _inner_prefix(expert)
     live = dict(base.named_parameters())
@@ -117,12 +117,12 @@ def shared_parameters(base: nn.Module, expert: nn.Module, layers: dict[int, int]
 
 
 def _heads(model: nn.Module) -> dict[str, str]:
-    """Names of the head's weight and bias, by how they end."""
+    """The names of the head's weight and bias, by suffix."""
     return {match[1]: name for name, _ in model.named_parameters() if (match := _HEAD.search(name))}
 
 
 def _fits(theirs: tuple[int, ...], ours: tuple[int, ...], name: str) -> bool:
-    """Equal shapes; of an embedding, maybe other vocabularies."""
+    """Whether the shapes are equal; for an embedding, the vocabularies may differ."""
     return theirs == ours or (len(ours) == 2 and theirs[1:] == ours[1:] and not _LAYER.search(name))
 
 

@@ -1,4 +1,4 @@
-"""What the rules of shrink.py and experts.py do not say: fields of single families, and experts of other types."""
+"""Exceptions to the rules of shrink.py and experts.py: fields of single families, and experts of other types."""
 
 from __future__ import annotations
 
@@ -74,16 +74,16 @@ EXPERTS |= {"paddleocr_vl": "ernie4_5", "janus": "llama", "emu3": "llama"}
 EXPERTS |= dict.fromkeys(("qwen2_5_omni", "qwen2_5_omni_thinker"), "qwen2")
 EXPERTS |= {"step3p7": "qwen3"}
 
-# Family -> the expert's layers as the multimodal model numbers them, where they differ.
+# Family -> the multimodal model's numbers of the expert's layers, if they differ.
 LAYERS: dict[str, dict[int, int]] = {"mllama": {0: 0, 1: 2, 2: 3}}
 
-# Family -> fields of the expert's config, where they differ.
+# Family -> fields of the expert's config, if they differ.
 EXPERT_FIELDS: dict[str, dict[str, Any]] = {"mllama": {"num_hidden_layers": 3}}
 
-# Family -> a file that transformers wants beside the weights.
+# Family -> a file that transformers needs beside the weights.
 EMPTY_FILES = {"qwen2_5_omni": "spk_dict.pt"}
 
-# Family -> why nothing that a user can set binds the rest; shown where no cure was found.
+# Family -> why no user setting binds the rest; shown if no cure was found.
 NO_CURE = {
     "cosmos3_omni": "nothing to do: within a layer the base's file has other names than the expert's (`to_q` for "
     "`q_proj`), and a name map changes prefixes only",

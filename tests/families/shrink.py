@@ -1,4 +1,4 @@
-"""A tiny config of a family: its default config with every size made small, by the names of the fields."""
+"""Tiny configs: a family's default config with every size reduced, by the names of the fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 WIDTH, HEAD_DIM, HEADS, KV_HEADS, VOCABULARY, EXPERTS = 32, 8, 4, 2, 128, 4
 
-# The first rule whose pattern is found in a field's name gives the value of a whole number.
+# Values of integer fields: the first rule whose pattern matches the field's name.
 _SIZES = [
     (r"^(num_)?(hidden_layers|layers|layer|depths?)$|^n_layers?$|_(layers|depth)$|^num_layers|^num_.*_blocks$", 2),
     (r"layer_idx|first_k_dense|num_dense_layers|num_kv_shared|n_mtp|num_nextn", 1),
@@ -37,19 +37,19 @@ _SIZES = [
 _TOKEN = re.compile(r"(token_id|token_index|_id|_index)$")
 _INDEX_LIST = re.compile(r"layers$|ind(ex|ic)es$|_idx$|_layer$")
 _KINDS = re.compile(r"layer_types|layers_block_type|layers?_(type|pattern)|hybrid")
-_MROPE_SECTION = [2, 1, 1]  # pairs of a head's elements that turn with time, height and width
+_MROPE_SECTION = [2, 1, 1]  # pairs of a head's elements rotated by time, height and width
 
-# Not sizes: what describes outputs, or belongs to generation and is refused in a config that differs from the default.
+# Not sizes: output descriptions, and generation settings, which are rejected in a config if they are not the default.
 _LEFT_OUT = re.compile(
     r"^(id2label|label2id|transformers_version|architectures|dtype|torch_dtype|_name_or_path|top_k|top_p|temperature|"
     r"max_length|min_length|num_beams\w*|num_return_sequences|no_repeat_ngram_size|encoder_no_repeat_ngram_size)$"
 )
-# transformers 4 has no default for the rope of these, and needs one.
+# transformers 4 needs a rope for these and has no default.
 _MULTIMODAL_ROPE = re.compile(r"(vl|omni|glm4v|mllama)\w*_text")
 
 
 def tiny(kind: type[hf.PretrainedConfig], overrides: Mapping[str, Any] | None = None) -> hf.PretrainedConfig:
-    """`overrides` are fields by dotted path, such as `vision_config.depth`; DROP leaves a field to its default."""
+    """A tiny config. `overrides` are fields by dotted path, such as `vision_config.depth`; DROP keeps the default."""
     fields = shrunk(_fields(kind))
     for path, value in (overrides or {}).items():
         *parents, last = path.split(".")
@@ -76,7 +76,7 @@ def _fields(kind: type[hf.PretrainedConfig]) -> Json:
 
 
 def shrunk(fields: Json) -> Json:
-    """The fields of a config and of those in it, small. Lists with an entry a layer keep those of one layer a kind."""
+    """The reduced fields of a config and its subconfigs. Lists with one entry per layer keep one layer of each kind."""
     layers, kept = _kept_layers(fields)
     result: Json = {}
     for name, value in fields.items():
@@ -104,7 +104,7 @@ def shrunk(fields: Json) -> Json:
 
 
 def _kept_layers(fields: Json) -> tuple[int, list[int]]:
-    """How many layers there are, and the first of each kind, at least two."""
+    """The number of layers, and the first layer of each kind, at least two."""
     names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
     layers = next((fields[name] for name in names if isinstance(fields.get(name), int)), 0)
     lists = [v for k, v in fields.items() if _KINDS.search(k) and isinstance(v, (list, tuple)) and len(v) == layers]
@@ -127,7 +127,7 @@ def _list(name: str, value: list[Any], layers: int, kept: list[int]) -> list[Any
 
 
 def _mapping(value: Mapping[str, Any]) -> Json:
-    """Rope parameters, whose lists have an entry for each pair of a head's elements."""
+    """Reduce rope parameters, whose lists have one entry per pair of a head's elements."""
     result = dict(value)
     for key, inner in value.items():
         if isinstance(inner, Mapping):

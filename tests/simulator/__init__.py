@@ -1,1 +1,1 @@
-"""The cuda backend, from PTX, on a machine without a GPU: docs/cuda.md says what it finds and what it does not."""
+"""Runs the cuda backend's PTX on a machine without a GPU. docs/cuda.md lists what it can and cannot find."""

@@ -1,4 +1,4 @@
-"""Compiles the simulator, and the extension with it in the place of CUDA's runtime; the kernels' PTX stays beside."""
+"""Compiles the simulator, and the extension with it in place of the CUDA runtime, and keeps the kernels' PTX."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOST_FLAGS = "-O2 -fPIC -frounding-math -ffp-contract=off"
 
 @cache
 def setup() -> dict[str, Any]:
-    """What setup.py defines."""
+    """The definitions of setup.py."""
     with mock.patch("setuptools.setup"):
         return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -31,15 +31,15 @@ def missing() -> str | None:
 
 
 class Build:
-    """Begins at once, beside Python; `finish` waits for it.
+    """A build, which starts at once in the background; `finish` waits for it.
 
     Args:
         arch: the architecture that the PTX is for, such as "90".
-        kernels: which file of this folder has them: "every" or "few".
+        kernels: the file of this folder with the kernels: "every" or "few".
 
     Attributes:
         simulator, extension: the libraries.
-        ptx: one file for each file of kernels.
+        ptx: one file per file of kernels.
     """
 
     def __init__(self, arch: str, kernels: str) -> None:
@@ -53,7 +53,7 @@ class Build:
         target = f"-gencode=arch=compute_{arch},code=compute_{arch}"
         ninja = setup()["ninja_syntax"].Writer((folder / "build.ninja").open("w"), width=1000)
         with ninja.output:
-            # --keep: that of the PTX which the object is made from.
+            # --keep: keeps the PTX that the object is made from.
             ninja.rule("device", f"{nvcc} {setup()['CUDA_FLAGS']} {target} --keep --keep-dir=. -c $in -o $out")
             ninja.rule(
                 "module",

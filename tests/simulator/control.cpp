@@ -1,4 +1,4 @@
-// Memory, branches, barriers, and what the lanes of a warp do together.
+// Memory, branches, barriers, and collective operations of a warp.
 #include <algorithm>
 
 #include "operation.h"
@@ -82,7 +82,7 @@ void each(uint32_t members, F f) {
   }
 }
 
-// d, inside = of the lane that `b` and `c` say. Nothing is written before all has been read.
+// d, inside = the values of the lane selected by `b` and `c`. All lanes are read before any is written.
 template <char kMode>
 void shuffle(Thread* const* lanes, uint32_t members, const Instruction& in) {
   u32 values[32];
@@ -132,7 +132,7 @@ void define_reductions(const string& type) {
   define_reduction<T>("max." + type, [](T a, T b) { return std::max(a, b); });
 }
 
-// Orders the accesses of a warp's threads if all of them come to it; of a part of them, nothing is taken for granted.
+// Orders the accesses of a warp's threads if all of them reach it; a partial barrier is not assumed to order anything.
 void warp_barrier(Thread* const* lanes, uint32_t members, const Instruction&) {
   const auto& threads = lanes[__builtin_ctz(members)]->block->threads;
   const int first = lanes[__builtin_ctz(members)]->index / 32 * 32;

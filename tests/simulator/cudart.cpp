@@ -1,4 +1,4 @@
-// Stands in for CUDA's runtime: what the extension and its kernels call of it; and what Python calls.
+// Replaces the CUDA runtime: the functions that the extension and its kernels call, and those that Python calls.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@ using namespace simulator;
 
 namespace {
 
-// Of a kernel, by its name: Python decodes it and says what memory it may access. Null: it has said why not.
+// Prepares a kernel by name: Python decodes it and sets the memory that it may access. Null: Python has set the reason.
 using Prepare = const Kernel* (*)(const char* name);
 
 struct Configuration {
@@ -89,7 +89,7 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 blocks, dim3 threads, void**
                              cudaStream_t) {
   const auto name = names().find(host);
   if (name == names().end()) return last = cudaErrorInvalidDeviceFunction;
-  // What a device refuses, and more than one dimension, which the project does not use.
+  // Rejects what a device rejects, and more than one dimension, which the project does not use.
   if (blocks.x == 0 || blocks.x > 0x7fffffff || blocks.y * blocks.z != 1 || threads.x == 0 || threads.x > 1024 ||
       threads.y * threads.z != 1 || shared != 0) {
     reason = "the geometry of a launch of " + name->second;

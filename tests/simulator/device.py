@@ -1,4 +1,4 @@
-"""The simulated device, and a backend on it: the package's cuda backend, on CPU tensors."""
+"""The simulated device, and the package's cuda backend on it, with CPU tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from drift_kernels.kernels.plan import Plan
 from . import ptx
 from .build import Build
 
-# What the backend's functions write, by its name in the plan or in the operands; of others, all.
+# What the backend's functions write, by name in the plan or the operands; other functions may write everything.
 WRITTEN = {
     "update": {"param", "residual", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"},
     "grad_stats": {"partials", "arrived", "out"},
@@ -63,11 +63,11 @@ class _Range(Structure):
 
 
 class FaultError(Exception):
-    """What the simulator found."""
+    """A fault that the simulator found."""
 
 
 def tensors_in(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that an argument of a launch holds, and what it is called there."""
+    """Yield every tensor in an argument of a launch, with its name there."""
     if isinstance(value, Tensor):
         yield name, value
     elif depth == 5:
@@ -81,7 +81,7 @@ def tensors_in(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Ten
 
 
 class Device:
-    """Kernels by their names, decoded when they are first launched, and the memory that the current launch may use."""
+    """Kernels by name, decoded at their first launch, and the memory that the current launch may use."""
 
     def __init__(self, library: Path, sources: dict[str, str]) -> None:
         self.sources = sources
@@ -96,20 +96,20 @@ class Device:
         self._library.simulator_prepare(self._prepare)
 
     def options(self, backward: bool = False, nudge: int = 0) -> None:
-        """The order of threads and blocks; what approximations are moved by, in units in the last place."""
+        """Set the order of threads and blocks, and the offset added to approximations, in ulps."""
         self._library.simulator_options(int(backward), nudge)
 
     def driver(self, version: int) -> None:
-        """The CUDA version that its driver says it is for: 12010 is 12.1."""
+        """Set the CUDA version that the driver reports: 12010 is 12.1."""
         self._library.simulator_driver(version)
 
     @property
     def steps(self) -> int:
-        """Instructions that have been run."""
+        """The number of instructions run so far."""
         return int(self._library.simulator_steps())
 
     def run(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:
-        """Launches a kernel with tensors, which it may write, and ctypes numbers."""
+        """Launch a kernel with tensors, which it may write, and ctypes numbers."""
         self.memory = [(f"argument {i}", a, True) for i, a in enumerate(arguments) if isinstance(a, Tensor)]
         values = [c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
         pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -118,7 +118,7 @@ class Device:
             raise FaultError(self._library.simulator_reason().decode())
 
     def change(self, name: str, source: str) -> None:
-        """Gives a kernel another source."""
+        """Replace a kernel's source."""
         self.sources[name] = source
         self._kernels.pop(name, None)
 
@@ -133,7 +133,7 @@ class Device:
             return None
 
     def _set_ranges(self) -> None:
-        """Of the memory; what is a part of other tensors is theirs."""
+        """Set the memory ranges. A tensor that is part of another one has no range of its own."""
         ranges: list[_Range] = []
         spans = ((t.data_ptr(), t.data_ptr() + t.nbytes, name, t, w) for name, t, w in self.memory if t.is_contiguous())
         for begin, end, name, tensor, writable in sorted(spans, key=lambda span: (span[0], -span[1])):
@@ -142,7 +142,7 @@ class Device:
             elif begin < end:
                 assert not ranges or ranges[-1].end <= begin, f"{name} overlaps another tensor"
                 ranges.append(_Range(begin, end, name.encode(), tensor.element_size(), int(writable)))
-        self._ranges = (_Range * len(ranges))(*ranges)  # the names are kept by it
+        self._ranges = (_Range * len(ranges))(*ranges)  # keeps the names alive
         self._library.simulator_ranges(self._ranges, len(ranges))
 
     def _operation(self, instruction: ptx.Instruction) -> int:
@@ -175,14 +175,14 @@ class Device:
 
 
 def backend_of(build: Build) -> tuple[Device, ModuleType]:
-    """A device with the kernels of a build, and drift_kernels.kernels.cuda on it, which takes CPU tensors."""
+    """A device with the kernels of a build, and drift_kernels.kernels.cuda on it, which accepts CPU tensors."""
     build.finish()
     device = Device(build.simulator, {k: v for path in build.ptx for k, v in ptx.entries(path.read_text()).items()})
     extension = _imported("simulated._cuda", build.extension)
     name = f"{backends.__package__}.simulated"
     module = _imported(name, Path(inspect.getfile(backends)).with_name("cuda.py"))
     module._cuda, module._reason = extension, None
-    module.READS_TENSORS = True  # so that a plan has what a launch may access
+    module.READS_TENSORS = True  # so that a plan has the tensors that a launch may access
     stream = SimpleNamespace(cuda_stream=0)
     there = SimpleNamespace(device=lambda _: nullcontext(), current_stream=lambda _: stream, current_device=lambda: 0)
     module.torch = SimpleNamespace(cuda=there)
@@ -211,7 +211,7 @@ def _launching(device: Device, name: str, function: Any) -> Any:
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         for plan in args:
-            if isinstance(plan, Plan):  # what would be made in the launch is made before it
+            if isinstance(plan, Plan):  # made here, before the launch, instead of in it
                 for key in made:
                     getattr(plan, key)
         device.memory = [

@@ -1,4 +1,4 @@
-// Grids, blocks, warps: which thread runs, and what all have to come to.
+// Grids, blocks, warps: which thread runs, and the barriers that all must reach.
 #include "engine.h"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 namespace simulator {
 namespace {
 
-constexpr uint64_t kMostSteps = 100'000'000;  // of a thread: one that takes more does not end
+constexpr uint64_t kMostSteps = 100'000'000;  // per thread; beyond that, it is taken not to end
 
 void run_thread(Thread& thread) {
   const Kernel& kernel = *thread.kernel;
@@ -41,13 +41,14 @@ void run_thread(Thread& thread) {
   device().steps += steps;
 }
 
-// Collective instructions have the mask of their members last.
+// The last operand of a collective instruction is the mask of its members.
 uint32_t members_of(const Thread& thread) {
   const Instruction& in = thread.kernel->code[thread.pc];
   return thread.get<uint32_t>(in.in[in.ins - 1]);
 }
 
-// Runs each collective instruction whose members have all come to it, but for those that have ended; whether any has.
+// Runs each collective instruction that all its members have reached, except those that have ended. Returns whether any
+// ran.
 bool run_collectives(Thread* const* lanes, int count) {
   bool any = false;
   uint32_t alive = 0;
@@ -77,7 +78,7 @@ bool run_collectives(Thread* const* lanes, int count) {
   return any;
 }
 
-// Until each thread of a warp has ended or waits at a barrier of the block.
+// Runs until each thread of a warp has ended or waits at a barrier of the block.
 void run_warp(Thread* const* lanes, int count) {
   do {
     for (int i = 0; i < count; ++i) run_thread(*lanes[device().options.backward ? count - 1 - i : i]);
@@ -112,7 +113,7 @@ void start(Thread& thread, const Block& block, int64_t threads, int64_t blocks) 
   thread.local_written.assign(kernel.local_bytes, 0);
 }
 
-// All of a block's threads must come to the same barrier. Whether one has, or the block has ended.
+// Passes a barrier, which all threads of a block must reach. Returns false if the block has ended.
 bool pass_barrier(Block& block) {
   std::vector<Thread*> waiting;
   for (Thread& thread : block.threads) {

@@ -1,9 +1,9 @@
-// A simulated device: its memory is the host's own, with every access checked, and its kernels are lists of decoded
+// A simulated device: its memory is host memory, with every access checked; its kernels are lists of decoded
 // instructions, which a thread runs one by one.
 //
-// A thread runs until it ends or comes to a barrier, or to an instruction of its warp; then the next one does. Another
-// order changes nothing unless there is a race, and races are looked for by themselves: of two accesses to a byte that
-// nothing orders, none may be a write.
+// A thread runs until it ends or reaches a barrier or a collective instruction of its warp; then the next thread runs.
+// The order matters only if there is a race, and races are detected separately: of two unordered accesses to the same
+// byte, neither may be a write.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// What Python lays out: device.py has the same fields.
+// Filled by Python: device.py has the same fields.
 struct Instruction {
   int32_t operation, guard, negated, outs, ins, out[8], in[10], target, space, bytes, count, is_signed, flag;
   int64_t offset;
@@ -29,28 +29,28 @@ struct Instruction {
 struct Kernel {
   const char* name;
   const Instruction* code;
-  const uint64_t* constants;  // of the registers behind the others
+  const uint64_t* constants;  // of the registers after the others
   const int32_t* params;      // offset and size of each
   int32_t length, registers, constant_count, param_count, param_bytes, shared_bytes, local_bytes, max_threads;
 };
 struct Range {
   uint64_t begin, end;
   const char* name;
-  int32_t granule;  // bytes of an element, for which races are looked for
+  int32_t granule;  // bytes per element, the unit of race detection
   int32_t writable;
 };
 
-// The first registers of a thread, which say where it is.
+// The first registers of a thread, which hold its position.
 enum Special { kTid, kCtaid, kNtid, kNctaid, kLane, kWarp, kMaskEq, kMaskLt, kMaskLe, kMaskGt, kMaskGe, kSpecials };
 
 enum Space { kGeneric, kGlobal, kShared, kLocal, kParam };
-// Where the other spaces begin in the generic one, and shared memory in its own: an address is never 0.
+// Where the other spaces begin in the generic space, and shared memory in its own: no address is 0.
 constexpr uint64_t kWindow[] = {0, 0, 1ull << 60, 1ull << 61, 1ull << 62};
 constexpr uint64_t kSharedBase = 1024;
 
 enum class Kind { kRead, kReadConstant, kWrite, kAtomic };
 
-// Who, and when: `phase` counts the barriers of the block, `turn` those of the warp.
+// Who accessed, and when: `phase` counts the barriers of the block, `turn` those of the warp.
 constexpr int kNobody = -1, kSeveral = -2;
 struct Access {
   int32_t block = kNobody, phase = 0, warp = 0, thread = 0, turn = 0;
@@ -64,10 +64,10 @@ struct Shadow {
 
 struct Options {
   int backward = 0;  // the order of blocks and threads
-  int nudge = 0;     // what approximations are moved by, in units in the last place
+  int nudge = 0;     // offset added to approximations, in ulps
 };
 
-// What atomic operations have handed over: what `released` had done is before what is after `by`.
+// A handover by atomic operations: everything before `released` is ordered before everything after `by`.
 struct Handover {
   Access released, by;
 };
@@ -102,7 +102,7 @@ struct Thread {
     std::memcpy(&value, registers + slot, sizeof value);
     return value;
   }
-  // A register has the rest of its bits by the sign of what is signed.
+  // Signed values are sign-extended to the register's width.
   template <class T>
   void set(int32_t slot, T value) {
     if constexpr (std::is_same_v<T, bool>) {
@@ -115,7 +115,7 @@ struct Thread {
     }
   }
   Access now() const;
-  // Where so many bytes of a space are; a fault if they may not be accessed so.
+  // The host address of this many bytes of a space; a fault if this access is not allowed.
   uint8_t* at(int space, uint64_t address, uint32_t bytes, Kind kind);
   void hand_over(uint64_t address);
   [[noreturn]] void fault(const std::string& what) const;
@@ -136,14 +136,14 @@ struct Block {
 };
 
 using Step = void (*)(Thread&, const Instruction&);
-// Of the lanes of a warp that are `members`.
+// A collective instruction of the lanes of a warp in `members`.
 using Collective = void (*)(Thread* const* lanes, uint32_t members, const Instruction&);
 struct Operation {
   std::string name;
   Step step;
   Collective collective;
 };
-// By the numbers that instructions have.
+// Operations by the numbers in the instructions.
 const std::vector<Operation>& operations();
 
 // Runs a kernel; `arguments` are pointers to its parameters.

@@ -5,7 +5,7 @@
 
 namespace drift {
 
-// In the place of the selection of all combinations.
+// Replaces the selection of all combinations.
 template <class F>
 auto select_update(DTypes dtypes, F f) -> decltype(f(Type<float>{}, Type<float>{}, Type<float>{}, Type<float>{})) {
   const auto is = [&](DType param, DType grad, DType state, DType delta) {

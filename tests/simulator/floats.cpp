@@ -7,7 +7,7 @@
 namespace simulator {
 namespace {
 
-// Correctly rounded, then moved: what must not depend on an approximation does not depend on this.
+// Correctly rounded, then offset: results that must not depend on an approximation do not depend on the offset.
 template <class F>
 F approximately(F x) {
   const int nudge = device().options.nudge;
@@ -17,7 +17,7 @@ F approximately(F x) {
   return x;
 }
 
-// Of a number and a NaN, the number; +0 is larger than -0.
+// For a number and a NaN, returns the number; +0 is larger than -0.
 template <class F>
 F smaller(F a, F b) {
   if (std::isnan(a) || std::isnan(b)) return std::isnan(a) ? b : a;
@@ -49,14 +49,14 @@ void define_arithmetic(const string& type) {
             [](F a, F b) { return std::isnan(a + b) && !(std::isinf(a) && std::isinf(b)) ? a + b : smaller(a, b); });
   op<kForm>("max" + ftz + ".NaN." + type,
             [](F a, F b) { return std::isnan(a + b) && !(std::isinf(a) && std::isinf(b)) ? a + b : larger(a, b); });
-  // Signs only: a NaN stays the NaN that it is, but for the flushed.
+  // Only the sign changes: a NaN keeps its payload, except in the flushed form.
   constexpr Form kSign = kForm == kFlushed ? kFlushed : kPlain;
   op<kSign>("abs" + after, [](F a) { return std::fabs(a); });
   op<kSign>("neg" + after, [](F a) { return -a; });
   op<kForm>("rcp.approx" + after, [](F a) { return approximately(F(1) / a); });
   op<kForm>("sqrt.approx" + after, [](F a) { return approximately(std::sqrt(a)); });
-  // Not moved: of a few roots in a million the sequence that nvcc makes of sqrt.rn, and the kernels have too, is only
-  // exact with an approximation as good as the hardware's.
+  // Not offset: for a few roots in a million, the sequence that nvcc generates for sqrt.rn, also used by the kernels,
+  // is exact only with an approximation as good as the hardware's.
   op<kForm>("rsqrt.approx" + after, [](F a) { return F(1 / std::sqrt(static_cast<long double>(a))); });
   op<kForm>("ex2.approx" + after, [](F a) { return approximately(std::exp2(a)); });
   op<kForm>("lg2.approx" + after, [](F a) { return approximately(std::log2(a)); });
@@ -96,7 +96,7 @@ void define_tests(const string& type) {
   op("cvt.sat" + whole, [](F a) { return std::isnan(a) ? F(0) : std::clamp(a, F(0), F(1)); });
 }
 
-// To the nearest that T has; of a NaN, 0, or of 64 bits the sign's.
+// Converts to the nearest value of T; NaN gives 0, or for 64 bits the sign bit.
 template <class T, class F>
 T saturated(F x) {
   using Limits = std::numeric_limits<T>;
@@ -105,7 +105,7 @@ T saturated(F x) {
   return x >= end ? Limits::max() : x < (Limits::is_signed ? -end : F(0)) ? Limits::min() : static_cast<T>(x);
 }
 
-// Two in a register.
+// Two floats in a register.
 struct Pair {
   float low, high;
 };
@@ -158,7 +158,7 @@ void convert_from(const string& from) {
   convert_between<T, double>(from, "f64");
 }
 
-// Formats of two bytes, with kExponent bits for the exponent. In the rounding that is set.
+// Two-byte formats with kExponent exponent bits, in the current rounding mode.
 template <int kExponent>
 u16 narrowed(float x) {
   constexpr int kMantissa = 15 - kExponent, kBias = (1 << (kExponent - 1)) - 1;

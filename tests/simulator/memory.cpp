@@ -38,7 +38,7 @@ void Thread::fault(const std::string& what) const {
 
 Access Thread::now() const { return {block->index, block->phase, index / 32, index, turn}; }
 
-// Whether an access has been made before all that this thread does from now on.
+// Whether an access is ordered before everything that this thread does from now on.
 bool Thread::is_before(const Access& access) const {
   if (access.block == kNobody) return true;
   if (access.block == block->index) {
@@ -53,7 +53,7 @@ bool Thread::is_before(const Access& access) const {
 
 void Thread::check_race(Shadow& shadow, Kind kind, const char* memory, uint64_t element) const {
   if (shadow.launch != device().launch) shadow = Shadow{device().launch, false, false, {}, {}};
-  if (kind == Kind::kAtomic) {  // none with another, and not looked for with others
+  if (kind == Kind::kAtomic) {  // no race with other atomic operations; races with plain accesses are not detected
     shadow.was_written = true;
     return;
   }
@@ -153,7 +153,7 @@ uint8_t* Thread::local_at(uint64_t address, uint32_t bytes, Kind kind) {
   return local.data() + address;
 }
 
-// An atomic operation takes over what others have handed over there, and hands over what came before a fence.
+// An atomic operation acquires what others released at this address, and releases what came before a fence.
 void Thread::hand_over(uint64_t address) {
   auto& releases = device().releases[address];
   for (const Access& released : releases) block->handovers.push_back({released, now()});

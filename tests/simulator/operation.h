@@ -1,4 +1,4 @@
-// How instructions are defined: as functions of values. The PTX ISA says what they do.
+// Defines instructions as functions of values. The PTX ISA specifies what they do.
 #pragma once
 
 #include <cfenv>
@@ -27,7 +27,7 @@ void define_floats();
 void define_control();
 
 // A function of values becomes an instruction of registers.
-enum Form { kPlain, kArithmetic, kFlushed };  // arithmetic: a NaN is the canonical one; flushed: subnormals are zeros
+enum Form { kPlain, kArithmetic, kFlushed };  // arithmetic: NaNs are canonical; flushed: subnormals are zeros
 
 template <Form kForm, class T>
 T formed(T value) {

@@ -1,4 +1,4 @@
-"""PTX, taken apart: the kernels of a file, and of a kernel its instructions, with registers and literals by number."""
+"""Parses PTX: the kernels of a file, and a kernel's instructions, with registers and literals by number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPECIALS = [f"%{name}" for name in ("tid.x", "ctaid.x", "ntid.x", "nctaid.x", "l
 FIXED = {
     f"%{name}.{axis}": value for name, value in (("tid", 0), ("ctaid", 0), ("ntid", 1), ("nctaid", 1)) for axis in "yz"
 }
-# What says how memory is cached, or that an instruction is for all threads alike, does not change what is computed.
+# Cache hints, and marks that an instruction is uniform across threads, do not change results.
 IGNORED = {
     "cs",
     "cg",
@@ -38,12 +38,13 @@ ENTRY = re.compile(r"\.entry (\w+)\s*\(([^)]*)\)([^{;]*)\{")
 
 
 class UnknownError(Exception):
-    """What the simulator does not know."""
+    """PTX that the simulator does not support."""
 
 
 @dataclass
 class Instruction:
-    """`outs` and `ins` are numbers of registers; those of literals are negative: ~their place in `Entry.constants`."""
+    """An instruction. `outs` and `ins` are register numbers; a literal is ~(its index in `Entry.constants`),
+    negative."""
 
     text: str
     operation: str
@@ -61,18 +62,18 @@ class Instruction:
 
 
 def split(text: str) -> list[str]:
-    """Operands, at the commas that are not within brackets."""
+    """Split operands at commas outside brackets."""
     return [part.strip() for part in re.split(r",(?![^{\[]*[}\]])", text) if part.strip()]
 
 
 def entries(text: str) -> dict[str, str]:
-    """Each kernel's text, from its name on."""
+    """The text of each kernel, from its name on."""
     text = re.sub(r"//[^\n]*", "", text)
     return {match[1]: text[match.start() : text.index("\n}", match.end())] for match in ENTRY.finditer(text)}
 
 
 def statements(body: str) -> Iterator[str]:
-    """Instructions, directives and, with a colon, labels; the braces of scopes are left out."""
+    """Yield instructions, directives and labels (with a colon), without the braces of scopes."""
     for part in body.split(";"):
         text = " ".join(part.split())
         while match := re.match(r"[{}] ?|([$\w]+:) ?", text):
@@ -97,7 +98,7 @@ class Entry:
     Attributes:
         code: its instructions.
         constants: the literals.
-        registers: how many there are, the special ones first.
+        registers: their number; the special ones come first.
         params: offset and size of each.
         param_bytes, shared_bytes, local_bytes, max_threads: as declared.
     """
@@ -137,7 +138,7 @@ class Entry:
     shared_bytes = property(lambda self: self._sizes["shared"] - SHARED_BASE)
 
     def _fill_what_compilers_leave_undefined(self) -> None:
-        """Parts of a word that no instruction gives a value, since what uses the word looks at other parts of it."""
+        """Fill parts of a word that no instruction sets, because its uses read only other parts."""
         written = {number for instruction in self.code for number in instruction.outs}
         for instruction in self.code:
             if instruction.operation.startswith(("mov.pack", "prmt")):
@@ -147,7 +148,7 @@ class Entry:
                 ]
 
     def _place(self, text: str) -> tuple[int, int]:
-        """Offset and size of a variable, which are given to it."""
+        """Allocate a variable; return its offset and size."""
         match = re.fullmatch(
             r"\.(\w+) (?:\.align (\d+) )?\.[a-z]+(\d+) (?:\.ptr (?:\.\w+ )*(?:\.align \d+ )?)?(\w+)(?:\[(\d+)\])?",
             " ".join(text.split()),
@@ -179,7 +180,7 @@ class Entry:
         raise UnknownError(f"the operand {text}")
 
     def _operands(self, text: str) -> list[int]:
-        """Of one operand, which may be a vector or a pair."""
+        """The registers of one operand, which may be a vector or a pair."""
         return [self._operand(part.strip()) for part in re.split(r"[,|]", text.strip("{}"))]
 
     def _address(self, text: str) -> tuple[int, int]:
@@ -210,7 +211,7 @@ class Entry:
         elif kind in ("ret", "exit", "trap"):
             parsed.operation = "trap" if kind == "trap" else "ret"
         elif kind in ("membar", "fence"):
-            # Within a block, barriers order; what is handed over between blocks wants the device's.
+            # Within a block, barriers order accesses; handovers between blocks need a fence of device scope.
             parsed.operation = "fence"
             if not {"gl", "gpu", "sys"} & set(opcode):
                 raise UnknownError("a fence for less than the device")
@@ -230,7 +231,7 @@ class Entry:
             elif kind == "mov" and "{" in operands[1]:
                 parsed.operation = f"mov.pack.b{opcode[-1][1:]}"
             elif kind == "prmt" and (selector := literal(operands[3])) is not None:
-                # What is not selected need not have been written.
+                # Unselected values need not have been written.
                 for source, bit in ((1, 0), (2, 4)):
                     if all(selector >> shift & 4 != bit for shift in (0, 4, 8, 12)):
                         operands[source] = "0"
@@ -239,10 +240,10 @@ class Entry:
         return parsed
 
     def _access(self, text: str, opcode: list[str], operands: list[str]) -> Instruction:
-        """Loads, stores and atomic operations."""
+        """Parse a load, store or atomic operation."""
         kind, *parts = opcode
         space = next((part for part in parts if part in SPACES), "generic")
-        hint = re.compile(r"L\d::(?!cache_hint)")  # with a policy there is one operand more
+        hint = re.compile(r"L\d::(?!cache_hint)")  # a cache policy adds an operand
         parts = [part for part in parts if part != space and part not in IGNORED and not hint.match(part)]
         vector = next((part for part in parts if re.fullmatch(r"v\d", part)), "v1")
         *rest, of_type = [part for part in parts if part != vector and part not in ("nc", "release", "acq_rel")]

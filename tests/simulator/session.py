@@ -1,4 +1,4 @@
-"""The simulated device of a run of the tests: built once, while others run."""
+"""The simulated device of a test run: built once, while other tests run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from . import build
 from .device import Device, backend_of
 
-# All kernels, and of which architecture; otherwise a few, of sm_90.
+# The architecture for which all kernels are built; without it, a few are built for sm_90.
 EVERY = os.environ.get("DRIFT_KERNELS_SIMULATE")
 MISSING = "there is a GPU" if torch.cuda.is_available() else build.missing()
 
@@ -29,7 +29,7 @@ def simulated() -> tuple[Device, ModuleType]:
 
 
 def fresh_device() -> Device:
-    """With its options as they are by default."""
+    """The device with its default options."""
     device = simulated()[0]
     device.options()
     device.driver(13000)

@@ -275,7 +275,7 @@ def test_the_three_entries_go_together(folder: Path, missing: str) -> None:
     entries = {key: value for key, value in drift(folder).items() if key != missing}
     if missing == "plugins":
         entries["plugins"] = [f"{Witness.__module__}.Witness"]
-    with pytest.raises(ValueError, match=f"DRIFT needs three entries; missing: {missing}: "):
+    with pytest.raises(ValueError, match=f"DRIFT requires three entries; missing: {missing}: "):
         example.train(folder, "two-of-three", **entries)
 
 
@@ -301,16 +301,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_would_be_ignored_is_refused(folder: Path, key: str) -> None:
-    with pytest.raises(ValueError, match=f"{key} does not go with optimizer: drift_adamw: "):
+    with pytest.raises(ValueError, match=f"{key} cannot be combined with optimizer: drift_adamw: "):
         example.train(folder, "refused", **{**LORA, **drift(folder), key: REFUSED[key]})
 
 
 def test_misuse_is_named_when_the_file_is_read(folder: Path) -> None:
-    with pytest.raises(ValueError, match="drift has unknown keys: alhpa; known are prior"):
+    with pytest.raises(ValueError, match="drift has unknown keys: alhpa; expected keys among prior"):
         example.train(folder, "misuse", **drift(folder, alhpa=1.0))
     with pytest.raises(FileNotFoundError, match="drift-prior build"):
         example.train(folder, "misuse", **{**drift(folder), "drift": {"prior": str(folder / "nowhere")}})
-    with pytest.raises(ValueError, match="drift needs `prior`"):
+    with pytest.raises(ValueError, match="drift requires `prior`"):
         example.train(folder, "misuse", **{**drift(folder), "drift": {"alpha": 1.0}})
 
 

@@ -134,10 +134,10 @@ def test_steps_that_are_not_taken_are_noticed(folder: Path, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim_config.name=muon"], "optim_config names another optimizer"),
-        (["dist_config.name=deepspeed"], "DeepSpeed flattens the parameters"),
-        (["drift.prior=nowhere"], "there is no folder"),
-        (["drift=null", "delta_prior1_ckpt={folder}/expert"], "the authors' keys are for the classic trainer"),
+        (["optim_config.name=muon"], "optim_config would replace the optimizer"),
+        (["dist_config.name=deepspeed"], "DeepSpeed flattens parameters"),
+        (["drift.prior=nowhere"], "no such folder"),
+        (["drift=null", "delta_prior1_ckpt={folder}/expert"], "does not support the authors' keys"),
     ],
 )
 def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +21,11 @@ from examples import torchtitan_llama3 as example  # before the rest of torchtit
 
 # isort: on
 import torchtitan.models.llama3.config_registry
-from documents import ROOT, block_with
+from documents import ROOT, block_with, commands_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.config import ConfigManager
 from torchtitan.trainer import Trainer
 
 from drift_kernels import FusedDriftAdamW, PriorError
@@ -153,17 +155,31 @@ def test_what_the_documentation_shows(
     assert sorted(optimizers[0].prior_names) == BIASED
 
 
+def test_the_documented_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its options, as torchtitan reads them, with the documented module."""
+    (command,) = commands_in(ROOT / "docs" / "trainers.md", "torchrun")
+    monkeypatch.setattr(torchtitan.models.llama3.config_registry, "llama3_8b", PLAIN)
+    (tmp_path / "my_jobs.py").write_text(block_with("llama3_8b_drift"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = shlex.split(command)
+    assert words[:5] == ["torchrun", "--nproc-per-node", "8", "-m", "torchtitan.train"]
+    config = ConfigManager().parse_args(words[5:])
+    assert config.optimizer.drift.settings["prior"] == "prior"
+    assert config.checkpoint.initial_load_in_hf
+    assert config.checkpoint.initial_load_path == "/path/to/the/base"
+
+
 # What is refused
 
 
 def test_settings_that_are_wrong() -> None:
-    with pytest.raises(ValueError, match="needs `prior`"):
+    with pytest.raises(ValueError, match="requires `prior`"):
         use_drift(PLAIN(), alpha=1.0)
-    with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"):
+    with pytest.raises(FileNotFoundError, match="no such folder: 'nowhere'"):
         use_drift(PLAIN(), prior="nowhere")
     with pytest.raises(ValueError, match="unknown keys: alfa"):
         use_drift(PLAIN(), prior="prior", alfa=1.0)
-    with pytest.raises(ValueError, match="LoRA layers take no prior"):
+    with pytest.raises(ValueError, match="priors do not support torchtitan's LoRA layers"):
         use_drift(PLAIN(), prior="prior", refresh=2)
 
 
@@ -180,7 +196,7 @@ def test_configs_that_do_not_fit() -> None:
 
 def test_pipeline_parallelism_is_refused() -> None:
     parts = [nn.Linear(2, 2), nn.Linear(2, 2)]
-    with pytest.raises(ValueError, match="no pipeline parallelism"):
+    with pytest.raises(ValueError, match="does not support pipeline parallelism"):
         with_prior()().optimizer.build(model_parts=parts)
 
 
@@ -202,7 +218,7 @@ def another_lr_scheduler() -> Trainer.Config:
         (adamw_after_all, [], TypeError, "got AdamW: the trainer would train without the prior"),
         (with_prior(), ["--optimizer.param-groups.0.optimizer-name", "AdamW"], TypeError, "got AdamW"),
         (with_prior(), ["--optimizer.implementation", "fused_opt_states_bf16"], ValueError, "state_dtype='bfloat16'"),
-        (another_lr_scheduler, [], RuntimeError, "anneal needs the lr_scheduler that use_drift has set"),
+        (another_lr_scheduler, [], RuntimeError, "anneal requires the lr_scheduler set by use_drift"),
     ],
 )
 def test_a_job_without_the_prior_does_not_start(

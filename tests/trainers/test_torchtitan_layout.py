@@ -151,7 +151,7 @@ def test_a_conversion_that_changes_values_is_refused(monkeypatch: pytest.MonkeyP
     convert = Llama3StateDictAdapter.from_hf
     monkeypatch.setattr(Llama3StateDictAdapter, "from_hf", shifted)
     prior = titan_prior(example.model_spec(), "prior")
-    with pytest.raises(PriorError, match="changes values, not only their places"):
+    with pytest.raises(PriorError, match="changes values, not only their positions"):
         prior.load_stored(prior.coverage(parameters()).sources["layers.0.attention.wo.weight"])
 
 

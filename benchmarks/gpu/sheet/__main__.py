@@ -1,6 +1,6 @@
-"""How near each kernel comes to a copy, predicted from its machine code: python -m benchmarks.gpu.sheet
+"""Predicts from machine code how close each kernel comes to a copy: python -m benchmarks.gpu.sheet
 
-Compiles nothing and needs no GPU: reads the extension that was built. See benchmarks/README.md.
+Compiles nothing and needs no GPU: it reads the built extension. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu.sheet", description=__doc__.splitlines()[0])
-    parser.add_argument("--extension", type=Path, metavar="FILE", help="default: the one that was built in place")
-    parser.add_argument("--cubins", type=Path, metavar="FOLDER", help="Triton's kernels, as tests/sass.py leaves them")
+    parser.add_argument("--extension", type=Path, metavar="FILE", help="default: the extension built in place")
+    parser.add_argument("--cubins", type=Path, metavar="FOLDER", help="Triton's kernels, as written by tests/sass.py")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default: those of the extension")
     parser.add_argument("--kernel", metavar="REGEX", help="kernels to show (default: the headline modes)")
-    parser.add_argument("--before", type=Path, metavar="SHEET.json", help="an earlier sheet, to set beside this one")
-    parser.add_argument("--measured", type=Path, metavar="OUT", help="the folder of a `make gpu`, to compare with")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures, of all kernels")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draws what is shown")
+    parser.add_argument("--before", type=Path, metavar="SHEET.json", help="an earlier sheet, to show beside this one")
+    parser.add_argument("--measured", type=Path, metavar="OUT", help="the output folder of `make gpu`, to compare with")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures of all kernels to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the kernels shown to FILE")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""Shared memory: how many cycles its accesses take, which depends on the banks that a warp's threads meet in.
+"""Shared memory: the cycles that its accesses take, which depend on bank conflicts between a warp's threads.
 
-Follows what the code computes from a thread's index, for the 32 threads of a warp at once. A number that is the same
-for all of them, but not known here, counts as 0: it moves all addresses alike.
+Follows what the code computes from a thread's index, for the 32 threads of a warp at once. An unknown number that is
+the same for all threads counts as 0: it shifts all addresses alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ ADDRESS = re.compile(r"\[(R\d+)?(?:\.\w+)?\+?(UR\d+)?\+?(-?0x[0-9a-f]+)?\]")
 
 
 def shared_cycles(path: Path) -> tuple[list[int], bool]:
-    """Of one warp, for each step; and whether all addresses could be followed: others count as free of conflicts."""
+    """The cycles of one warp for each step, and whether all addresses could be followed. Others count as
+    conflict-free."""
     registers: dict[str, Lanes | None] = {}
     cycles: list[int] = []
     followed = True
@@ -47,7 +48,8 @@ def shared_cycles(path: Path) -> tuple[list[int], bool]:
 
 
 def passes(addresses: Lanes, words: int) -> int:
-    """Cycles of an access of so many words a thread. Of four words it goes by quarters of a warp, of two by halves."""
+    """The cycles of an access of this many words per thread. Four words take a quarter warp at a time, two words
+    half."""
     total = 0
     for lanes in np.split(addresses // WORD, words):
         touched = np.unique(lanes[:, None] + np.arange(words))
@@ -56,7 +58,7 @@ def passes(addresses: Lanes, words: int) -> int:
 
 
 def computed(step: Instruction, registers: dict[str, Lanes | None]) -> Lanes | None:
-    """An instruction's result; None if it cannot be followed."""
+    """The result of an instruction; None if it cannot be followed."""
     if step.name == "S2R":
         return np.arange(THREADS) if "TID.X" in step.operands else np.zeros(THREADS, np.int64)
     texts = [text for text in step.inputs if not PREDICATE.fullmatch(text)]
@@ -92,7 +94,7 @@ def value(text: str, registers: dict[str, Lanes | None]) -> Lanes | None:
 
 
 def logical(a: Lanes, b: Lanes, c: Lanes, table: int) -> Lanes:
-    """Bit by bit what the table says of the three."""
+    """Apply the truth table to the three inputs, bit by bit."""
     result = np.zeros(THREADS, np.int64)
     for row in range(8):
         if table >> row & 1:

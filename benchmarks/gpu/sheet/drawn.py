@@ -1,4 +1,4 @@
-"""The sheet as a plot: for each machine, between which shares of a copy every kernel is predicted."""
+"""The sheet as a plot: for each machine, the range of shares of a copy predicted for every kernel."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MEASURED = "#c1442d"
 
 
 def draw(sheet: Sheet, path: Path, shown: list[str], before: Sheet | None, compared: list[dict[str, Any]]) -> None:
-    """A panel for each machine, a bar for each kernel, from its share at the high latency to that at the low one.
+    """Draw a panel per machine and a bar per kernel, from its share at the high latency to that at the low one.
 
-    `before`: an earlier sheet, in gray above. `compared`: of steps that are one launch, what was measured, as points.
+    `before`: an earlier sheet, drawn in gray above. `compared`: measurements of steps with a single launch, as points.
     """
     entries = by_kernel(sheet)
     earlier = {} if before is None else by_kernel(before)
@@ -62,9 +62,9 @@ def draw(sheet: Sheet, path: Path, shown: list[str], before: Sheet | None, compa
         handles += [Patch(color=RIVAL, label="predicted before")] if before is not None else []
         handles += [Line2D([], [], marker="D", color=MEASURED, linestyle="", label="measured")] if compared else []
         figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
-        title = "PREDICTED from machine code, without a GPU: bandwidth of each kernel, in percent of a copy's"
+        title = "PREDICTED from machine code, without a GPU: bandwidth of each kernel, in percent of a copy"
         figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
-        note = f"{caption(sheet, before)}. Below a bar: what stops the kernel first, and at which share it would alone."
+        note = f"{caption(sheet, before)}. Below a bar: its first limit, and the share that it alone allows."
         figure.supxlabel(textwrap.fill(note, 170), fontsize=7, color=FAINT, x=0.01, ha="left")
         figure.savefig(path, dpi=150)
 

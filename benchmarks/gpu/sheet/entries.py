@@ -1,4 +1,4 @@
-"""The sheet itself: an entry for each kernel and architecture, made from a compiled extension, and kept as JSON."""
+"""The sheet: an entry per kernel and architecture, made from a compiled extension and stored as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHAT = "predicted from machine code, without a GPU"
 
 
 def kernels(extension: Path, arch: str) -> list[Kernel]:
-    """Those that stream tensors, by name."""
+    """The kernels that stream tensors, by name."""
     options = ("-arch", arch)
     listings = disassembly.listings(extension, *options)
     usages, threads = disassembly.usages(extension, *options), disassembly.threads(extension, *options)
@@ -36,7 +36,7 @@ def kernels(extension: Path, arch: str) -> list[Kernel]:
 
 
 def triton_kernels(folder: Path, arch: str) -> list[Kernel]:
-    """Likewise of the cubins that tests/sass.py has left in a folder."""
+    """The same for a folder of cubins written by tests/sass.py."""
     found = []
     for path in sorted(folder.glob(f"*.{arch}.cubin")):
         name = of_triton(path.name.removesuffix(f".{arch}.cubin"))
@@ -56,7 +56,7 @@ def _kernel(name: str, arch: str, listing: str, usage: dict[str, int], threads: 
 
 
 def make(extension: Path, archs: list[str], cubins: Path | None = None) -> Sheet:
-    """`cubins`: a folder with Triton's."""
+    """Make the sheet. `cubins`: a folder with Triton's kernels."""
     found = [kernel for arch in archs for kernel in kernels(extension, arch)]
     if cubins is not None:
         found += [kernel for arch in archs for kernel in triton_kernels(cubins, arch)]
@@ -72,10 +72,10 @@ def make(extension: Path, archs: list[str], cubins: Path | None = None) -> Sheet
 
 
 def entry(kernel: Kernel) -> Entry:
-    """What is predicted of it, on every machine of its architecture.
+    """Predict a kernel's speed on every machine of its architecture.
 
-    `share` is by latency, in ns; `ceilings`, `bound` and `us_per_million` (microseconds for a million elements) are
-    those of the longest.
+    `share` is by latency, in ns; `ceilings`, `bound` and `us_per_million` (microseconds per million elements) are for
+    the longest latency.
     """
     per_machine = {}
     for machine in MACHINES:
@@ -108,7 +108,7 @@ def entry(kernel: Kernel) -> Entry:
 
 
 def write(sheet: Sheet, path: Path) -> None:
-    """An entry in a line."""
+    """Write one entry per line."""
     entries = ",\n".join(f"  {json.dumps(one)}" for one in sheet["kernels"])
     rest = json.dumps({**sheet, "kernels": []}, indent=1)
     path.write_text(rest.replace('"kernels": []', f'"kernels": [\n{entries}\n ]') + "\n")
@@ -119,5 +119,5 @@ def read(path: Path) -> Sheet:
 
 
 def by_kernel(sheet: Sheet) -> dict[tuple[str, str], Entry]:
-    """Entries by architecture and kernel."""
+    """The entries by architecture and kernel."""
     return {(one["arch"], one["kernel"]): one for one in sheet["kernels"]}

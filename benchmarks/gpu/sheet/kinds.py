@@ -1,4 +1,4 @@
-"""What the names of our kernels say: the tensors that they reach, and the modes of a step that launch them."""
+"""What the names of our kernels tell: the tensors that they access, and the modes whose steps launch them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from drift_kernels.kernels.scalings import SCALINGS
 
 from ...captions import Row
 
-# Bytes of an element, by the name of a dtype in csrc/dtypes.h.
+# Bytes per element, by the dtype's name in csrc/dtypes.h.
 SIZES = {
     "float": 4,
     "bfloat16": 2,
@@ -22,8 +22,8 @@ SIZES = {
     "fp8_code": 1,
     "Nothing": 0,
 }
-RESIDUAL = 2  # beside a master's parameter
-SCALE = 4 / blocks.BLOCK  # of an element in codes
+RESIDUAL = 2  # bytes per parameter with a master weight
+SCALE = 4 / blocks.BLOCK  # bytes per element stored as a code
 
 SHORT = {
     "float": "fp32",
@@ -33,10 +33,10 @@ SHORT = {
     "int8_code": "int8",
     "fp8_code": "fp8",
 }
-NAMES = {"float32": "float"}  # of torch's dtypes, where csrc has others
+NAMES = {"float32": "float"}  # torch's dtypes that have another name in csrc
 TRITON_NAMES = {"fp32": "float", "bf16": "bfloat16", "fp16": "float16", "None": "Nothing"}
-TRITON_CODES = {"int8": "int8_code", "uint8": "fp8_code"}  # of deltas
-TRITON = "triton "  # before the name of a kernel of the triton backend
+TRITON_CODES = {"int8": "int8_code", "uint8": "fp8_code"}  # for deltas
+TRITON = "triton "  # prefix of the triton backend's kernels
 PRIORS = {"int8": "int8_code", "fp8": "fp8_code"}
 
 HEADLINES = (
@@ -60,11 +60,11 @@ HEADLINES = (
 
 @dataclass(frozen=True)
 class Traffic:
-    """The bytes that an element takes to and from memory.
+    """The memory traffic per element, in bytes.
 
     Attributes:
-        values: but for the scales of codes.
-        scales: which threads share.
+        values: without the scales of codes.
+        scales: the scales of codes, which threads share.
     """
 
     values: float
@@ -76,13 +76,13 @@ class Traffic:
 
 
 def parts(kernel: str) -> tuple[str, list[str]] | None:
-    """Its kind and its dtypes; None if it is no kernel that streams tensors."""
+    """A kernel's kind and dtypes; None if it does not stream tensors."""
     found = re.fullmatch(r"(update|sum|bias)<(.*)>", kernel.removeprefix(TRITON))
     return None if found is None else (found[1], found[2].split(", "))
 
 
 def traffic(kernel: str) -> Traffic | None:
-    """Of "update<bfloat16, bfloat16, int8_state, int8_code>"."""
+    """The traffic of a kernel such as "update<bfloat16, bfloat16, int8_state, int8_code>"."""
     found = parts(kernel)
     if found is None:
         return None
@@ -98,7 +98,7 @@ def traffic(kernel: str) -> Traffic | None:
 
 
 def label(kernel: str) -> str:
-    """In words: "update bf16, int8 states, stochastic, int8 prior"."""
+    """A kernel's label: "update bf16, int8 states, stochastic, int8 prior"."""
     found = parts(kernel)
     if found is None:
         return kernel
@@ -115,7 +115,7 @@ def label(kernel: str) -> str:
 
 
 def of_triton(name: str) -> str | None:
-    """The name, as ours, of what tests/sass.py calls "_update_chunk bf16 bf16 fp32 bf16 master"."""
+    """Translate a kernel's name in tests/sass.py, such as "_update_chunk bf16 bf16 fp32 bf16 master", to ours."""
     function, *words = name.split()
     found = re.fullmatch(r"_(update|sum|bias)_chunk", function)
     if found is None:
@@ -131,9 +131,10 @@ def of_triton(name: str) -> str | None:
 
 
 def launched(row: Row) -> list[str] | None:
-    """By a step of ours that benchmarks.step measured on a GPU; None if the model has nothing to say of it.
+    """The kernels launched by a step of ours that benchmarks.step measured on a GPU; None if the model does not cover
+    it.
 
-    So it is where only part of the parameters is under the prior, and where the prior is read from the host.
+    It does not cover steps whose prior covers only part of the parameters, or is read from the host.
     """
     biased = row["scaling"] != "none"
     if row["contender"] not in ("cuda", "triton") or (biased and row["biased_params"] != row["params"]):
@@ -141,7 +142,7 @@ def launched(row: Row) -> list[str] | None:
     if row["prior_device"] not in (None, "same"):
         return None
     dtype = NAMES.get(row["dtype"], row["dtype"])
-    same = "float" if dtype == "float16" else dtype  # a prior has no float16
+    same = "float" if dtype == "float16" else dtype  # a prior is never float16
     delta = PRIORS.get(row["prior_dtype"], same) if biased else "Nothing"
     state = "int8_state" if row["states"] == "int8" else NAMES.get(row["states"], row["states"])
     param = dtype

@@ -1,4 +1,4 @@
-"""What `make gpu` has measured, beside what was predicted of the kernels that a step launches."""
+"""Compares the measurements of `make gpu` with the predictions for the kernels that a step launches."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from .machines import MACHINES, Machine
 
 
 def machine_of(device: str) -> Machine | None:
-    """By the name that the driver gives it: "NVIDIA H100 80GB HBM3". Not "NVIDIA H100 PCIe", whose memory is slower."""
+    """The machine with the driver's name "NVIDIA H100 80GB HBM3"; not "NVIDIA H100 PCIe", whose memory is slower."""
     words = re.findall(r"\w+", device)
     return next((machine for machine in MACHINES if machine.name in words and "PCIe" not in words), None)
 
 
 def compare(sheet: Sheet, folder: Path) -> list[dict[str, Any]]:
-    """Of each step of ours that the folder's gpu.json has beside a copy: its share of it, and what was predicted.
+    """For each step of ours in the folder's gpu.json that has a copy to compare with: its share of the copy's
+    bandwidth, and the prediction.
 
-    Raises ValueError if the folder has no such row.
+    Raises ValueError if the folder has no such step.
     """
     rows = json.loads((folder / "gpu.json").read_text())["rows"]
     found = list(_compared(sheet, rows))
     if not found:
         devices = ", ".join(sorted({row["device"] for row in rows})) or "no device"
-        raise ValueError(f"{folder / 'gpu.json'} has no step of ours that was predicted ({devices})")
+        raise ValueError(f"{folder / 'gpu.json'} has no step of ours with a prediction ({devices})")
     return found
 
 
@@ -46,7 +47,7 @@ def _compared(sheet: Sheet, rows: list[Row]) -> Iterator[dict[str, Any]]:
             continue
         predicted = {}
         for ns in made[0]["machines"][machine.name]["share"]:
-            # In the time of a byte of the copy; a step may read more than it must, which counts here alone.
+            # In units of the copy's time per byte. Bytes that a step reads beyond what it must count only here.
             time = sum(one["bytes_per_element"] / one["machines"][machine.name]["share"][ns] for one in made)
             predicted[ns] = round(100 * row["bytes_per_param"] / time, 1)
         yield {

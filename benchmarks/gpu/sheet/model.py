@@ -1,4 +1,4 @@
-"""What a kernel's machine code says of its speed: the share of a copy's bandwidth that it is predicted to reach."""
+"""Predicts from a kernel's machine code which share of a copy's bandwidth it reaches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .paths import WIDE, Path
 from .queues import Station, rounds
 from .walk import WARP, Costs, Phase, servers, walk
 
-NEAR = 0.97  # of a copy: such a kernel is bound by memory
+NEAR = 0.97  # share of a copy from which a kernel counts as memory-bound
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as it was compiled for an architecture.
+    """A kernel compiled for an architecture.
 
     Attributes:
-        traffic: of an element.
+        traffic: per element.
         path: a turn of its wide loop.
-        registers: of a thread.
-        shared: bytes of a block.
-        threads: of a block.
+        registers: per thread.
+        shared: bytes of shared memory per block.
+        threads: per block.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Kernel:
 
     @property
     def elements(self) -> float:
-        """Of a thread's turn. Not a whole number where the loop is not what it is taken for."""
+        """Elements per turn of a thread. A fraction means that the loop was misidentified."""
         return self.path.wide_bytes / self.traffic.values
 
     @property
     def warps(self) -> int:
-        """Of a block."""
+        """Warps per block."""
         return -(-self.threads // WARP)
 
     @property
     def blocks(self) -> int:
-        """That a multiprocessor holds."""
+        """Blocks per multiprocessor."""
         unit = machines.REGISTER_UNIT
         of_a_warp = -(-self.registers * WARP // unit) * unit
         return min(
@@ -61,12 +61,12 @@ class Kernel:
 
     @property
     def turns(self) -> int:
-        """Of a block."""
+        """Turns per block."""
         return max(1, round(CHUNK / (self.threads * self.elements)))
 
     @cached_property
     def costs(self) -> Costs:
-        """Narrow accesses of a wide turn are those of scales, which threads share."""
+        """The costs of the path's steps. Narrow accesses of a wide turn are those of scales, which threads share."""
         streams = set(map(id, self.path.streams))
         narrow = sum(step.width for step in self.path.streams if step.width < WIDE)
         part = min(1.0, self.elements * self.traffic.scales / narrow) if narrow else 0.0
@@ -81,12 +81,12 @@ class Kernel:
         return banks.shared_cycles(self.path)
 
     def remarks(self) -> list[str]:
-        """What the model cannot know."""
+        """Remarks on what the model does not cover."""
         unknown = sorted({step.opcode for step in self.path.steps if not step.pipe})
         found = {
-            f"{self.elements:.2f} elements a turn: not the bytes of its dtypes": self.elements % 1 != 0,
-            f"taken for ALU: {' '.join(unknown)}": unknown,
-            f"calls: {self.path.calls}, whose instructions are not counted": self.path.calls,
+            f"{self.elements:.2f} elements per turn: does not match the bytes of its dtypes": self.elements % 1 != 0,
+            f"counted as ALU: {' '.join(unknown)}": unknown,
+            f"calls: {self.path.calls}, their instructions are not counted": self.path.calls,
             f"inner loops: {self.path.inner_loops}, each counted as one turn": self.path.inner_loops,
             "not all addresses of shared memory could be followed": not self._shared[1],
         }
@@ -95,13 +95,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a kernel on a machine, at one latency of memory.
+    """The prediction for a kernel on a machine, at one memory latency.
 
     Attributes:
         share: of a copy's bandwidth.
-        ceilings: the share at which each part alone would stop the kernel, were nothing else in its way: the pipes by
-            name, "issue", "L1", and "latency" (or "barriers"), which is that so many warps each take their time.
-        in_flight: bytes of a multiprocessor, at most.
+        ceilings: the share that each part alone would allow: the pipes by name, "issue", "L1", and "latency" (or
+            "barriers"), the limit of this many warps that do not delay each other.
+        in_flight: the most bytes in flight per multiprocessor.
     """
 
     share: float
@@ -110,12 +110,12 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        """What stops the kernel first."""
+        """What limits the kernel first."""
         return "memory" if self.share >= NEAR else min(self.ceilings, key=lambda part: self.ceilings[part])
 
 
 def predict(kernel: Kernel, machine: Machine, nanoseconds: float) -> Prediction:
-    """In the middle of a long launch; copies are those of `machines.COPY_SHARE`."""
+    """Predict the speed in the middle of a long launch, relative to a copy at `machines.COPY_SHARE`."""
     alone = walk(kernel.path, kernel.costs, machine, machine.cycles(nanoseconds))
     turn = Phase.all(alone.phases)
     memory = turn.busy["memory"]
@@ -130,7 +130,7 @@ def predict(kernel: Kernel, machine: Machine, nanoseconds: float) -> Prediction:
 
 
 def _warps(kernel: Kernel, turn: Phase) -> tuple[float, float]:
-    """The cycles of a warp's turn with nothing in its way, and the turns in a cycle of all warps together."""
+    """The cycles of an undelayed warp's turn, and the turns per cycle of all warps together."""
     cycles = turn.cycles + machines.PROLOGUE / kernel.turns
     quarter = turn.quarter()
     stations = [
@@ -142,8 +142,8 @@ def _warps(kernel: Kernel, turn: Phase) -> tuple[float, float]:
 
 
 def _blocks(kernel: Kernel, turn: Phase, phases: list[Phase]) -> tuple[float, float]:
-    """Likewise where warps wait for each other: a block's turn. Between two barriers the first warp takes its time, and
-    what is busiest then works for the others; blocks stand in each other's way at what is busiest in the whole turn.
+    """The same for warps that wait for each other, with a block's turn. Between two barriers the first warp takes its
+    time, and the busiest part then serves the other warps; blocks compete for the busiest part of the whole turn.
     """
 
     def others(phase: Phase) -> float:

@@ -1,4 +1,4 @@
-"""Machine code as cuobjdump lists it: instructions, their pipes, and what their control codes tell the scheduler."""
+"""Machine code as listed by cuobjdump: instructions, their pipes, and their control codes for the scheduler."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ PIPES = {
     "XU": "MUFU FCHK POPC FLO I2F F2I F2F BREV FRND I2I",
     "LSU": "LDG STG LDS STS LDL STL LD ST SHFL LDSM STSM ATOMS ATOMG ATOM RED LDGSTS CCTL",
     "LDC": "LDC",
-    "UNI": "R2UR S2UR S2R REDUX CREDUX LDCU ELECT VOTEU",  # and whatever else begins with U
+    "UNI": "R2UR S2UR S2R REDUX CREDUX LDCU ELECT VOTEU",  # and all others that begin with U
     "FP64": "DADD DMUL DFMA DSETP",
     "CTRL": "BRA BSSY BSYNC CALL RET EXIT WARPSYNC BREAK NOP BAR YIELD BRX JMP DEPBAR ERRBAR CGAERRBAR MEMBAR BMOV"
     " KILL",
 }  # fmt: skip
 PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes.split()}
 
-# An instruction has two lines, each with half of its 128 bits.
+# An instruction takes two lines, each with half of its 128 bits.
 FIRST = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*(?:/\*.*)?$")
 SECOND = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
-CONTROL = 41  # the lowest of the control code's bits in the second half
+CONTROL = 41  # the control code's lowest bit in the second half
 
 WIDTHS = {".256": 32, ".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
 BARRIERS, NO_BARRIER = 6, 7
@@ -40,9 +40,9 @@ class Instruction:
     Attributes:
         guard: the predicate, or "".
         stall: cycles until the warp's next instruction.
-        sets: the barrier that is released when the result is there, of six; 7 is none.
-        frees: likewise when the operands are read.
-        waits: a bit for each barrier that must be released before.
+        sets: the barrier (of six) that is released when the result is available; 7 means none.
+        frees: likewise, when the operands have been read.
+        waits: a bit for each barrier that must be released first.
     """
 
     address: int
@@ -60,33 +60,33 @@ class Instruction:
 
     @cached_property
     def pipe(self) -> str:
-        """ "" if it is not known."""
+        """The pipe's name; "" if unknown."""
         return PIPE_OF.get(self.name) or ("UNI" if self.name.startswith("U") else "")
 
     @cached_property
     def awaited(self) -> list[int]:
-        """The barriers of `waits`."""
+        """The barriers in `waits`."""
         return [barrier for barrier in range(BARRIERS) if self.waits >> barrier & 1]
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes, or a call."""
+        """The target address of a branch or call."""
         found = re.search(r"0x([0-9a-f]+)$", self.operands)
         return int(found[1], 16) if self.name in ("BRA", "JMP", "CALL") and found else None
 
     @property
     def always_branches(self) -> bool:
-        """A branch has a predicate of its own beside the guard: `@P0 BRA !P1, 0x710`."""
+        """Whether a branch is unconditional. It may have a predicate besides the guard: `@P0 BRA !P1, 0x710`."""
         return not self.guard and self.operands.startswith("0x")
 
     @property
     def is_call(self) -> bool:
-        """Of a function. One with a guard is made only where the loop ends, as on sm_80, or on a slow path."""
+        """Whether it calls a function. Guarded calls occur only where the loop ends, as on sm_80, or on a slow path."""
         return self.name == "CALL" and not self.guard
 
     @property
     def width(self) -> int:
-        """The bytes of memory that a thread reaches."""
+        """The bytes that a thread accesses."""
         return next((width for suffix, width in WIDTHS.items() if suffix in self.opcode), 4)
 
     @property
@@ -99,7 +99,7 @@ class Instruction:
 
     @property
     def is_streamed(self) -> bool:
-        """By its hint: evicted first, or not kept at all."""
+        """Whether its cache hint is to evict first, or not to cache at all."""
         return not {"EF", "NA"}.isdisjoint(self.opcode.split("."))
 
     @property
@@ -114,11 +114,11 @@ class Instruction:
 
     @property
     def results(self) -> list[str]:
-        """The registers that are written."""
+        """The registers written."""
         found = re.match(r"(?:U?P\w+, )?(U?R)(\d+)", self.operands)
         if not found or self.is_store or self.name in ("STS", "STL", "RED"):
             return []
-        if self.is_load and self.width == 32:  # into two times four
+        if self.is_load and self.width == 32:  # into two groups of four
             second = self.inputs[0].removeprefix(found[1])
             return [f"{found[1]}{int(first) + k}" for first in (found[2], second) for k in range(4)]
         count = 2 if self.opcode.startswith(("IMAD.WIDE", "CS2R", "D")) else 1
@@ -128,7 +128,7 @@ class Instruction:
 
 
 def parse(listing: str) -> list[Instruction]:
-    """The instructions of one kernel. Without the second lines their control codes are those of no wait."""
+    """Parse the instructions of one kernel. Without the second lines, the control codes are those of no wait."""
     code: list[Instruction] = []
     first: tuple[int, str, str, str] | None = None
     for line in listing.splitlines():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .opcodes import Instruction
 
-WIDE = 8  # bytes of an access that belongs to a wide turn: less is of single elements, or of scales
+WIDE = 8  # bytes of an access in a wide turn; smaller ones are of single elements or scales
 
 Edges = list[list[int]]
 Worth = tuple[int, ...]
@@ -19,11 +19,11 @@ class Path:
     """One turn.
 
     Attributes:
-        steps: its instructions, in the order in which a warp executes them.
-        taken: whether each is a branch that is taken.
-        before: the code that stands before the loop.
-        streams: the steps that reach memory which no other turn does.
-        inner_loops: how many loops it holds; they count as if they turned once.
+        steps: its instructions, in the order that a warp executes them.
+        taken: whether each is a taken branch.
+        before: the code before the loop.
+        streams: the steps that access memory that no other turn accesses.
+        inner_loops: the number of loops in it; each counts as one iteration.
     """
 
     steps: list[Instruction]
@@ -34,7 +34,7 @@ class Path:
 
     @property
     def calls(self) -> int:
-        """Whose own instructions are not counted."""
+        """The number of calls; the called instructions are not counted."""
         return sum(step.is_call for step in self.steps)
 
     @property
@@ -46,10 +46,11 @@ class Path:
 
 
 def wide_path(code: list[Instruction]) -> Path | None:
-    """The path through the loop that moves the most bytes in wide accesses, of those that hold no other such loop.
+    """The path through the loop that moves the most bytes in wide accesses, among loops that contain no other such
+    loop.
 
-    Through a loop it is the path with the fewest calls, then the most wide bytes, the most stores, the fewest
-    instructions: not through slow paths, which are calls or longer; not through elements one by one.
+    It is the path with the fewest calls, then the most wide bytes, the most stores, the fewest instructions. So it
+    takes neither slow paths, which are calls or longer, nor the code for single elements.
     """
     edges = successors(code)
     live = reach(0, edges)
@@ -57,7 +58,8 @@ def wide_path(code: list[Instruction]) -> Path | None:
     hints = any(step.is_streamed for step in code)
 
     def streaming(body: Iterable[int]) -> set[int]:
-        """Ours all have a hint. Where a kernel has none, those whose addresses move."""
+        """The streaming accesses: ours all have a cache hint; in a kernel without hints, those whose addresses
+        change."""
         accesses = [k for k in body if code[k].is_load or code[k].is_store]
         if hints:
             return {k for k in accesses if code[k].is_streamed}
@@ -83,7 +85,7 @@ def wide_path(code: list[Instruction]) -> Path | None:
 
 
 def successors(code: list[Instruction]) -> Edges:
-    """Of each instruction, those that may be executed after it. Calls return."""
+    """For each instruction, those that may execute next. Calls return."""
     index = {step.address: k for k, step in enumerate(code)}
     edges: Edges = []
     for k, step in enumerate(code):
@@ -91,7 +93,7 @@ def successors(code: list[Instruction]) -> Edges:
         target = index.get(step.target) if step.target is not None and step.name != "CALL" else None
         if step.name in ("EXIT", "RET", "KILL") and not step.guard:
             after = []
-        elif target is not None and ".DIV" not in step.opcode:  # .DIV: warps that have come apart
+        elif target is not None and ".DIV" not in step.opcode:  # .DIV: diverged warps
             after = [target] if step.always_branches else [*after, target]
         edges.append(after)
     return edges
@@ -108,7 +110,7 @@ def reach(start: int, edges: Edges, without: int = -1) -> set[int]:
 
 
 def ordered(start: int, edges: Edges, within: set[int]) -> tuple[list[int], set[tuple[int, int]]]:
-    """The instructions so that each comes after those that lead to it, and the edges back, which do not count."""
+    """The instructions in topological order without back edges, and the back edges."""
     order: list[int] = []
     done: set[int] = set()
     open_: dict[int, None] = {start: None}
@@ -132,7 +134,7 @@ def ordered(start: int, edges: Edges, within: set[int]) -> tuple[list[int], set[
 
 
 def loops(edges: Edges, live: set[int]) -> dict[int, set[int]]:
-    """By the first instruction of each loop: all instructions that lead back to it."""
+    """For the first instruction of each loop, all instructions that lead back to it."""
     reverse: Edges = [[] for _ in edges]
     for k in live:
         for after in edges[k]:
@@ -147,7 +149,7 @@ def loops(edges: Edges, live: set[int]) -> dict[int, set[int]]:
 def best_path(
     code: list[Instruction], edges: Edges, head: int, body: set[int], wide: set[int]
 ) -> tuple[Worth, list[int]]:
-    """From the loop's first instruction to one that leads back to it, with what it is worth."""
+    """The best path from the loop's first instruction to one that leads back to it, with its worth."""
 
     def worth(k: int) -> Worth:
         step = code[k]

@@ -1,4 +1,4 @@
-"""The sheet as tables, also beside an earlier one, and what was measured beside what was predicted."""
+"""The sheet as tables, optionally beside an earlier sheet, and measurements beside predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARROW = " > "  # from before to now
 
 
 def print_sheet(sheet: Sheet, before: Sheet | None, shown: list[str], console: Console) -> None:
-    """The kernels of these names: for each architecture what they are made of, then what that lets them reach."""
+    """Print, for each architecture, the contents of the named kernels, then their predicted speed."""
     earlier = {} if before is None else by_kernel(before)
     for arch in ARCHITECTURES:
         found = {(one["arch"], one["kernel"]): one for one in sheet["kernels"]}
@@ -53,8 +53,8 @@ def _from(before: str | None, now: str) -> str:
 
 def _contents(arch: str, rows: list[tuple[Entry, Entry | None]]) -> Table:
     table = _table(
-        f"{arch}: instructions an element, by pipe, and what a multiprocessor holds",
-        ["bytes\nan element", "instructions\nan element", *PIPES, "other", "registers", "blocks", "KB in\nflight"],
+        f"{arch}: instructions per element, by pipe, and occupancy of a multiprocessor",
+        ["bytes per\nelement", "instructions\nper element", *PIPES, "other", "registers", "blocks", "KB in\nflight"],
     )
 
     def cells(entry: Entry) -> list[str]:
@@ -71,7 +71,7 @@ def _contents(arch: str, rows: list[tuple[Entry, Entry | None]]) -> Table:
             f"{max(flights):.0f}",
         ]
 
-    compared = (0, 1, *range(len(PIPES) + 3, len(PIPES) + 6))  # not every pipe: a line must fit
+    compared = (0, 1, *range(len(PIPES) + 3, len(PIPES) + 6))  # not every pipe, so that a line fits
     for entry, earlier in rows:
         now = cells(entry)
         if earlier is not None:
@@ -82,11 +82,12 @@ def _contents(arch: str, rows: list[tuple[Entry, Entry | None]]) -> Table:
 
 
 def _shares(arch: str, rows: list[tuple[Entry, Entry | None]]) -> Table:
-    """In percent of a copy, at the low and the high latency; the lowest ceilings at the high one; microseconds."""
+    """Shares in percent of a copy at the low and the high latency, the lowest ceilings at the high one,
+    microseconds."""
     names = list(rows[0][0]["machines"])
-    columns = [column for name in names for column in (f"{name}\n{LOW}/{HIGH} ns", "bound by", "us for a\nmillion")]
+    columns = [column for name in names for column in (f"{name}\n{LOW}/{HIGH} ns", "bound by", "us per\nmillion")]
     table = _table(
-        f"{arch}: predicted share of a copy, in percent, and the shares at which each part alone would stop", columns
+        f"{arch}: predicted share of a copy, in percent, and the share that each part alone would allow", columns
     )
     for entry, earlier in rows:
         cells = []
@@ -104,7 +105,7 @@ def share(machine: dict[str, Any]) -> str:
 
 
 def bounds(machine: dict[str, Any]) -> str:
-    """What stops it first, and what would come next if that is near."""
+    """What limits the kernel first, and the next limit if that is close."""
     if machine["bound"] == "memory":
         return "memory"
     ceilings = sorted(machine["ceilings"].items(), key=lambda one: one[1])

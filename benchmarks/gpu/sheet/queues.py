@@ -1,4 +1,4 @@
-"""How much gets done where many want the same few things: a closed network of queues, by mean value analysis."""
+"""Throughput of a closed queueing network, by mean value analysis."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Station:
-    """What customers queue for.
+    """A station at which customers queue.
 
     Attributes:
-        time: for which a customer occupies a server in one round.
-        servers: each customer is served by one of them, always the same.
-        varies: how much the time varies: the squared coefficient of variation.
+        time: how long a customer occupies a server per round.
+        servers: the number of servers; each customer always uses the same one.
+        varies: the squared coefficient of variation of the time.
     """
 
     time: float
@@ -21,14 +21,14 @@ class Station:
 
 
 def rounds(customers: int, elsewhere: float, stations: list[Station]) -> float:
-    """How many rounds all customers together make in a unit of time.
+    """The rounds that all customers together complete per unit of time.
 
-    In a round a customer spends the time `elsewhere`, with nobody in its way, and visits every station once. It finds
-    there, on average, what it would find if it were not itself one of the customers: so the number of customers is
-    raised one by one. Of whom it finds being served, only the rest of the time is to be waited for.
+    In each round a customer spends the time `elsewhere`, without waiting, and visits every station once. On arrival it
+    finds, on average, the queue of a network with one customer less, so the number of customers is raised one by one.
+    For a customer already in service, it waits only for the residual time.
 
-    Reiser and Lavenberg, Mean-value analysis of closed multichain queuing networks, 1980; the term of the rest is that
-    of Reiser, A queueing network analysis of computer communication networks, 1979.
+    Reiser and Lavenberg, Mean-value analysis of closed multichain queuing networks, 1980; the term for the residual
+    time is from Reiser, A queueing network analysis of computer communication networks, 1979.
     """
     limit = min(station.servers / station.time for station in stations if station.time)
     queues = [0.0] * len(stations)

@@ -1,4 +1,4 @@
-"""One warp by itself: how long a turn takes it where nothing is in its way, and what it occupies meanwhile."""
+"""One warp alone: how long a turn takes without delays by other warps, and what it occupies meanwhile."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from .machines import Machine
 from .opcodes import NO_BARRIER, Instruction
 from .paths import Path
 
-TURNS = 3  # of which the last counts: what a turn requests may be waited for in the next
+TURNS = 3  # the last one counts: a turn may wait for what the previous one requested
 WARP = 32
 
 
 def servers(part: str) -> int:
-    """How many a multiprocessor has of a part: each quarter has its own pipes and issues its own instructions."""
+    """How many of a part a multiprocessor has: each quarter has its own pipes and issue slots."""
     return 1 if part in ("L1", "memory") else machines.QUARTERS
 
 
 @dataclass
 class Phase:
-    """A turn, or what lies between two barriers of it.
+    """A turn, or the part of it between two barriers.
 
     Attributes:
-        cycles: that it takes.
-        busy: of these the ones for which each part of the multiprocessor works for it: the pipes by name, "issue",
-            "L1", "memory". A pipe works for as long as it takes no other instruction.
+        cycles: its duration.
+        busy: the cycles for which it keeps each part of the multiprocessor busy: the pipes by name, "issue", "L1",
+            "memory". A pipe is busy while it accepts no other instruction.
     """
 
     cycles: float = 0.0
@@ -42,17 +42,17 @@ class Phase:
         return whole
 
     def quarter(self) -> float:
-        """Cycles of the busiest of what each quarter has."""
+        """The cycles of the busiest part that each quarter has."""
         return max(time for part, time in self.busy.items() if servers(part) > 1)
 
 
 @dataclass
 class Walk:
-    """What it shows.
+    """The result of `walk`.
 
     Attributes:
-        phases: which barriers of the block end; one if there are none.
-        in_flight: the most bytes that a thread has requested and not yet got.
+        phases: the phases between the block's barriers; one if there are none.
+        in_flight: the most bytes that a thread has requested and not yet received.
     """
 
     phases: list[Phase]
@@ -61,17 +61,17 @@ class Walk:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the steps of a path, one by one: bytes that a thread moves to or from memory, cycles of shared memory."""
+    """For each step of a path: the bytes that a thread moves to or from memory, and the cycles of shared memory."""
 
     moved: list[float]
     shared: list[int]
 
 
 def walk(path: Path, costs: Costs, machine: Machine, latency: float) -> Walk:
-    """`latency`: cycles until what was requested from memory is there.
+    """Execute a path with one warp, in order, according to the control codes.
 
-    In order, as the control codes say: an instruction waits for barriers and for its pipe, and the next one may follow
-    after `stall` cycles.
+    An instruction waits for its barriers and its pipe; the next one may follow after `stall` cycles. `latency`: cycles
+    until a memory request returns.
     """
     intervals, units = machines.intervals(machine.arch), machines.units(machine.arch)
     now = begun = 0.0

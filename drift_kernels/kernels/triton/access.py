@@ -1,17 +1,17 @@
-"""How the kernels reach rows, coefficients and elements.
+"""Access to rows, coefficients and elements in kernels.
 
-A program works through one chunk of one tensor, tile by tile: lines of eight elements, [lines, 8]. Where every address
-of the row is a multiple of 16, whole tiles take the aligned path: a thread has a line of each tensor, and takes it in
-accesses of 16 bytes (8 of codes), without a mask. The rest of the chunk, or all of it, takes the general path, element
-by element and in tiles of half the size (of one size, the compiler would give both paths one layout). The kernel
-decides, row by row: a tensor that starts anywhere (a view into a flat buffer) costs its neighbours nothing, and no
-kernel is compiled for an address or a size, only for a combination of dtypes.
+A program processes one chunk of one tensor, tile by tile; a tile is lines of eight elements, [lines, 8]. If every
+address in the row is a multiple of 16, whole tiles take the aligned path: a thread handles one line of each tensor, in
+unmasked accesses of 16 bytes (8 bytes for codes). The rest of the chunk, or all of it, takes the general path, element
+by element in tiles of half the size (with equal sizes, the compiler would give both paths the same layout). The kernel
+decides this row by row, so a tensor at an arbitrary address (a view into a flat buffer) does not slow down others, and
+kernels are compiled only for combinations of dtypes, never for an address or a size.
 
-What is narrower than 4 bytes is read, and 2 bytes are written, as words of 4, so that a register has two or four
-elements until they are used.
+Elements narrower than 4 bytes are read as 4-byte words, and 2-byte elements are written as such, so that a register
+holds two or four elements until they are used.
 
-Arithmetic is float32. bfloat16 is converted as its bits, because Triton's interpreter converts it
-wrongly; float16 it converts rightly, but for the bits of a NaN.
+Arithmetic is float32. bfloat16 is converted through its bits, because Triton's interpreter converts it incorrectly;
+float16 it converts correctly, except for the bits of a NaN.
 """
 
 # mypy: allow-untyped-defs
@@ -26,7 +26,7 @@ if missing is None:
 
 @_jit
 def _fields(table, row, count: tl.constexpr):
-    """A row of a table as a tuple, to be read by the names in layout.py. `count`: ROW or COEFFICIENTS."""
+    """Load a row of a table as a tuple, indexed by the names in layout.py. `count`: ROW or COEFFICIENTS."""
     fields = ()
     for field in tl.static_range(count):
         fields += (tl.load(table + row * count + field),)  # type: ignore[assignment]
@@ -45,14 +45,14 @@ def _span(numel, first_chunk, addresses, chunk_size: tl.constexpr, block: tl.con
 
 @_jit
 def _pointer(address, dtype: tl.constexpr, start):
-    """To the elements from `start` on, of a tensor that is aligned to 16 bytes there."""
+    """A pointer to element `start` of a tensor, which must be aligned to 16 bytes there."""
     pointer = (address + start * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype))
     return tl.multiple_of(pointer, 16)
 
 
 @_jit
 def _line(lines: tl.constexpr, length: tl.constexpr):
-    """[lines, length]: 0, 1, 2, .. line after line."""
+    """[lines, length]: 0, 1, 2, ... line by line."""
     return tl.arange(0, lines)[:, None] * length + tl.arange(0, length)[None, :]
 
 
@@ -60,8 +60,8 @@ def _line(lines: tl.constexpr, length: tl.constexpr):
 def _load_bits(
     address, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned: tl.constexpr, word: tl.constexpr = 32
 ):
-    """A tile as it is in memory, in a tuple: on the general path as elements, of which those from `end` on are 0; on
-    the aligned path as words of `word` bits, or as float32 in two."""
+    """Load the raw bits of a tile, as a tuple: on the general path as elements, with 0 from `end` on; on the aligned
+    path as words of `word` bits, or as two float32 blocks."""
     size: tl.constexpr = dtype.primitive_bitwidth // 8
     if not aligned:
         stored: tl.constexpr = tl.uint16 if size == 2 else tl.uint8 if size == 1 else dtype
@@ -78,7 +78,7 @@ def _load_bits(
 
 @_jit
 def _words(bits, lines: tl.constexpr):
-    """uint32 [lines, 2 or 4]: what was read on the aligned path, of elements that are narrower than 4 bytes."""
+    """uint32 [lines, 2 or 4]: the words that the aligned path reads for elements narrower than 4 bytes."""
     words = bits[0]
     if words.dtype == tl.uint64:
         words = tl.reshape(tl.join(words.to(tl.uint32), (words >> 32).to(tl.uint32)), [lines, 2 * words.shape[1]])
@@ -87,7 +87,7 @@ def _words(bits, lines: tl.constexpr):
 
 @_jit
 def _upper(bits, lines: tl.constexpr, aligned: tl.constexpr):
-    """uint32 [lines, 8]: elements of 2 bytes, in the upper halves."""
+    """uint32 [lines, 8]: 2-byte elements in the upper halves."""
     if aligned:
         words = _words(bits, lines)
         x = tl.reshape(tl.join(words << 16, words & 0xFFFF0000), [lines, 8])
@@ -98,7 +98,7 @@ def _upper(bits, lines: tl.constexpr, aligned: tl.constexpr):
 
 @_jit
 def _top(bits, lines: tl.constexpr, aligned: tl.constexpr):
-    """int32 [lines, 8]: elements of 1 byte, in the highest byte; what is below it is undefined."""
+    """int32 [lines, 8]: 1-byte elements in the highest byte; the lower bytes are undefined."""
     if aligned:
         words = _words(bits, lines)
         x = tl.join(tl.join(words << 24, words << 8), tl.join(words << 16, words))
@@ -110,7 +110,7 @@ def _top(bits, lines: tl.constexpr, aligned: tl.constexpr):
 
 @_jit
 def _to_float(bits, dtype: tl.constexpr, lines: tl.constexpr, aligned: tl.constexpr):
-    """A tile as float32; of codes (int8, or e4m3 as uint8) without their scale."""
+    """Convert a tile to float32; codes (int8, or e4m3 as uint8) without their scale."""
     if dtype == tl.float32:
         x = tl.reshape(tl.permute(tl.join(bits[0], bits[1]), 0, 2, 1), [lines, 8]) if aligned else bits[0]
     elif dtype == tl.bfloat16:
@@ -119,14 +119,14 @@ def _to_float(bits, dtype: tl.constexpr, lines: tl.constexpr, aligned: tl.conste
         x = (_upper(bits, lines, aligned) >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     elif dtype == tl.int8:
         x = (_top(bits, lines, aligned) >> 24).to(tl.float32)
-    else:  # the exponent moves by an exact multiplication, which also normalises subnormals
+    else:  # an exact multiplication shifts the exponent, and also normalises subnormals
         x = ((_top(bits, lines, aligned) >> 4) & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
     return x
 
 
 @_jit
 def _load(address, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned: tl.constexpr):
-    """A tile as float32."""
+    """Load a tile as float32."""
     return _to_float(_load_bits(address, dtype, start, end, lines, aligned), dtype, lines, aligned)
 
 
@@ -142,8 +142,8 @@ def _store(
     aligned: tl.constexpr,
     converts: tl.constexpr,
 ):
-    """float32 `x` rounded to nearest, ties to even, or by `random` bits; a NaN becomes the canonical quiet NaN of a
-    narrower dtype. `converts`: there is an instruction to bfloat16 that makes every NaN 0x7fff."""
+    """Store float32 `x` rounded to nearest, ties to even, or by `random` bits. In a narrower dtype a NaN becomes the
+    canonical quiet NaN. `converts`: the device has a conversion to bfloat16 that turns every NaN into 0x7fff."""
     if dtype == tl.float32:
         _store_float(address, start, end, x, lines, aligned)
     elif dtype == tl.bfloat16 and random is None and converts:
@@ -156,7 +156,7 @@ def _store(
         elif random is None:
             bits += 0x7FFF + ((bits >> 16) & 1)
         else:
-            bits += random  # of an infinity none reaches the upper half
+            bits += random  # cannot carry into the upper half of an infinity
         bits = tl.where(x != x, 0x7E000000 if dtype == tl.float16 else 0x7FC00000, bits)
         _store_upper(address, start, end, bits, lines, aligned)
 
@@ -175,7 +175,7 @@ def _store_float(address, start, end, x, lines: tl.constexpr, aligned: tl.conste
 
 @_jit
 def _store_upper(address, start, end, bits, lines: tl.constexpr, aligned: tl.constexpr):
-    """The upper halves of uint32 `bits`."""
+    """Store the upper halves of uint32 `bits`."""
     if aligned:
         even, odd = tl.split(tl.reshape(bits, [lines, 4, 2]))
         tl.store(_pointer(address + start * 2, tl.uint32, 0) + _line(lines, 4), (even >> 16) | (odd & 0xFFFF0000))

@@ -1,4 +1,4 @@
-"""The triton backend's kernel of the bias alone; how it reaches its elements is said in access.py."""
+"""The kernel that only biases gradients. access.py describes how it accesses elements."""
 
 # mypy: allow-untyped-defs
 

@@ -1,4 +1,4 @@
-"""Elements that may be one-byte codes: states and deltas, with the scales of their blocks (formats/blocks.py)."""
+"""States and deltas that may be one-byte codes, with the scales of their blocks (formats/blocks.py)."""
 
 # mypy: allow-untyped-defs
 
@@ -14,13 +14,13 @@ if missing is None:
 
 @_jit
 def _scales(address, start, lines: tl.constexpr):
-    """Pointers [lines]: to the scale of each line."""
+    """Pointers to the scale of each line, [lines]."""
     return address.to(tl.pointer_type(tl.float32)) + (start // SCALE_BLOCK + tl.arange(0, lines) // (SCALE_BLOCK // 8))
 
 
 @_jit
 def _load_scales(address, start, end, lines: tl.constexpr, aligned: tl.constexpr):
-    """float32 [lines, 1]: of elements that are there."""
+    """Load the scale of each line, float32 [lines, 1]; 0 for lines past the end."""
     if aligned:
         scale = tl.load(_scales(address, start, lines))
     else:
@@ -38,7 +38,7 @@ def _load_delta(address, scales, dtype: tl.constexpr, start, end, lines: tl.cons
 
 @_jit
 def _load_state(address, scales, dtype: tl.constexpr, start, end, lines: tl.constexpr, aligned: tl.constexpr):
-    """Of dtype int8 a moment, of uint8 a variance."""
+    """Load a state as float32. int8 is exp_avg in codes, uint8 exp_avg_sq in codes."""
     if dtype == tl.int8:
         code = _load(address, dtype, start, end, lines, aligned)
         x = code * tl.abs(code) * _load_scales(scales, start, end, lines, aligned)
@@ -53,7 +53,7 @@ def _load_state(address, scales, dtype: tl.constexpr, start, end, lines: tl.cons
 
 @_jit
 def _store_codes(address, scales, dtype: tl.constexpr, start, end, x, lines: tl.constexpr, aligned: tl.constexpr):
-    """float32 `x` as codes, int8 of a moment or uint8 of a variance, and the scales of its blocks; as
+    """Store float32 `x` as codes (int8 for exp_avg, uint8 for exp_avg_sq) and the scales of its blocks, as in
     formats.blocks.encode_state."""
     line: tl.constexpr = SCALE_BLOCK // 8  # lines that share a scale
     moment: tl.constexpr = dtype == tl.int8
@@ -71,7 +71,7 @@ def _store_codes(address, scales, dtype: tl.constexpr, start, end, x, lines: tl.
     scaled = coded * inverse[:, None]
     root = tl.sqrt_rn(scaled) if moment else scaled
     nearest = (root + 12582912.0).to(tl.uint32, bitcast=True)  # the nearest integer is in the low bits
-    code = (tl.minimum(nearest, 0x4B400000 + limit) - 0x4B400000).to(tl.int32)  # of a NaN, the limit
+    code = (tl.minimum(nearest, 0x4B400000 + limit) - 0x4B400000).to(tl.int32)  # a NaN gets the limit
     code = tl.where(x < 0, -code, code) if moment else tl.maximum(code, (coded > 0).to(tl.int32))
     code = code.to(dtype)
     first = tl.arange(0, lines)

@@ -1,4 +1,4 @@
-"""Triton, where it is installed, for the modules of kernels."""
+"""Triton, if it is installed, for the modules with kernels."""
 
 # mypy: allow-untyped-defs
 
@@ -11,18 +11,18 @@ try:
     import triton
 except ImportError as error:
     triton = None
-    missing: str | None = f"Triton cannot be imported ({error})"
+    missing: str | None = f"cannot import Triton ({error})"
 else:
     missing = None
 
 
 def constant(value: int) -> Any:
-    """`value` for kernels to read from their module; without Triton the number itself."""
+    """`value` as a constant that kernels can read from their module; without Triton, the number itself."""
     return value if triton is None else triton.language.constexpr(value)
 
 
 def _jit(function):
-    """`triton.jit` that specialises on no argument; without Triton the function itself, which nobody will launch."""
+    """`triton.jit` without specialisation on arguments; without Triton, the function itself, which is never called."""
     if triton is None:
         return function
     arguments = [name for name in inspect.signature(function).parameters if name not in function.__annotations__]

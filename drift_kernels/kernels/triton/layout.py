@@ -1,7 +1,7 @@
-"""Where the kernels find what plan.py and coefficients.py lay out: columns by name, never by number.
+"""The columns of the tables of plan.py and coefficients.py, by name.
 
-Kernels import these one by one, as `tl.constexpr`: only then is their value a part of the key under which Triton keeps
-what it has compiled, so that no kernel of another layout comes back from its cache.
+Kernels import these one by one, as `tl.constexpr`: only then do their values become part of Triton's cache key, so that
+the cache never returns a kernel compiled for another layout.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STEP = _coefficient("step")
 # Elements that share a scale.
 SCALE_BLOCK = constant(blocks.BLOCK)
 
-# The streams of random bits: of what is rounded with them.
+# The streams of random bits.
 PARAM_STREAM = constant(philox.PARAM)
 EXP_AVG_STREAM = constant(philox.EXP_AVG)
 EXP_AVG_SQ_STREAM = constant(philox.EXP_AVG_SQ)

@@ -1,4 +1,4 @@
-"""Random bits in the triton backend's kernels, as formats.philox.random_bits has them."""
+"""Random bits in the triton backend's kernels, bitwise identical to formats.philox.random_bits."""
 
 # mypy: allow-untyped-defs
 
@@ -13,7 +13,7 @@ if missing is None:
 
 @_jit
 def _philox(block, key, step, stream: tl.constexpr):
-    """The four words of the counters of these blocks of eight elements of the whole tensor."""
+    """The four words of Philox for each of these blocks of eight elements of the whole tensor."""
     x0 = block.to(tl.uint32)
     x1 = (block >> 32).to(tl.uint32) | (stream << 30)
     x2 = tl.zeros_like(x0) + step
@@ -32,14 +32,14 @@ def _run(start, offset, width):
     """Which run of `width` elements each of the elements start + offset is in. `offset`: int32, less than 1024."""
     first = start // width
     rest = start - first * width + offset
-    # No thread divides 64 bits: it would be a call.
+    # Avoid a 64-bit division per thread, which would be a function call.
     run = rest.to(tl.uint32) // tl.minimum(width, 1024).to(tl.uint32)
     return first + tl.where(width < 1024, run, (rest >= width).to(tl.uint32))
 
 
 @_jit
 def _whole_index(row, start, lines: tl.constexpr, aligned: tl.constexpr):
-    """int64, in the whole tensor: of the first element of each line, or, on the general path, of each element."""
+    """int64 indices in the whole tensor: of the first element of each line; on the general path, of each element."""
     offset = tl.arange(0, lines) * 8
     if not aligned:
         offset = offset[:, None] + tl.arange(0, 8)[None, :]
@@ -51,8 +51,8 @@ def _whole_index(row, start, lines: tl.constexpr, aligned: tl.constexpr):
 
 @_jit
 def _draw(index, key, step, stream: tl.constexpr, lines: tl.constexpr, aligned: tl.constexpr):
-    """16 random bits for each element of a tile, uint32 [lines, 8], as formats.philox.random_bits has them. On the
-    aligned path one call serves a line, which is eight elements in the whole tensor too."""
+    """Draw 16 random bits for each element of a tile, uint32 [lines, 8], as in formats.philox.random_bits. On the
+    aligned path, one call serves a line, because its elements form a block of eight in the whole tensor too."""
     x0, x1, x2, x3 = _philox(index >> 3, key, step, stream)
     if aligned:
         words = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [lines, 4])

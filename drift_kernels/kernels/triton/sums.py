@@ -1,4 +1,4 @@
-"""The kernels of grad_stats, in two stages: the sums of every chunk, then those of every tensor."""
+"""The two kernels of grad_stats: the sums of every chunk, then those of every tensor."""
 
 # mypy: allow-untyped-defs
 
@@ -24,7 +24,7 @@ def _request(
     tiles: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """What `_add` needs of `tiles` tiles, as it is in memory."""
+    """Load what `_add` needs of `tiles` tiles, as raw bits."""
     found = ()
     for tile in tl.static_range(tiles):
         at = start + tile * lines * 8
@@ -71,10 +71,10 @@ def _sums(
     tiles: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """float64 [2]: sum(g*g) and sum(g*delta) of the elements begin..end, of which there is one at least.
+    """Return sum(g*g) and sum(g*delta) of the elements begin..end (at least one), float64 [2].
 
-    A lane for each element of a tile adds up in float32, and lanes in float64. The tiles of the next turn are requested
-    before those of this one are used.
+    Each element of a tile has a lane, which sums in float32; lanes are summed in float64. The tiles of the next
+    iteration are requested before those of the current one are used.
     """
     grad_grad = tl.zeros([lines, 8], tl.float32)
     grad_delta = tl.zeros([lines, 8], tl.float32)
@@ -114,7 +114,7 @@ def _sum_chunk(
     sums = tl.zeros([2], tl.float64)
     if begin < middle:
         sums = _sums(tensors, begin, middle, grad_dtype, delta_dtype, lines, tiles, True)
-    # Half as many lanes: half a chunk at a time, so that none adds up more products than on the aligned path.
+    # There are half as many lanes, so sum half a chunk at a time: no lane sums more products than on the aligned path.
     for start in range(middle, end, chunk_size // 2):
         stop = tl.minimum(start + chunk_size // 2, end)
         sums += _sums(tensors, start, stop, grad_dtype, delta_dtype, lines // 2, 1, False)

@@ -65,7 +65,7 @@ def _update(
     lines: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """The elements begin..end, line by line as in reference.drift_adamw_:
+    """Update the elements begin..end, with the operations of reference.drift_adamw_:
 
     g          = grad_coef*grad [- delta_coef*delta]
     exp_avg    = beta1*exp_avg + one_minus_beta1*g
@@ -77,7 +77,7 @@ def _update(
     row = _fields(table, tensor, ROW)
     for start in range(begin, end, lines * 8):
         if state_dtype == tl.int8 or master or param_at_random or state_at_random:
-            row = _fields(table, tensor, ROW)  # anew, so that addresses take no registers from turn to turn
+            row = _fields(table, tensor, ROW)  # reloaded, so that addresses occupy no registers between iterations
         if master:
             high = _upper(_load_bits(row[PARAM], param_dtype, start, end, lines, aligned), lines, aligned)
             low = _upper(_load_bits(row[RESIDUAL], tl.int16, start, end, lines, aligned), lines, aligned)
@@ -149,7 +149,8 @@ def _update_chunk(
     if master:
         together |= row[RESIDUAL]
     if param_at_random or state_at_random:
-        # On the aligned path a line is an eight of the whole tensor: multiples of 8 become multiples of 16.
+        # On the aligned path a line must be a block of eight of the whole tensor. Doubled, multiples of 8 pass the
+        # test for multiples of 16.
         together |= (row[ORIGIN] | row[WIDTH] | row[PITCH]) * 2
     begin, middle, end = _span(row[NUMEL], row[FIRST_CHUNK], together, chunk_size, lines * 8)
     _update(

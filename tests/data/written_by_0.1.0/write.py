@@ -1,5 +1,5 @@
-"""Writes the files of this folder with whatever drift_kernels is imported: see README.md. The tests import it too, for
-what the runs were and for `numbers`, so that it uses nothing but the package's public names."""
+"""Writes the files of this folder with the imported drift_kernels: see README.md. The tests also import it, for the
+definitions of the runs and `numbers`, so it uses only the package's public names."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ SMALL: Shapes = {
     "model.norm.weight": (31,),
     "visual.proj.weight": (4, 6),
 }
-# Large enough for states that are codes: the scales of up_proj are row by row, those of down_proj are flat.
+# Large enough for states stored as codes: up_proj has scales per row, down_proj flat ones.
 ROWS: Shapes = {"model.layers.0.mlp.up_proj.weight": (32, 128), "model.layers.0.self_attn.q_proj.bias": (7,)}
 FLAT: Shapes = {"model.layers.1.mlp.down_proj.weight": (39, 113), "model.norm.weight": (31,)}
 LARGE: Shapes = {**ROWS, **FLAT}
 
 
 def numbers(shape: tuple[int, ...], stream: int) -> Tensor:
-    """float32 in (-1, 1) of many magnitudes, from integers alone: the same whatever torch's generators do."""
+    """float32 in (-1, 1) of many magnitudes, from integers only, so independent of torch's generators."""
     x = (torch.arange(math.prod(shape)) + 1_000_003 * stream) % 2**31
     for _ in range(3):
         x = (x * 1_103_515_245 + 12_345) % 2**31
@@ -85,7 +85,7 @@ PRIORS = {
 
 
 def live_model(shapes: Shapes) -> list[tuple[str, Tensor]]:
-    """Parameters under other names than the checkpoint's; one has another shape, one is not there."""
+    """Parameters under other names than the checkpoint's; one has another shape, one is missing."""
     names = {name.replace("model.layers", "model.language_model.layers"): shape for name, shape in shapes.items()}
     names["module.model.language_model.layers.0.mlp.up_proj.weight"] = (2, 127)
     gone = ("model.language_model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.self_attn.q_proj.bias")
@@ -120,7 +120,7 @@ COVERAGE = ("matched", "shape_mismatches", "prior_only", "model_only")
 
 
 def described(prior: Prior, shapes: Shapes) -> dict[str, Any]:
-    """What a prior says of itself and of a model, as JSON has it."""
+    """A prior's description of itself and of a model, as in JSON."""
     coverage = prior.coverage(live_model(shapes))
     known = {name: prior.info(name) for name in prior.names}
     infos = {
@@ -140,13 +140,13 @@ def described(prior: Prior, shapes: Shapes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run of two param groups: the weights, and the biases and norms.
+    """A training run with two param groups: the weights, and the biases and norms.
 
     Attributes:
-        groups: the hyperparameters of each.
-        options: of the optimizer as a whole.
+        groups: the hyperparameters of each group.
+        options: of the optimizer.
         prior: the name of a folder, "mapping", or None.
-        bitwise: whether backends give the same bits; they agree on sums to 1e-6 only.
+        bitwise: whether backends are bitwise identical; their sums agree only to 1e-6.
     """
 
     dtype: torch.dtype
@@ -189,13 +189,13 @@ RUNS = {
 
 
 class Training:
-    """A run with all that it is made of: parameters, optimizer, schedules of lr and of alpha.
+    """A run with its parameters, optimizer, and schedules of lr and alpha.
 
     Args:
-        run: what to make.
-        backend: for the optimizer.
-        prior: of the run; None for none.
-        groups: other hyperparameters than the run's; a state_dict brings its own.
+        run: the run to make.
+        backend: of the optimizer.
+        prior: of the run, or None.
+        groups: hyperparameters that replace the run's; a state_dict has its own.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Training:
         self.alpha_schedule = AlphaScheduler(self.optimizer, linear_anneal(ALL_STEPS - 1))
 
     def steps(self, first: int, last: int) -> None:
-        """Steps number first to last - 1, each on gradients of its own."""
+        """Take steps first to last - 1, each with its own gradients."""
         for step in range(first, last):
             for i, (name, param) in enumerate(self.params.items()):
                 late = step < LATE.get(name, 0)
@@ -260,7 +260,7 @@ def mapping() -> dict[str, Tensor]:
 
 
 def prior_of(run: Run, folder: Path) -> Any:
-    """What the optimizer takes as the prior of a run."""
+    """The optimizer's `prior` argument for a run."""
     return mapping() if run.prior == "mapping" else run.prior and folder / run.prior
 
 
