@@ -20,7 +20,7 @@ demo: $(READY)  ## the paper's experiment in miniature, on tiny models and real 
 	$(BIN)/python -m examples.digit_sums
 
 docs: $(READY)  ## the documentation site, in build/docs; any warning is an error
-	$(BIN)/sphinx-build -q -W --keep-going -n -b html -d build/doctrees docs build/docs
+	$(BIN)/sphinx-build -q -E -W --keep-going -n -b html -d build/doctrees docs build/docs
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE / "extensions"), str(ROOT)]
+
+import torch  # noqa: E402
 
 import drift_kernels  # noqa: E402
 
@@ -67,6 +71,19 @@ swift = {
 for name, contents in swift.items():
     sys.modules[name] = ModuleType(name)
     vars(sys.modules[name]).update(contents)
+
+
+def custom_op(name: str, **_: object) -> Callable[[Any], Any]:
+    """In place of torch's, whose operators hide the signature and the docstring of their function."""
+
+    def plain(function: Any) -> Any:
+        function.register_fake = lambda fake: fake
+        return function
+
+    return plain
+
+
+torch.library.custom_op = custom_op
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

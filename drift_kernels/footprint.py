@@ -27,8 +27,8 @@ BaseBits = Literal[4, 8, 16]
 Shape = tuple[int, ...]
 FLOAT32 = Precision(torch.float32, stochastic=False, master_weights=False)
 
-# bitsandbytes' NF4 with double quantisation (functional.quantize_4bit): codes of four bits, with a scale for each
-# NF4_BLOCK; the scales, less their mean, are codes of eight bits, with a float32 scale for each SCALE_BLOCK.
+# bitsandbytes' NF4 with double quantisation (functional.quantize_4bit): four-bit codes with a scale per
+# NF4_BLOCK; the scales, minus their mean, are eight-bit codes with a float32 scale per SCALE_BLOCK.
 NF4_BLOCK, SCALE_BLOCK = 64, 256
 NF4_BOOK, SCALE_BOOK = 16, 256  # float32 entries of a matrix's two code books
 
@@ -89,7 +89,7 @@ def table(model: nn.Module, how: FineTuning) -> list[Item]:
         how: how it is fine-tuned.
 
     Returns:
-        One `Item` per row: parameters, gradients, states, prior, ...
+        One `Item` per row (parameters, gradients, states, prior, ...).
 
     Raises:
         ValueError: the model has nothing of `how.modules`.

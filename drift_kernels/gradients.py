@@ -34,7 +34,7 @@ NamedParams = Iterable[tuple[str, Tensor]]
 
 _scaling = renamed("scaling", "prior_scaling")
 
-# What a param group says of AdamW, of which the bias needs nothing.
+# AdamW's hyperparameters, which an engine expects in a param group and the bias does not use.
 _NO_STEP: dict[str, Any] = {
     "lr": 0.0,
     "betas": (0.0, 0.0),
@@ -229,7 +229,7 @@ class _Prepared:
 
     names: list[str]
     params: Seen
-    covered: list[int]  # which of them the prior has a delta for
+    covered: list[int]  # indices of those that the prior covers
     strengths: Strengths | None
     engine: Engine
 
@@ -266,7 +266,7 @@ class PriorHooks(BiasSettings):
         self.param_groups = settings.param_groups
         self.prior = binding.prior
         self._paused = False
-        self._lock = threading.Lock()  # autograd has a thread for each device
+        self._lock = threading.Lock()  # autograd has one thread per device
         self.names = [name for name, _ in named]
         self.has_acted = False
         self._engines = {id(param): (name, Engine(Bias(), binding, backend)) for name, param in named}

@@ -53,7 +53,7 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
         if scales:
             raise ValueError(f"{name} must have {n} tensors if they are {values[0].dtype}, got {len(tensors)}")
         return [(value, None) for value in values]
-    # Of the shape that FusedDriftAdamW's states have, or flat.
+    # In the shape of FusedDriftAdamW's states, or flat.
     shapes = [scale_shape(tuple(t.shape)) for t in like]
     if [tuple(scale.shape) for scale in scales] != shapes:
         shapes = [(blocks_of(t.numel()),) for t in like]

@@ -271,7 +271,7 @@ class FusedDriftAdamW(Optimizer):
         """Return the memory that the last step worked on, without gradients; empty before the first step.
 
         Returns:
-            Allocated bytes per element of the parameters that had a gradient: "param", "states", "scales" (of codes),
+            Bytes allocated per element of the parameters with a gradient, for "param", "states", "scales" (of codes),
             "param_residual" (masters), "prior" (with what changing deltas are made from) and "total".
         """
         binding = self._engine.binding
@@ -324,7 +324,7 @@ class FusedDriftAdamW(Optimizer):
             PriorMismatchError: the state was saved under another prior.
             ValueError: its groups, parameters, names or states do not fit; nothing has changed.
         """
-        # torch casts states to their parameter's dtype; this keeps what it was given, after the user's own hooks.
+        # torch casts states to their parameter's dtype; this keeps the originals, as the user's own hooks leave them.
         given: dict[str, Any] = {}
 
         def check(_: Optimizer, loaded: StateDict) -> StateDict:

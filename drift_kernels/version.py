@@ -1,3 +1,3 @@
 """The version. It is defined only here; setup.py reads this file without importing anything."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

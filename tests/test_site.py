@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import drift_kernels
-from drift_kernels import cli, integrations
+from drift_kernels import integrations
+from drift_kernels.cli import command_line
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -24,11 +26,12 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 sys.path.insert(0, str(DOCS / "extensions"))
 
-from commands import subcommands  # noqa: E402
+from commands import parts_of  # noqa: E402
 from repository import Links, readme_anchors, slug  # noqa: E402
 
 # Methods that override torch's, whose documentation describes their arguments and results.
 AS_IN_TORCH = {"add_param_group", "step", "state_dict", "load_state_dict"}
+NOT_SHOWN = {"DriftArgs.check_drift"}  # a validator, which pydantic calls
 
 
 # The pages
@@ -54,6 +57,15 @@ def entries(site: Path) -> set[str]:
 def test_every_public_name_has_an_entry(site: Path) -> None:
     found = entries(site)
     assert [names for names, _, _ in public() if not names & found] == []
+
+
+def test_every_entry_has_its_docstring(site: Path) -> None:
+    """As far as the first name in it, which may have become a link."""
+    pages = "".join(page.read_text() for page in (site / "api").glob("*.html"))
+    text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", pages)).split())
+    firsts = {name: re.split(r"\n\n|`", ast.get_docstring(node) or "")[0] for name, node in CALLABLES.items()}
+    missing = {name for name, first in firsts.items() if " ".join(first.rstrip(":").split()) not in text}
+    assert missing == NOT_SHOWN
 
 
 def test_no_page_needs_the_network(site: Path) -> None:
@@ -82,14 +94,15 @@ def test_every_page_is_listed() -> None:
 
 
 def test_the_command_line_is_argparse_s(site: Path) -> None:
-    """The site has every option of every subcommand, with its help."""
-    page = re.sub(r"<[^>]+>", "", (site / "api" / "command_line.html").read_text())
-    assert len(subcommands()) == len(cli._COMMANDS)
-    for name, parser in subcommands().items():
-        assert f"drift-prior {name} " in page
-        for action in parser._actions[1:]:  # without --help
-            assert all(option in page for option in action.option_strings), action
-            assert action.help
+    """Every option of every subcommand, with its help."""
+    page = html.unescape(re.sub(r"<[^>]+>", "", (site / "api" / "command_line.html").read_text()))
+    text = " ".join(page.split())
+    parser = command_line()
+    for each in (parser, *parts_of(parser).values()):
+        assert str(each.description) in text
+        for action in each._actions[1:]:  # without --help
+            assert all(option in text for option in action.option_strings), action
+            assert str(action.help or "") % vars(action) in text
 
 
 # Converting a repository file's links to the site's
@@ -166,7 +179,7 @@ def definitions(path: Path) -> dict[str, Definition]:
 
 def public() -> Iterator[tuple[set[str], str, Definition]]:
     """Yield the possible names on the site (one is used), the name in the module, and the source."""
-    for name in drift_kernels.__all__:
+    for name in filter(lambda name: not name.startswith("_"), drift_kernels.__all__):
         module = getattr(drift_kernels, name).__module__.removeprefix("drift_kernels.").replace(".", "/")
         yield {f"drift_kernels.{name}"}, name, definitions(PACKAGE / f"{module}.py")[name]
     for module in ("ops", "footprint"):
@@ -261,6 +274,7 @@ def test_docstring(name: str) -> None:
     assert {error for error in raised(function) if error not in doc} == set()
     if isinstance(node, ast.ClassDef) or "property" in decorators(node) or is_torchs:
         return
+    assert not re.search(r"^(Returns|Yields):\n.*:", doc, re.MULTILINE), "what precedes a colon becomes a type"
     returns = function.returns is not None and ast.unparse(function.returns) != "None"
     says = re.search(r"^(Returns|Yields):$|\A(Return|Yield|Open|A context) ", doc, re.MULTILINE)
     assert bool(says) == returns, doc

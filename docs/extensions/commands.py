@@ -9,42 +9,50 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
 
-from drift_kernels import cli
-from drift_kernels.cli.arguments import EXIT_STATUS
+from drift_kernels.cli import command_line
 
 _WIDTH = 88
 
 
-def subcommands() -> dict[str, argparse.ArgumentParser]:
+def parts_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """Each subcommand's parser, by its name, in the order of `drift-prior --help`."""
-    commands = argparse.ArgumentParser(prog="drift-prior").add_subparsers()
-    for command in cli._COMMANDS:
-        command.add(commands)
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(commands.choices)
 
 
 class DriftPrior(Directive):
-    """A section for each subcommand: what it does, its usage, its options."""
+    """What the command does and its own options; then a section for each subcommand: what it does, usage, options."""
 
     def run(self) -> list[nodes.Node]:
-        return [nodes.paragraph("", EXIT_STATUS), *(_section(name, parser) for name, parser in subcommands().items())]
+        parser = command_line()
+        sections = [_section(name, part) for name, part in parts_of(parser).items()]
+        what, exit_status = (nodes.paragraph("", str(text)) for text in (parser.description, parser.epilog))
+        return [what, *_options(parser), exit_status, *sections]
 
 
 def _section(name: str, parser: argparse.ArgumentParser) -> nodes.section:
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=_WIDTH)
-    what = (parser.description or "").removeprefix(f"{name}: ")
     usage = parser.format_usage().removeprefix("usage: ").rstrip()
     section = nodes.section(ids=[nodes.make_id(name)], names=[name])
     section += nodes.title("", "", nodes.literal("", name))
-    section += nodes.paragraph("", f"{what[:1].upper()}{what[1:]}.")
+    section += nodes.paragraph("", str(parser.description))
     section += nodes.literal_block(usage, usage, language="none")
-    for group in parser._action_groups:
-        actions = [action for action in group._group_actions if action.dest != "help"]
-        if actions:
-            if group.title not in ("options", "positional arguments"):
-                section += nodes.paragraph("", "", nodes.strong("", str(group.title)))
-            section += nodes.definition_list("", *map(_entry, actions))
+    section += _options(parser)
     return section
+
+
+def _options(parser: argparse.ArgumentParser) -> list[nodes.Node]:
+    found: list[nodes.Node] = []
+    for group in parser._action_groups:
+        if actions := [action for action in group._group_actions if _is_own(action)]:
+            if group.title not in ("options", "positional arguments"):
+                found.append(nodes.paragraph("", "", nodes.strong("", str(group.title))))
+            found.append(nodes.definition_list("", *map(_entry, actions)))
+    return found
+
+
+def _is_own(action: argparse.Action) -> bool:
+    return action.dest != "help" and not isinstance(action, argparse._SubParsersAction)
 
 
 def _entry(action: argparse.Action) -> nodes.definition_list_item:

@@ -55,8 +55,17 @@ def find_type(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: 
     return python.resolve_xref(env, node["refdoc"], app.builder, "type", node["reftarget"], node, contnode)
 
 
+def set_dashes(_: Sphinx, document: nodes.document) -> None:
+    """A handler of doctree-read. Sphinx writes two hyphens between a parameter and its description, and leaves it to
+    smartquotes, which would take those of options (`--json`) too, to make a dash of them."""
+    for text in list(document.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", hide_colon, priority=400)
     app.connect("autodoc-process-docstring", add_types, priority=600)
+    app.connect("doctree-read", set_dashes)
     app.connect("missing-reference", find_type)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

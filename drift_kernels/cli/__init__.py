@@ -18,18 +18,23 @@ from .arguments import EXIT_STATUS
 _COMMANDS = (building, inspecting, checking, combining, applying, initialising, sizing)
 
 
+def command_line() -> argparse.ArgumentParser:
+    """The parser of drift-prior's arguments."""
+    parser = argparse.ArgumentParser(prog="drift-prior", description=__doc__, epilog=EXIT_STATUS)
+    parser.add_argument("--version", action=PrintVersions, nargs=0, help="print versions and backends, and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status (listed by `--help`). Usage errors exit with 2.
 
     Without `argv`, the arguments are those of the process, which is expected to end afterwards; so it is after a signal
     has stopped the command.
     """
-    parser = argparse.ArgumentParser(prog="drift-prior", description=__doc__, epilog=EXIT_STATUS)
-    parser.add_argument("--version", action=PrintVersions, nargs=0, help="print versions and backends, and exit")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in _COMMANDS:
-        command.add(commands)
-    arguments = parser.parse_args(argv)
+    arguments = command_line().parse_args(argv)
     errors = console(stderr=True)
     handler = LogLines(errors)
     logging.getLogger("drift_kernels").addHandler(handler)

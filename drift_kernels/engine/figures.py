@@ -13,7 +13,7 @@ from torch import Tensor
 from ..state.precision import RESIDUAL, SCALES, STATES
 from .launches import DeviceBatch
 
-# Kinds of memory, and the operands of a plan that they are.
+# Kinds of memory -> operands of a plan.
 KINDS = {
     "param": ("param",),
     "states": STATES,

@@ -23,13 +23,13 @@ logger = logging.getLogger("drift_kernels")
 
 PREFIX = "delta_prior"
 KEYS = (
-    "delta_prior_path",  # this package's own: a prior that is there already
+    "delta_prior_path",  # not in the fork: a prior that exists already
     *("delta_prior1_ckpt", "delta_prior2_ckpt", "delta_prior_include_bias", "delta_prior_scale"),
     *("delta_prior_merge_patterns", "delta_prior_alpha", "delta_prior_only_layers", "delta_prior_skip_first_n"),
     "delta_prior_normalize_delta_to_param",
 )
 
-_MADE_OF = "made_of.json"  # in the folder of a prior that was built for a run
+_MADE_OF = "made_of.json"  # in the folder of a prior that was built for a training run
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class AuthorsSettings:
         normalize: whether deltas are rescaled to norm(W), with "absolute".
     """
 
-    path: str | None  # of a prior
-    expert: str | None  # or what one is built of: expert - base, or expert - reference
+    path: str | None
+    expert: str | None
     reference: str | None
-    patterns: dict[str, float] | None  # modules, each with its alpha's factor; None: the default ones
+    patterns: dict[str, float] | None
     alpha: float
     scaling: str
     include_bias: bool
@@ -81,7 +81,7 @@ class AuthorsSettings:
             raise ValueError(
                 "delta_prior2_ckpt is for delta_prior2_ckpt - delta_prior1_ckpt: set delta_prior1_ckpt too"
             )
-        # What is not there is said now, not when the model has been loaded.
+        # Report missing folders now, not after the model has been loaded.
         if path is not None and not Path(path).expanduser().is_dir():
             raise FileNotFoundError(
                 f"delta_prior_path: no such folder: {str(path)!r}; create it with `drift-prior build`"
@@ -163,7 +163,7 @@ class AuthorsSettings:
         }
 
     def _left_out(self, names: Iterable[str]) -> list[str]:
-        """Patterns of what is in the prior and was not requested. What is in no layer (embedding, head) always is."""
+        """Patterns of what was not requested. `only_layers` never leaves out the embedding and the head."""
         layers = {layer for name in names if (layer := layer_of(name)) is not None}
         wanted = layers if self.only_layers is None else self.only_layers
         if unknown := sorted(wanted - layers):
@@ -204,7 +204,7 @@ def _patterns(given: Any) -> dict[str, float] | None:
         text = given.strip()
         if text[:1] in ("{", "["):
             given = json.loads(text)
-        else:  # a regex may have commas
+        else:  # a regex may contain commas
             parts = [part.strip() for part in text.split(",")]
             given = parts if all(map(presets_in, parts)) else [text]
     if isinstance(given, Mapping):
@@ -214,14 +214,14 @@ def _patterns(given: Any) -> dict[str, float] | None:
     else:
         raise ValueError(f"delta_prior_merge_patterns must be patterns, or patterns with alphas, got {given!r}")
     for entry in alphas:
-        selector(entry)  # raises ValueError for a broken one
+        selector(entry)  # raises ValueError if it is invalid
     if not any(alphas.values()):
         raise ValueError(f"delta_prior_merge_patterns selects nothing: {given!r}")
     return alphas
 
 
 def _entry(given: Any) -> str:
-    """As the fork: what is no preset is a regular expression, with `re:` or without."""
+    """As in the fork: anything but a preset is a regular expression, with `re:` or without."""
     text = str(given).strip()
     return text if text in PRESETS or text.startswith("re:") else f"re:{text}"
 

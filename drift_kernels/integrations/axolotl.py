@@ -15,11 +15,11 @@ from .transformers import use_drift
 
 PLUGIN = f"{__name__}.DriftPlugin"
 
-# What `optimizer:` must be. axolotl and transformers do not know it, so that a run whose plugin is not named, or could
-# not be imported, which axolotl passes over, stops before it trains.
+# The value of `optimizer:`. axolotl and transformers do not know it, so a run stops before it trains if the plugin is
+# not named or cannot be imported (which axolotl ignores).
 OPTIMIZER = "drift_adamw"
 
-# What axolotl would make other param groups from, or give to its optimizer.
+# Keys from which axolotl would make other param groups or optimizer arguments.
 _OTHER_GROUPS = (
     "embedding_lr",
     "embedding_lr_scale",
@@ -52,7 +52,7 @@ class DriftPlugin(BasePlugin):
         return f"{__name__}.DriftArgs"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        # TrainingArguments take no name that transformers does not know.
+        # TrainingArguments accept only names that transformers knows.
         """Return the arguments of the Trainer that differ with `drift:`.
 
         Args:
@@ -70,7 +70,7 @@ class DriftPlugin(BasePlugin):
         return [_Guard()] if cfg.drift else []
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
-        # axolotl 0.19 calls no plugin's create_optimizer. This comes after adapters were put in and layers frozen.
+        # axolotl 0.19 does not call a plugin's create_optimizer. By now adapters are added and layers frozen.
         """Call `use_drift` with the settings under `drift:`.
 
         Args:

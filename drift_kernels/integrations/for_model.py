@@ -15,7 +15,7 @@ from ..prior import PriorLike
 from .named_groups import named_groups
 
 PriorForModel = PriorLike | AdapterPrior | Callable[[nn.Module], PriorLike | AdapterPrior]
-"""What FusedDriftAdamW takes, or a function of the model that gives it."""
+"""A prior for FusedDriftAdamW, or a function of the model that returns one."""
 
 
 def drift_optimizer(

@@ -38,7 +38,7 @@ Settings: TypeAlias = dict[str, Any] | AuthorsSettings
 
 USAGE = "usage: drift-llamafactory train FILE.yaml [key=value ...]   (for all else: llamafactory-cli)"
 
-# Where LLaMA-Factory takes the trainer of a stage from. That of `ppo` is none of transformers'.
+# Where LLaMA-Factory finds the trainer of a stage. `ppo` does not use a transformers Trainer.
 TRAINERS = {
     "pt": ("llamafactory.train.pt.workflow", "CustomTrainer"),
     "sft": ("llamafactory.train.sft.workflow", "CustomSeq2SeqTrainer"),
@@ -47,12 +47,12 @@ TRAINERS = {
     "kto": ("llamafactory.train.kto.workflow", "CustomKTOTrainer"),
 }
 
-# What brings another optimizer, or another trainer.
+# Keys that select another optimizer or trainer.
 _OTHERS = (
     *("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "loraplus_lr_ratio"),
     *("optim_args", "optim_target_modules", "use_hyper_parallel"),
 )
-_ADAMW = (None, "adamw_torch", "adamw_torch_fused")  # which FusedDriftAdamW stands in for
+_ADAMW = (None, "adamw_torch", "adamw_torch_fused")  # which FusedDriftAdamW replaces
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit status: 2 for a wrong command line, 1 if the file cannot be trained as it is.
+        The exit status, which is 2 for a wrong command line and 1 if the file cannot be trained as it is.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) < 2 or arguments[0] not in ("train", "sft") or not arguments[1].endswith((".yaml", ".yml")):
@@ -210,7 +210,7 @@ def _authors_options(ours: AuthorsSettings, args: Any, theirs: Mapping[str, Any]
     return ours.options(Prior.open(folder))
 
 
-# Its new trainer
+# LLaMA-Factory's new trainer
 
 
 def _check_v1(ours: Settings, theirs: Mapping[str, Any]) -> None:
@@ -233,7 +233,7 @@ def _train_v1(ours: dict[str, Any], theirs: Mapping[str, Any]) -> None:
 
     alpha = AlphaOverTime(anneal=ours.pop("anneal", None))
     OptimizerPlugin("drift").register()(_v1_optimizer)
-    lr = float(theirs.get("learning_rate", 1e-4))  # its default
+    lr = float(theirs.get("learning_rate", 1e-4))  # LLaMA-Factory's default
     with _each_trainer(sft_trainer.__name__, "SFTTrainer", lambda trainer: _accompany_v1(trainer, alpha)):
         sft_trainer.run_sft({**theirs, "optim_config": {"name": "drift", "lr": lr, **ours}})
 
@@ -257,7 +257,7 @@ def _accompany_v1(trainer: Any, alpha: AlphaOverTime) -> None:
 
 def _v1_optimizer(model: nn.Module, config: Mapping[str, Any]) -> FusedDriftAdamW:
     options = {key: value for key, value in config.items() if key != "name"}
-    return drift_optimizer(getattr(model, "module", model), **options)  # of DDP, what it wraps
+    return drift_optimizer(getattr(model, "module", model), **options)  # unwraps DDP
 
 
 # Several processes

@@ -32,7 +32,7 @@ logger = logging.getLogger("drift_kernels")
 
 NAME = "drift"
 
-# Arguments that ask for other optimizers of swift's.
+# Arguments that select another of swift's optimizers.
 _OTHERS = ("vit_lr", "aligner_lr", "use_galore")
 
 
@@ -53,7 +53,7 @@ class DriftOptimizerCallback(OptimizerCallback):
         self.settings = drift_settings(_given(args), "optim_args")
         if unheard := [name for name in _OTHERS if getattr(args, name, None)]:
             raise ValueError(f"{', '.join(unheard)} would have no effect with the optimizer {NAME}: leave it out")
-        args.optim_args = None  # AdamW's would be parsed
+        args.optim_args = None  # swift would parse it as AdamW's
         args.callbacks.append(NAME)
 
 
@@ -67,7 +67,7 @@ class _UseDrift(TrainerCallback):
         self._in_use = False
 
     def on_init_end(self, *_: Any, **__: Any) -> None:
-        if not self._in_use:  # called again, since `use` puts another callback before this
+        if not self._in_use:  # called twice, since `use` inserts a callback before this one
             self._in_use = True
             use = use_hooks if self.trainer.is_deepspeed_enabled else use_drift
             use(self.trainer, **self.trainer.optimizer_callback.settings)

@@ -142,7 +142,7 @@ class _LoRA:
         factors = Factors(a, b, self.scale, transposed=self._transposed)
         if not self.is_dora:
             return factors
-        # As DoRA's forward has it: the norm of each row of W0 + s*B A, of which the magnitude takes the place.
+        # As in DoRA's forward pass: the magnitude replaces the norm of each row of W0 + s*B A.
         dtype = factors.dtype
         direction = torch.addmm(self.base_weight().to(dtype), b.to(dtype), a.to(dtype), alpha=factors.scale)
         magnitude = whole(self._found().lora_magnitude_vector[self._key].weight.detach()).to(dtype)

@@ -10,15 +10,15 @@ from typing import Any
 
 from ..optimizer import FusedDriftAdamW
 
-# Of FusedDriftAdamW's keywords those that are torch's, which a trainer's own arguments say, or that no file can.
+# Arguments of FusedDriftAdamW that the trainer's own arguments set, or that a file cannot hold.
 _NOT_OURS = {"params", "lr", "betas", "eps", "weight_decay", "maximize", "capturable", "differentiable", "foreach"}
 _NOT_OURS |= {"fused", "amsgrad", "self"}
 
-# What `drift_optimizer` and `DriftCallback` take beside them.
+# Additional arguments of `drift_optimizer` and `DriftCallback`.
 _MORE = ("anneal", "refresh")
 
 KEYS = (*(key for key in inspect.signature(FusedDriftAdamW.__init__).parameters if key not in _NOT_OURS), *_MORE)
-"""What may be set."""
+"""The keys that may be set."""
 
 _NUMBERS = {"alpha", "max_grad_norm", "anneal"}
 

@@ -30,7 +30,7 @@ from .settings import drift_settings
 from .step_figures import step_figures
 from .training_run import AlphaOverTime
 
-OURS = "FusedDriftAdamW"  # in param groups
+OURS = "FusedDriftAdamW"  # optimizer_name of param groups
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -249,7 +249,7 @@ class _Layout:
     def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From canonical names to live names."""
         given = {self._names[name]: tensor for name, tensor in tensors.items()}
-        if self._tied:  # the adapters ask for it
+        if self._tied:  # the state-dict adapters expect it
             given.setdefault(_EMBEDDING, self._stored[_EMBEDDING])
         made = {}
         merged: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -18,7 +18,7 @@ from .training_run import AlphaOverTime, TrainingRun
 
 logger = logging.getLogger("drift_kernels")
 
-# What TrainingArguments(optim=...) is where nobody has said anything.
+# The defaults of TrainingArguments(optim=...).
 _UNASKED = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -201,7 +201,7 @@ class DriftCallback(TrainerCallback):
         Args:
             args, state, control, logs, optimizer: as the Trainer passes them.
         """
-        if logs is not None and "loss" in logs:  # neither an evaluation nor the summary of the run
+        if logs is not None and "loss" in logs:  # not an evaluation or the summary of the run
             figures = self._figures(optimizer)
             logs.update(figures)
             state.log_history[-1].update(figures)

@@ -39,10 +39,10 @@ from .writing import FileWriter, write_json
 
 logger = logging.getLogger("drift_kernels")
 
-APPLIED_NAME = "drift_applied.json"  # by which a folder is known that was written here
+APPLIED_NAME = "drift_applied.json"  # marks a folder that apply_prior wrote
 _FORMAT, _VERSION = "drift_applied", 1
 
-# What transformers loads beside the weights, and what has to go with them. A model card would speak of another model.
+# Files that transformers loads beside the weights, and licenses. A model card would describe another model.
 _BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 _TEMPLATES = "additional_chat_templates"
 _NOT_BESIDE = ("*.index.json", "adapter_config.json", "trainer_state.json", "drift_*.json")

@@ -45,7 +45,7 @@ def build_prior(
 ) -> Prior:
     """Build the prior `expert - base` (or `expert - reference`) and write it to the folder `out`.
 
-    Checkpoints are folders with safetensors files; Hub ids, org/name or org/name@revision, of which only the needed
+    Checkpoints are folders with safetensors files; Hub ids, `org/name` or `org/name@revision`, of which only the needed
     parts are fetched; or BASE+ADAPTER, two of these, where the second is a PEFT LoRA adapter that is merged in float32
     while it is read. FP8 codes with scales are read as float32. Tensors are paired by canonical name and deltas
     computed in float32. Memory stays constant whatever the size of the checkpoints.
@@ -92,7 +92,7 @@ def build_prior(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
     form = Form(dtype, rank)
-    target = Path(out).expanduser().resolve()  # of a link, what it stands for
+    target = Path(out).expanduser().resolve()  # follows links
     new = NewFolder(target, RECORD_NAME, "prior", overwrite)
     new.check()
     chosen = {"expert": expert, "base": base} | ({} if reference is None else {"reference": reference})

@@ -38,7 +38,7 @@ from .writing import write_json
 
 logger = logging.getLogger("drift_kernels")
 
-_SAME_NORM = 1e-6  # relative: of one weight, measured on different machines
+_SAME_NORM = 1e-6  # relative difference of one weight's norm between machines
 
 
 def combine_priors(
@@ -152,7 +152,7 @@ class _Piece:
 @dataclass(frozen=True)
 class _Result:
     stored: dict[str, Tensor]
-    read: list[float]  # the norm of what was read of each prior
+    read: list[float]  # norm of the part of each prior
     squares: tuple[float, ...]  # <stored, stored>, <stored, exact>, <exact, exact>
 
 
@@ -166,7 +166,7 @@ class _Combination:
         self._dtype = dtype
         self._shapes = shapes
         self._squares: dict[str, tuple[float, ...]] = dict.fromkeys(shapes, (0.0, 0.0, 0.0))
-        self._read = {name: [0.0] * len(priors) for name in shapes}  # norms of what was read
+        self._read = {name: [0.0] * len(priors) for name in shapes}  # norms of the parts so far
 
     def pieces(self, names: Sequence[str]) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         """What to append to which tensors of the prior's files. Raises PriorError if it is not finite."""

@@ -28,11 +28,11 @@ class Coverage:
         sources: parameter name -> what its delta is made of.
     """
 
-    matched: dict[str, str]  # parameter name -> its canonical name, which is the delta's if the delta is stored as one
-    shape_mismatches: list[tuple[str, str, Shape, Shape]]  # parameter name, prior name, parameter shape, prior shape
+    matched: dict[str, str]
+    shape_mismatches: list[tuple[str, str, Shape, Shape]]
     prior_only: list[str]
     model_only: list[str]
-    sources: dict[str, Source] = field(default_factory=dict, repr=False)  # parameter name -> what its delta is made of
+    sources: dict[str, Source] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, live: Iterable[tuple[str, str, Shape]], shapes: Mapping[str, Shape]) -> Coverage:

@@ -92,7 +92,7 @@ class Prior:
         The opened prior refers to the folder as it is now, even if the working directory or a link to it changes later.
 
         Args:
-            path: the folder that `build_prior` wrote, or a Hub id: org/name or org/name@revision.
+            path: the folder that `build_prior` wrote, or a Hub id: `org/name` or `org/name@revision`.
 
         Returns:
             The `Prior`.
@@ -264,7 +264,7 @@ class Prior:
             progress: called with the number of elements done so far and in total.
 
         Returns:
-            The outcome. Faults do not raise: ask its `intact`.
+            The outcome. Faults do not raise; `Verification.intact` is then False.
         """
         done, checked, faults = 0, {True: 0, False: 0}, {}
         for name, delta in self._deltas.items():
