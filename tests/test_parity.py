@@ -12,6 +12,7 @@ import torch
 from problems import BF16, DEVICE, F16, F32, GRID, Problem, assert_same_bits, coefficients, run, tensors_of, threads
 
 from drift_kernels.formats.blocks import BLOCK
+from drift_kernels.formats.philox import Place
 from drift_kernels.kernels import backends, reference
 from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.operands import Operands
@@ -81,6 +82,16 @@ def test_update_without_loss_is_the_reference_bit_for_bit(
     problem = Problem.random(numels, (BF16, grad, state, delta), master, stochastic)
     expected = run("reference", problem.clone(), steps)
     assert_same_bits(run(name, problem, steps), expected)
+
+
+@pytest.mark.parametrize("name", available())
+def test_bits_of_shards_whose_runs_are_about_as_long_as_what_a_kernel_takes_at_once(name: str) -> None:
+    widths = [8, 504, 512, 520, 1000, 1016, 1023, 1024, 1032]
+    problem = Problem.random([3000] * len(widths), (BF16, F32, BF16, None), stochastic=True)
+    places = [Place(origin=16, width=width, pitch=3 * width) for width in widths]
+    problem.operands = [replace(o, place=place) for o, place in zip(problem.operands, places, strict=True)]
+    expected = run("reference", problem.clone(), steps=1)
+    assert_same_bits(run(name, problem, steps=1), expected)
 
 
 @pytest.mark.parametrize("name", available())

@@ -19,11 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from drift_kernels import FusedDriftAdamW, GradientBias, attach_prior
-from drift_kernels.formats.philox import WHOLE, Place
 from drift_kernels.kernels.scalings import SCALINGS
 from drift_kernels.prior import Prior, QuantizedDelta, quantize
-from drift_kernels.sharding import Shard as Part
-from drift_kernels.sharding import place_of
 
 BF16, INT8 = torch.bfloat16, torch.int8
 
@@ -328,12 +325,3 @@ def test_states_go_from_plain_parameters_to_shards_and_back(tmp_path: Path) -> N
             run.steps(0, 6)
             for name, param in run.result().items():
                 assert torch.equal(params[name], param), (case, from_plain, name)
-
-
-def test_a_shard_of_several_inner_dimensions_has_no_random_bits() -> None:
-    shard = Part((4, 8, 8), (slice(0, 4), slice(0, 4), slice(0, 4)), ())
-    assert place_of("w", shard, needed=False) == WHOLE
-    with pytest.raises(ValueError, match=r"sharded along more than one inner dimension, got w of shape \(4, 8, 8\)"):
-        place_of("w", shard, needed=True)
-    empty = Part((4, 1, 8), (slice(0, 4), slice(1, 1), slice(0, 4)), ())  # of a rank for which nothing is left
-    assert place_of("w", empty, needed=True) == Place(8)
