@@ -159,3 +159,15 @@ def test_the_version_tells_what_is_lacking(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.endswith("\nbackends on cpu: reference\n  without cpu: it was not compiled\n")
+
+
+def test_a_triton_that_is_too_old_is_not_launched(tmp_path: Path) -> None:
+    """torch 2.6 to 2.9 bring such."""
+    (tmp_path / "triton.py").write_text('__version__ = "3.5.1"\n')
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+        "import torch; from drift_kernels.kernels import backends\n"
+        "print(backends.load('triton').unavailable(torch.device('cuda')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "Triton 3.5.1 is too old: its kernels need 3.6 or newer\n"

@@ -22,7 +22,7 @@ from problems import BF16, DEVICE, F32, Problem, assert_same_bits, run
 from drift_kernels.kernels.plan import CHUNK
 from drift_kernels.kernels.triton import backend
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.6")
 
 ARCHS = [80, 90, 100]
 AMD = ["gfx942", "gfx950"]

@@ -148,6 +148,7 @@ def _store(
         _store_float(address, start, end, x, lines, aligned)
     elif dtype == tl.bfloat16 and random is None and converts:
         bits = tl.minimum(x.to(tl.bfloat16).to(tl.int16, bitcast=True), 0x7FC0)  # numbers are less, infinities too
+        bits = bits.to(tl.int16)  # Triton before 3.9 takes the minimum in 32 bits
         _store_upper(address, start, end, bits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16, lines, aligned)
     else:
         bits = x.to(tl.uint32, bitcast=True)
