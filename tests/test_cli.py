@@ -51,6 +51,9 @@ def test_build_then_inspect_then_check(folder: Path, capsys: pytest.CaptureFixtu
     rows = [line for line in printed.splitlines() if "attn" in line]
     assert len(rows) == 2
     assert " 5 " in rows[0], "four projections and a bias"
+    cells = [tuple(cell.strip() for cell in line.split("│")[:2]) for line in printed.splitlines() if "│" in line]
+    modules = [("", "embed"), ("0", "norm"), ("", "attn"), ("2", "norm"), ("", "attn"), ("", "norm")]
+    assert cells == modules, "a layer's number stands in its first row"
     image = imread(folder / "plot.png")
     assert image.shape[1] > 1000
     assert image[..., :3].std() > 0.05

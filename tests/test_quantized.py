@@ -189,3 +189,11 @@ def test_the_fingerprint_tells_dtypes_apart_whose_bytes_are_the_same() -> None:
     codes, scales = torch.randint(100, (300,), dtype=torch.uint8), torch.rand(3)
     deltas = [QuantizedDelta(codes.view(dtype), scales) for dtype in DTYPES]
     assert len({Prior.from_mapping({UP: delta}).fingerprint for delta in deltas}) == len(DTYPES)
+
+
+@both_dtypes
+def test_the_last_rows_stay_in_codes_though_their_last_block_is_short(dtype: torch.dtype) -> None:
+    whole, box = quantize(torch.randn(40, 100), dtype), (slice(32, 40), slice(0, 100))
+    part = whole.part(box)
+    assert isinstance(part, QuantizedDelta)
+    assert torch.equal(part.expand(), whole.expand()[box])

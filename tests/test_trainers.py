@@ -275,6 +275,13 @@ def test_what_is_in_use_is_said(caplog: pytest.LogCaptureFixture) -> None:
         assert "FusedDriftAdamW has no prior: this is plain fine-tuning" in caplog.text
         check_in_use(drift_optimizer(tiny.base_model(), prior=prior, alpha=0.0))
         assert "alpha is 0 at the start of training" in caplog.text
+        check_in_use(drift_optimizer(tiny.base_model(), prior=prior, max_grad_norm=0.5), trainer_clips=2.0)
+        assert "both clip: the trainer the gradient to max_grad_norm=2, then" in caplog.text
+        caplog.clear()
+        optimizer = drift_optimizer(tiny.base_model(), prior=prior, max_grad_norm=math.inf)  # which measures alone
+        optimizer.param_groups[1]["alpha"] = 0.0
+        check_in_use(optimizer, trainer_clips=2.0)
+        assert {record.levelno for record in caplog.records} == {logging.INFO}
 
 
 def test_what_was_frozen_after_the_optimizer_was_made_is_noticed() -> None:
