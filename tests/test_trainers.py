@@ -276,7 +276,7 @@ def test_what_is_in_use_is_said(caplog: pytest.LogCaptureFixture) -> None:
         check_in_use(drift_optimizer(tiny.base_model(), prior=prior, alpha=0.0))
         assert "alpha is 0 at the start of training" in caplog.text
         check_in_use(drift_optimizer(tiny.base_model(), prior=prior, max_grad_norm=0.5), trainer_clips=2.0)
-        assert "both clip: the trainer the gradient to max_grad_norm=2, then" in caplog.text
+        assert "clipped twice: the trainer clips the gradient to max_grad_norm=2, then" in caplog.text
         caplog.clear()
         optimizer = drift_optimizer(tiny.base_model(), prior=prior, max_grad_norm=math.inf)  # which measures alone
         optimizer.param_groups[1]["alpha"] = 0.0
