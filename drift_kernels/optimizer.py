@@ -51,7 +51,7 @@ class FusedDriftAdamW(Optimizer):
         prior_scaling: "absolute", "gradnorm", "adaptive_cosine" or "decoupled" (`docs/method.md`).
         normalize_to_param: with "absolute", rescale each delta to norm(W): that of the base checkpoint or, for a
             mapping, that of the parameter when it is first stepped.
-        anchor: pull by what is left of the way, expert - W for the current W, so that the pull ends at the expert
+        anchor: pull along the remaining distance, expert - W for the current W, so that the pull stops at the expert
             (`docs/method.md`). Each parameter then keeps its target in its state (`prior_target`).
         prior_device: "cpu" keeps the deltas of CUDA parameters in pinned host memory, where the kernels read them in
             every step; None moves each to its parameter's device.

@@ -9,6 +9,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import drift_kernels
+
 ROOT = Path(__file__).parents[1]
 SOURCES = {".py", ".h", ".inc", ".cpp", ".cu", ".cuh"}
 
@@ -147,3 +149,8 @@ def test_importing_the_package_imports_no_triton_matplotlib_or_trainer() -> None
     code = f"import sys, drift_kernels.integrations; print([m for m in {unwanted} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_citation_and_changelog_have_the_version() -> None:
+    assert f"\nversion: {drift_kernels.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {drift_kernels.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
