@@ -12,7 +12,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ADVICE = "build it by: "
+ADVICE = "build it with: "
 
 STEP = """
 import sys

@@ -60,9 +60,11 @@ def test_combine_then_inspect_then_apply(family: Family, tmp_path: Path, capsys:
     weight = family.weights["base"][f"model.{UP}"]
     assert torch.equal(load_file(merged / "model.safetensors")[f"model.{UP}"], weight + -0.5 * expected)
 
-    family.prior("a", modules=("attn",))
-    assert apply(family, tmp_path / "attention") == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'attention'}: 15 tensors are W + 1 * delta, 14 as they were\n"
+    roles = [family.folder / "a", family.folder / "base"]
+    build_prior(*roles, tmp_path / "attn", modules=("attn",))
+    merged = tmp_path / "attention"
+    assert main(["apply", str(tmp_path / "attn"), "--base", str(roles[1]), "--out", str(merged)]) == 0
+    assert capsys.readouterr().out == f"{merged}: 15 tensors are W + 1 * delta, 14 are unchanged\n"
 
 
 @pytest.mark.parametrize("options", [["ties", "--no-normalize"], ["dare", "--seed", "3"], ["dare_ties", "--normalize"]])

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import transformers as hf
-from documents import ROOT
+from documents import ROOT, commands_in
 
 from benchmarks.step import shapes
 from drift_kernels.cli import main
 
-# The items that each column of docs/priors.md sums.
+PAGE = ROOT / "docs" / "priors.md"
+
+# The items that each of its columns sums.
 COLUMNS = {
     "base": ("base weights", "one of them expanded", "other base weights", "buffers"),
     "adapters, gradients, states": ("adapters", "their gradients", "states"),
@@ -57,10 +59,11 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_documented_table_is_what_the_command_says(qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (ROOT / "docs" / "priors.md").read_text()
+    page = PAGE.read_text()
 
     def command(*options: str) -> dict[str, Any]:
-        (words,) = re.findall(r"^    drift-prior (memory .+) --prior-rank 64$", page, re.MULTILINE)
+        (words,) = [line.removeprefix("drift-prior ") for line in commands_in(PAGE, "drift-prior memory")]
+        words = words.removesuffix(" --prior-rank 64")
         arguments = [str(qwen) if word == "Qwen/Qwen2.5-VL-7B-Instruct" else word for word in words.split()]
         assert main([*arguments, *options, "--json"]) == 0
         return json.loads(capsys.readouterr().out)

@@ -89,7 +89,7 @@ def test_what_comes_into_the_way_of_a_build_stays(folder: Path) -> None:
         (folder / "prior").mkdir(exist_ok=True)
         (folder / "prior" / "notes").write_text("mine")
 
-    with pytest.raises(PriorError, match="prior exists already"):
+    with pytest.raises(PriorError, match="prior already exists"):
         build_prior(folder / "expert", folder / "base", folder / "prior", progress=other)
     assert [path.name for path in folder.glob("prior*")] == ["prior"]
     assert (folder / "prior" / "notes").read_text() == "mine"
