@@ -330,7 +330,7 @@ def test_a_broken_file_and_a_missing_trainer_are_said(
 
 def test_another_trainer_is_noticed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamafactory.train.tuner.run_sft", lambda *_: None)
-    with pytest.raises(RuntimeError, match="has trained, and not with CustomSeq2SeqTrainer"):
+    with pytest.raises(RuntimeError, match="has trained without CustomSeq2SeqTrainer"):
         integration.train(integration.read([str(folder / "sft.yaml"), f"output_dir={tmp_path}"]))
 
 
