@@ -8,8 +8,7 @@ TRANSFORMERS ?=
 # What is installed, and in which versions.
 EXTRAS ?= test,lint,docs,triton
 CONSTRAINTS ?= constraints.txt
-# What `test` runs (default: all), and what passes in the oldest versions; other files use what came later (test helpers
-# that call newer torch, accelerate or transformers).
+# What `test` runs (default: all), and the files for the oldest versions; other files use newer accelerate or transformers.
 TESTS ?=
 OLDEST := backward bias blocks build capturable compile distributed documented drop_in engine grad_scaler gradients hooks \
 	hub init_lora launches layers lora_trainers optimizer parity precision prior sharding state trainers \
@@ -31,7 +30,7 @@ docs: $(READY)  ## the documentation site, in build/docs; any warning is an erro
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(TESTS)
 
-# Without Triton's kernels: torch 2.6 pins a Triton that is too old for them.
+# Without the Triton kernels: torch 2.9 pins a Triton that is too old for them.
 test-oldest:  ## with the oldest supported versions, the tests of OLDEST; PYTHON is to be Python 3.10
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test TESTS='$(OLDEST:%=tests/test_%.py)'
 

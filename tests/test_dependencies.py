@@ -162,7 +162,7 @@ def test_the_version_tells_what_is_lacking(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_a_triton_that_is_too_old_is_not_launched(tmp_path: Path) -> None:
-    """torch 2.6 to 2.9 bring such."""
+    """torch 2.9 brings such a version."""
     (tmp_path / "triton.py").write_text('__version__ = "3.5.1"\n')
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"

@@ -15,7 +15,7 @@ except ImportError as error:
 else:
     missing = None
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-        missing = f"Triton {triton.__version__} is too old: its kernels need 3.6 or newer"  # torch 2.6 brings 3.2
+        missing = f"Triton {triton.__version__} is too old: its kernels need 3.6 or newer"  # torch 2.9 brings 3.5
         triton = None
 
 
