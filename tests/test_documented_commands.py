@@ -25,7 +25,7 @@ PROSE = (*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "examples" / "digit_s
 # Commands of blocks that no test here runs -> where they are run instead.
 ELSEWHERE = {
     "make": "test_make_targets",  # below
-    "pip install .": "tests/test_package.py builds the wheel",
+    "pip install .": "tests/test_wheels.py builds it",
     "torchrun": "tests/trainers/test_torchtitan.py: its options",
     ".venv/bin/python": "pytest and setup.py, which make test and make itself run",
     "drift-prior": "here and, for the README's, tests/test_documented.py",
