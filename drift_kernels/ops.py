@@ -62,13 +62,7 @@ def _with_scales(name: str, tensors: list[Tensor], like: list[Tensor]) -> list[t
     return list(zip(values, scales, strict=True))
 
 
-# Schemas are written out: to infer them, torch 2.6 takes no `list[Tensor]`.
-@torch.library.custom_op(
-    "drift_kernels::update",
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "residuals"),
-    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] deltas, "
-    "Tensor(d!)[] residuals, SymInt[] random_keys, Tensor coefficients) -> ()",
-)
+@torch.library.custom_op("drift_kernels::update", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "residuals"))
 def update(
     params: list[Tensor],
     grads: list[Tensor],
@@ -129,9 +123,7 @@ def update(
     backends.resolve("auto", device).update(plan, coefficients, with_delta=True)
 
 
-@torch.library.custom_op(
-    "drift_kernels::grad_stats", mutates_args=(), schema="(Tensor[] grads, Tensor[] deltas) -> Tensor"
-)
+@torch.library.custom_op("drift_kernels::grad_stats", mutates_args=())
 def grad_stats(grads: list[Tensor], deltas: list[Tensor]) -> Tensor:
     """Return sum(g*g) and sum(g*delta) of each gradient.
 
