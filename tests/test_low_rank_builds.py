@@ -107,7 +107,7 @@ def test_the_bits_are_the_same_each_time(
 ) -> None:
     """For any number of threads, and whether matrices are kept in memory or read again, in tiles that end inside the
     pieces that are read."""
-    monkeypatch.setattr(singular, "_TILE", 1 << 10)
+    monkeypatch.setattr(singular, "_TILE", 1 << 9)
     monkeypatch.setattr(formed, "tile_rows", singular.tile_rows)
     expected = build(tmp_path)
     for number, (threads_now, in_memory) in enumerate([(1, 1 << 27), (3, 1 << 27), (2, 0), (3, 1000)]):

@@ -27,7 +27,6 @@ Rows = Callable[[], Iterator[Tensor]]
 _STEPS = 12  # more steps find less than 0.01 of the energy, even for random matrices, whose spectra are the worst
 _LEAST_BLOCK = 16
 _TILE = 1 << 21  # elements
-_ALIGNED = 16  # rows
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,10 @@ class Fit:
 def tile_rows(columns: int) -> int:
     """The number of rows of a matrix that are processed at a time.
 
-    A multiple of _ALIGNED, if there are that many, so that every tile of a matrix in memory is aligned to 64 bytes like
-    a tile that is read into a new tensor: the bits of matrix products may depend on the alignment.
+    A multiple of 16, so that every tile of a matrix in memory is aligned to 64 bytes like a tile that is read into a
+    new tensor: the bits of matrix products may depend on the alignment.
     """
-    rows = _TILE // max(columns, 1)
-    return max(rows - rows % _ALIGNED if rows > _ALIGNED else rows, 1)
+    return max(_TILE // max(columns, 1) // 16, 1) * 16
 
 
 def rows_of(matrix: Tensor) -> Rows:
