@@ -17,6 +17,7 @@ from drift_kernels.kernels import backends, reference
 from drift_kernels.kernels.coefficients import Coefficients
 from drift_kernels.kernels.operands import Operands
 from drift_kernels.kernels.plan import CHUNK, FIRST_CHUNK
+from drift_kernels.kernels.triton import jit
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 begin = grid.begin
@@ -41,7 +42,9 @@ def available() -> list[str]:
 
 
 def test_every_backend_is_under_test() -> None:
-    assert set(available()) == ({"cuda", "triton"} if DEVICE.type == "cuda" else {"cpu", "triton", GRID})
+    too_old = "is too old" in (jit.missing or "")
+    expected = {"cuda", "triton"} if DEVICE.type == "cuda" else {"cpu", "triton", GRID}
+    assert set(available()) == expected - ({"triton"} if too_old else set())
 
 
 @pytest.mark.parametrize(("numel", "chunks"), [(0, 0), (1, 1), (CHUNK - 1, 1), (CHUNK, 1), (CHUNK + 1, 2)])
