@@ -79,6 +79,15 @@ def nvcc() -> str | None:
     return (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
 
 
+def ninja_program() -> str:
+    """The ninja on PATH, else that of the ninja package.
+
+    In pip's isolated build its own ninja is first on PATH. There BIN_DIR may be the folder of another ninja in the
+    environment: the console script of an old version (1.11), which would then start itself without end.
+    """
+    return shutil.which("ninja") or str(Path(BIN_DIR) / "ninja")
+
+
 def cuda_targets(compiler: str) -> list[str]:
     """nvcc's -gencode flags: machine code for each architecture, and PTX of the last for those to come."""
     chosen = re.findall(r"\w+", os.environ.get("DRIFT_KERNELS_CUDA_ARCHS", ""))
@@ -140,7 +149,7 @@ class NinjaBuildExt(build_ext):
             ninja.build(str(target), "link", objects)
             ninja.default(str(target))
         try:
-            subprocess.run([str(Path(BIN_DIR) / "ninja"), "-C", str(build_dir)], check=True)
+            subprocess.run([ninja_program(), "-C", str(build_dir)], check=True)
         except subprocess.CalledProcessError as error:
             raise BuildError(
                 f"its compilation failed with exit status {error.returncode}; the compiler's messages are above"

@@ -16,6 +16,7 @@ from pathlib import Path
 import fresh
 import grid
 import pytest
+from ninja import BIN_DIR
 
 import drift_kernels
 
@@ -119,6 +120,18 @@ def test_without_a_compiler_it_builds_and_says_so(checkout: Path, tmp_path: Path
     assert not extensions(wheel)
     assert "WITHOUT its compiled cpu backend" in said
     assert reason in said
+
+
+def test_the_ninja_on_path_builds(checkout: Path, tmp_path: Path) -> None:
+    """Which pip's isolated build puts there; the ninja package may name the script of another one."""
+    compilers = fake_compilers(tmp_path / "bin")
+    ninja = tmp_path / "bin" / "ninja"
+    ninja.write_text(f'#!/bin/sh\ntouch {tmp_path}/was_used\nexec {Path(BIN_DIR) / "ninja"} "$@"\n')
+    ninja.chmod(0o755)
+    path = os.pathsep.join((str(ninja.parent), os.environ["PATH"]))
+    wheel, _ = pip_wheel(checkout, environment(**compilers, PATH=path, DRIFT_KERNELS_CUDA="0"))
+    assert extensions(wheel) == {f"drift_kernels/_cpu{SUFFIX}"}
+    assert (tmp_path / "was_used").exists()
 
 
 @pytest.mark.parametrize(("cuda", "names"), [("1", {"_cpu", "_cuda"}), ("0", {"_cpu"})])
