@@ -292,15 +292,35 @@ def test_overflow_names_the_tensor_and_leaves_nothing(family: Family) -> None:
     assert not list(family.folder.glob("out*"))
 
 
+def flip_the_last_bit(prior: Path) -> None:
+    file = next(prior.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-4] ^= 1  # of little-endian float32
+    file.write_bytes(content)
+
+
 def test_damaged_priors_leave_nothing(family: Family) -> None:
     family.prior("a")
-    file = next((family.folder / "prior-a").glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-2] ^= 0x40
-    file.write_bytes(content)
-    with pytest.raises(PriorFormatError, match="is damaged: its norm"):
+    flip_the_last_bit(family.folder / "prior-a")
+    with pytest.raises(PriorFormatError, match="is damaged: its checksum"):
         apply_prior(family.folder / "prior-a", family.folder / "base", family.folder / "out")
     assert not list(family.folder.glob("out*"))
+
+
+def test_damage_to_a_delta_of_which_single_experts_take_parts(tmp_path: Path) -> None:
+    for role in ("expert", "base"):
+        save_base(tmp_path / role, 24, transposed=False)
+    build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", modules=("mlp",), dtype=torch.float32)
+    single = save_expert(tmp_path / "single", 24)
+    flip_the_last_bit(tmp_path / "prior")
+    damage = pytest.raises(PriorFormatError, match=r"experts\.\w+ is damaged: its checksum")
+    with damage:
+        apply_prior(tmp_path / "prior", tmp_path / "single", tmp_path / "out", partial=True)
+    assert not list(tmp_path.glob("out*"))
+    prior = Prior.open(tmp_path / "prior")
+    with damage:
+        for source in prior.coverage(single.items()).sources.values():
+            prior.load_stored(source)
 
 
 def test_an_index_does_not_reach_out_of_the_folder(family: Family) -> None:

@@ -261,13 +261,14 @@ def test_numbers_out_of_range(tmp_path: Path, options: dict[str, object], messag
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_priors_are_named(family: Family) -> None:
-    family.prior("a")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_prior_with_a_flipped_bit_is_named(family: Family, dtype: torch.dtype) -> None:
+    family.prior("a", dtype)
     file = next((family.folder / "prior-a").glob("*.safetensors"))
     content = bytearray(file.read_bytes())
-    content[-2] ^= 0x40
+    content[-4] ^= 1
     file.write_bytes(content)
-    with pytest.raises(PriorFormatError, match=r"prior-a.*norm\.weight is damaged: its norm"):
+    with pytest.raises(PriorFormatError, match=r"prior-a.*norm\.weight is damaged: its checksum"):
         combine_priors([family.folder / "prior-a"], family.folder / "out", weights=[1])
     assert not list(family.folder.glob("out*"))
 

@@ -68,7 +68,7 @@ def test_a_part_of_a_delta_is_that_part_of_the_whole(
     expected = in_memory.load("w")[box]
     for part in (
         in_memory.load_stored("w", box=box),
-        StoredValues(stored["w"], stored.get("w.scales")).read(box),
+        StoredValues("w", in_memory.info("w"), None, stored["w"], stored.get("w.scales")).load(box),
     ):
         found = part.expand() if isinstance(part, QuantizedDelta) else part
         assert found.is_contiguous()

@@ -164,7 +164,7 @@ def test_a_damaged_payload_is_noticed_and_named(folder: Path) -> None:
     for damage in (b"\x00\x40", b"\xc0\x7f"):  # 2.0, NaN
         content[-20:] = damage * 10
         shard.write_bytes(content)
-        with pytest.raises(PriorFormatError, match=f"{name} is damaged: its norm is"):
+        with pytest.raises(PriorFormatError, match=f"{name} is damaged: its checksum is"):
             prior.load(name)
 
 

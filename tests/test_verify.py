@@ -13,7 +13,7 @@ import torch
 from checkpoints import text_weights, write_checkpoint
 from safetensors.torch import load_file
 
-from drift_kernels import Prior, build_prior
+from drift_kernels import Prior, PriorFormatError, build_prior
 from drift_kernels.prior import quantize
 from drift_kernels.prior.files import StoredTensor, TensorFile, byte_view
 from drift_kernels.prior.norms import CHUNK
@@ -85,10 +85,14 @@ def test_one_flipped_bit_is_found_wherever_it_is(folder: Path) -> None:
         for byte in {0, tensor.nbytes - 1, random.randrange(tensor.nbytes)}:
             bit = random.randrange(8)
             flip(tensor, byte, bit)
-            verification = Prior.open(folder).verify()
-            assert list(verification.faults) == [name.removesuffix(".scales")], (name, byte, bit)
+            damaged, delta = Prior.open(folder), name.removesuffix(".scales")
+            verification = damaged.verify()
+            assert list(verification.faults) == [delta], (name, byte, bit)
             assert not verification.intact
             assert "damaged: " in verification.summary()
+            for read in (damaged.load, damaged.check):
+                with pytest.raises(PriorFormatError, match=rf"{delta} is damaged: (its checksum|scales)"):
+                    read(delta)
             flip(tensor, byte, bit)
             if tensor.numel > 10_000:
                 break
@@ -96,6 +100,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(folder: Path) -> None:
 
 
 def test_it_takes_no_more_memory_for_a_longer_delta(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a check of one."""
     read, longest = StoredTensor.read_flat, []
 
     def read_flat(self: StoredTensor, begin: int, end: int) -> torch.Tensor:
@@ -107,6 +112,7 @@ def test_it_takes_no_more_memory_for_a_longer_delta(folder: Path, monkeypatch: p
     prior = Prior.open(folder)
     assert prior.info(LONG).shape[0] * prior.info(LONG).shape[1] > 2 * CHUNK
     assert prior.verify(lambda done, total: calls.append((done, total))).intact
+    prior.check(LONG)
     assert max(longest) == CHUNK
     assert calls == sorted(calls)
     assert calls[-1] == (prior.numel, prior.numel)
@@ -125,7 +131,11 @@ def test_a_prior_without_checksums_is_compared_by_its_norms(folder: Path, versio
     tensor = stored_in(folder)["norm.weight"]
     content = tensor.path.read_bytes()
     tensor.path.write_bytes(content[: tensor.offset] + b"\x3f" * (len(content) - tensor.offset))
-    assert "damaged: its norm is" in Prior.open(folder).verify().faults["norm.weight"]
+    damaged = Prior.open(folder)
+    assert "damaged: its norm is" in damaged.verify().faults["norm.weight"]
+    for read in (damaged.load, damaged.check):
+        with pytest.raises(PriorFormatError, match=r"norm\.weight is damaged: its norm is"):
+            read("norm.weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)

@@ -28,7 +28,6 @@ from .fusion import Source as Deltas
 from .fusion import of_all_experts
 from .hub import local_folder, public_name
 from .names import canonical_name, some
-from .norms import norm
 from .prior import Prior, PriorLike
 from .reading import open_file, read_exactly
 from .runs import Rows, read_rows, rows_of
@@ -233,38 +232,34 @@ class _Addition:
         """Write a file anew with these tensors changed, and yield the number of bytes written at a time. Raises
         PriorError, naming the tensor, if one is not finite, and PriorFormatError for a damaged delta.
         """
-        norms = dict.fromkeys(changed, 0.0)
         with open_file(path) as file, FileWriter(new) as writer:
 
-            def work(job: _Copy | _Change) -> tuple[int, float]:
+            def work(job: _Copy | _Change) -> int:
                 return self._copy(file, writer, job) if isinstance(job, _Copy) else self._change(file, writer, job)
 
             with closing(in_order(work, self._jobs(os.fstat(file.fileno()).st_size, changed))) as results:
-                for job, (count, read) in results:
-                    if isinstance(job, _Change):
-                        norms[job.name] = math.hypot(norms[job.name], read)
+                for _, count in results:
                     yield count
             writer.finish()
-        for name, found in norms.items():
-            if all(part.of is None for part in self._sources[name].parts):
-                self._prior.check_norm_of_parts(self._sources[name], found)
 
     def _jobs(self, size: int, changed: Mapping[str, StoredTensor]) -> Iterator[_Copy | _Change]:
         done = 0
         for name, tensor in sorted(changed.items(), key=lambda item: item[1].offset):
             yield from _copies(done, tensor.offset)
+            for part in self._sources[name].parts:
+                self._prior.check(part.name)
             known = self._sources[name].shape  # fewer rows than the tensor's, if tokens have been added
             yield from (_Change(name, tensor, rows) for rows in rows_of(known))
             done = tensor.offset + math.prod(known) * (tensor.nbytes // max(tensor.numel, 1))
         yield from _copies(done, size)
 
-    def _copy(self, file: FileIO, writer: FileWriter, job: _Copy) -> tuple[int, float]:
+    def _copy(self, file: FileIO, writer: FileWriter, job: _Copy) -> int:
         view = memoryview(bytearray(job.end - job.begin))
         read_exactly(file, view, job.begin)
         writer.write(view, job.begin)
-        return len(view), 0.0
+        return len(view)
 
-    def _change(self, file: FileIO, writer: FileWriter, job: _Change) -> tuple[int, float]:
+    def _change(self, file: FileIO, writer: FileWriter, job: _Change) -> int:
         assert isinstance(job.tensor.dtype, torch.dtype)
         weight = torch.empty(job.rows.count, dtype=job.tensor.dtype, device="cpu")
         read_exactly(file, byte_view(weight), job.tensor.offset + job.rows.start * weight.element_size())
@@ -276,7 +271,7 @@ class _Addition:
             raise PriorError(f"{job.name} contains NaN or Inf in the base, or overflows in {weight.dtype}")
         view = byte_view(changed)
         writer.write(view, job.tensor.offset + job.rows.start * weight.element_size())
-        return len(view), norm(delta)
+        return len(view)
 
 
 def _copies(begin: int, end: int) -> Sequence[_Copy]:

@@ -152,7 +152,6 @@ class _Piece:
 @dataclass(frozen=True)
 class _Result:
     stored: dict[str, Tensor]
-    read: list[float]  # norm of the part of each prior
     squares: tuple[float, ...]  # <stored, stored>, <stored, exact>, <exact, exact>
 
 
@@ -166,7 +165,6 @@ class _Combination:
         self._dtype = dtype
         self._shapes = shapes
         self._squares: dict[str, tuple[float, ...]] = dict.fromkeys(shapes, (0.0, 0.0, 0.0))
-        self._read = {name: [0.0] * len(priors) for name in shapes}  # norms of the parts so far
 
     def pieces(self, names: Sequence[str]) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         """What to append to which tensors of the prior's files. Raises PriorError if it is not finite."""
@@ -176,22 +174,20 @@ class _Combination:
                     raise PriorError(f"{piece.name} overflows, or contains NaN or Inf in a prior")
                 squares = self._squares[piece.name]
                 self._squares[piece.name] = tuple(a + b for a, b in zip(squares, result.squares, strict=True))
-                self._read[piece.name] = list(map(math.hypot, self._read[piece.name], result.read))
                 yield piece.rows.count, result.stored
 
     def info(self, name: str, param_norm: float | None) -> DeltaInfo:
-        """What is recorded of a combined delta: without an expert there is no cosine to the base. Raises
-        PriorFormatError if a delta that it was made of does not have the recorded norm.
-        """
-        for prior, names, read in zip(self._priors, self._names, self._read[name], strict=True):
-            if name in names:
-                prior.check_norm_of_parts(name, read)
+        """What is recorded of a combined delta: without an expert there is no cosine to the base."""
         stored, product, exact = self._squares[name]
         scale = math.sqrt(stored * exact)
         cosine = product / scale if scale and self._dtype in DELTA_LIMITS else None
         return DeltaInfo(self._shapes[name], self._dtype, math.sqrt(stored), param_norm, None, cosine)
 
     def _cut(self, name: str) -> Iterator[_Piece]:
+        """The pieces of a delta. Raises PriorFormatError if it is damaged in one of the priors."""
+        for prior, names in zip(self._priors, self._names, strict=True):
+            if name in names:
+                prior.check(name)
         rows = list(rows_of(self._shapes[name]))
         bounds = [self._bound(name, rows, position) for position in range(len(self._priors))]
         return (_Piece(name, part, bounds) for part in rows)
@@ -209,15 +205,14 @@ class _Combination:
             for prior, names in zip(self._priors, self._names, strict=True)
         ]
         exact = self._recipe.combine(name, piece.rows, deltas, piece.bounds)
-        read = [0.0 if delta is None else norm(delta) for delta in deltas]
         if self._dtype not in DELTA_LIMITS:
             stored = exact.to(self._dtype)
             square = norm(stored) ** 2
-            return _Result({name: stored}, read, (square, square, square))
+            return _Result({name: stored}, (square, square, square))
         quantized = quantize(exact, self._dtype)
         expanded = quantized.expand()
         squares = dot(expanded, expanded), dot(expanded, exact), dot(exact, exact)
-        return _Result({name: quantized.codes, scales_name(name): quantized.scales}, read, squares)
+        return _Result({name: quantized.codes, scales_name(name): quantized.scales}, squares)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,16 +25,8 @@ from .names import canonical_name, natural_key
 from .plausible import check_values
 from .quantized import Box, QuantizedDelta
 from .reading import exists, read_json
-from .record import (
-    PRIOR_INDEX_NAME,
-    RECORD_NAME,
-    UNFINISHED_MARK,
-    DeltaInfo,
-    fingerprint_of_record,
-    read_infos,
-    recorded_checksums,
-)
-from .stored import StoredDelta, find_delta, layout_of, norm_fault
+from .record import PRIOR_INDEX_NAME, RECORD_NAME, UNFINISHED_MARK, DeltaInfo, fingerprint_of_record, read_infos
+from .stored import StoredDelta, find_deltas, norm_fault
 from .verification import Verification
 
 logger = logging.getLogger("drift_kernels")
@@ -65,6 +56,7 @@ class Prior:
         self.record = record  # the contents of drift_prior.json; empty for deltas in memory
         self._infos = infos
         self._deltas = deltas
+        self._intact: set[str] = set()  # deltas that `check` has read
 
     @classmethod
     def of(cls, prior: PriorLike) -> Prior:
@@ -109,10 +101,7 @@ class Prior:
         except CheckpointError as error:
             raise PriorFormatError(str(error)) from error
         infos = read_infos(folder, record)
-        deltas = {name: find_delta(folder, name, info, stored) for name, info in infos.items()}
-        known = {part for name, i in infos.items() for part in layout_of(name, i.shape, i.dtype, i.rank)}
-        for name in stored.keys() - known:
-            raise PriorFormatError(f"{folder}: {RECORD_NAME} and {PRIOR_INDEX_NAME} disagree about {name}")
+        deltas = find_deltas(folder, record, infos, stored)
         return cls(infos, deltas, fingerprint_of_record(record), record)
 
     @classmethod
@@ -187,8 +176,8 @@ class Prior:
 
         Raises:
             KeyError: there is no such delta.
-            PriorFormatError: the stored bytes cannot be read, do not have the recorded norm, or hold a scale that is
-                negative or not finite.
+            PriorFormatError: the stored bytes cannot be read, do not have the recorded checksum or norm, or hold a
+                scale that is negative or not finite.
         """
         return expanded(self.load_stored(name, device, copy=copy))
 
@@ -204,7 +193,7 @@ class Prior:
             device: as in `load`.
             copy: as in `load`.
             box: a slice of each dimension. Of the file only the rows of this part are read. It is float32 if it cuts
-                through blocks of codes. Its norm is not checked: only that of the whole delta is recorded.
+                through blocks of codes. Checksum and norm, which are those of the whole delta, are not checked.
 
         Returns:
             A tensor, a `QuantizedDelta` or a `LowRankDelta`.
@@ -215,6 +204,9 @@ class Prior:
         """
         if isinstance(name, Source):
             if name.single is None:
+                for piece in name.parts if box is None else ():
+                    if piece.of is not None:
+                        self.check(piece.name)
                 ndims = {part.name: len(self._infos[part.name].shape) for part in name.parts}
                 return assemble(name, ndims, lambda part, of: self.load_stored(part, box=of, copy=False), box, device)
             name = name.single.name
@@ -224,17 +216,24 @@ class Prior:
             return part.to(device or delta.device, copy=copy).contiguous()
         if isinstance(delta, (QuantizedDelta, LowRankDelta)):
             return (delta if box is None else delta.part(box)).to(device or delta.device, copy=copy)
-        try:
-            loaded = delta.read(box)
-            if isinstance(loaded, QuantizedDelta):
-                loaded.check_scales()
-        except CheckpointError as error:
-            raise PriorFormatError(f"{name} of the prior: {error}") from error
-        except PriorError as error:
-            raise PriorFormatError(f"{delta.path}: {name} is damaged: {error}") from error
-        if box is None:
-            self._check_norm(name, delta.path, norm_of(loaded))
+        loaded = delta.load(box)
         return loaded if device is None else loaded.to(device)
+
+    def check(self, name: str) -> None:
+        """Read every byte of a stored delta, in constant memory, and compare its checksum; the norm, if the prior has
+        no checksums. A delta that was found intact is not read again.
+
+        Args:
+            name: its canonical name.
+
+        Raises:
+            KeyError: there is no such delta.
+            PriorFormatError: as in `load`.
+        """
+        delta = self._deltas[name]
+        if isinstance(delta, StoredDelta) and name not in self._intact:
+            delta.check()
+            self._intact.add(name)
 
     def check_norm_of_parts(self, name: str | Source, found: float) -> None:
         """Compare the norm of a delta that was read in parts with the recorded one.
@@ -246,13 +245,10 @@ class Prior:
         Raises:
             PriorFormatError: the norms differ.
         """
-        delta = self._deltas[name.parts[0].name if isinstance(name, Source) else name]
-        if isinstance(delta, StoredDelta):
-            self._check_norm(name, delta.path, found)
-
-    def _check_norm(self, name: str | Source, path: Path, found: float) -> None:
-        if fault := norm_fault(found, self.info(name).delta_norm):
-            raise PriorFormatError(f"{path}: {name.name if isinstance(name, Source) else name} is {fault}")
+        first, shown = (name.parts[0].name, name.name) if isinstance(name, Source) else (name, name)
+        delta = self._deltas[first]
+        if isinstance(delta, StoredDelta) and (fault := norm_fault(found, self.info(name).delta_norm)):
+            raise PriorFormatError(f"{delta.path}: {shown} is {fault}")
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> Verification:
         """Read every byte of the prior, in constant memory, and compare it with the checksums from when it was built.
@@ -269,9 +265,8 @@ class Prior:
         done, checked, faults = 0, {True: 0, False: 0}, {}
         for name, delta in self._deltas.items():
             if isinstance(delta, StoredDelta):
-                checksums = recorded_checksums(self.record, name)
-                checked[checksums is not None] += 1
-                if fault := delta.fault(self._infos[name], checksums):
+                checked[delta.checksums is not None] += 1
+                if fault := delta.fault():
                     faults[name] = fault
             done += math.prod(self._infos[name].shape)
             if progress is not None:
