@@ -144,6 +144,13 @@ def test_a_module_of_which_there_is_nothing_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_a_tied_head_is_named_once(tmp_path: Path) -> None:
+    weights = text_weights()
+    assert build(tmp_path, weights, tuned(weights), modules=("attn", "head")).record["warnings"] == [
+        "the base's head is tied to its embedding: there is no separate head to make a delta for"
+    ]
+
+
 @pytest.mark.parametrize("leaf", ["down_proj", "up_proj"])  # Nemotron-H has no gate
 def test_experts_of_two_forms_are_not_paired_and_it_says_so(tmp_path: Path, leaf: str) -> None:
     single = {f"model.layers.0.mlp.experts.{e}.{leaf}.weight": torch.randn(4, 4) for e in range(2)}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import rows
-from benchmarks.step import command, contender, lineup, measure, shapes
+from benchmarks.step import command, lineup, shapes
 from benchmarks.step.modes import Mode, Storage
 from benchmarks.step.parity import ParityError, check_parity
 from benchmarks.step.problem import Problem
@@ -127,56 +127,7 @@ def test_tensors_without_a_delta_move_no_more_than_adamw_does() -> None:
     assert problem.bytes_to_move("gradnorm", storage, clip=True) == 16 * problem.numel + 4 * biased
 
 
-# Measuring
-
-
-def test_every_contender_runs_once_in_each_repetition() -> None:
-    calls: list[str] = []
-
-    def recorder(name: str) -> contender.Contender:
-        return contender.Contender(
-            name, name, None, None, 0, step=lambda: calls.append(name), prepare=lambda: calls.append("prepare")
-        )
-
-    contenders = [recorder(name) for name in "abc"]
-    timings = measure.measure(contenders, CPU, reps=4, warmup=1)
-    assert calls[::2] == ["prepare"] * 15
-    steps = calls[1::2]
-    assert all(sorted(steps[i : i + 3]) == ["a", "b", "c"] for i in range(0, 15, 3))
-    assert [len(times) for times in timings] == [4, 4, 4]
-
-
-def test_a_gpu_step_is_timed_behind_a_flush_and_apart_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            calls.append("record")
-
-        def synchronize(self) -> None:
-            calls.append("wait")
-
-        def elapsed_time(self, end: Event) -> float:
-            return 7.0
-
-    class Cache:
-        def zero_(self) -> None:
-            calls.append("flush")
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"), raising=False)
-    one = contender.Contender(
-        "a", "a", None, None, 0, step=lambda: calls.append("step"), prepare=lambda: calls.append("prepare")
-    )
-    timing = measure.time_step(one, torch.device("cuda"), Cache())
-    host = ["prepare", "synchronize", "step"]
-    assert calls == [*host, "prepare", "sleep", "flush", "record", "step", "record", "wait"]
-    assert timing.ms == 7
-    assert 0 < timing.host_ms < 1000
+# Arguments
 
 
 @pytest.mark.parametrize(("text", "count"), [("64M", 64_000_000), ("1.5b", 1_500_000_000), ("300k", 300_000), ("7", 7)])

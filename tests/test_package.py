@@ -9,6 +9,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import drift_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +151,14 @@ def test_importing_the_package_imports_no_triton_matplotlib_or_trainer() -> None
     code = f"import sys, drift_kernels.integrations; print([m for m in {unwanted} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("before", "after"), [("pass", "INFO"), ("logger.setLevel('ERROR')", "ERROR")])
+def test_a_level_set_before_the_import_is_kept(before: str, after: str) -> None:
+    code = f"import logging; logger = logging.getLogger('drift_kernels'); {before}; import drift_kernels; "
+    code += "print(logging.getLevelName(logger.level))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == after
 
 
 def test_citation_and_changelog_have_the_version() -> None:

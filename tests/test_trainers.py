@@ -135,6 +135,25 @@ def test_lightning_clips_before_the_bias(tmp_path: Path) -> None:
     assert not tiny.same(clipped, lightning_module.train(tiny.expert_prior(), tmp_path, steps=STEPS, clip=1.0))
 
 
+def test_lightning_moves_alpha_once_per_step_while_it_accumulates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alphas: list[float] = []
+    monkeypatch.setattr(
+        lightning_module.FineTuning,
+        "on_train_batch_end",
+        lambda self, *_: alphas.append(self.optimizers().param_groups[0]["alpha"]),
+    )
+    options = {"accumulate_grad_batches": 2}
+    lightning_module.train(tiny.expert_prior(), tmp_path, steps=STEPS, stop_after=STEPS // 2, trainer_options=options)
+    assert alphas == pytest.approx([tiny.ALPHA * (1 - (batch + 1) // 2 / STEPS) for batch in range(STEPS)])
+
+
+def test_clipping_by_lightning_and_by_the_optimizer_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lightning_module.train(tiny.expert_prior(), tmp_path, steps=STEPS, stop_after=1, clip=2.0, max_grad_norm=0.5)
+    assert "clipped twice: the trainer clips the gradient to max_grad_norm=2, then" in caplog.text
+
+
 def test_lightning_figures_come_through_its_wrapper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, float]] = []
     monkeypatch.setattr(
