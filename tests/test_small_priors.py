@@ -129,7 +129,7 @@ def test_what_does_not_fit_its_record_does_not_open(
         (float("nan"), "scales must be finite and not negative"),
         (float("inf"), "scales must be finite and not negative"),
         (-1.0, "scales must be finite and not negative"),
-        (123.0, "its norm is .* recorded"),
+        (123.0, "its checksum is .* recorded"),
     ],
 )
 def test_damaged_scales_are_noticed_and_named(
