@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import grid
@@ -50,6 +51,33 @@ def test_powers_are_the_same_as_numbers_as_vectors_and_in_the_kernel() -> None:
         grid.fill_coefficients(filling)
         found[first : first + MAX_GROUPS] = other.table[first : first + MAX_GROUPS]
     assert_same_bits([found], [table.table])
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_corrections_follow_counts_and_betas_row_by_row(n: int, on_host: bool) -> None:
+    """Rows that were equal may differ later. Compared with the formulas, number by number."""
+    steps, betas = torch.zeros(n), [(0.9, 0.999)] * n
+    rows = counts.HostCounts(steps, torch.device("cpu")) if on_host else counts.DeviceCounts(steps)
+    rows.set_betas(slice(0, n), *betas[0])
+    for change in ("none", "counts", "betas", "count", "all"):
+        if change == "counts":
+            steps += 7
+        elif change == "betas":
+            betas[n - 1] = (0.8, 0.95)
+            rows.set_betas(slice(n - 1, n), *betas[n - 1])
+        elif change == "count":
+            steps[n // 2] += 1
+        elif change == "all":
+            steps += torch.randint(1000, (n,))
+            betas = [(row / n, 1 - 0.1 ** (row % 12 + 1)) for row in range(n)]
+            for row in range(n):
+                rows.set_betas(slice(row, row + 1), *betas[row])
+        found = rows.corrections()
+        for row, (count, (beta1, beta2)) in enumerate(zip(steps.tolist(), betas, strict=True)):
+            bc1, bc2 = (1 - counts.power(beta, int(count)) for beta in (beta1, beta2))
+            expected = (bc1, 1 / math.sqrt(bc2) if bc2 else math.inf, count)
+            assert tuple(float(column[row]) for column in found) == expected, (change, row)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 255, 511, 512, 513, 1700])
