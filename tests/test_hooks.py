@@ -117,6 +117,16 @@ def test_a_hook_that_comes_later_sees_the_biased_gradient() -> None:
         assert torch.equal(seen[name], p.grad - deltas.get(name, torch.zeros_like(p)))
 
 
+def test_a_hook_that_came_earlier_may_take_the_gradient() -> None:
+    model, _, deltas = two_models()
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
+    handle = attach_prior(model, deltas)
+    backward(model)
+    assert all(param.grad is None for param in model.parameters())
+    assert not handle.has_acted
+
+
 def test_frozen_parameters_get_no_hook() -> None:
     model, plain, deltas = two_models()
     for frozen in (model.embed_tokens.weight, plain.embed_tokens.weight):

@@ -291,8 +291,9 @@ def test_misuse_is_refused() -> None:
     model = adapted_model()
     with pytest.raises(ValueError, match="refresh must be at least 1 step, got 0"):
         lora_prior(model, prior, refresh=0)
-    with pytest.raises(TypeError, match=r"refresh must be an integer number of steps, got 1\.5"):
-        lora_prior(model, prior, refresh=1.5)  # type: ignore[arg-type]
+    for refresh in (1.5, True):
+        with pytest.raises(TypeError, match=f"refresh must be an integer number of steps, got {refresh}"):
+            lora_prior(model, prior, refresh=refresh)  # type: ignore[arg-type]
     with pytest.raises(PriorMismatchError, match=r"use drift_kernels\.integrations\.peft\.lora_prior"):
         FusedDriftAdamW(named_groups(model), prior=prior)
     shapes = {name: torch.randn(3, 3) for name in prior if "q_proj.weight" in name}
