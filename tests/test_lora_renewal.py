@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import adapters as benchmark
 from drift_kernels import FusedDriftAdamW, GradientBias, attach_prior
-from drift_kernels.engine import projecting
+from drift_kernels.engine import engine, projecting
 from drift_kernels.integrations import named_groups
 from drift_kernels.integrations.peft import lora_prior
 
@@ -28,9 +28,10 @@ def bound(optimizer: FusedDriftAdamW) -> dict[str, Tensor]:
     }
 
 
-def test_deltas_are_renewed_in_place_in_every_kth_step() -> None:
+@pytest.mark.parametrize("refresh", [2, 3])
+def test_deltas_are_renewed_in_place_in_every_kth_step(refresh: int) -> None:
     model = adapted_model()
-    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(), refresh=3), lr=1e-2)
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(), refresh=refresh), lr=1e-2)
     seen, places = [], []
     for step in range(7):
         train(model, optimizer, step, step + 1)
@@ -40,7 +41,18 @@ def test_deltas_are_renewed_in_place_in_every_kth_step() -> None:
     assert all(place == places[0] for place in places)
     for step in range(1, 7):
         same = [torch.equal(seen[step][name], seen[step - 1][name]) for name in seen[0]]
-        assert not any(same) if step % 3 == 0 else all(same), step
+        assert not any(same) if step % refresh == 0 else all(same), step
+
+
+def test_a_graph_renews_in_every_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted_model()
+    optimizer = FusedDriftAdamW(named_groups(model), prior=lora_prior(model, deltas(), refresh=2), capturable=True)
+    train(model, optimizer, 0, 1)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    monkeypatch.setattr(engine, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="only in every replay: refresh must be 1, got 2"):
+        train(model, optimizer, 1, 2)
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
 
 def test_a_prior_that_does_not_act_is_not_renewed() -> None:
