@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from drift_kernels import FusedDriftAdamW
+from drift_kernels import FusedDriftAdamW, combine_priors
 from drift_kernels.integrations import named_groups
 from drift_kernels.integrations.peft import lora_prior
 from drift_kernels.sharding import whole
@@ -21,14 +21,19 @@ from drift_kernels.sharding import whole
 STOP, STEPS = 4, 6
 
 
-def started(sharded: bool, scaling: str, refresh: int, **options: object) -> tuple[nn.Module, FusedDriftAdamW]:
+def started(
+    stored: Path, sharded: bool, scaling: str, refresh: int, **options: object
+) -> tuple[nn.Module, FusedDriftAdamW]:
     model = adapted_model(**options)
     if sharded:
         for layer in model.base_model.model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-    prior = lora_prior(model, deltas(), refresh=refresh)
-    return model, FusedDriftAdamW(named_groups(model), prior=prior, prior_scaling=scaling, lr=1e-2)
+    prior = lora_prior(model, stored, refresh=refresh)
+    normalize = scaling == "absolute"
+    return model, FusedDriftAdamW(
+        named_groups(model), prior=prior, prior_scaling=scaling, normalize_to_param=normalize, alpha=0.1, lr=1e-2
+    )
 
 
 def train(model: nn.Module, optimizer: FusedDriftAdamW, begin: int, end: int) -> dict[str, Tensor]:
@@ -40,15 +45,15 @@ def train(model: nn.Module, optimizer: FusedDriftAdamW, begin: int, end: int) ->
 
 
 def uninterrupted_and_resumed(
-    folder: Path, scaling: str, refresh: int, dora: bool
+    stored: Path, folder: Path, scaling: str, refresh: int, dora: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Resume with torch.distributed.checkpoint."""
-    model, optimizer = started(True, scaling, refresh, use_dora=dora)
+    model, optimizer = started(stored, True, scaling, refresh, use_dora=dora)
     train(model, optimizer, 0, STOP)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=str(folder))
     uninterrupted = train(model, optimizer, STOP, STEPS)
-    model, optimizer = started(True, scaling, refresh, use_dora=dora)
+    model, optimizer = started(stored, True, scaling, refresh, use_dora=dora)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     found = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(found, checkpoint_id=str(folder))
@@ -62,9 +67,11 @@ def uninterrupted_and_resumed(
 )
 def test_fully_shard(scaling: str, refresh: int, dora: bool, tmp_path: Path) -> None:
     """Bitwise identical to one process if no coefficient depends on norms. (DoRA's forward rounds differently.)"""
-    expected = train(*started(False, scaling, refresh, use_dora=dora), 0, STEPS)
+    stored = tmp_path / "prior"
+    combine_priors([deltas()], stored, weights=[1], dtype=torch.float32)
+    expected = train(*started(stored, False, scaling, refresh, use_dora=dora), 0, STEPS)
     for uninterrupted, resumed in ranks.run(
-        uninterrupted_and_resumed, 2, tmp_path, tmp_path / "checkpoint", scaling, refresh, dora
+        uninterrupted_and_resumed, 2, tmp_path, stored, tmp_path / "checkpoint", scaling, refresh, dora
     ):
         for name, tensor in expected.items():
             assert torch.equal(resumed[name], uninterrupted[name]), name

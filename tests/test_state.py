@@ -193,3 +193,20 @@ def test_hooks_of_the_user_are_heard() -> None:
     ours.load_state_dict(saved)
     for i, p in enumerate(net.parameters()):
         assert torch.equal(ours.state[p]["exp_avg"], saved["state"][i]["exp_avg"] * 2)
+
+
+def test_masters_begin_at_the_parameters_if_none_were_saved_and_are_dropped_if_none_are_kept(seed: int) -> None:
+    net = model(torch.bfloat16)
+    plain = FusedDriftAdamW(net.parameters(), lr=1e-2)
+    train(net, plain, 2, seed)
+    masters = FusedDriftAdamW(net.parameters(), lr=1e-2, master_weights=True)
+    masters.load_state_dict(through_a_file(plain.state_dict()))
+    for p in net.parameters():
+        assert torch.equal(masters.master_weight(p), p.detach().float())
+        assert torch.equal(masters.state[p]["exp_avg"], plain.state[p]["exp_avg"])
+    train(net, masters, 2, seed)
+    assert any(bool((masters.master_weight(p) != p.detach().float()).any()) for p in net.parameters())
+    plain.load_state_dict(through_a_file(masters.state_dict()))
+    for p in net.parameters():
+        assert plain.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert torch.equal(masters.state[p]["exp_avg"], plain.state[p]["exp_avg"])
