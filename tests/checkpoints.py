@@ -14,6 +14,8 @@ import transformers as hf
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drift_kernels.prior.files import StoredTensor, TensorFile
+
 TEXT = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -188,3 +190,18 @@ def write_checkpoint(
         weight_map.update(dict.fromkeys(part, name))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a folder's files are, by their stored names."""
+    return {n: t for path in folder.glob("*.safetensors") for n, t in TensorFile.inspect(path).tensors.items()}
+
+
+def flip_bit(folder: Path, tensor: str, byte: int = 0, bit: int = 0) -> None:
+    """Flip a bit of a stored tensor in its file. By default the lowest of the first element's, if little-endian."""
+    place = stored_tensors(folder)[tensor]
+    with place.path.open("r+b") as file:
+        file.seek(place.offset + byte)
+        value = file.read(1)[0]
+        file.seek(place.offset + byte)
+        file.write(bytes([value ^ 1 << bit]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from checkpoints import TEXT, text_weights, write_checkpoint
+from checkpoints import TEXT, flip_bit, text_weights, write_checkpoint
 from merges import EVERYTHING, Family
 from safetensors.torch import load_file, save_file
 from test_unfusing import FUSED, save_base, save_expert
@@ -292,16 +292,9 @@ def test_overflow_names_the_tensor_and_leaves_nothing(family: Family) -> None:
     assert not list(family.folder.glob("out*"))
 
 
-def flip_the_last_bit(prior: Path) -> None:
-    file = next(prior.glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-4] ^= 1  # of little-endian float32
-    file.write_bytes(content)
-
-
 def test_damaged_priors_leave_nothing(family: Family) -> None:
     family.prior("a")
-    flip_the_last_bit(family.folder / "prior-a")
+    flip_bit(family.folder / "prior-a", "norm.weight")
     with pytest.raises(PriorFormatError, match="is damaged: its checksum"):
         apply_prior(family.folder / "prior-a", family.folder / "base", family.folder / "out")
     assert not list(family.folder.glob("out*"))
@@ -312,7 +305,7 @@ def test_damage_to_a_delta_of_which_single_experts_take_parts(tmp_path: Path) ->
         save_base(tmp_path / role, 24, transposed=False)
     build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", modules=("mlp",), dtype=torch.float32)
     single = save_expert(tmp_path / "single", 24)
-    flip_the_last_bit(tmp_path / "prior")
+    flip_bit(tmp_path / "prior", "layers.1.mlp.experts.gate_up_proj")
     damage = pytest.raises(PriorFormatError, match=r"experts\.\w+ is damaged: its checksum")
     with damage:
         apply_prior(tmp_path / "prior", tmp_path / "single", tmp_path / "out", partial=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from checkpoints import TEXT, VISION, randomised
+from checkpoints import TEXT, VISION, flip_bit, randomised
 from torch import Tensor, nn
 
 from drift_kernels import Prior, PriorFormatError, PriorMismatchError, build_prior
@@ -201,6 +201,15 @@ def test_small_priors_of_single_experts(dtype: torch.dtype, tmp_path: Path) -> N
         held = delta.delta if delta.delta_scale is None else QuantizedDelta(delta.delta, delta.delta_scale).expand()
         assert (delta.delta_scale is not None) == (kind == torch.bfloat16 and dtype != torch.bfloat16)
         assert torch.equal(held, whole)
+
+
+def test_damage_to_one_of_the_deltas_that_are_joined(tmp_path: Path) -> None:
+    _, base = two_models("mixtral", tmp_path)
+    prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior")
+    flip_bit(tmp_path / "prior", "layers.1.block_sparse_moe.experts.2.w3.weight")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    with pytest.raises(PriorFormatError, match=r"experts\.2\.w3\.weight is damaged: its checksum is"):
+        bind(prior, [(name, base.get_parameter(name), None)])
 
 
 def test_the_norm_of_shards_is_compared_with_that_of_the_parts(tmp_path: Path) -> None:

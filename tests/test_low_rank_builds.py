@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import text_weights, write_checkpoint
+from checkpoints import flip_bit, text_weights, write_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -182,17 +182,6 @@ def test_deltas_of_zeros(tmp_path: Path) -> None:
 # Damage
 
 
-def flip(folder: Path, tensor: str, byte: int) -> None:
-    (place,) = [
-        t for path in folder.glob("*.safetensors") for n, t in TensorFile.inspect(path).tensors.items() if n == tensor
-    ]
-    with place.path.open("r+b") as file:
-        file.seek(place.offset + byte)
-        value = file.read(1)[0]
-        file.seek(place.offset + byte)
-        file.write(bytes([value ^ 1]))
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_one_flipped_bit_is_found(exact: dict[str, Tensor], side: str, tmp_path: Path) -> None:
     prior = build(tmp_path)
@@ -203,7 +192,7 @@ def test_one_flipped_bit_is_found(exact: dict[str, Tensor], side: str, tmp_path:
     assert recorded == {n: f"{zlib.crc32(byte_view(t.view(-1))):08x}" for n, t in tensors.items() if n in recorded}
     assert prior.verify().intact
     assert prior.verify().by_checksum == len(prior)
-    flip(tmp_path / "prior", f"{UP}.{side}", 10)
+    flip_bit(tmp_path / "prior", f"{UP}.{side}", byte=10)
     assert list(prior.verify().faults) == [UP]
     assert "its checksum is" in prior.verify().faults[UP]
     assert main(["check", str(tmp_path / "prior"), "--verify"]) == 1
@@ -211,7 +200,7 @@ def test_one_flipped_bit_is_found(exact: dict[str, Tensor], side: str, tmp_path:
 
 def test_a_damaged_factor_is_noticed_when_it_is_read(exact: dict[str, Tensor], tmp_path: Path) -> None:
     build(tmp_path)
-    flip(tmp_path / "prior", f"{UP}.left", 0)
+    flip_bit(tmp_path / "prior", f"{UP}.left")
     with pytest.raises(PriorFormatError, match=f"{UP} is damaged: its checksum is"):
         Prior.open(tmp_path / "prior").load_stored(UP)
 

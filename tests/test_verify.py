@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import text_weights, write_checkpoint
+from checkpoints import flip_bit, stored_tensors, text_weights, write_checkpoint
 from safetensors.torch import load_file
 
 from drift_kernels import Prior, PriorFormatError, build_prior
 from drift_kernels.prior import quantize
-from drift_kernels.prior.files import StoredTensor, TensorFile, byte_view
+from drift_kernels.prior.files import StoredTensor, byte_view
 from drift_kernels.prior.norms import CHUNK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
@@ -46,18 +46,6 @@ def record_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "drift_prior.json").read_text())
 
 
-def stored_in(folder: Path) -> dict[str, StoredTensor]:
-    return {n: t for path in folder.glob("*.safetensors") for n, t in TensorFile.inspect(path).tensors.items()}
-
-
-def flip(tensor: StoredTensor, byte: int, bit: int) -> None:
-    with tensor.path.open("r+b") as file:
-        file.seek(tensor.offset + byte)
-        value = file.read(1)[0]
-        file.seek(tensor.offset + byte)
-        file.write(bytes([value ^ 1 << bit]))
-
-
 def forget_checksums(folder: Path, version: int) -> None:
     record = record_of(folder)
     record["version"] = version
@@ -80,11 +68,11 @@ def test_one_flipped_bit_is_found_wherever_it_is(folder: Path) -> None:
     prior = Prior.open(folder)
     assert prior.verify().intact
     assert prior.verify().by_checksum == len(prior)
-    tensors = {name: tensor for name, tensor in stored_in(folder).items() if tensor.nbytes}
+    tensors = {name: tensor for name, tensor in stored_tensors(folder).items() if tensor.nbytes}
     for name, tensor in tensors.items():
         for byte in {0, tensor.nbytes - 1, random.randrange(tensor.nbytes)}:
             bit = random.randrange(8)
-            flip(tensor, byte, bit)
+            flip_bit(folder, name, byte, bit)
             damaged, delta = Prior.open(folder), name.removesuffix(".scales")
             verification = damaged.verify()
             assert list(verification.faults) == [delta], (name, byte, bit)
@@ -93,7 +81,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(folder: Path) -> None:
             for read in (damaged.load, damaged.check):
                 with pytest.raises(PriorFormatError, match=rf"{delta} is damaged: (its checksum|scales)"):
                     read(delta)
-            flip(tensor, byte, bit)
+            flip_bit(folder, name, byte, bit)
             if tensor.numel > 10_000:
                 break
     assert Prior.open(folder).verify().intact
@@ -126,9 +114,9 @@ def test_a_prior_without_checksums_is_compared_by_its_norms(folder: Path, versio
     assert (verification.by_checksum, verification.by_norm) == (0, len(prior))
     assert verification.intact
     assert f"{len(prior)} were checked only by norm" in verification.summary()
-    flip(stored_in(folder)[LONG], 0, 0)
+    flip_bit(folder, LONG)
     assert Prior.open(folder).verify().intact, "the change is too small for a norm"
-    tensor = stored_in(folder)["norm.weight"]
+    tensor = stored_tensors(folder)["norm.weight"]
     content = tensor.path.read_bytes()
     tensor.path.write_bytes(content[: tensor.offset] + b"\x3f" * (len(content) - tensor.offset))
     damaged = Prior.open(folder)
@@ -144,7 +132,7 @@ def test_scales_that_no_norm_shows(tmp_path: Path, dtype: torch.dtype) -> None:
     write_checkpoint(tmp_path / "base", text_weights())
     build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior", dtype=dtype)
     forget_checksums(tmp_path / "prior", 2)
-    flip(stored_in(tmp_path / "prior")[f"{LONG}.scales"], 3, 7)
+    flip_bit(tmp_path / "prior", f"{LONG}.scales", byte=3, bit=7)
     assert Prior.open(tmp_path / "prior").verify().faults == {LONG: "damaged: scales must be finite and not negative"}
 
 
