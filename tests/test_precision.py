@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from drift_kernels import FusedDriftAdamW
+from drift_kernels.engine.binding import PriorBinding
 from drift_kernels.formats import blocks, philox, rounding
 from drift_kernels.kernels import backends
 from drift_kernels.prior import quantize
@@ -320,6 +321,12 @@ def test_a_small_prior_acts_on_parameters_of_every_dtype() -> None:
             theirs.step()
         for name, p in params.items():
             torch.testing.assert_close(p, others[name], rtol=2.0**-8 if dtype != F32 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("prior_device", "expected"), [(None, "meta"), ("cpu", "cpu")])
+def test_deltas_stay_in_host_memory_if_asked(prior_device: str | None, expected: str) -> None:
+    binding = PriorBinding.of({"w": torch.ones(3)}, prior_device)
+    assert binding._device_for(torch.empty(3, device="meta")).type == expected
 
 
 def test_memory_is_reported_as_it_is_allocated() -> None:
