@@ -298,6 +298,10 @@ def test_other_models_and_incomplete_experts_are_not_bound() -> None:
     ]
     prior = Prior.from_mapping({"layers.0.block_sparse_moe.up_proj.weight": torch.randn(4, 3)})
     assert list(prior.match(live).matched) == ["model.layers.0.block_sparse_moe.up_proj.weight"]
+    # Nor do two parameters share the deltas of one.
+    experts = {f"layers.0.block_sparse_moe.experts.{e}.w2.weight": (4, 3) for e in range(2)}
+    stacks = [(m, f"layers.0.{m}.experts.down_proj", (2, 4, 3)) for m in ("mlp", "block_sparse_moe")]
+    assert list(find_sources(stacks, experts)) == ["mlp"]
 
 
 def test_alpha_of_a_joined_delta_is_that_of_its_first_part_and_zero_where_a_part_is_left_alone() -> None:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from drift_kernels import CheckpointError, Prior, PriorError, PriorMismatchError, build_prior
+from drift_kernels import CheckpointError, Prior, PriorError, PriorMismatchError, build_prior, combine_priors
 from drift_kernels.cli import main
 from drift_kernels.prior.init_lora import init_lora
 from drift_kernels.prior.names import canonical_name
@@ -159,15 +159,16 @@ def test_errors_leave_nothing(base: nn.Module, tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob("adapter*"))
 
 
-def test_deltas_of_zeros_have_a_random_a(tmp_path: Path) -> None:
+def test_deltas_of_zeros_have_a_random_a(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT))
     model.save_pretrained(tmp_path / "base")
     names = [f"layers.{layer}.mlp.up_proj.weight" for layer in range(2)]
-    fits = init_lora(
-        {names[0]: torch.zeros(48, 32), names[1]: torch.randn(48, 32)},
-        tmp_path / "base",
-        tmp_path / "adapter",
-        rank=RANK,
-    )
+    deltas = {names[0]: torch.zeros(48, 32), names[1]: torch.randn(48, 32)}
+    fits = init_lora(deltas, tmp_path / "base", tmp_path / "adapter", rank=RANK)
     assert [fit.seen is None for fit in fits.values()] == [True, False]
+    folder, out = tmp_path / "prior", tmp_path / "by-command"
+    combine_priors([deltas], folder, weights=[1])
+    assert main(["init-lora", str(folder), "--base", str(tmp_path / "base"), "--rank", "8", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert " - " in next(line for line in lines if "layers.0.mlp.up_proj" in line)
     loaded(model, tmp_path / "adapter")
