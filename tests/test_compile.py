@@ -112,6 +112,7 @@ def test_the_operators_are_the_reference(dtypes: tuple[torch.dtype | None, ...],
         (1, lambda v: [t.half() for t in v], r"grads must be torch\.bfloat16 or torch\.float32, got torch\.float16"),
         (4, lambda v: [t.to(torch.int8) for t in v], r"the scales of deltas must have shapes \[\(1,\), \(1,\)\]"),
         (0, lambda v: [], "params must have at least one tensor, got none"),
+        (0, lambda v: [t.double() for t in v], r"params must be torch\.float32 or .*, got torch\.float64"),
         (7, lambda v: v[:1], "coefficients must have shapes"),
     ],
 )
