@@ -8,6 +8,7 @@ import pytest
 from documents import ROOT
 
 pytest.importorskip("trl")
+pytest.importorskip("transformers", minversion="5", reason="its examples need transformers 5")
 pytest.importorskip("sklearn")
 
 from examples import trl_seeds

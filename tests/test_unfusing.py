@@ -25,8 +25,10 @@ VISION_3 = {"depth": 1, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 32
 VISION_3 |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
 FUSED = "model.language_model.layers.{}.mlp.experts.{}"
 SINGLE = "model.layers.{}.mlp.experts.{}.{}.weight"
+TRANSFORMERS_5 = int(hf.__version__.split(".")[0]) >= 5
+ROPE_KEY = "rope_parameters" if TRANSFORMERS_5 else "rope_scaling"
 fused_by_transformers = pytest.mark.skipif(
-    int(hf.__version__.split(".")[0]) < 5, reason="transformers 4 holds these experts transposed in memory"
+    not TRANSFORMERS_5, reason="transformers 4 holds these experts transposed in memory"
 )
 
 
@@ -37,7 +39,7 @@ def text_config(inter: int) -> dict[str, object]:
 def save_base(folder: Path, inter: int, transposed: bool = True) -> None:
     """Write the file transposed, as in the published checkpoint, or as transformers 5 saves it."""
     config = hf.Qwen3VLMoeConfig(
-        text_config={**text_config(inter), "rope_parameters": MROPE}, vision_config=VISION_3, tie_word_embeddings=False
+        text_config={**text_config(inter), ROPE_KEY: MROPE}, vision_config=VISION_3, tie_word_embeddings=False
     )
     randomised(hf.Qwen3VLMoeForConditionalGeneration(config)).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
