@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drift_kernels.prior.files import StoredTensor, TensorFile
 
+TRANSFORMERS_5 = int(hf.__version__.split(".")[0]) >= 5
 TEXT = {
     "vocab_size": 101,
     "hidden_size": 32,

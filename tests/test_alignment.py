@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from checkpoints import TEXT, randomised, text_weights, tuned, write_checkpoint
+from checkpoints import TEXT, TRANSFORMERS_5, randomised, text_weights, tuned, write_checkpoint
 from torch import Tensor, nn
 
 from drift_kernels import FusedDriftAdamW, Prior, PriorError, PriorMismatchError, build_prior
@@ -159,7 +159,7 @@ def test_experts_of_two_forms_are_not_paired_and_it_says_so(tmp_path: Path, leaf
     assert any("one by one in the expert and fused in the base: they are not paired" in w for w in warnings)
 
 
-@pytest.mark.skipif(int(hf.__version__.split(".")[0]) < 5, reason="experts are fused by transformers 5")
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="experts are fused by transformers 5")
 def test_check_answers_for_the_model_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = hf.Qwen3MoeConfig(**TEXT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     for role in ("base", "expert"):

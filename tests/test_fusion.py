@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from checkpoints import TEXT, VISION, flip_bit, randomised
+from checkpoints import TEXT, TRANSFORMERS_5, VISION, flip_bit, randomised
 from torch import Tensor, nn
 
 from drift_kernels import Prior, PriorFormatError, PriorMismatchError, build_prior
@@ -20,7 +20,7 @@ from drift_kernels.prior.names import canonical_name, layer_of, module_of
 from drift_kernels.prior.strengths import Strengths
 from drift_kernels.sharding import Shard
 
-pytestmark = pytest.mark.skipif(int(hf.__version__.split(".")[0]) < 5, reason="experts are fused by transformers 5")
+pytestmark = pytest.mark.skipif(not TRANSFORMERS_5, reason="experts are fused by transformers 5")
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 QWEN_MOE = {**TEXT, **EXPERTS, "num_experts": 4}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import short_trainer
-import transformers
+from checkpoints import TRANSFORMERS_5
 from short_trainer import STEPS, Tracker, drift_of, fit
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -19,7 +19,6 @@ from drift_kernels.integrations import named_groups
 from drift_kernels.integrations.transformers import DriftCallback, drift_adamw
 from examples import tiny
 
-FACTORIES = int(transformers.__version__.split(".")[0]) >= 5
 OPTIONS = {"alpha": 2.0, "prior_scaling": "gradnorm"}
 
 
@@ -59,7 +58,7 @@ def reference(arguments: Callable[..., TrainingArguments]) -> Trainer:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_that_keep_names(form: str, reference: Trainer, arguments: Callable[..., TrainingArguments]) -> None:
-    if form == "factory" and not FACTORIES:
+    if form == "factory" and not TRANSFORMERS_5:
         with pytest.raises(TypeError, match="does not pass the model"):
             fit(arguments(), **FORMS[form](arguments(), None, tiny.expert_prior()))
         return
@@ -70,7 +69,7 @@ def test_forms_that_keep_names(form: str, reference: Trainer, arguments: Callabl
     assert [group["weight_decay"] for group in drift_of(trainer).param_groups] == [0.1, 0.0]
 
 
-@pytest.mark.skipif(not FACTORIES, reason="transformers 4 tells an optimizer's class no model")
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 tells an optimizer's class no model")
 def test_model_init(reference: Trainer, arguments: Callable[..., TrainingArguments]) -> None:
     choice = drift_adamw(arguments(), prior=tiny.expert_prior(), **OPTIONS)
     trainer = fit(arguments(), model_init=tiny.base_model, optimizer_cls_and_kwargs=choice)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from checkpoints import TEXT, randomised
+from checkpoints import TEXT, TRANSFORMERS_5, randomised
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,7 +25,6 @@ VISION_3 = {"depth": 1, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 32
 VISION_3 |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
 FUSED = "model.language_model.layers.{}.mlp.experts.{}"
 SINGLE = "model.layers.{}.mlp.experts.{}.{}.weight"
-TRANSFORMERS_5 = int(hf.__version__.split(".")[0]) >= 5
 ROPE_KEY = "rope_parameters" if TRANSFORMERS_5 else "rope_scaling"
 fused_by_transformers = pytest.mark.skipif(
     not TRANSFORMERS_5, reason="transformers 4 holds these experts transposed in memory"
