@@ -61,16 +61,25 @@ def test_without_a_prior_it_is_torch_adamw(backend: str, maximize: bool) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_is_within_an_ulp_of_torch_a_step(backend: str) -> None:
+    """Both compute in float32 in another order and round once. What the order changes, a few float32 roundings of the
+    parameter and of lr, is added to the ulp: where they cancel, it is more than the result's own ulp."""
+    lr = 1e-2
     params = make_params(torch.bfloat16)
     expected = copies(params)
-    ours = FusedDriftAdamW(params.values(), lr=1e-2, state_dtype=torch.bfloat16, backend=backend)
-    theirs = torch.optim.AdamW(expected.values(), lr=1e-2, fused=True)
+    ours = FusedDriftAdamW(params.values(), lr=lr, state_dtype=torch.bfloat16, backend=backend)
+    theirs = torch.optim.AdamW(expected.values(), lr=lr, fused=True)
     for _ in range(10):
         random_grads(params, expected)
+        before = copies(params)
         ours.step()
         theirs.step()
+        for name, p in params.items():
+            found, wanted = p.detach().double(), expected[name].detach().double()
+            exponent = torch.frexp(torch.maximum(found.abs(), wanted.abs())).exponent
+            ulp = torch.ldexp(torch.ones_like(found), exponent - 8)
+            bound = ulp + 2**-21 * (before[name].detach().double().abs() + lr)
+            assert (found - wanted).abs().le(bound).all(), name
         for p, e in zip(params.values(), expected.values(), strict=True):
-            assert (p.detach().view(torch.int16).int() - e.detach().view(torch.int16).int()).abs().le(1).all()
             with torch.no_grad():
                 e.copy_(p)
                 for key in ("exp_avg", "exp_avg_sq"):
