@@ -90,8 +90,18 @@ def test_each_stage_ends_in_its_own_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_a_stage_that_takes_too_long_ends_with_all_its_processes(tmp_path: Path) -> None:
-    """A shell and its child, which both start at once, however busy the machine is."""
+def test_a_stage_that_takes_too_long_ends_with_all_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell and its child. Its second begins when both are there, however busy the machine is."""
+
+    class Started(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                wait_for(tmp_path / "pid")
+            return super().wait(timeout)
+
+    monkeypatch.setattr(stages.subprocess, "Popen", Started)
     slow = Stage("slow", ["sh", "-c", f"sleep {ENDLESS} & echo $! > {shlex.quote(str(tmp_path / 'pid'))}; wait"], 1)
     start = time.monotonic()
     outcomes = run_stages([slow, python("next", "print('next')")], 2 * PATIENCE, tmp_path / "log", tmp_path)
@@ -102,9 +112,16 @@ def test_a_stage_that_takes_too_long_ends_with_all_its_processes(tmp_path: Path)
     wait_for_the_end_of(int((tmp_path / "pid").read_text()))
 
 
-def test_the_budget_bounds_all_stages_together(tmp_path: Path) -> None:
-    sleep = f"import time; time.sleep({ENDLESS})"
-    start = time.monotonic()
+def test_the_budget_bounds_all_stages_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clock counts only the limits of the stages that ran, however busy the machine is."""
+    sleep, start, run, used = f"import time; time.sleep({ENDLESS})", time.monotonic(), stages._run, []
+
+    def counted(stage: Stage, seconds: float, *others: Path) -> Outcome:
+        used.append(seconds)
+        return run(stage, seconds, *others)
+
+    monkeypatch.setattr(stages, "time", SimpleNamespace(monotonic=lambda: float(sum(used))))
+    monkeypatch.setattr(stages, "_run", counted)
     outcomes = run_stages(
         [python("one", sleep), python("two", sleep), python("no tool", "", missing="x")],
         1,
@@ -134,13 +151,19 @@ def test_the_log_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_stopping_the_runner_stops_its_stage(tmp_path: Path) -> None:
+    """From when it waits for it: a signal inside of `Popen` would leave the child without anyone who knows it."""
     program = f"""
-import signal, sys
+import subprocess, sys
 from pathlib import Path
 from benchmarks.gpu import stages, suite
-child = "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep({ENDLESS})"
+class Started(subprocess.Popen):
+    def wait(self, timeout=None):
+        if timeout is not None:
+            Path({str(tmp_path / "pid")!r}).write_text(str(self.pid))
+        return super().wait(timeout)
+stages.subprocess.Popen = Started
 suite.find_gpu = lambda: {{"arch": "90", "free": {FREE}}}
-suite.make_stages = lambda *_: [stages.Stage("slow", [sys.executable, "-c", child], {ENDLESS})]
+suite.make_stages = lambda *_: [stages.Stage("slow", ["sleep", "{ENDLESS}"], {ENDLESS})]
 sys.exit(suite.main([{str(tmp_path / "out")!r}]))
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)

@@ -22,18 +22,18 @@ STOP, STEPS = 4, 6
 
 
 def started(
-    stored: Path, sharded: bool, scaling: str, refresh: int, **options: object
+    stored: Path, sharded: bool, scaling: str, refresh: int, **of_model: object
 ) -> tuple[nn.Module, FusedDriftAdamW]:
-    model = adapted_model(**options)
+    model = adapted_model(**of_model)
     if sharded:
         for layer in model.base_model.model.model.layers:
             fully_shard(layer)
         fully_shard(model)
     prior = lora_prior(model, stored, refresh=refresh)
     normalize = scaling == "absolute"
-    return model, FusedDriftAdamW(
-        named_groups(model), prior=prior, prior_scaling=scaling, normalize_to_param=normalize, alpha=0.1, lr=1e-2
-    )
+    # eps is above the gradients' rounding errors: otherwise Adam turns these into full steps where gradients vanish.
+    options = {"prior_scaling": scaling, "normalize_to_param": normalize, "alpha": 0.1, "lr": 1e-2, "eps": 1e-4}
+    return model, FusedDriftAdamW(named_groups(model), prior=prior, **options)
 
 
 def train(model: nn.Module, optimizer: FusedDriftAdamW, begin: int, end: int) -> dict[str, Tensor]:

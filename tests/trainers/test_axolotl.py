@@ -217,7 +217,8 @@ def alone(folder: Path) -> dict[str, Tensor]:
     return {name: param.detach() for name, param in Witness.trainer.model.named_parameters()}
 
 
-SHORT = {"max_steps": 4, "save_steps": None, "save_strategy": "no"}
+# adam_epsilon is above gradients' rounding errors: otherwise Adam turns these into full steps where gradients vanish.
+SHORT = {"max_steps": 4, "save_steps": None, "save_strategy": "no", "adam_epsilon": 1e-4}
 FSDP2 = {
     "fsdp_version": 2,
     "fsdp_config": {
