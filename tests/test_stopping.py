@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 COMMAND = """
-import pathlib, shutil, signal, sys, time
+import os, pathlib, shutil, signal, sys
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # whatever the tests run under
     signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 from drift_kernels import cli
@@ -28,11 +28,12 @@ from drift_kernels.cli import building
 from drift_kernels.prior import build, shards, writing
 folder, moment, words = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 
-def pausing(function, when=lambda: True, seconds=60):
+def pausing(function, when=lambda: True, waits=True):
     def paused(*arguments, **options):
         if when():
-            print("now", flush=True)
-            time.sleep(seconds)
+            os.write(1, b"now\\n")  # in one piece, whatever other threads write
+            if waits:
+                os.read(0, 1)  # until `Running.end` closes it: the signals have been sent by then
         return function(*arguments, **options)
     return paused
 
@@ -47,11 +48,11 @@ elif moment == "between the renames":
     rename = pathlib.Path.rename
     pathlib.Path.rename = pausing(rename, lambda: renames.append(1) or len(renames) == 2)
 elif moment == "in a thread":
-    build.DeltaStream._work = pausing(build.DeltaStream._work, seconds=0.5)
+    build.DeltaStream._work = pausing(build.DeltaStream._work)
 elif moment == "any":
-    building.build_prior = pausing(building.build_prior, seconds=0)
+    building.build_prior = pausing(building.build_prior, waits=False)
 if "twice" in words:
-    shutil.rmtree = pausing(shutil.rmtree, seconds=0.5)
+    shutil.rmtree = pausing(shutil.rmtree)
 if "nohup" in words:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 commands = {
@@ -79,7 +80,8 @@ class Running:
 
     def __init__(self, folder: Path, moment: str, *words: str) -> None:
         command = [sys.executable, "-c", COMMAND, str(folder), moment, *words]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = subprocess.Popen(command, **pipes, text=True, cwd=ROOT)
         self.wait_for_it()
 
     def wait_for_it(self) -> None:
