@@ -29,7 +29,7 @@ from examples.digit_sums import figures, report
 from examples.digit_sums.analysis import SCORES, Choice, answer, choose, front, mean_and_interval
 from examples.digit_sums.cells import Cell, Cells
 from examples.digit_sums.experiments import ADAPTERS, DEMO, EXPERIMENTS, FORMS, Entry, Experiment, entries, sweep
-from examples.digit_sums.parallel import Pool
+from examples.digit_sums.parallel import Pool, noting_interrupts
 from examples.digit_sums.settings import TUNING_SEEDS, Arm, Run, Settings, World
 
 ROOT = Path(__file__).parent.parent
@@ -301,6 +301,13 @@ def test_a_command_that_is_stopped_leaves_no_process_behind(signum: signal.Signa
     assert alive == []
     assert ("run the same command to resume" in printed) == (signum == signal.SIGINT)
     assert list(tmp_path.glob("runs/*.json")) == []
+
+
+def test_ctrl_c_is_raised_where_no_lock_is_held():
+    with pytest.raises(KeyboardInterrupt), noting_interrupts() as interrupted:
+        reached = [signal.raise_signal(signal.SIGINT), *interrupted]
+    assert reached == [None, signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
