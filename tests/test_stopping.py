@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 COMMAND = """
-import concurrent.futures, os, pathlib, shutil, signal, sys
+import concurrent.futures, os, pathlib, shutil, signal, sys, threading
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # whatever the tests run under
     signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 from drift_kernels import cli
@@ -28,10 +28,11 @@ from drift_kernels.cli import building
 from drift_kernels.prior import build, shards, writing
 folder, moment, words = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 
-def pausing(function, when=lambda: True, word=b"now\\n"):
+def pausing(function, when=lambda: True):
     def paused(*arguments, **options):
         if when():
-            os.write(1, word)
+            if threading.current_thread() is threading.main_thread():
+                os.write(1, b"now\\n")
             os.read(0, 1)  # until `Running.end` closes it: the signals have been sent by then
         return function(*arguments, **options)
     return paused
@@ -61,10 +62,12 @@ elif moment == "between the renames":
     rename = pathlib.Path.rename
     pathlib.Path.rename = pausing(rename, lambda: renames.append(1) or len(renames) == 2)
 elif moment == "in a thread":
-    build.DeltaStream._work = pausing(build.DeltaStream._work, word=b"")
-    concurrent.futures.Future.result = pausing(concurrent.futures.Future.result)  # the main thread waits for them
+    build.DeltaStream._work = pausing(build.DeltaStream._work)
 elif moment == "at a line":
     building.build_prior = at_line(int(words[0]), building.build_prior)
+if moment in ("in a thread", "in a write"):  # of a thread that the main thread waits for
+    result = concurrent.futures.Future.result
+    concurrent.futures.Future.result = pausing(result, lambda: any(folder.glob("prior.*")))
 if "twice" in words:
     shutil.rmtree = pausing(shutil.rmtree)
 if "nohup" in words:
