@@ -254,6 +254,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(
 
 def test_a_copy_without_git_can_name_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_git", lambda *_: None)
+    monkeypatch.delenv("DRIFT_KERNELS_COMMIT", raising=False)
     assert (rows.row_metadata()["commit"], rows.row_metadata()["dirty"]) == (None, True)
     monkeypatch.setenv("DRIFT_KERNELS_COMMIT", "d9819ec")
     assert (rows.row_metadata()["commit"], rows.row_metadata()["dirty"]) == ("d9819ec", True)

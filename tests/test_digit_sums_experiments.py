@@ -29,7 +29,7 @@ from examples.digit_sums import figures, report
 from examples.digit_sums.analysis import SCORES, Choice, answer, choose, front, mean_and_interval
 from examples.digit_sums.cells import Cell, Cells
 from examples.digit_sums.experiments import ADAPTERS, DEMO, EXPERIMENTS, FORMS, Entry, Experiment, entries, sweep
-from examples.digit_sums.parallel import Pool
+from examples.digit_sums.parallel import Pool, noting_interrupts
 from examples.digit_sums.settings import TUNING_SEEDS, Arm, Run, Settings, World
 
 ROOT = Path(__file__).parent.parent
@@ -133,15 +133,15 @@ def test_differences_are_paired_and_at_the_same_place(result: dict[str, Any]):
 
 
 def test_intervals_cover_as_often_as_they_say(seed: int, monkeypatch: pytest.MonkeyPatch):
-    """With 200 samples of ten: there BCa covers about 92 %, with intervals slightly shorter than Student's."""
+    """With 1,000 samples of ten: there BCa covers 89.5 %, with intervals shorter than Student's by a fifth."""
     monkeypatch.setattr("examples.digit_sums.analysis.RESAMPLES", 1000)
-    samples = numpy.random.default_rng(seed).normal(1.0, 2.0, (200, 10))
+    samples = numpy.random.default_rng(seed).normal(1.0, 2.0, (1000, 10))
     found = [mean_and_interval(list(sample)) for sample in samples]
     covered = sum(interval["low"] <= 1.0 <= interval["high"] for interval in found) / len(found)
-    assert 0.82 < covered < 0.99  # four standard errors
+    assert 0.82 < covered < 0.96  # from 6.7 standard errors, of 0.97 %: outside once in 1e12 runs
     widths = [interval["high"] - interval["low"] for interval in found]
     student = [2 * stats.t.ppf(0.975, 9) * sample.std(ddof=1) / 10**0.5 for sample in samples]
-    assert 0.75 < numpy.median(widths) / numpy.median(student) < 1
+    assert 0.78 < numpy.median(widths) / numpy.median(student) < 0.86  # 0.817, with a standard error of 0.004
 
 
 def test_intervals_of_few_and_of_equal_values():
@@ -294,21 +294,28 @@ def test_a_command_that_is_stopped_leaves_no_process_behind(signum: signal.Signa
         until(lambda: any(tmp_path.glob("qwen2_5_vl-seed-0/.base*")), "a worker has begun")
         workers = parent.children(recursive=True)
         process.send_signal(signum)
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=300)
         assert process.returncode == (130 if signum == signal.SIGINT else -signum)
     assert len(workers) >= 2
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=120)
     assert alive == []
     assert ("run the same command to resume" in printed) == (signum == signal.SIGINT)
     assert list(tmp_path.glob("runs/*.json")) == []
 
 
+def test_ctrl_c_is_raised_where_no_lock_is_held():
+    with pytest.raises(KeyboardInterrupt), noting_interrupts() as interrupted:
+        reached = [signal.raise_signal(signal.SIGINT), *interrupted]
+    assert reached == [None, signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def until(condition: Callable[[], bool], what: str) -> None:
-    for _ in range(600):
+    for _ in range(4000):  # a busy machine may take a minute for the imports
         if condition():
             return
         time.sleep(0.1)
-    pytest.fail(f"not true after a minute: {what}")
+    pytest.fail(f"not true after several minutes: {what}")
 
 
 @pytest.mark.parametrize(

@@ -86,12 +86,13 @@ class Pool:
         ):
             bar = progress.add_task(what, total=steps, now="")
             running: set[Future[None]] = {pool.submit(job, *arguments) for job, arguments in jobs}
-            while running:
-                done, running = wait(running, timeout=0.2)
-                while not done_steps.empty():
-                    progress.update(bar, advance=1, now=done_steps.get())
-                for future in done:
-                    future.result()
+            with noting_interrupts() as interrupted:
+                while running and not interrupted:
+                    done, running = wait(running, timeout=0.2)
+                    while not done_steps.empty():
+                        progress.update(bar, advance=1, now=done_steps.get())
+                    for future in done:
+                        future.result()
             progress.update(bar, completed=steps, now="")
 
 
@@ -106,6 +107,22 @@ def _closing(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[list[int]]:
+    """Yield a list to which Ctrl-C appends; at the end of the block, raise KeyboardInterrupt if it has.
+
+    An exception that came while `wait` holds the locks of futures would leave them locked.
+    """
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if noted:
+        raise KeyboardInterrupt
 
 
 def _columns() -> tuple[Any, ...]:
