@@ -134,7 +134,8 @@ def test_the_digest_is_of_codes_and_scales(suffix: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "expert", stored, config=BLOCKS)
     changed = {name: tensor.clone() for name, tensor in stored.items()}
     bits = changed[Q_PROJ.removesuffix("weight") + suffix].view(torch.uint8)
-    bits.view(-1)[bits.numel() - bits.shape[-1]] ^= 1  # of little-endian scales the smallest bit
+    # The sign of a code, which leaves it a number (the smallest bit makes 448 NaN); of little-endian scales that bit.
+    bits.view(-1)[bits.numel() - bits.shape[-1]] ^= 0x80 if suffix == "weight" else 1
     write_checkpoint(tmp_path / "changed", changed, config=BLOCKS)
     priors = [
         build_prior(tmp_path / expert, tmp_path / "base", tmp_path / f"prior-{expert}")
