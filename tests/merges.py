@@ -51,10 +51,15 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
     return torch.where(delta.abs() >= least, delta, 0)
 
 
-def elected(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
-    """TIES' sign election and disjoint merge (arXiv 2306.01708) of trimmed deltas."""
+def elected(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool, found: Tensor) -> Tensor:
+    """TIES' sign election and disjoint merge (arXiv 2306.01708) of trimmed deltas.
+
+    Where the sum is zero to within its rounding in float32, either sign is right, and that of `found` is taken. For n
+    deltas, a density, a quotient, a weight, a product and n - 1 sums are rounded: n + 3 half units of the magnitudes.
+    """
     parts = torch.stack([w * d.double() for w, d in zip(weights, deltas, strict=True)])
-    sign = torch.where(parts.sum(0) >= 0, 1.0, -1.0)
+    total, rounding = parts.sum(0), (len(parts) + 3) * torch.finfo(torch.float32).eps / 2 * parts.abs().sum(0)
+    sign = torch.where(torch.where(total.abs() <= rounding, found, total) >= 0, 1.0, -1.0)
     agrees = (parts.sign() == sign).double()
     total = (parts * agrees).sum(0)
     divisor = (torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * deltas[0].ndim) * agrees).sum(0)

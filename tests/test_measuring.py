@@ -49,9 +49,11 @@ def test_garbage_is_not_collected_in_between() -> None:
 
 
 def test_times_are_in_milliseconds_and_of_the_step_alone() -> None:
-    slow = made("a", lambda: time.sleep(0.05), prepare=lambda: time.sleep(1))
+    slow = made("a", lambda: time.sleep(0.05), prepare=lambda: time.sleep(0.1))
+    start = time.perf_counter()
     timing = measure.time_step(slow, CPU, None)
-    assert 50 <= timing.ms == timing.host_ms < 1000
+    whole = (time.perf_counter() - start) * 1e3
+    assert 50 <= timing.ms == timing.host_ms <= whole - 100  # however long a busy machine takes
 
 
 def test_a_gpu_step_is_timed_behind_a_flush_and_apart_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +80,10 @@ def test_a_gpu_step_is_timed_behind_a_flush_and_apart_from_the_host(monkeypatch:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"), raising=False)
     one = made("a", lambda: calls.append("step"), lambda: calls.append("prepare"))
+    start = time.perf_counter()
     timing = measure.time_step(one, torch.device("cuda"), Cache())
+    whole = (time.perf_counter() - start) * 1e3
     host = ["prepare", "synchronize", "step"]
     assert calls == [*host, "prepare", "sleep", "flush", "record", "step", "record", "wait"]
     assert timing.ms == 7
-    assert 0 < timing.host_ms < 1000
+    assert 0 < timing.host_ms < whole

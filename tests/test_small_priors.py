@@ -28,8 +28,8 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def built(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, Tensor], torch.dtype]:
     """A prior with a few tensors per shard; the exact deltas by canonical name; its dtype."""
     expert, base = text_weights(prefix=""), text_weights(prefix="")
-    for weights in (expert, base):
-        weights |= {"layers.0.mlp.gain": torch.randn(()), "layers.0.mlp.nothing": torch.randn(0, 4)}
+    for sign, weights in ((1, expert), (-1, base)):  # the gains differ: a delta of zero has no cosine
+        weights |= {"layers.0.mlp.gain": sign * (1 + torch.rand(())), "layers.0.mlp.nothing": torch.randn(0, 4)}
     for role, weights in (("expert", expert), ("base", base)):
         write_checkpoint(tmp_path / role, weights)
     folder = tmp_path / "prior"
