@@ -251,7 +251,11 @@ def test_grad_stats(name: str, grad: torch.dtype, delta: torch.dtype | None) -> 
 @pytest.mark.parametrize("name", available())
 @pytest.mark.parametrize("offset", [0, 1])
 def test_sums_keep_their_bound_where_every_rounding_errs_alike(name: str, offset: int) -> None:
-    """Equal elements: the products, and the sums of a lane, are all rounded the same way."""
+    """Equal elements: the products, and the sums of a lane, are all rounded the same way.
+
+    A lane adds n products. The rounding of a product adds 2^-24 of the sum at most, that of the k-th partial sum k/n of
+    it: together (n + 3)/2. n is 64 on the cpu backend, and at most 17 elsewhere.
+    """
     values = torch.rand(8, dtype=F32, device=DEVICE)
     problem = Problem.random([CHUNK] * len(values), (F32, F32, F32, F32))
     problem.grads = [value.repeat(CHUNK + offset)[offset:] for value in values]
@@ -262,7 +266,8 @@ def test_sums_keep_their_bound_where_every_rounding_errs_alike(name: str, offset
     backends.load(name).grad_stats(problem.plan(), out, with_delta=True)
     delta = torch.tensor(-0.7, device=DEVICE).double()
     expected = CHUNK * torch.stack((values.double() ** 2, values.double() * delta), dim=1)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+    products = 64 if name == "cpu" else 17
+    torch.testing.assert_close(out, expected, rtol=(products + 3) / 2 * 2.0**-24, atol=0)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="instruction sets are the cpu backend's")
