@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from drift_kernels.formats import blocks
 from drift_kernels.formats.blocks import BLOCK
 
-SMALLEST_ROOT = 2.0**-74.5  # of the smallest subnormal number of float32
+SMALLEST = 2.0**-149  # the smallest subnormal number of float32
+SMALLEST_ROOT = 2.0**-74.5
 
 
 @given(numel=st.integers(0, 700), exponent=st.floats(-45, 15), seed=st.integers(0, 2**32))
@@ -28,7 +29,9 @@ def test_codes_are_the_nearest_and_a_variance_stays_above_zero(numel: int, expon
         raised = (dtype == blocks.VARIANCE) & (coded == 1) & (values > 0)
         off = (decoded.abs().double().sqrt() - root).abs()
         assert (raised | (off <= 0.5001 * of_each + 1e-7 * root + SMALLEST_ROOT)).all()
-        assert (decoded.sign() == values.sign())[coded != 0].all()
+        # The smallest number, at 1.41 to 1.5 steps, gets code 1, whose square may round to zero.
+        vanished = (dtype == blocks.VARIANCE) & (coded == 1) & (values == SMALLEST) & (decoded == 0)
+        assert (vanished | (decoded.sign() == values.sign()))[coded != 0].all()
         assert (coded.int().abs() <= largest).all()
         if dtype == blocks.VARIANCE:
             assert torch.equal(coded == 0, values == 0)

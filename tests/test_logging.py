@@ -26,11 +26,13 @@ BOUND = len(tiny.expert_prior())
 
 @pytest.fixture(autouse=True)
 def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep wandb offline and make it write into the test's folder."""
+    """Keep wandb offline and make it write into the test's folder. On a busy machine its process may be slow."""
     tiny.quiet()
     monkeypatch.chdir(tmp_path)
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
+    for name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT", "WANDB_SUMMARY_TIMEOUT"):
+        monkeypatch.setenv(name, "600")  # seconds
     yield
     wandb.finish()
 

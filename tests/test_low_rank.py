@@ -181,7 +181,7 @@ def test_steps_are_those_with_the_expanded_deltas(dtype: torch.dtype, scaling: s
     low_rank = mapping()
     full = {name: d.expand().to(dtype) if isinstance(d, LowRankDelta) else d for name, d in low_rank.items()}
     weights = {name: torch.randn(d.shape).to(dtype) for name, d in low_rank.items()}
-    results = []
+    results, moments = [], []
     for prior in (low_rank, full):
         params = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
         optimizer = FusedDriftAdamW(params.items(), lr=1e-2, prior=prior, alpha=0.5, prior_scaling=scaling)
@@ -191,12 +191,13 @@ def test_steps_are_those_with_the_expanded_deltas(dtype: torch.dtype, scaling: s
                 param.grad = torch.randn(param.shape, generator=generator).to(dtype)
             optimizer.step()
         results.append([param.detach() for param in params.values()])
+        moments.append([optimizer.state[param]["exp_avg"] for param in params.values()])
     if scaling == "absolute":  # does not use norms, which are those of the unrounded factors
         assert all(map(torch.equal, *results))
-    # If a bias cancels a gradient, Adam amplifies the rounding error: in bfloat16, for one or two elements.
-    for one, other in zip(*results, strict=True):
-        rtol, atol = (1e-5, 1e-7) if dtype == F32 else (2**-7, 1e-5)
-        assert int((~torch.isclose(one, other, rtol=rtol, atol=atol)).sum()) <= (0 if dtype == F32 else 2)
+    # Rounding a delta to bfloat16 changes its norm by at most 2^-9, and so a bias. The mean of the biased gradients is
+    # linear in the bias; the step is not: where a bias cancels a gradient, its sign may change.
+    for one, other in zip(*moments, strict=True):
+        assert (one - other).abs().max() <= (1e-5 if dtype == F32 else 2**-8) * other.abs().max()
 
 
 @both_dtypes

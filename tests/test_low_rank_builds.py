@@ -50,7 +50,7 @@ def build(folder: Path, name: str = "prior", **options: Any) -> Prior:
 
 
 def stored_in(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def is_low_rank(delta: Tensor) -> bool:

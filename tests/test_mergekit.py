@@ -148,7 +148,7 @@ def test_dare_that_keeps_all(folder: Path, tmp_path: Path, method: str, name: st
 
 def test_dare_of_one(folder: Path, tmp_path: Path) -> None:
     """Elements are dropped equally often, and the others scaled equally: here by 1/density, as in the paper; in
-    mergekit so that the sum of magnitudes is kept, which is 1/density on average. Within 6 standard deviations."""
+    mergekit so that the sum of magnitudes is kept. The share to 7 standard deviations, since many are compared."""
     base, expert, density = loaded(folder / "base"), loaded(folder / "a"), 0.3
     both = [
         theirs(folder, tmp_path / "theirs", "dare_linear", [1.0], [density]),
@@ -161,8 +161,7 @@ def test_dare_of_one(folder: Path, tmp_path: Path) -> None:
             added = (merged[name] - weight).double()
             kept = (added != 0) & clear
             n = int(clear.sum())
-            assert abs(kept.sum().item() / n - density) < 6 * math.sqrt(density * (1 - density) / n)
+            assert abs(kept.sum().item() / n - density) < 7 * math.sqrt(density * (1 - density) / n)
             ratio = (added[kept] / delta[kept]).median().item()
-            # of the sum of kept magnitudes: normal ones spread so that E[d^2] = (pi / 2) E[|d|]^2
-            spread = math.sqrt((1 - density) / density * math.pi / 2 / delta.numel())
-            assert ratio == pytest.approx(1 / density, rel=6 * spread if which == 0 else 1e-3)
+            sums = (delta.abs().sum() / delta[added != 0].abs().sum()).item()
+            assert ratio == pytest.approx(sums if which == 0 else 1 / density, rel=1e-3)

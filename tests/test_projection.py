@@ -78,16 +78,18 @@ def test_the_projection_is_the_gradient_of_the_pull(
     assert projected(delta, factors, of_b=False)[1] is None
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "low rank"])
-def test_factors_of_other_dtypes_are_computed_with_in_float32(kind: str, dtype: torch.dtype, bound: float) -> None:
+def test_factors_of_other_dtypes_are_computed_with_in_float32(kind: str, dtype: torch.dtype) -> None:
+    """To 2e-6 of the sum of the magnitudes of the terms, which may cancel."""
     delta, factors = random_delta(kind), random_factors(dtype)
-    grad_a, grad_b = pulled(exactly(delta), factors)
+    expected = pulled(exactly(delta), factors)
+    sizes = pulled(exactly(delta).abs(), Factors(factors.a.abs(), factors.b.abs(), factors.scale))
     with torch.autocast("cpu", torch.bfloat16):  # a step may run under autocast
         found = projected(delta, factors)
     assert {tensor.dtype for tensor in found if tensor is not None} == {torch.float32}
-    assert_close(found[0], grad_a / -ALPHA, bound)
-    assert_close(found[1], grad_b / -ALPHA, bound)
+    for tensor, gradient, size in zip(found, expected, sizes, strict=True):
+        assert ((tensor.double() - gradient / -ALPHA).abs() <= 2e-6 * size / -ALPHA).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
