@@ -58,7 +58,7 @@ FLOORS = {
         {"engine", "figures"}, {"backward"},
     ],
     "cli": [
-        {"about", "arguments", "output"},
+        {"about", "arguments", "output", "stopping"},
         {"applying", "building", "checking", "combining", "initialising", "inspecting", "sizing"},
         {"__init__"}, {"__main__"},
     ],

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import CheckpointError, PriorError
-from ..terminal import LogLines, Stopped, console, say, stoppable
+from ..terminal import LogLines, console, say
 from . import applying, building, checking, combining, initialising, inspecting, sizing
 from .about import PrintVersions
 from .arguments import EXIT_STATUS
+from .stopping import Stopped, stoppable
 
 # Each has `add`, which declares its arguments.
 _COMMANDS = (building, inspecting, checking, combining, applying, initialising, sizing)

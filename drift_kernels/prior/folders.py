@@ -60,10 +60,14 @@ class NewFolder:
             folder.rename(target)
             sync_folder(target.parent)
         finally:
-            if old.exists() and not target.exists():  # interrupted between the two renames
-                old.rename(target)
-            for leftover in (folder, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self.clear(folder, old)
+
+    def clear(self, folder: Path, old: Path) -> None:
+        """Remove what is left, and restore the old target if it was stopped between the two renames."""
+        if old.exists() and not self.target.exists():
+            old.rename(self.target)
+        for leftover in (folder, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _check_target(self) -> None:
         if self.target.exists() and not self.overwrite:
