@@ -76,10 +76,10 @@ def stoppable(*, to_the_end: bool) -> Iterator[None]:
         else:
             hook(what)
 
-    for number in heard:
-        signal.signal(number, stop)
     hook, sys.unraisablehook = sys.unraisablehook, try_again_if_lost
     alarm, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    for number in heard:
+        signal.signal(number, stop)
     try:
         yield
     finally:
