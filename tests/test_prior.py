@@ -44,6 +44,17 @@ def test_norm_is_that_of_float64(numel: int, scale: float) -> None:
         assert norm(values) == norm(values.double()) == expected
 
 
+def test_norm_is_the_same_for_any_number_of_threads() -> None:
+    values, found, before = torch.randn(CHUNK + 77), set(), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.add(norm(values))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
 def test_norm_keeps_nan_and_inf() -> None:
     assert torch.tensor(norm(torch.tensor([1.0, float("nan")]))).isnan()
     assert norm(torch.tensor([1.0, float("-inf")])) == float("inf")

@@ -42,7 +42,7 @@ def pausing(function, when=lambda: True):
     return paused
 
 def at_line(number, function):  # of the lines that the main thread runs, Python's own ones included
-    # Python looks for signals at the begin of functions, after calls and in loops, but not before these.
+    # Python looks for signals at the beginning of functions, after calls and in loops, but not before these.
     never = "self.clear(", "self._acquire_restore(", "try:"
     left = [number]
     def trace(frame, event, _):

@@ -7,7 +7,6 @@ import queue
 import signal
 import sys
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,8 @@ from ..prior.folders import NewFolder
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _RETRY = 0.005  # seconds
 
-# An exception inside of these would leave a lock taken, or be lost.
-_SHIELDED_FILES = (
-    threading.__file__,
-    queue.__file__,
-    weakref.__file__,
-    str(Path(concurrent.futures.__file__).parent),
-)
+# An exception inside of these could leave a lock taken.
+_SHIELDED_FILES = (threading.__file__, queue.__file__, str(Path(concurrent.futures.__file__).parent))
 # These must not be left half done.
 _SHIELDED_FUNCTIONS = (NewFolder.clear.__code__,)
 _WAIT, _START = threading.Condition.wait.__code__, threading.Thread.start.__code__
